@@ -1,0 +1,40 @@
+# `make demo` and `make test` make their own environment in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+SPEECH ?=
+OUTPUT ?= demo_output
+
+VENV := .venv
+INSTALLED := $(VENV)/installed
+
+.PHONY: help demo test install clean
+
+help:
+	@echo "make demo                      train on synthetic speech, about 10 minutes on 2 cores"
+	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
+	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
+	@echo "make test                      run the tests"
+	@echo "make install                   only make the environment in $(VENV)"
+	@echo "make clean                     remove $(VENV), demo_output and caches"
+	@echo "PYTHON=python3.12              before any of them: which Python (3.11 or newer) makes $(VENV)"
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python experiments/demo.py --output "$(OUTPUT)" $(if $(SPEECH),--speech "$(SPEECH)")
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+install: $(INSTALLED)
+
+# Tests run everything the project can do, so both extras are installed once.
+$(INSTALLED): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "memo_jax needs Python 3.11 or newer, but '$(PYTHON)' says: `$(PYTHON) --version 2>&1 | tail -n 1`" >&2; \
+		echo "Name another: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Making $(VENV) and installing memo_jax with its dependencies; a few minutes the first time."
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .hypothesis .jax_cache
+	find memo_jax experiments tests configs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,116 @@
+"""The command `memo-jax`: parses, calls one function, prints."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+USAGE_ERROR = 2
+STOPPED = 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line; returns its exit status (0, 2 for bad input, 3 when training stopped on bad numbers)."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if text.startswith("--config.")]
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    if unknown or (overrides and options.command != "train"):
+        parser.error(f"unknown argument {(unknown or overrides)[0]!r}; `memo-jax {options.command} --help` lists them all")
+    options.overrides = overrides
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("memo-jax: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"memo-jax: error: {error}", file=sys.stderr)
+        return STOPPED if type(error).__name__ == "TrainingStopped" else USAGE_ERROR
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands; nothing heavy is imported for it."""
+    from memo_jax import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="memo-jax", description="Speaker verification learned without labels: MeMo in JAX.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"memo-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run, description):
+        added = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    prepare = command("prepare", run_prepare, "turn folders of recordings into a dataset")
+    prepare.add_argument("--input", action="append", required=True, type=Path, metavar="DIR",
+                         help="folder of wav, flac, ogg, opus, mp3 files; may be given several times")
+    prepare.add_argument("--output", required=True, type=Path, metavar="DATASET", help="where the dataset goes")
+    prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
+    prepare.add_argument("--min-seconds", type=float, default=0.5, metavar="S",
+                         help="leave out recordings shorter than this (default: %(default)s)")
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
+
+    train = command("train", run_train, "train, or go on training, the run of a workdir")
+    train.add_argument("--config", required=True, metavar="FILE",
+                       help="Python file with get_config(); change keys with --config.KEY=VALUE")
+    train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="config, metrics and checkpoints go there")
+    train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint; start again to go on")
+
+    evaluate = command("eval", run_eval, "score a trial list with a trained network")
+    evaluate.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of a training run")
+    evaluate.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
+    evaluate.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
+    evaluate.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json, scores.txt, det.png")
+    evaluate.add_argument("--branch", default="ecapa", help="which backbone (default: %(default)s)")
+    evaluate.add_argument("--role", default="teacher", choices=("teacher", "student"), help="default: %(default)s")
+    evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the latest; 0: untrained)")
+    evaluate.add_argument("--json", action="store_true", help="print results.json instead of a summary")
+    return parser
+
+
+def run_prepare(options) -> None:
+    """memo-jax prepare"""
+    from memo_jax.prepare import prepare, summary
+
+    report = prepare(
+        options.input, options.output, min_seconds=options.min_seconds, workers=options.workers,
+        overwrite=options.overwrite,
+    )
+    print(summary(report))
+
+
+def run_train(options) -> None:
+    """memo-jax train"""
+    from memo_jax.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    keep_compiled_programs()
+    from memo_jax.train import train
+
+    train(config, options.workdir, stop_at_step=options.stop_at_step)
+
+
+def run_eval(options) -> None:
+    """memo-jax eval"""
+    keep_compiled_programs()
+    from memo_jax.evaluate import evaluate, summary
+
+    results = evaluate(
+        options.workdir, options.data, options.trials, options.output, branch=options.branch, role=options.role,
+        step=options.step,
+    )
+    print(json.dumps(results, indent=2) if options.json else f"{summary(results)}\n{options.output / 'results.json'}\n"
+          f"{options.output / 'det.png'}")
+
+
+def keep_compiled_programs() -> None:
+    """Makes XLA keep what it compiles in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "memo_jax", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

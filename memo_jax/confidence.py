@@ -1,0 +1,113 @@
+"""How sure a metric is: bootstrap over speakers, for one system and for the difference of two."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # (scores, target, weights) -> lower is better
+
+
+class Interval(NamedTuple):
+    """Ends of a confidence interval, in the metric's unit."""
+
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """Metric of A minus metric of B (negative: A is better), its interval, and the p-value of "A is not better"."""
+
+    difference: float
+    interval: Interval
+    p_value: float
+
+
+def bootstrap_interval(
+    metric: Metric, scores, target, speaker_pairs, *, replicates: int = 1000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Confidence interval of a metric by the bootstrap over speakers (percentile interval).
+
+    Trials are not independent: one difficult speaker spoils all trials it takes part in, so resampling trials gives
+    intervals far too narrow. The independent units are speakers. A replicate draws as many speakers as there are,
+    with replacement; m_s is how often speaker s was drawn, and stands for m_s different people with the same
+    recordings. A nontarget trial between s and t then occurs once for every pair of such people, weight m_s·m_t. A
+    target trial compares a person with himself, so it occurs once a person, weight m_s: not m_s², since trials between
+    two copies of one speaker are neither target trials (different people) nor honest nontarget trials. The expected
+    weight of every target trial is 1 and of every nontarget trial 1 - 1/S, so each class keeps its proportions. A draw
+    without any target or nontarget trial has no error rates and is drawn again.
+
+    Args:
+      metric: (scores, target, weights) -> number: `eer`, `cllr`, `lambda s, t, w: min_dcf(s, t, 0.01, weights=w)`, ….
+      scores: [N]; target: bool [N].
+      speaker_pairs: int [N, 2], the two speakers of each trial (`scoring.speaker_pairs`).
+
+    Source: the subsets bootstrap of Bolle, Ratha and Pankanti, "Error analysis of pattern recognition systems", 2004.
+    """
+    values = _replicates(metric, [scores], target, speaker_pairs, replicates, seed)[:, 0]
+    return _percentiles(values, level)
+
+
+def paired_bootstrap(
+    metric: Metric,
+    scores_a,
+    scores_b,
+    target,
+    speaker_pairs,
+    *,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Comparison:
+    """Is system A better than B on the same trials? Both are measured on the same resampled speakers.
+
+    What makes a draw of speakers hard makes it hard for both systems, so the difference is known better than either
+    metric. `p_value` is one-sided, (1 + replicates in which A is not better) / (1 + replicates): when it is small, A is
+    better. Arguments as `bootstrap_interval`.
+    """
+    target = np.asarray(target, bool)
+    values = _replicates(metric, [scores_a, scores_b], target, speaker_pairs, replicates, seed)
+    ones = np.ones(len(target))
+    difference = metric(np.asarray(scores_a), target, ones) - metric(np.asarray(scores_b), target, ones)
+    differences = values[:, 0] - values[:, 1]
+    p_value = (1 + np.sum(differences >= 0)) / (1 + replicates)
+    return Comparison(float(difference), _percentiles(differences, level), float(p_value))
+
+
+def _replicates(metric, systems, target, speaker_pairs, replicates, seed) -> np.ndarray:
+    """The metric of each system in each replicate [replicates, systems]."""
+    target, pairs = np.asarray(target, bool), np.asarray(speaker_pairs)
+    if pairs.shape != (len(target), 2):
+        raise ValueError(f"speaker_pairs must be [N, 2] for the {len(target):,} trials, not {list(pairs.shape)}")
+    if replicates < 1:
+        raise ValueError(f"replicates={replicates} must be at least 1")
+    speakers, numbers = np.unique(pairs, return_inverse=True)
+    if len(speakers) < 2:
+        raise ValueError("the bootstrap over speakers needs trials of at least 2 speakers")
+    first, second = numbers.reshape(pairs.shape).T
+    second = np.where(first == second, len(speakers), second)  # the extra slot of `drawn` holds 1
+    prepared = []
+    for scores in systems:  # sort once, so that the metric need not
+        order = np.argsort(np.asarray(scores))
+        prepared.append((np.asarray(scores)[order], target[order], first[order], second[order]))
+    rng = np.random.default_rng(seed)
+    drawn = np.ones(len(speakers) + 1)
+    values = np.empty((replicates, len(systems)))
+    for row in values:
+        for _ in range(1000):
+            draw = rng.integers(len(speakers), size=len(speakers))
+            drawn[:-1] = np.bincount(draw, minlength=len(speakers))
+            weights = drawn[first] * drawn[second]
+            if np.any(weights[target]) and np.any(weights[~target]):
+                break
+        else:
+            raise ValueError("1000 draws of speakers in a row had no target or no nontarget trial: too few speakers")
+        for column, (scores, labels, one, other) in enumerate(prepared):
+            row[column] = metric(scores, labels, drawn[one] * drawn[other])
+    return values
+
+
+def _percentiles(values, level) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must be between 0 and 1, for example 0.95")
+    return Interval(*(float(v) for v in np.quantile(values, [(1 - level) / 2, (1 + level) / 2])))

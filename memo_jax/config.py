@@ -1,0 +1,326 @@
+"""Configs: a Python file with `get_config()`, command-line overrides, JSON and back, durations in epochs or steps."""
+
+import ast
+import difflib
+import importlib
+import json
+import math
+import os
+import sys
+import traceback
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ml_collections import config_dict
+from ml_collections.config_dict import ConfigDict, FieldReference
+
+CONFIG_FILE = "config.json"
+TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
+
+
+def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
+    """Runs a config file and applies overrides.
+
+    The file defines `get_config()` (or `get_config(arg)`, given as "file.py:arg") and may import the files beside it by
+    their names: `import base` in configs/demo.py is configs/base.py, whatever else is called so.
+
+    Args:
+        path: the config file, absolute or relative to the current folder.
+        overrides: texts like "--config.optim.lr=0.1", in the order to apply them. A value is read as the type it
+            replaces: int, float (an int will do), bool (true, false, 1, 0), str (as it stands), tuple or list ("1,2" or
+                "(1, 2)", elements typed like
+            those replaced). A key whose value is a placeholder of ml_collections also takes "None".
+
+    Returns:
+        The locked config.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be run, has no get_config, or an override names an unknown key (the message names
+            the nearest) or has a value of another type.
+    """
+    path, argument = _file_and_argument(str(path))
+    config = _run_get_config(path, argument)
+    for text in overrides:
+        _apply_override(config, text, path)
+    for key, (_, _, field) in _fields(config).items():
+        if isinstance(field, FieldReference):
+            try:
+                field.get()
+            except config_dict.RequiredValueError:
+                raise ValueError(f"{path}: config.{key} has no value; give one: --config.{key}=…") from None
+    return config.lock()
+
+
+def config_to_json(config: ConfigDict) -> str:
+    """Returns the config as JSON text that `config_from_json` turns into an equal config, tuples and unset placeholders
+    included.
+
+    Raises ValueError for a value that is not None, bool, int, float, str, or a tuple, list or group of such.
+    """
+    return json.dumps(_encoded(config, "config"), indent=2, ensure_ascii=False)
+
+
+def config_from_json(text: str) -> ConfigDict:
+    """Returns the locked config of a text of `config_to_json`. Raises ValueError for other text."""
+    try:
+        decoded = _decoded(json.loads(text))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"not the JSON of a config: {error}") from None
+    if not isinstance(decoded, dict):
+        raise ValueError("not the JSON of a config: the outermost value is not a group")
+    return ConfigDict(decoded).lock()
+
+
+def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
+    """Writes `<workdir>/config.json`, whole or not at all."""
+    path = Path(workdir) / CONFIG_FILE
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        beside.write_text(config_to_json(config) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
+    """Returns the locked config that `save_config` wrote, None if there is none. Raises ValueError if damaged."""
+    path = Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        return config_from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the workdir cannot be used without it") from None
+
+
+def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:
+    """Returns a line "key: a → b" for each key in which two configs differ (a tuple is not a list, 1 is not 1.0)."""
+    fields = [{key: _value(field) for key, (_, _, field) in _fields(config).items()} for config in (a, b)]
+    lines = []
+    for key in dict.fromkeys([*fields[0], *fields[1]]):
+        was, now = (f"{values[key]!r}" if key in values else "absent" for values in fields)
+        if was != now:
+            lines.append(f"{key}: {was} → {now}")
+    return lines
+
+
+def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int, total: int | None = None) -> int:
+    """Returns a duration in steps, given in the config in a unit of the user's choice (after big_vision's `steps`).
+
+    Exactly one of the keys `<name>_epochs`, `<name>_steps` and `<name>_percent` (of `total`) must be set: a number ≥ 0.
+    None, a negative number and an absent key mean unset. Epochs and percents may be fractions: their default should be
+    a float or `placeholder(float)`, so that an override may be one; a duration above 0 is at least 1 step.
+
+    Args:
+        config: the config, or the group of it that holds the keys.
+        name: "total", "warmup", …
+        steps_per_epoch: at least 1.
+        total: length in steps of the whole run, for percents.
+
+    Raises:
+        ValueError: none or several of the keys are set, or a percent is given where there is no total.
+    """
+    if steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch is {steps_per_epoch}: the dataset holds fewer utterances than a batch")
+    steps_per_unit = {"epochs": steps_per_epoch, "steps": 1, "percent": None if total is None else total / 100}
+    values = {unit: config.get(f"{name}_{unit}") for unit in steps_per_unit}
+    given = {unit: value for unit, value in values.items() if value is not None and value >= 0}
+    if len(given) != 1:
+        shown = ", ".join(f"{name}_{unit}={value}" for unit, value in given.items()) or "none of them"
+        present = [f"{name}_{unit}" for unit in steps_per_unit if f"{name}_{unit}" in config]
+        choices = ", ".join(present or [f"{name}_epochs", f"{name}_steps"])
+        raise ValueError(
+            f"exactly one of {choices} must be set (0 or more; None or -1 means unset), but the config sets {shown}"
+        )
+    ((unit, value),) = given.items()
+    if not math.isfinite(value) or steps_per_unit[unit] is None:
+        raise ValueError(f"{name}_{unit}={value} is no length in steps here: give {name}_epochs or {name}_steps")
+    return max(round(value * steps_per_unit[unit]), 1 if value > 0 else 0)
+
+
+def _file_and_argument(text: str) -> tuple[Path, str | None]:
+    path, argument = Path(text), None
+    if not path.is_file() and ":" in text:
+        path, argument = Path(text.rpartition(":")[0]), text.rpartition(":")[2]
+    if not path.is_file():
+        others = sorted(str(other) for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        nearest = difflib.get_close_matches(str(path), others, 1, 0.5) or others[:10]
+        there_is = f"; there is {', '.join(nearest)}" if nearest else ""
+        raise FileNotFoundError(f"{path}: no such config file{there_is}")
+    return path.resolve(), argument
+
+
+def _run_get_config(path: Path, argument: str | None) -> ConfigDict:
+    module = types.ModuleType(path.stem)
+    module.__file__ = str(path)
+    with _importable(path.parent):
+        try:
+            exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        except Exception as error:
+            where = _line_in(path.parent, error)
+            raise ValueError(f"{path}{where}: the config file cannot be run: {_named(error)}") from error
+        if not callable(getattr(module, "get_config", None)):
+            raise ValueError(f"{path}: the config file defines no function get_config()")
+        try:
+            config = module.get_config() if argument is None else module.get_config(argument)
+        except Exception as error:
+            raise ValueError(f"{path}{_line_in(path.parent, error)}: get_config() fails: {_named(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{path}: get_config() returns {type(config).__name__}, not ml_collections.ConfigDict")
+    return config
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Lets `import base` find base.py in `folder`, and leaves no trace: another folder may have its own."""
+    names = {file.stem for file in folder.glob("*.py")}
+    hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing is left in the user's folder
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.dont_write_bytecode = write_bytecode
+        for name in names & sys.modules.keys():
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _line_in(folder: Path, error: BaseException) -> str:
+    """ ", line N" (with the file's name) of the last line of a config file that an exception passed through."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == folder]
+    return f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> dict[str, tuple[ConfigDict, str, object]]:
+    """{dotted key: (group that holds it, its name there, value or reference)} of all keys but groups."""
+    found = {}
+    for name, field in config.items(preserve_field_references=True):
+        if isinstance(field, ConfigDict):
+            found |= _fields(field, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = (config, name, field)
+    return found
+
+
+def _value(field):
+    return field.get() if isinstance(field, FieldReference) else field
+
+
+def _apply_override(config: ConfigDict, text: str, path: Path) -> None:
+    key, equals, value = text.removeprefix("--config.").partition("=")
+    if not text.startswith("--config.") or not equals or not key:
+        raise ValueError(f"{text!r} is not of the form --config.key=value")
+    fields = _fields(config)
+    if key not in fields:
+        inside = [known for known in fields if known.startswith(key + ".")]
+        hint = "it is a group; its keys are " if inside else "nearest: "
+        hint += ", ".join(inside or _nearest(key, list(fields)))
+        raise ValueError(f"{path.name} has no key config.{key} to set; {hint}")
+    group, name, field = fields[key]
+    optional = isinstance(field, FieldReference)
+    old = field if not optional else None if field.empty() else field.get()
+    kind = field.get_type() if optional else type(old)
+    try:
+        group[name] = _parsed(value, kind, old, optional)
+    except (ValueError, KeyError, SyntaxError, TypeError):
+        expected = _expected(kind, old) + (" or None" if optional else "")
+        raise ValueError(f"config.{key} takes {expected}, not {value!r} (now {old!r})") from None
+
+
+def _nearest(key: str, keys: list[str]) -> list[str]:
+    """The keys most like a mistyped one: as a whole, or in their last part."""
+    last = {}
+    for known in keys:
+        last.setdefault(known.rpartition(".")[2], []).append(known)
+    whole = difflib.get_close_matches(key, keys, 3, 0.6)
+    alike = difflib.get_close_matches(key.rpartition(".")[2], last, 2, 0.7)
+    by_last = [known for name in alike for known in last[name]]
+    return list(dict.fromkeys(whole + by_last))[:4] or keys
+
+
+def _parsed(text: str, kind: type, old, optional: bool):
+    """The value a text stands for where one of type `kind` is expected. Raises ValueError, KeyError or SyntaxError."""
+    if optional and text == "None":
+        return None
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if kind is int:
+        return int(text)
+    if kind is float:
+        return float(text) if not math.isnan(float(text)) else _refuse()
+    if kind is str:
+        return text
+    if kind in (tuple, list):
+        return kind(_parsed_elements(text, old))
+    return ast.literal_eval(text)  # the config says only None: any literal
+
+
+def _parsed_elements(text: str, old) -> list:
+    kinds = {type(element) for element in old or ()}
+    inner = text.strip().removeprefix("(").removesuffix(")").removeprefix("[").removesuffix("]").strip()
+    if kinds == {str} and not any(quote in text for quote in "'\""):
+        return [part.strip() for part in inner.split(",") if part.strip()]
+    value = ast.literal_eval(text) if text.strip() else ()
+    elements = list(value) if isinstance(value, (tuple, list)) else [value]
+    if kinds == {float}:
+        elements = [float(element) if type(element) is int else element for element in elements]
+    if kinds and not {type(element) for element in elements} <= kinds:
+        _refuse()
+    return elements
+
+
+def _refuse():
+    raise ValueError
+
+
+def _expected(kind: type, old) -> str:
+    names = {bool: "true or false", int: "an int", float: "a float", str: "a text", type(None): "a Python literal"}
+    if kind not in (tuple, list):
+        return names.get(kind, kind.__name__)
+    elements = sorted({type(element).__name__ for element in old or ()})
+    return f"a {kind.__name__}" + (f" of {' or '.join(elements)}" if elements else "")
+
+
+def _encoded(value, key: str):
+    """Plain JSON values; what JSON does not have is a dict of one key that begins with two underscores."""
+    if isinstance(value, FieldReference):
+        if value.empty():
+            return {"__placeholder__": value.get_type().__name__}
+        value = value.get()
+    if isinstance(value, ConfigDict):
+        value = dict(value.items(preserve_field_references=True))
+    if isinstance(value, dict):
+        return {name: _encoded(inner, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return {"__tuple__": [_encoded(inner, key) for inner in value]}
+    if isinstance(value, list):
+        return [_encoded(inner, key) for inner in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    kind = type(value).__name__
+    raise ValueError(
+        f"{key} is of type {kind}, which a config cannot hold: use None, bool, int, float, str, tuple, list"
+    )
+
+
+def _decoded(value):
+    if isinstance(value, list):
+        return [_decoded(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__tuple__"}:
+        return tuple(_decoded(inner) for inner in value["__tuple__"])
+    if value.keys() == {"__placeholder__"}:
+        return config_dict.placeholder(TYPES[value["__placeholder__"]])
+    return {name: _decoded(inner) for name, inner in value.items()}

@@ -1,0 +1,287 @@
+"""A dataset written by `prepare` → utterances by number, and endless, shuffled, resumable batches of random crops."""
+
+import functools
+import operator
+import os
+import sys
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from memo_jax.audio import SAMPLE_RATE
+
+# as prepare writes them
+SPLIT = "train"
+MANIFEST = "manifest.tsv"
+
+
+def open_utterances(path) -> "Utterances":
+    """Opens a dataset written by `memo-jax prepare`.
+
+    Raises:
+      FileNotFoundError: `path` holds no dataset, or one of its files is gone.
+    """
+    return Utterances(path)
+
+
+class Utterances:
+    """The utterances of a dataset: `len(utterances)`, `utterances[i]` → int16 [L] (16 kHz, read-only).
+
+    Opening reads a small index only; names, speakers and lengths are read from the manifest when first asked for.
+    Copies for other processes (pickle) open their own files.
+    """
+
+    def __init__(self, path):
+        import tensorflow_datasets as tfds
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self.path = Path(path)
+        for file in ("dataset_info.json", MANIFEST):
+            if not (self.path / file).is_file():
+                raise FileNotFoundError(f"{self.path} is not a dataset ({file} is missing): "
+                                        "make one with memo-jax prepare")
+        info = tfds.builder_from_directory(self.path).info
+        shards = info.splits[SPLIT].file_instructions
+        self._files = [os.fspath(shard.filename) for shard in shards]
+        for file in self._files:
+            _check_shard(file)
+        self._first = np.cumsum([0] + [shard.take for shard in shards])
+        self._records = ArrayRecordDataSource(shards)
+        self.fingerprint: str = info.metadata["fingerprint"]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index) -> np.ndarray:
+        """Samples of an utterance, int16 [L]; raises OSError naming the file when its record is damaged or gone."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"utterance {index} of {len(self)} in {self.path}")
+        try:
+            return _samples(self._records[index])
+        except Exception as error:  # array_record and protobuf raise RuntimeError, ValueError, DecodeError, …
+            raise self._unreadable(index, error) from error
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+    def __getstate__(self):  # grain sends this to its workers, who need no names
+        return {name: value for name, value in vars(self).items() if name != "_manifest"}
+
+    @property
+    def names(self) -> list[str]:
+        """Name of each utterance: its path relative to the prepared folder."""
+        return self._manifest["name"]
+
+    @property
+    def speakers(self) -> list[str]:
+        """Speaker of each utterance, "" where unknown. For testing only: nothing in training reads it."""
+        return self._manifest["speaker"]
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Length of each utterance in seconds, float64 [len(self)]."""
+        return np.array(self._manifest["seconds"], dtype=np.float64)
+
+    @functools.cached_property
+    def _manifest(self):
+        with open(self.path / MANIFEST, encoding="utf-8", newline="\n") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file]
+        if len(rows) - 1 != len(self):
+            raise ValueError(f"{self.path / MANIFEST} has {len(rows) - 1} utterances, the dataset {len(self)}: "
+                             "prepare it again")
+        return dict(zip(rows[0], map(list, zip(*rows[1:]))))
+
+    def _unreadable(self, index, error):
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        _check_shard(self._files[shard])
+        return OSError(f"{self._files[shard]}: record {index - self._first[shard]} cannot be read "
+                       f"({str(error).split(';')[0]}): restore the file, or prepare the dataset again")
+
+
+def _check_shard(file):
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"{file} is gone: restore it, or prepare the dataset again")
+
+
+def _samples(record: bytes) -> np.ndarray:
+    """The samples in a tf.train.Example, whose other fields are left alone."""
+    from tensorflow_datasets.proto import tf_example_pb2
+    example = tf_example_pb2.Example.FromString(record)
+    return np.frombuffer(example.features.feature["samples"].bytes_list.value[0], dtype="<i2")
+
+
+def steps_per_epoch(utterances: int, batch_size: int) -> int:
+    """Full batches in an epoch; the utterances that do not fill one are dropped, others in each epoch."""
+    if not 1 <= batch_size <= utterances:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 to {utterances}, the number of utterances")
+    return utterances // batch_size
+
+
+def training_batches(utterances, *, batch_size: int, global_crops: int = 2, global_seconds: float = 4.0,
+                     local_crops: int = 4, local_seconds: float = 2.0, seed: int, process_index: int = 0,
+                     process_count: int = 1, workers: int = 0, prefetch: int = 2) -> "TrainingBatches":
+    """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
+
+    Batch number s is a function of the dataset, the seed and s alone. So a run resumes exactly at any step, with any
+    number of workers, and P processes, each taking its rows, see together the very batch that one process sees. Speaker
+    labels are not read.
+
+    A crop starts anywhere in its utterance with equal probability; an utterance shorter than the crop is repeated.
+
+    Args:
+      utterances: `Utterances`, or the path of a dataset.
+      batch_size: B, over all processes.
+      global_crops, global_seconds, local_crops, local_seconds: number and length of the crops of an utterance.
+      seed: 0 ≤ seed < 2³².
+      process_index, process_count: this process takes rows process_index·B/P … (process_index+1)·B/P − 1.
+      workers: processes that read ahead; with 0 a thread of this process does.
+      prefetch: batches read ahead (by each worker).
+
+    Returns:
+      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l]} with `get_state()`
+      and `set_state(state)`. "local" is missing when local_crops is 0.
+
+    Raises:
+      ValueError: a number out of its range; the message says which.
+      OSError: (while iterating) a damaged or vanished shard, named.
+    """
+    if not isinstance(utterances, Utterances):
+        utterances = open_utterances(utterances)
+    crops = {"global": (global_crops, _crop_samples("global_seconds", global_seconds))}
+    if global_crops < 1 or local_crops < 0:
+        raise ValueError(f"global_crops is {global_crops} and local_crops {local_crops}; expected ≥ 1 and ≥ 0")
+    if local_crops:
+        crops["local"] = (local_crops, _crop_samples("local_seconds", local_seconds))
+    if not 0 <= seed < 2 ** 32:
+        raise ValueError(f"seed is {seed}; expected 0 to 2**32 - 1")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1} (process_count - 1)")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} is not a multiple of the {process_count} processes")
+    if workers < 0 or prefetch < 1:
+        raise ValueError(f"workers is {workers} and prefetch {prefetch}; expected ≥ 0 and ≥ 1")
+    rows = batch_size // process_count
+    batches = _Batches(utterances, crops, batch_size, slice(process_index * rows, (process_index + 1) * rows), seed)
+    return TrainingBatches(batches, workers, prefetch)
+
+
+def _crop_samples(name, seconds):
+    if not seconds * SAMPLE_RATE >= 1:
+        raise ValueError(f"{name} is {seconds}; expected a positive number of seconds")
+    return round(seconds * SAMPLE_RATE)
+
+
+class _Batches:
+    """The endless sequence of batches: `batches[step]`, a pure function."""
+
+    def __init__(self, utterances, crops, batch_size, rows, seed):
+        self.utterances, self.crops, self.batch_size, self.rows, self.seed = utterances, crops, batch_size, rows, seed
+        self.steps = steps_per_epoch(len(utterances), batch_size)
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, step):
+        epoch, position = divmod(int(step), self.steps)
+        indices = _order(self.seed, epoch, len(self.utterances))[position * self.batch_size:][self.rows]
+        # Drawn for all rows, and only then cut to those of this process: the draws do not depend on who reads them.
+        draws = sum(count for count, _ in self.crops.values())
+        starts = np.random.default_rng([1, self.seed, int(step)]).random((self.batch_size, draws))[self.rows]
+        batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}
+        for row, index in enumerate(indices):
+            samples = self.utterances[index]
+            crops = (crop for crops in batch.values() for crop in crops[row])
+            for crop, start in zip(crops, starts[row]):
+                _crop_into(crop, samples, start)
+        return batch
+
+
+@functools.lru_cache(maxsize=2)  # reading ahead may already be in the next epoch
+def _order(seed, epoch, count):
+    """The order of the utterances in an epoch: a permutation of range(count)."""
+    return np.random.default_rng([0, seed, epoch]).permutation(count)
+
+
+def _crop_into(crop, samples, start):
+    """Fills `crop` [L] from `samples`, beginning at the fraction `start` in [0, 1) of the possible places."""
+    room = len(samples) - len(crop)
+    if room >= 0:
+        first = int(start * (room + 1))
+        crop[:] = samples[first:first + len(crop)]
+    else:  # repeated, and a start anywhere in it
+        crop[:] = np.resize(np.roll(samples, -int(start * len(samples))), len(crop))
+
+
+class TrainingBatches(grain.DatasetIterator):
+    """Iterator over `_Batches` that reads ahead; made by `training_batches`."""
+
+    def __init__(self, batches, workers, prefetch):
+        super().__init__()
+        self._batches, self._workers, self._prefetch = batches, workers, prefetch
+        self._step, self._reader = 0, None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return self._batches.steps
+
+    def __next__(self):
+        if self._closed:
+            raise ValueError("these training batches are closed")
+        if self._reader is None:
+            self._reader = iter(self._read_ahead())
+        batch = next(self._reader)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict:
+        """The position, for JSON: number of batches taken, and what they were taken from."""
+        return {"step": self._step, "batch_size": self._batches.batch_size, "seed": self._batches.seed,
+                "fingerprint": self._batches.utterances.fingerprint}
+
+    def set_state(self, state: dict) -> None:
+        """Continues after the batches that were taken at `get_state`, exactly, with any number of workers or processes.
+
+        Raises:
+          ValueError: the state is of another dataset, batch size or seed.
+        """
+        for key, ours in self.get_state().items():
+            if key != "step" and state[key] != ours:
+                raise ValueError(f"the saved data position has {key} {state[key]}, this run {ours}: continue with the "
+                                 "dataset and configuration of the saved run, or start a new one")
+        self._close_reader()
+        self._step = int(state["step"])
+
+    def start_prefetch(self) -> None:
+        """Begins to read ahead before the first batch is asked for."""
+        if self._reader is None:
+            self._reader = iter(self._read_ahead())
+        self._reader.start_prefetch()
+
+    def close(self) -> None:
+        """Stops threads and workers."""
+        self._close_reader()
+        super().close()
+
+    def _close_reader(self):
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _read_ahead(self):
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
+        dataset = grain.MapDataset.source(self._batches)[self._step:].to_iter_dataset(options)
+        if self._workers:
+            _mark_flags_as_parsed()
+            dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(
+                num_workers=self._workers, per_worker_buffer_size=self._prefetch))
+        return dataset
+
+
+def _mark_flags_as_parsed():
+    """grain's workers read absl flags, which are never parsed outside an absl program."""
+    from absl import flags
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

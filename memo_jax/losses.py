@@ -1,0 +1,94 @@
+"""The losses of MeMo: distillation between views, contrastive on embeddings, the centre's update. Arrays in, arrays out."""
+
+import jax
+import jax.numpy as jnp
+
+from memo_jax.models.heads import l2_normalize
+
+
+def distillation(
+    student_logits: jax.Array, teacher_logits: jax.Array, center: jax.Array, student_temp: float, teacher_temp: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the DINO loss and its indicators.
+
+    The loss is the cross-entropy between the teacher's softmax((logits − center)/teacher_temp) and the student's
+    softmax(logits/student_temp), averaged over the batch and over all pairs of a teacher view i and a student view
+    v ≠ i (Caron et al., 2021, eq. 2–3).
+
+    Args:
+      student_logits: [V, B, K] float32, the teacher's views first.
+      teacher_logits: [W, B, K] float32, W ≤ V; no gradient flows into them.
+      center: [K] float32, from before this step.
+      student_temp, teacher_temp: positive temperatures.
+
+    Returns:
+      The loss, in nats, and `teacher_entropy` (mean entropy of a teacher distribution), `kl` (loss − entropy) and
+      `mean_teacher_entropy` (entropy of the teacher's mean distribution), all in nats: with K prototypes, collapse
+      shows as a teacher entropy of ln K (uniform) or as a mean-teacher entropy of 0 (one prototype for everybody).
+    """
+    views, teacher_views = student_logits.shape[0], teacher_logits.shape[0]
+    batch = student_logits.shape[1]
+    teacher = jax.lax.stop_gradient(jax.nn.log_softmax((teacher_logits - center) / teacher_temp, axis=-1))
+    probabilities = jnp.exp(teacher)
+    student = student_logits / student_temp
+    # Cross-entropy is logsumexp(student) − ⟨teacher, student⟩; with the student's views summed before the product
+    # nothing of size pairs × B × K is made.
+    logsumexp = jax.nn.logsumexp(student, axis=-1).sum(axis=-1)  # [V]
+    partners = jnp.where(jnp.arange(views) < teacher_views, teacher_views - 1, teacher_views)
+    other_views = student.sum(axis=0) - student[:teacher_views]  # [W, B, K]
+    total = jnp.vdot(partners, logsumexp) - jnp.vdot(probabilities, other_views)
+    pairs = teacher_views * (views - 1)
+    loss = total / (pairs * batch)
+    entropy = -(probabilities * teacher).sum(axis=-1).mean()
+    mean = probabilities.mean(axis=(0, 1))
+    indicators = {
+        "teacher_entropy": entropy,
+        "kl": jax.lax.stop_gradient(loss) - entropy,
+        "mean_teacher_entropy": -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30))),
+    }
+    return loss, indicators
+
+
+def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float) -> jax.Array:
+    """Returns momentum·center + (1 − momentum)·mean of the raw teacher logits [W, B, K] over views and batch."""
+    return momentum * center + (1 - momentum) * teacher_logits.mean(axis=(0, 1))
+
+
+def contrastive(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+    """Returns NT-Xent between student and teacher embeddings of different views (Chen et al., 2020, eq. 1).
+
+    For every pair of views i ≠ j the 2B rows [teacher view i; student view j] are compared by cosine; each row is an
+    anchor whose positive is the same utterance in the other half and whose negatives are all other rows, its own half
+    included. Negatives come from the whole (global) batch.
+
+    Args:
+      student: [V, B, D] embeddings of the views that the teacher has seen, too.
+      teacher: [V, B, D]; no gradient flows into them.
+      temperature: positive.
+    """
+    views, batch, _ = student.shape
+    student = l2_normalize(student.astype(jnp.float32))
+    teacher = jax.lax.stop_gradient(l2_normalize(teacher.astype(jnp.float32)))
+    itself = jnp.eye(2 * batch, dtype=bool)
+    positive = jnp.roll(jnp.arange(2 * batch), batch)
+    losses = []
+    for i in range(views):
+        for j in range(views):
+            if i != j:
+                rows = jnp.concatenate([teacher[i], student[j]])
+                similarity = jnp.matmul(rows, rows.T, precision="highest") / temperature
+                logits = jnp.where(itself, -jnp.inf, similarity)
+                log_probability = jax.nn.log_softmax(logits, axis=-1)
+                losses.append(-jnp.take_along_axis(log_probability, positive[:, None], axis=-1).mean())
+    return jnp.stack(losses).mean()
+
+
+def embedding_deviation(embeddings: jax.Array) -> jax.Array:
+    """Returns how far L2-normalised embeddings [N, D] spread: 1 when uniform on the sphere, 0 when all are alike."""
+    unit = l2_normalize(embeddings.astype(jnp.float32))
+    return jnp.sqrt(jnp.maximum(unit.var(axis=0).sum(), 0.0))
+
+
+def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the mean cosine between matching rows of two gradients [..., D]; a row without gradient counts as 0."""
+    return (l2_normalize(a) * l2_normalize(b)).sum(axis=-1).mean()

@@ -1,0 +1,49 @@
+"""Branches: a backbone by name with its projection heads."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memo_jax.models.ecapa import ECAPATDNN
+from memo_jax.models.heads import DINOHead
+from memo_jax.models.resnet import ResNet34
+
+BACKBONES = {"ecapa": ECAPATDNN, "resnet": ResNet34}
+
+
+class Branch(nn.Module):
+    """One backbone and its projection heads; a student and its teacher are two sets of variables of one branch."""
+
+    backbone: nn.Module
+    head: DINOHead
+    head_names: Sequence[str] = ("self", "cross")
+
+    def setup(self):
+        self.heads = {name: self.head.copy(name=f"{name}_head") for name in self.head_names}
+
+    def embed(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Normalised log-mel [N, T, F] → embedding [N, D]."""
+        return self.backbone(x, lengths, train)
+
+    def project(self, embedding: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """Embedding [N, D] → logits [N, K] of every head."""
+        return {name: head(embedding, train) for name, head in self.heads.items()}
+
+    def __call__(self, x, train=False):
+        """Both, for initialisation."""
+        embedding = self.embed(x, train=train)
+        return embedding, self.project(embedding, train)
+
+
+def build_backbone(name: str, **arguments) -> nn.Module:
+    """Returns the backbone of that name; raises ValueError listing the names there are."""
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+    return BACKBONES[name](**arguments)
+
+
+def parameter_count(params) -> int:
+    """Returns the number of scalars in a pytree of arrays or shapes."""
+    return sum(int(jnp.size(leaf)) if not hasattr(leaf, "size") else int(leaf.size) for leaf in jax.tree.leaves(params))

@@ -1,0 +1,154 @@
+"""Layers shared by the backbones: convolutions over time, batch norm as PyTorch keeps it, length masks."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
+torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def bias_uniform(fan_in: int):
+    """Returns PyTorch's default bias initialiser, U(±1/√fan_in)."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def valid_frames(lengths: jax.Array, frames: int) -> jax.Array:
+    """Returns a boolean mask [N, T], true where a frame lies inside its utterance."""
+    return jnp.arange(frames)[None, :] < lengths[:, None]
+
+
+def mask_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Zeroes the frames of x [N, T, ...] behind each utterance's length; the identity without lengths."""
+    if lengths is None:
+        return x
+    mask = valid_frames(lengths, x.shape[1])
+    return x * mask.reshape(mask.shape + (1,) * (x.ndim - 2)).astype(x.dtype)
+
+
+def reflect_pad_time(x: jax.Array, pad: int, lengths: jax.Array | None) -> jax.Array:
+    """Pads x [N, T, C] by `pad` mirrored frames on both sides, each utterance at its own end.
+
+    Raises ValueError when the input is too short to be mirrored that far.
+    """
+    if x.shape[1] <= pad:
+        raise ValueError(f"{x.shape[1]} frames are too few for reflect padding by {pad}: need at least {pad + 1}")
+    padded = jnp.pad(x, ((0, 0), (pad, pad), (0, 0)), mode="reflect")
+    if lengths is None:
+        return padded
+    time = jnp.arange(-pad, x.shape[1] + pad)[None, :]
+    last = lengths[:, None] - 1
+    mirrored = jnp.where(time > last, 2 * last - time, jnp.abs(time))
+    index = jnp.clip(mirrored, 0, x.shape[1] - 1)
+    return jnp.take_along_axis(x, index[:, :, None], axis=1)
+
+
+def mean_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Returns the mean [N, ...] of x [N, T, ...] over the frames of each utterance."""
+    if lengths is None:
+        return x.mean(axis=1)
+    count = lengths.reshape((-1,) + (1,) * (x.ndim - 2)).astype(x.dtype)
+    return mask_time(x, lengths).sum(axis=1) / count
+
+
+class TimeConv(nn.Module):
+    """Convolution over time, 'same' length, [N, T, C] → [N, T, features]; mirrored at the utterance's ends."""
+
+    features: int
+    kernel_size: int = 1
+    dilation: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        channels = x.shape[-1]
+        kernel = self.param("kernel", torch_uniform, (self.kernel_size, channels, self.features))
+        bias = self.param("bias", bias_uniform(self.kernel_size * channels), (self.features,))
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        if self.kernel_size == 1:
+            return x @ kernel[0] + bias
+        pad = self.dilation * (self.kernel_size - 1) // 2
+        x = reflect_pad_time(x, pad, lengths)
+        out = jax.lax.conv_general_dilated(
+            x, kernel, (1,), "VALID", rhs_dilation=(self.dilation,), dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return out + bias
+
+
+class PlaneConv(nn.Module):
+    """Convolution over time and frequency without bias, zero-padded: [N, T, F, C] → [N, T', F', features]."""
+
+    features: int
+    kernel_size: int = 3
+    strides: Sequence[int] = (1, 1)
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", torch_uniform, shape)
+        pad = self.kernel_size // 2
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernel.astype(self.dtype), tuple(self.strides), ((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+class Linear(nn.Module):
+    """Affine map of the last axis with PyTorch's default initialisation unless others are given."""
+
+    features: int
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = torch_uniform
+    bias_init: nn.initializers.Initializer | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            init = self.bias_init or bias_uniform(x.shape[-1])
+            out = out + self.param("bias", init, (self.features,)).astype(self.dtype)
+        return out
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last, with statistics as PyTorch keeps them.
+
+    The batch is normalised by its biased variance, the running variance is the unbiased one (n/(n−1)); statistics are
+    float32 whatever the compute dtype. Under a sharded `jit` the batch is the global one.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    affine: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        channels = x.shape[-1]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            count = x.size // channels
+            x32 = x.astype(jnp.float32)
+            mean = x32.mean(axes)
+            var = jnp.square(x32 - mean).mean(axes)
+            if not self.is_initializing():
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        gain = jax.lax.rsqrt(var + self.epsilon)
+        if self.affine:
+            gain = gain * self.param("scale", nn.initializers.ones, (channels,))
+        # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
+        out = (x - mean) * gain
+        if self.affine:
+            out = out + self.param("bias", nn.initializers.zeros, (channels,))
+        return out.astype(x.dtype)

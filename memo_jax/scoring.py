@@ -1,0 +1,222 @@
+"""Scores of trials and their error rates: plain numpy, nothing else.
+
+Conventions: a higher score means "more likely the same speaker"; a trial is accepted when score >= threshold. Rates and
+costs are fractions, never percent. Every metric takes optional trial weights, which is what the bootstrap over speakers
+(confidence.py) uses.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+CHUNK = 8192  # trials per block: keeps the gathered embeddings inside the processor's cache
+
+
+def unit_norm(embeddings: np.ndarray) -> np.ndarray:
+    """Embeddings [..., D] scaled to length 1, float32; ValueError names the row of a zero or non-finite one."""
+    embeddings = np.asarray(embeddings, np.float32)
+    norms = np.sqrt(np.einsum("...d,...d->...", embeddings, embeddings))[..., None]
+    bad = np.argwhere(~(np.isfinite(norms) & (norms > 0)))
+    if bad.size:
+        raise ValueError(f"the embedding in row {bad[0][0]} is zero or not finite, so it has no direction to compare")
+    return embeddings / norms
+
+
+def _directions(embeddings: np.ndarray) -> np.ndarray:
+    """Unit embeddings [M, D], or the mean over crops of [M, R, D] unit embeddings.
+
+    The mean of the R x R cosines between the crops of two recordings *is* the dot product of these means.
+    """
+    if np.ndim(embeddings) not in (2, 3):
+        raise ValueError(f"embeddings must be [recordings, D] or [recordings, crops, D], not {np.shape(embeddings)}")
+    units = unit_norm(embeddings)
+    return units if units.ndim == 2 else units.mean(axis=1)
+
+
+def subtract_mean(embeddings: np.ndarray, cohort: np.ndarray) -> np.ndarray:
+    """Embeddings [..., D] minus the mean of the cohort's raw embeddings [C, D]: removes what all recordings share.
+
+    The mean is taken before any length normalisation, as wespeaker does with its training set.
+    """
+    return np.asarray(embeddings) - np.mean(cohort, axis=0, dtype=np.float64)
+
+
+def cosine_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Cosine of every trial, in [-1, 1], float64 [N].
+
+    Args:
+      embeddings: [M, D], or [M, R, D] for R crops a recording: then the mean over all R x R pairs of crops.
+      pairs: int [N, 2], rows of the two recordings (`trial_pairs`).
+    """
+    directions = _directions(embeddings)
+    scores = np.empty(len(pairs))
+    for start in range(0, len(pairs), CHUNK):
+        enrol, test = pairs[start : start + CHUNK].T
+        scores[start : start + CHUNK] = np.einsum("nd,nd->n", directions[enrol], directions[test])
+    return np.clip(scores, -1, 1, out=scores)
+
+
+def as_norm(scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohort: np.ndarray, *, top: int = 300):
+    """Adaptive symmetric score normalisation, float64 [N].
+
+    Each side of a trial is compared with every cohort utterance; the mean and (biased) standard deviation of its
+    `top` highest cosines standardise the score; the result is the average over both sides. The cohort consists of
+    utterances, since there are no speaker labels to average over: it must not contain the trial recordings.
+
+    Args:
+      scores: cosines [N]; pairs: int [N, 2] into embeddings [M, D] (or [M, R, D]).
+      cohort: embeddings [C, D], treated (mean subtraction) exactly as `embeddings`.
+      top: how many of the nearest cohort utterances count, 2 to C.
+
+    Source: s-norm1 with per-side selection in Matejka et al., "Analysis of Score Normalization in Multilingual
+    Speaker Recognition", Interspeech 2017.
+    """
+    if not 2 <= top <= len(cohort):
+        raise ValueError(f"top={top} is not between 2 and the {len(cohort):,} utterances of the cohort")
+    rows, inverse = np.unique(np.asarray(pairs), return_inverse=True)
+    sides, cohort_units = _directions(np.asarray(embeddings)[rows]), _directions(cohort)
+    mean, std = np.empty(len(rows)), np.empty(len(rows))
+    for start in range(0, len(rows), 1024):
+        block = sides[start : start + 1024] @ cohort_units.T
+        nearest = np.partition(block, -top, axis=1)[:, -top:].astype(np.float64)
+        mean[start : start + 1024], std[start : start + 1024] = nearest.mean(axis=1), nearest.std(axis=1)
+    if not np.all(std > 1e-7):
+        row = rows[np.argmin(std)]
+        raise ValueError(f"the top {top} cohort scores of embedding row {row} are equal: does the cohort hold copies?")
+    inverse = inverse.reshape(len(pairs), 2)
+    return ((np.asarray(scores)[:, None] - mean[inverse]) / std[inverse]).mean(axis=1)
+
+
+def average_scores(systems: Sequence[np.ndarray]) -> np.ndarray:
+    """Mean of the scores [N] of several systems on the same trials, e.g. of both branches; scales must be alike."""
+    shapes = {np.shape(scores) for scores in systems}
+    if len(shapes) != 1 or len(min(shapes)) != 1:
+        raise ValueError(f"systems to average must have scores [N] of the same trials, not shapes {sorted(shapes)}")
+    return np.mean(np.stack(systems), axis=0, dtype=np.float64)
+
+
+# -------------------------------------------------------------------------------------------------------- metrics
+
+
+class ErrorRates(NamedTuple):
+    """`fnr` and `fpr` at each threshold [P], thresholds ascending: from accept-all (0, 1) to reject-all (1, 0)."""
+
+    thresholds: np.ndarray
+    fnr: np.ndarray
+    fpr: np.ndarray
+
+
+class OperatingPoint(NamedTuple):
+    """A metric's value and the threshold on the scores that belongs to it."""
+
+    value: float
+    threshold: float
+
+
+def cumulative_weights(scores, target, weights=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct scores ascending [P], with the total weight of targets, and of nontargets, up to and including each.
+
+    Tied trials fall together: no threshold can tell them apart, so no order among them may count.
+
+    Raises:
+      ValueError: on no trials, lengths that differ, NaN scores, labels that are not true or false, negative weights,
+        and when only targets or only nontargets have weight.
+    """
+    scores, target = np.asarray(scores), np.asarray(target)
+    shapes = {np.shape(array) for array in (scores, target, *([] if weights is None else [weights]))}
+    if len(shapes) != 1 or scores.ndim != 1:
+        raise ValueError(f"scores, target (and weights) must be arrays of one length [N], not {sorted(shapes)}")
+    if not scores.size:
+        raise ValueError("there are no trials to score")
+    if target.dtype != bool:
+        if not np.isin(target, (0, 1)).all():
+            raise ValueError("target must hold true (or 1) for target trials and false (or 0) for nontarget trials")
+        target = target.astype(bool)
+    rises = scores[1:] > scores[:-1]
+    if not (rises | (scores[1:] == scores[:-1])).all():  # the bootstrap hands over sorted scores
+        order = np.argsort(scores)
+        scores, target = scores[order], target[order]
+        weights = None if weights is None else np.asarray(weights)[order]
+        rises = scores[1:] > scores[:-1]
+    if np.isnan(scores[-1]):  # NaN sorts last
+        raise ValueError(f"{np.isnan(scores).sum():,} of {len(scores):,} scores are NaN")
+    if weights is not None and not np.min(weights) >= 0:
+        raise ValueError("weights of trials must be zero or more")
+    last = np.append(np.flatnonzero(rises), len(scores) - 1)  # the last trial of each group of ties
+    of_targets = np.cumsum(target if weights is None else weights * target, dtype=np.float64)[last]
+    of_nontargets = last + 1.0 - of_targets if weights is None else np.cumsum(weights * ~target, dtype=np.float64)[last]
+    for total, kind, other in ((of_targets[-1], "target", "nontarget"), (of_nontargets[-1], "nontarget", "target")):
+        if not total > 0:
+            raise ValueError(f"all {len(scores):,} trials are {other} trials: error rates need {kind} trials as well")
+    return scores[last], of_targets, of_nontargets
+
+
+def error_rates(scores, target, weights=None) -> ErrorRates:
+    """False-negative (miss) and false-positive (false-alarm) rates at every distinct score, and above all of them.
+
+    These are the points of the ROC and DET curves. `fnr[i]` is the share of targets scoring below `thresholds[i]`,
+    `fpr[i]` the share of nontargets at or above it; the last threshold is +inf.
+
+    Args:
+      scores: [N]; target: bool [N]; weights: optional [N], zero or more.
+
+    Raises:
+      ValueError: see `cumulative_weights`; also when there are only targets or only nontargets.
+    """
+    thresholds, targets, nontargets = cumulative_weights(scores, target, weights)
+    fnr = np.append(0.0, targets / targets[-1])
+    fpr = np.append(1.0, 1.0 - nontargets / nontargets[-1])
+    return ErrorRates(np.append(thresholds, np.inf), fnr, fpr)
+
+
+def eer_point(scores, target, weights=None) -> OperatingPoint:
+    """The equal error rate (see `eer`) and its threshold: of the two neighbouring ones, that with closer rates."""
+    thresholds, fnr, fpr = error_rates(scores, target, weights)
+    difference = fnr - fpr  # rises from -1 to 1
+    after = int(np.searchsorted(difference, 0.0))
+    before = after - 1
+    share = -difference[before] / (difference[after] - difference[before])
+    value = fnr[before] + share * (fnr[after] - fnr[before])
+    nearer = after if share >= 0.5 and np.isfinite(thresholds[after]) else before
+    return OperatingPoint(float(value), float(thresholds[nearer]))
+
+
+def eer(scores, target, weights=None) -> float:
+    """Equal error rate, a fraction: where the ROC, its points joined by straight lines, meets FNR = FPR.
+
+    This is the linear interpolation of the NIST SRE scoring tools and of `roc_curve` with a root finder (scikit-learn
+    users); tied scores make one point. It is not the ROC convex hull's (ROCCH) EER, which is never larger. Below 0.5 is
+    better than chance; a system with its sign wrong goes up to 1. Arguments and errors as `error_rates`.
+    """
+    return eer_point(scores, target, weights).value
+
+
+def min_dcf_point(scores, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1, weights=None):
+    """The minimum detection cost (see `min_dcf`) and the threshold that reaches it."""
+    thresholds, fnr, fpr = error_rates(scores, target, weights)
+    costs = detection_cost(fnr, fpr, p_target, c_miss, c_fa)
+    best = int(np.argmin(costs))
+    return OperatingPoint(float(costs[best]), float(thresholds[best]))
+
+
+def min_dcf(scores, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1, weights=None) -> float:
+    """Minimum normalised detection cost over all thresholds, in [0, 1]; 1 is the cost of not listening at all.
+
+    Args:
+      p_target: prior probability of a target, strictly between 0 and 1 (VoxCeleb: 0.05; NIST SRE10: 0.01 or 0.001).
+      c_miss, c_fa: costs of a miss and of a false alarm.
+
+    Source: min over thresholds of (c_miss p FNR + c_fa (1-p) FPR) / min(c_miss p, c_fa (1-p)); NIST SRE plans.
+    """
+    return min_dcf_point(scores, target, p_target, c_miss=c_miss, c_fa=c_fa, weights=weights).value
+
+
+def detection_cost(fnr, fpr, p_target: float, c_miss: float = 1, c_fa: float = 1):
+    """Normalised detection cost at given error rates (arrays or numbers)."""
+    if not 0 < p_target < 1:
+        raise ValueError(f"p_target={p_target} is not a probability strictly between 0 and 1")
+    if not (c_miss > 0 and c_fa > 0):
+        raise ValueError(f"costs must be positive, not c_miss={c_miss} and c_fa={c_fa}")
+    miss, false_alarm = c_miss * p_target, c_fa * (1 - p_target)
+    return (miss * fnr + false_alarm * fpr) / min(miss, false_alarm)

@@ -1,0 +1,346 @@
+"""The training loop: from a config and a workdir to a trained run, resumed if it was begun before."""
+
+import dataclasses
+import functools
+import math
+import platform
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import memo_jax
+from memo_jax import augment, config as configs, features, optim, sharding, state as states
+from memo_jax.checkpoint import Checkpointer
+from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
+from memo_jax.gate import GateRule
+from memo_jax.log import MetricsLog, Progress
+from memo_jax.models import Branch, build_backbone
+from memo_jax.models.heads import DINOHead
+from memo_jax.step import LossWeights, Recipe, train_step
+
+# Keys that a resumed run may change: they say what is watched and kept, not what is learnt.
+FREE_ON_RESUME = ("checkpoint.", "evaluation.", "log_every_steps", "data.workers", "collapse.")
+
+
+class TrainingStopped(ValueError):
+    """The run cannot go on: its numbers are not finite, or it has collapsed."""
+
+
+def build_branches(config) -> dict[str, Branch]:
+    """Returns the config's branches by name; raises ValueError naming the key that is wrong."""
+    model, names = config.model, tuple(config.model.branches)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"model.branches {names}: name at least one backbone, each once")
+    if config.loss.cross_head not in ("cross", "self"):
+        raise ValueError(f"loss.cross_head {config.loss.cross_head!r}: choose cross or self")
+    if model.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"model.dtype {model.dtype!r}: choose float32 or bfloat16")
+    dtype = jnp.dtype(model.dtype)
+    arguments = {
+        "ecapa": {"channels": tuple(model.ecapa_channels)},
+        "resnet": {"base_channels": model.resnet_base_channels},
+    }
+    crosses = len(names) > 1 and config.loss.cross != 0 and config.loss.cross_head == "cross"
+    head = DINOHead(model.prototypes, model.head_hidden, model.head_bottleneck, dtype)
+    return {
+        name: Branch(
+            build_backbone(name, embedding_dim=model.embedding_dim, dtype=dtype, **arguments.get(name, {})),
+            head, ("self", "cross") if crosses else ("self",),
+        )
+        for name in names
+    }
+
+
+def build_recipe(config, epoch_steps: int) -> Recipe:
+    """Returns what the config's steps have in common, for epochs of that many steps; raises ValueError naming a bad key."""
+    steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
+    total = steps(config, "total")
+    if total < 1:
+        raise ValueError("the run has no steps: set total_epochs or total_steps above 0")
+    schedules = optim.Schedules(
+        optim.cosine_learning_rate(
+            optim.scaled_learning_rate(config.optimizer.learning_rate, config.data.batch_size),
+            config.optimizer.end_learning_rate, min(steps(config.optimizer, "warmup"), total), total,
+        ),
+        optim.cosine_momentum(config.teacher.momentum, config.teacher.end_momentum, total),
+        optim.epoch_teacher_temp(
+            config.teacher.temp, config.teacher.end_temp, config.teacher.temp_warmup_epochs, epoch_steps
+        ),
+        steps(config.optimizer, "freeze_prototypes"),
+    )
+    optimizer = optim.build_optimizer(
+        config.optimizer.name, schedules, weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm, sgd_momentum=config.optimizer.sgd_momentum,
+    )
+    gate = config.gate
+    rule = GateRule(
+        gate.rule, gate.smoothing, steps(gate, "window"), steps(gate, "min"), gate.min_improvement,
+        gate.min_alignment, steps(gate, "stop"),
+    )
+    return Recipe(build_branches(config), optimizer, schedules, LossWeights(**config.loss), rule)
+
+
+def build_front_end(config):
+    """Returns the function (key, batch, banks) → views: int16 crops, augmented, as normalised log-mel."""
+    settings = {name: config.augment[name] for name in ("clean", "both", "reverb_share", "babble_from_batch")}
+    settings["snr_db"] = {name: tuple(config.augment[f"{name}_snr_db"]) for name in augment.CATEGORIES}
+
+    def front_end(key, batch, banks):
+        views = []
+        for i, kind in enumerate(("global", "local")):
+            if kind in batch:
+                crops = batch[kind]
+                count = crops.shape[1]
+                waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
+                waves = augment.augment(jax.random.fold_in(key, i), waves, banks, views=count, **settings)
+                mel = features.normalized_log_mel(features.mel_power(waves))
+                views.append(mel.reshape((-1, count) + mel.shape[1:]))
+        return tuple(views)
+
+    return front_end
+
+
+def load_banks(config) -> dict[str, np.ndarray]:
+    """Returns the config's augmentation banks; a run without any is announced by the caller."""
+    from memo_jax import banks
+
+    a = config.augment
+    return banks.load_banks(
+        noise=a.noise, music=a.music, speech=a.speech, rirs=a.rirs, seconds=a.bank_seconds,
+        rir_seconds=a.rir_seconds, max_megabytes=a.bank_megabytes, seed=config.seed,
+    )
+
+
+def jitted_step(config, recipe: Recipe, mesh):
+    """Returns the compiled-once train step (state, batch, banks, key) → (state, metrics); the state is donated."""
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
+    return jax.jit(
+        step, in_shardings=(whole, split, whole, whole), out_shardings=(whole, whole), donate_argnums=0
+    )
+
+
+def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
+    """Returns the state before the first step, which the config's seed alone decides."""
+    make = functools.partial(
+        states.initial_state, branches=recipe.branches, mels=features.MEL_BINS, optimizer=recipe.optimizer,
+        rule=recipe.gate_rule,
+    )
+    sharded = {} if mesh is None else {"out_shardings": sharding.replicated(mesh)}
+    return jax.jit(make, **sharded)(jax.random.key(config.seed))
+
+
+@dataclasses.dataclass
+class CollapseWatch:
+    """Counts for how many steps in a row each indicator has been beyond its limit."""
+
+    limits: object  # config.collapse
+    prototypes: int
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def check(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises TrainingStopped, saying what to try, when a loss is not finite or an indicator has been bad for long."""
+        for name, value in metrics.items():
+            if name.startswith("loss") and not math.isfinite(value):
+                raise TrainingStopped(
+                    f"step {step}: {name} is {value}. Try a lower optimizer.learning_rate, a longer optimizer.warmup, "
+                    "a smaller optimizer.clip_norm, or model.dtype=float32"
+                )
+        uniform = math.log(self.prototypes)
+        for name, value in metrics.items():
+            kind = name.split("/")[0]
+            bad, advice = {
+                "teacher_entropy": (
+                    value > (1 - self.limits.min_entropy_gap) * uniform,
+                    "the teacher is uniform over the prototypes: lower teacher.temp or raise loss.center_momentum",
+                ),
+                "mean_teacher_entropy": (
+                    value < self.limits.min_mean_entropy * uniform,
+                    "the teacher puts everybody on one prototype: raise teacher.temp or lower loss.center_momentum",
+                ),
+                "embedding_std": (
+                    value < self.limits.min_embedding_std,
+                    "all embeddings are alike: lower optimizer.learning_rate or keep the contrastive term longer",
+                ),
+            }.get(kind, (False, ""))
+            self.steps[name] = self.steps.get(name, 0) + 1 if bad else 0
+            if self.steps[name] >= self.limits.patience_steps:
+                raise TrainingStopped(
+                    f"step {step}: collapsed; {name} is {value:.4g} (ln K = {uniform:.4g}) and has been beyond its "
+                    f"limit for {self.steps[name]} steps: {advice}"
+                )
+
+
+def check_same_run(workdir: Path, config) -> None:
+    """Raises ValueError naming the keys when the workdir was made with another config; saves the config otherwise."""
+    old = configs.read_config(workdir)
+    if old is not None:
+        changed = [d for d in configs.config_differences(old, config) if not d.startswith(FREE_ON_RESUME)]
+        if changed:
+            raise ValueError(
+                f"{workdir} was made with another config ({'; '.join(changed)}): use another workdir, or give the "
+                "same values to resume"
+            )
+    if jax.process_index() == 0:
+        configs.save_config(workdir, config)
+
+
+def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = False) -> dict:
+    """Trains (or goes on training) the run of a workdir and returns its last metrics.
+
+    Args:
+      config: a config with all keys of configs/base.py.
+      workdir: folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints.
+      stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
+      quiet: show no progress.
+
+    Raises:
+      ValueError: a config that cannot work, or a workdir made with another one.
+      TrainingStopped: losses are not finite, or the run has collapsed.
+      OSError: the dataset, a bank or the workdir cannot be read or written.
+    """
+    workdir = Path(workdir)
+    if not config.data.train:
+        raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
+    utterances = open_utterances(config.data.train)
+    epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
+    recipe = build_recipe(config, epoch_steps)
+    steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
+    total = steps(config, "total")
+    save_every = max(steps(config.checkpoint, "every"), 1)
+    evaluation = load_evaluation(config)
+    evaluate_every = max(steps(config.evaluation, "every"), 1)
+
+    mesh = sharding.data_mesh()
+    if config.data.batch_size % mesh.size:
+        raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {mesh.size} devices")
+    first = jax.process_index() == 0
+    banks = load_banks(config)
+    check_same_run(workdir, config)
+    batches = training_batches(
+        utterances, batch_size=config.data.batch_size, global_crops=config.data.global_crops,
+        global_seconds=config.data.global_seconds, local_crops=config.data.local_crops,
+        local_seconds=config.data.local_seconds, seed=config.seed, process_index=jax.process_index(),
+        process_count=jax.process_count(), workers=config.data.workers,
+    )
+    checkpoints = Checkpointer(
+        workdir, keep=config.checkpoint.keep, keep_every=steps(config.checkpoint, "keep_every") or None
+    )
+    log = MetricsLog(workdir, active=first)
+    state = initial_state(config, recipe, mesh)
+    begin = 0
+    extra = {"fingerprint": utterances.fingerprint, "version": memo_jax.__version__}
+    if checkpoints.latest_step() is not None:
+        state, saved = checkpoints.restore(state, batches)
+        if saved["fingerprint"] != utterances.fingerprint:
+            raise ValueError(
+                f"{config.data.train} is not the dataset that {workdir} was trained on (its fingerprint differs): "
+                "give that one to resume, or use another workdir"
+            )
+        begin = int(state.step)
+    log.truncate_after(begin)
+    end = total if stop_at_step is None else min(stop_at_step, total)
+
+    shown = Progress(total, "training", "step", initial=begin, active=first and not quiet)
+    if first and not quiet:
+        shown.write(announcement(config, utterances, banks, recipe, begin, total, epoch_steps))
+    banks = sharding.replicate(mesh, banks)
+    key = sharding.replicate(mesh, jax.random.key_data(jax.random.key(config.seed + 1)))
+    step_function = jitted_step(config, recipe, mesh)
+    watch = CollapseWatch(config.collapse, config.model.prototypes)
+    last: dict[str, float] = {}
+    pending = None
+    spent, mark = 0.0, time.perf_counter()
+
+    def read(pending):
+        """Waits for a step's metrics, checks and logs them."""
+        nonlocal last, mark
+        number, metrics, evaluated = pending
+        was_open = last.get("gate/open", 1)
+        last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not last["gate/open"]:
+            last = {k: v for k, v in last.items() if not k.startswith(("loss/contrastive", "alignment"))}
+            if was_open and number > 1 and recipe.gate_rule.name != "never":
+                shown.write(f"step {number}: the gate has closed ({recipe.gate_rule.name}); distillation goes on alone")
+        watch.check(number, last)
+        now = time.perf_counter()
+        seconds, mark = now - mark, now
+        if number % config.log_every_steps == 0 or number in (1, end) or evaluated:
+            log.write(number, last | evaluated | {
+                "epoch": number / epoch_steps, "seconds_per_step": seconds, "cpu_seconds": time.process_time(),
+                "utterances_per_second": config.data.batch_size / seconds,
+            })
+        shown.update(1, loss=last["loss"])
+
+    def run_evaluation(number):
+        nonlocal mark
+        if not evaluation:
+            return {}
+        result = evaluation(recipe, state)
+        mark = time.perf_counter()
+        shown.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
+        return result
+
+    try:
+        if begin == 0 and evaluation:
+            log.write(0, {"epoch": 0.0} | run_evaluation(0))
+        for number in range(begin + 1, end + 1):
+            batch = sharding.global_batch(mesh, next(batches))
+            state, metrics = step_function(state, batch, banks, key)
+            if pending:
+                read(pending)
+            pending = (number, metrics, {})
+            saves = number % save_every == 0 or number == end
+            evaluates = evaluation is not None and (number % evaluate_every == 0 or number == end)
+            if saves or evaluates:
+                jax.block_until_ready(state)
+                if evaluates:
+                    pending = (number, metrics, run_evaluation(number))
+                # Read before saving, so that a state that is not finite is never saved.
+                read(pending)
+                pending = None
+                if saves:
+                    checkpoints.save(number, state, batches, extra)
+    finally:
+        shown.close()
+        log.close()
+        checkpoints.close()
+    return last
+
+
+def load_evaluation(config):
+    """Returns a function (recipe, state) → {"eer/…": percent} for the config's trial list, or None."""
+    if not config.evaluation.trials:
+        return None
+    from memo_jax.evaluate import TrialEvaluation
+
+    if not config.evaluation.data:
+        raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
+    trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
+
+    def evaluation(recipe, state):
+        return {
+            f"eer/{name}": 100 * trials.eer(recipe.branches[name], state.teacher[name]) for name in recipe.branches
+        }
+
+    return evaluation
+
+
+def announcement(config, utterances: Utterances, banks, recipe: Recipe, begin: int, total: int, epoch_steps: int) -> str:
+    """Returns what a run says when it starts."""
+    bank_text = ", ".join(f"{len(rows)} {name}" for name, rows in banks.items())
+    if not bank_text:
+        bank_text = "no bank of noise or rooms" + (
+            "; other utterances are added as babble" if config.augment.babble_from_batch else ""
+        )
+    lines = [
+        f"{len(utterances)} utterances, {epoch_steps} steps an epoch, {total} steps in all"
+        + (f", resumed after step {begin}" if begin else ""),
+        f"branches {', '.join(recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
+        f"gate rule {recipe.gate_rule.name}",
+        f"augmentation: {bank_text}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""The packaging promises: every dependency declared, bounded and installed in its range; old Pythons refused with a clear word."""
+
+import ast
+import configparser
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+# Distributions whose module has another name than theirs, normalised.
+MODULE_NAMES = {"tensorflow-datasets": "tensorflow_datasets", "orbax-checkpoint": "orbax", "ml-collections": "ml_collections",
+                "array-record": "array_record", "absl-py": "absl"}
+
+
+@pytest.fixture(scope="module")
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def requirements(text):
+    return [Requirement(line) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def modules_imported_below(folder):
+    """Top-level names imported anywhere in the Python files of a folder, also inside functions."""
+    names = {}
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found = [node.module]
+            else:
+                continue
+            names.update({name.split(".")[0]: file.name for name in found})
+    return names
+
+
+def test_every_dependency_has_a_lower_and_an_upper_bound(setup_cfg):
+    declared = requirements(setup_cfg["options"]["install_requires"])
+    assert declared
+    for requirement in declared:
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert operators == {">=", "<"}, f"{requirement}: pin it as >=oldest,<next"
+
+
+def test_installed_versions_lie_in_the_ranges(setup_cfg):
+    """A range that leaves out what the tests run with would be a promise nobody has tried."""
+    for requirement in requirements(setup_cfg["options"]["install_requires"]):
+        version = importlib.metadata.version(requirement.name)
+        assert requirement.specifier.contains(version), f"{requirement.name} {version} is not in {requirement.specifier}"
+
+
+def test_the_library_imports_only_what_it_declares(setup_cfg):
+    """So an install without extras can import every module, and the GPL speech synthesis of the demo stays out of the library."""
+    declared = {requirement.name for requirement in requirements(setup_cfg["options"]["install_requires"])}
+    declared = {MODULE_NAMES.get(name.replace("_", "-"), name) for name in declared} | {"memo_jax"}
+    imported = modules_imported_below(ROOT / "memo_jax")
+    assert "jax" in imported
+    undeclared = {name: file for name, file in imported.items() if name not in declared | set(sys.stdlib_module_names)}
+    assert not undeclared
+
+
+def test_extras_exist_and_accelerator_extras_pin_the_same_jax(setup_cfg):
+    extras = setup_cfg["options.extras_require"]
+    jax = next(item for item in requirements(setup_cfg["options"]["install_requires"]) if item.name == "jax")
+    assert {"demo", "test", "cuda", "tpu"} <= set(extras)
+    for name in ("cuda", "tpu"):
+        requirement, = requirements(extras[name])
+        assert requirement.name == "jax" and requirement.extras and requirement.specifier == jax.specifier
+
+
+def test_every_folder_with_modules_is_a_package():
+    """setuptools' `find:` skips a folder without __init__.py, and only an installed copy would notice."""
+    folders = {file.parent for file in (ROOT / "memo_jax").rglob("*.py")}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+
+
+def test_versions_agree(setup_cfg):
+    import memo_jax
+
+    assert memo_jax.__version__ == setup_cfg["metadata"]["version"]
+
+
+def test_pyproject_holds_the_build_system_alone():
+    import tomllib
+
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(pyproject) == {"build-system"}
+    assert pyproject["build-system"]["build-backend"] == "setuptools.build_meta"
+
+
+def run_make(folder, *arguments):
+    # A make that runs the tests must not hand its own flags to this one.
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(["make", "-C", str(folder), *arguments], capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.fixture
+def copy_with_makefile(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_make_refuses_an_old_python_by_name(copy_with_makefile):
+    old = copy_with_makefile / "python3.9"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.7 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    result = run_make(copy_with_makefile, "test", f"PYTHON={old}")
+    assert result.returncode != 0
+    assert "3.11 or newer" in result.stderr and "Python 3.9.7" in result.stderr and "make PYTHON=" in result.stderr
+    assert not (copy_with_makefile / ".venv").exists()
+
+
+def test_make_installs_once_and_again_after_setup_cfg_changed(copy_with_makefile):
+    """Only the steps are read (`--dry-run`): a stamp newer than setup.cfg means nothing to install."""
+    stamp = copy_with_makefile / ".venv" / "installed"
+    stamp.parent.mkdir()
+    stamp.touch()
+    for name in ("setup.cfg", "pyproject.toml"):
+        os.utime(copy_with_makefile / name, (1, 1))
+    first = run_make(copy_with_makefile, "--dry-run", "test")
+    assert first.returncode == 0, first.stderr
+    assert "pip install" not in first.stdout and "-m pytest" in first.stdout
+    os.utime(stamp, (0, 0))
+    assert "pip install" in run_make(copy_with_makefile, "--dry-run", "test").stdout
+
+
+def test_make_demo_hands_on_ones_own_recordings(copy_with_makefile):
+    commands = run_make(copy_with_makefile, "--dry-run", "demo", "SPEECH=/my recordings").stdout
+    assert 'experiments/demo.py --output "demo_output" --speech "/my recordings"' in commands
+    assert "--speech" not in run_make(copy_with_makefile, "--dry-run", "demo").stdout
