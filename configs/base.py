@@ -45,6 +45,7 @@ def get_config() -> ConfigDict:
     model.embedding_dim = 256
     model.ecapa_channels = (512, 512, 512, 512, 1536)
     model.resnet_base_channels = 16
+    model.resnet_blocks = (3, 4, 6, 3)  # residual blocks of each stage; these make a ResNet34
     model.head_hidden = 2048
     model.head_bottleneck = 256
     model.prototypes = 65536

@@ -3,12 +3,12 @@
     make demo                                    # or: python experiments/demo.py
     make demo SPEECH=/path/to/recordings         # one folder a speaker, any depth below it
 
-Makes a corpus, prepares two datasets, trains configs/demo.py on the first (which never sees a speaker label), and compares on the
-speakers of the second: the trained network, the same network untrained, and plain statistics of the log-mel features.
-Ten minutes on 2 cores. Started again, it goes on where it stopped. Everything lies in --output:
+Makes a corpus, prepares two datasets, trains configs/demo.py on the first (which never sees a speaker label), and
+compares on the speakers of the second: the trained network, the same network untrained, and plain statistics of the
+log-mel features. Ten minutes on 2 cores. Started again, it goes on where it stopped. Everything lies in --output:
 
-    speech/ (corpus, or links to your recordings)   train/ test/ (datasets)   trials.txt   run/ (training: metrics, checkpoints)
-    untrained/ trained/ (evaluations)   learning_curve.png   det.png
+    speech/ (corpus, or links to your recordings)   train/ test/ (datasets)   trials.txt
+    run/ (training: metrics, checkpoints)   untrained/ trained/ (evaluations)   learning_curve.png   det.png
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main():
 def parse_arguments():
     """The command line's arguments, checked."""
     parser = argparse.ArgumentParser(description="Train a small MeMo system and show what it learned.")
-    parser.add_argument("--speech", type=Path, help="your own recordings, one folder a speaker; synthetic speech otherwise")
+    parser.add_argument("--speech", type=Path, help="your own recordings, one folder a speaker (default: synthetic)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--minutes", type=float, help=f"about how long to train (default: {CONFIG_MINUTES} on 2 cores)")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus and the training")
@@ -63,7 +63,7 @@ def run(speech, output, minutes, seed):
     write_trials(datasets["test"], trials, seed)
     trained_for = train_run(demo_config(datasets, trials, recordings, minutes, seed), output / "run")
     results = evaluate_both(output, datasets["test"], trials)
-    draw(output, datasets["test"], trials, results)
+    draw(output, trials, results)
     say(f"Done in {(time.perf_counter() - start) / 60:.1f} minutes, {trained_for / 60:.1f} of them training.")
     return print_table(results, output)
 
@@ -77,7 +77,8 @@ def claim_output(output, arguments):
     """Refuses to mix two demos in one folder; one that failed before it had any speech leaves no claim."""
     record = output / "demo.json"
     before = json.loads(record.read_text()) if record.exists() and (output / "speech").exists() else arguments
-    if changed := [f"{key} was {before.get(key)}, is {arguments[key]}" for key in arguments if before.get(key) != arguments[key]]:
+    changed = [f"{key} was {before.get(key)}, is {new}" for key, new in arguments.items() if before.get(key) != new]
+    if changed:
         raise ValueError(f"{output} holds a demo with other arguments ({'; '.join(changed)}): name another folder "
                          "(make demo OUTPUT=…, or --output), or remove it")
     record.write_text(json.dumps(arguments) + "\n")
@@ -116,13 +117,14 @@ def own_speech(speech, folder, seed):
     counts = {split: [len(chosen), len({item.speaker for item in chosen})] for split, chosen in splits.items()}
     (folder / "split.json").write_text(json.dumps(counts) + "\n")
     left = len(recordings) - sum(count for count, _ in counts.values())
-    say(f"1. Your recordings: {counts['train'][0]} of {counts['train'][1]} speakers to train on, {counts['test'][0]} of "
-        f"{counts['test'][1]} others to test on{f'; {left} more are not needed for a demo' if left else ''}.")
+    say(f"1. Your recordings: {counts['train'][0]} of {counts['train'][1]} speakers to train on, "
+        f"{counts['test'][0]} of {counts['test'][1]} others to test on"
+        f"{f'; {left} more are not needed for a demo' if left else ''}.")
     return folder
 
 
 def split_by_speaker(recordings, seed):
-    """{"train": […], "test": […]} of recordings (with .name, .speaker): a fifth of the speakers, at most 40, to the test.
+    """{"train": […], "test": […]} of recordings (.name, .speaker): a fifth of the speakers, at most 40, go to the test.
 
     Raises ValueError, saying what the folder should look like, where the speakers are not known or too few.
     """
@@ -131,13 +133,14 @@ def split_by_speaker(recordings, seed):
         by_speaker.setdefault(recording.speaker, []).append(recording)
     layout = "the demo needs SPEECH/speaker/…/recording.wav, so that it can test on speakers it did not train on"
     if "" in by_speaker:
-        raise ValueError(f"{by_speaker[''][0].name} (and {len(by_speaker['']) - 1} more) is in no speaker's folder: {layout}. "
-                         "To train without any labels, use `memo-jax prepare` and `memo-jax train`")
+        raise ValueError(f"{by_speaker[''][0].name} (and {len(by_speaker['']) - 1} more) is in no speaker's folder: "
+                         f"{layout}. To train without any labels, use `memo-jax prepare` and `memo-jax train`")
     import numpy as np
 
     several = [speaker for speaker, items in sorted(by_speaker.items()) if len(items) > 1]
     if len(several) < MIN_SPEAKERS:
-        raise ValueError(f"found {len(several)} speakers with two or more recordings, and {MIN_SPEAKERS} are the least: {layout}")
+        raise ValueError(f"found {len(several)} speakers with two or more recordings, and {MIN_SPEAKERS} are the "
+                         f"least: {layout}")
     rng = np.random.default_rng([seed, 6])
     rng.shuffle(several)
     test_speakers = several[: min(max(len(several) // 5, 2), 40)]
@@ -176,16 +179,15 @@ def write_trials(dataset, path, seed):
 # Training and evaluation
 
 def demo_config(datasets, trials, banks, minutes, seed):
-    """configs/demo.py with the data, and a length in proportion to `minutes`."""
+    """configs/demo.py with the data; the run, and with it the gate's step, in proportion to `minutes`."""
     from memo_jax.config import load_config
 
-    values = {"seed": seed, "data.train": datasets["train"], "augment.noise": banks / "noise", "augment.rirs": banks / "rirs",
-              "evaluation.data": datasets["test"], "evaluation.trials": trials}
+    values = {"seed": seed, "data.train": datasets["train"], "augment.noise": banks / "noise",
+              "augment.rirs": banks / "rirs", "evaluation.data": datasets["test"], "evaluation.trials": trials}
     config = load_config(CONFIG, [f"--config.{key}={value}" for key, value in values.items()])
     if minutes is not None:
-        for key in ("total_epochs", "total_steps"):
-            if config[key] > 0:
-                config[key] = type(config[key])(max(1, round(config[key] * minutes / CONFIG_MINUTES)))
+        for group, key in ((config, "total_steps"), (config.gate, "stop_steps"), (config.evaluation, "every_steps")):
+            group[key] = max(1, round(group[key] * minutes / CONFIG_MINUTES))
     return config
 
 
@@ -212,20 +214,21 @@ def evaluate_both(output, test, trials):
     return results
 
 
-def draw(output, test, trials, results):
-    """The two pictures: learning_curve.png, and det.png of all three systems."""
+def draw(output, trials, results):
+    """The two pictures: learning_curve.png, and det.png of all three systems, from what the evaluations wrote."""
     import numpy as np
 
-    from memo_jax.data import open_utterances
-    from memo_jax.evaluate import TrialEvaluation
     from memo_jax.report import plot_det, plot_learning_curve
+    from memo_jax.trials import read_trials
 
-    statistics = TrialEvaluation(open_utterances(test), trials)
-    scores = {name: np.loadtxt(output / name / "scores.txt", usecols=0, delimiter="\t", comments=None)
-              for name in ("trained", "untrained")}
-    scores["log-mel statistics"] = statistics.statistics_scores(quiet=True)
-    plot_det({name: (values, statistics.target) for name, values in scores.items()}, output / "det.png")
-    plot_learning_curve(output / "run" / "metrics.jsonl", output / "learning_curve.png",
+    target = read_trials(trials).target
+    files = {"trained without labels": output / "trained" / "scores.txt",
+             "untrained": output / "untrained" / "scores.txt",
+             "log-mel statistics": output / "trained" / "log_mel_statistics.txt"}
+    scores = {name: np.loadtxt(file, usecols=0, delimiter="\t", comments=None) for name, file in files.items()}
+    plot_det({name: (values, target) for name, values in scores.items()}, output / "det.png",
+             title="Speakers never heard in training")
+    plot_learning_curve(output / "run" / "metrics.jsonl", output / "learning_curve.png", title="The demo's training",
                         references={"log-mel statistics": results["trained"]["log_mel_statistics"]["eer"]})
 
 
@@ -242,7 +245,8 @@ def print_table(results, output):
     say(f"\n    learning curve    {output / 'learning_curve.png'}\n    DET curves        {output / 'det.png'}\n")
     success = trained < CLEARLY * best_other
     if success:
-        say(f"Training without labels took the error from {best_other:.1f} % (the better of the others) to {trained:.1f} %.")
+        say(f"Training without labels brought the error down to {trained:.1f} %, from {best_other:.1f} % for the "
+            "better of the others.")
     else:
         say(f"NOT A SUCCESS: {trained:.1f} % is not clearly below {best_other:.1f} %, the better of the others. "
             "More recordings, more speakers or more --minutes may help.")

@@ -3,12 +3,13 @@
     python experiments/demo_speech.py OUTPUT [--seed 0]
 
 eSpeak NG (package espeakng-loader, GPL-3.0-or-later, the extra `demo`) speaks sentences with voices drawn at random:
-vocal tract length, formants, pitch, breathiness, roughness, rate and accent. Every *recording* then gets its own room, noise,
-microphone and level, because with one channel a speaker the spectrum's mean and deviation already tell speakers apart.
-About 1,400 recordings (90 minutes) take half a minute on 2 quiet cores. Good for showing that learning works, never a stand-in
-for real speech in a result.
+vocal tract length, formants, pitch, breathiness, roughness, rate and accent. Every *recording* then gets its own room,
+noise, microphone and level, because with one channel a speaker the spectrum's mean and deviation already tell speakers
+apart. About 1,400 recordings (90 minutes) take half a minute on 2 quiet cores. Good for showing that learning works,
+never a stand-in for real speech in a result.
 
-    OUTPUT/train/SPEAKER/UTTERANCE.wav    OUTPUT/test/SPEAKER/UTTERANCE.wav (other voices)    OUTPUT/trials.txt (of test)
+    OUTPUT/train/SPEAKER/UTTERANCE.wav
+    OUTPUT/test/SPEAKER/UTTERANCE.wav (other voices)    OUTPUT/trials.txt (of test)
     OUTPUT/noise/*.wav    OUTPUT/rirs/*.wav (for augmentation; none of them is heard in the recordings)
     OUTPUT/corpus.json (what was made, with which arguments)
 """
@@ -35,19 +36,22 @@ SAMPLE_RATE = 16000
 SPEAKERS_PER_PROCESS = 10  # see _speak_and_record: part of what makes a corpus reproducible
 ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc", "en-029")
 
-OPENINGS = ("Yesterday", "After lunch", "On most days", "Before the storm", "Near the harbour", "Last winter", "Every Friday",
-            "In the old town", "Without a word", "Just before noon", "Most of the time", "Once in a while")
+OPENINGS = ("Yesterday", "After lunch", "On most days", "Before the storm", "Near the harbour", "Last winter",
+            "Every Friday", "In the old town", "Without a word", "Just before noon", "Most of the time",
+            "Once in a while")
 WHO = ("the gardener", "my younger cousin", "a tall woman", "our new teacher", "the ferry captain", "her brother",
-       "an old friend", "the shop owner", "a group of children", "the night nurse", "their neighbour", "a young painter",
-       "the baker", "one of the drivers", "the village doctor", "a quiet student")
+       "an old friend", "the shop owner", "a group of children", "the night nurse", "their neighbour", 
+       "a young painter", "the baker", "one of the drivers", "the village doctor", "a quiet student")
 DID = ("carried", "forgot", "painted", "repaired", "borrowed", "measured", "found", "sold", "washed", "photographed",
        "described", "followed", "ordered", "hid", "counted", "gathered")
 WHAT = ("a basket of apples", "three heavy boxes", "the yellow bicycle", "a pair of gloves", "the broken window",
         "some fresh bread", "a very small boat", "the wrong key", "twelve silver spoons", "an enormous map",
-        "the kitchen table", "a jar of honey", "the last newspaper", "a wooden ladder", "two grey horses", "the church bell")
-WHERE = ("across the quiet bridge", "behind the station", "in the upper room", "under the chestnut trees", "by the river",
-         "at the edge of the field", "on the way to school", "between two houses", "outside the museum", "in heavy rain",
-         "along the coast", "near the fountain", "below the hill", "in front of everyone", "during the concert", "at dawn")
+        "the kitchen table", "a jar of honey", "the last newspaper", "a wooden ladder", "two grey horses",
+        "the church bell")
+WHERE = ("across the quiet bridge", "behind the station", "in the upper room", "under the chestnut trees",
+         "by the river", "at the edge of the field", "on the way to school", "between two houses", "outside the museum",
+         "in heavy rain", "along the coast", "near the fountain", "below the hill", "in front of everyone",
+         "during the concert", "at dawn")
 
 
 def sentence(rng):
@@ -89,7 +93,8 @@ class Synthesizer:
         try:
             import espeakng_loader
         except ImportError:
-            raise ModuleNotFoundError("the demo speech needs the package espeakng-loader: pip install 'memo-jax[demo]'") from None
+            raise ModuleNotFoundError("the demo speech needs the package espeakng-loader: "
+                                      "pip install 'memo-jax[demo]'") from None
         # eSpeak NG looks for variants in its data folder only, and takes paths of at most 160 characters.
         self._folder = tempfile.TemporaryDirectory(prefix="espeak")
         data = Path(self._folder.name)
@@ -118,7 +123,7 @@ class Synthesizer:
         return 0
 
     def say(self, text, voice, rate, pitch=50, pitch_range=50):
-        """float64 [samples] in [-1, 1] at `self.rate` Hz; `rate` in words a minute, the others 0–100, 50 as the voice is."""
+        """float64 [samples] in [-1, 1] at `self.rate` Hz; `rate` in words a minute, the others 0–100, 50 neutral."""
         library = self._library
         if library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise ValueError(f"eSpeak NG has no voice {voice}")
@@ -144,7 +149,7 @@ def filtered(wave, gain):
 
 
 def room_response(rng):
-    """Impulse response float32 [samples] of a random room: direct sound, some reflections, a tail that decays by 60 dB in RT60."""
+    """Impulse response float32 [samples] of a random room: direct sound, reflections, a tail falling 60 dB in RT60."""
     rt60 = np.exp(rng.uniform(*np.log((0.12, 0.7))))
     seconds = np.arange(int(rt60 * SAMPLE_RATE)) / SAMPLE_RATE
     tail = rng.standard_normal(len(seconds)) * 10 ** (-3 * seconds / rt60)
@@ -199,7 +204,7 @@ def microphone(rng, wave):
 
 
 def record(rng, speech):
-    """`speech` float64 [samples] as int16 [samples] heard once, in a room of its own, with its own noise, microphone and level."""
+    """`speech` float64 [samples] as int16 [samples], heard in a room, noise, microphone and level of its own."""
     wet = scipy.signal.fftconvolve(speech, room_response(rng))[: len(speech)]
     wet /= wet.std()
     noisy = wet + 10 ** (-rng.uniform(12, 30) / 20) * background_noise(rng, len(wet))
@@ -213,8 +218,8 @@ def record(rng, speech):
 def _speak_and_record(folder, split, speakers, utterances, seed):
     """Writes the recordings of these speakers, numbers within a split; returns seconds of audio.
 
-    Meant for a fresh process: eSpeak NG carries small timing states from one utterance to the next, so the same bytes come out
-    again only if a process says the same things in the same order.
+    Meant for a fresh process: eSpeak NG carries small timing states from one utterance to the next, so the same bytes
+    come out again only if a process says the same things in the same order.
     """
     streams = {speaker: np.random.default_rng([seed, {"train": 1, "test": 2}[split], speaker]) for speaker in speakers}
     voices = {f"{split}{speaker}": voice_file(rng, f"{split}{speaker}") for speaker, rng in streams.items()}
@@ -241,11 +246,12 @@ def make_banks(folder, *, noises=60, rooms=60, seconds=4.0, seed=0):
         for number in range(count):
             rng = np.random.default_rng([seed, {"noise": 3, "rirs": 4}[kind], number])
             wave = background_noise(rng, int(seconds * SAMPLE_RATE)) if kind == "noise" else room_response(rng)
-            soundfile.write(folder / kind / f"{number:03d}.wav", 0.9 * wave / np.abs(wave).max(), SAMPLE_RATE, subtype="PCM_16")
+            wave = 0.9 * wave / np.abs(wave).max()
+            soundfile.write(folder / kind / f"{number:03d}.wav", wave, SAMPLE_RATE, subtype="PCM_16")
 
 
 def make_trials(names_by_speaker, *, nontargets_per_target=4, seed=0):
-    """Lines of a trial list in VoxCeleb form ("1 enrol test"): every target pair, and nontarget pairs drawn without repetition.
+    """Lines of a trial list in VoxCeleb form ("1 enrol test"): all target pairs, and nontarget pairs, none twice.
 
     `names_by_speaker`: {speaker: [utterance name, …]}; needs two speakers and one with two utterances.
     """
@@ -264,21 +270,25 @@ def make_trials(names_by_speaker, *, nontargets_per_target=4, seed=0):
     return [between.join((label, *pair)) for label, pairs in (("1", targets), ("0", nontargets)) for pair in pairs]
 
 
-def make_corpus(output_dir, *, speakers=100, utterances=12, test_speakers=30, test_utterances=8, seed=0, processes=None):
+def make_corpus(output_dir, *, speakers=100, utterances=12, test_speakers=30, test_utterances=8, seed=0,
+                processes=None):
     """Makes the whole corpus (see the module's docstring) and returns the content of its corpus.json.
 
-    The folder appears complete or not at all; one made before with the same arguments is kept as it is. The same arguments give the
-    same bytes, however many processes work. Raises FileExistsError when `output_dir` holds anything else.
+    The folder appears complete or not at all; one made before with the same arguments is kept as it is. The same
+    arguments give the same bytes, however many processes work. Raises FileExistsError when `output_dir` holds anything
+    else.
     """
     output_dir = Path(output_dir)
-    made = dict(speakers=speakers, utterances=utterances, test_speakers=test_speakers, test_utterances=test_utterances, seed=seed)
+    made = dict(speakers=speakers, utterances=utterances, test_speakers=test_speakers,
+                test_utterances=test_utterances, seed=seed)
     record_file = output_dir / "corpus.json"
     if record_file.exists():
         found = json.loads(record_file.read_text())
         if found["arguments"] == made:
             return found
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not this demo corpus ({made}): remove it or name another folder")
+        raise FileExistsError(f"{output_dir} exists and is not this demo corpus ({made}): remove it, or name another "
+                              "folder")
 
     partial = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -317,8 +327,8 @@ def main():
         summary = make_corpus(arguments.output, seed=arguments.seed)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"demo_speech: error: {error}")
-    print(f"{arguments.output}: {summary['train_minutes']:.0f} minutes to train on, {summary['test_minutes']:.0f} to test on, "
-          f"{summary['trials']} trials, made in {time.perf_counter() - start:.0f} s")
+    print(f"{arguments.output}: {summary['train_minutes']:.0f} minutes to train on, {summary['test_minutes']:.0f} to "
+          f"test on, {summary['trials']} trials, made in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

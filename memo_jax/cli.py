@@ -15,6 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     overrides = [text for text in rest if text.startswith("--config.")]
+    for text in overrides:
+        if "=" not in text:
+            parser.error(f"{text} has no value: write {text}=VALUE")
     unknown = [text for text in rest if not text.startswith("--config.")]
     if unknown or (overrides and options.command != "train"):
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}; `memo-jax {options.command} --help` lists them all")
@@ -25,8 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("memo-jax: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"memo-jax: error: {error}", file=sys.stderr)
+        print(f"memo-jax: error: {error_text(error)}", file=sys.stderr)
         return STOPPED if type(error).__name__ == "TrainingStopped" else USAGE_ERROR
+
+
+def error_text(error: Exception) -> str:
+    """Returns what an exception says, without Python's decoration of file errors."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -82,6 +82,8 @@ def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
     try:
         beside.write_text(config_to_json(config) + "\n", encoding="utf-8")
         os.replace(beside, path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -84,6 +84,11 @@ class Utterances:
         """Length of each utterance in seconds, float64 [len(self)]."""
         return np.array(self._manifest["seconds"], dtype=np.float64)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each utterance in samples, int64 [len(self)]: the manifest's seconds tell it exactly."""
+        return np.rint(self.seconds * SAMPLE_RATE).astype(np.int64)
+
     @functools.cached_property
     def _manifest(self):
         with open(self.path / MANIFEST, encoding="utf-8", newline="\n") as file:

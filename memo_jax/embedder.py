@@ -33,13 +33,14 @@ def log_mel_of_waves(waves: jax.Array, lengths: jax.Array) -> tuple[jax.Array, j
 
 def embedding_function(branch: Branch, variables) -> WaveFunction:
     """Returns the compiled function from waves to the branch's embeddings in evaluation mode."""
+    return functools.partial(_embed, branch, variables)
 
-    @jax.jit
-    def embed(variables, waves, lengths):
-        mel, frames = log_mel_of_waves(waves, lengths)
-        return branch.apply(variables, features.normalized_log_mel(mel, frames), frames, method="embed")
 
-    return functools.partial(embed, variables)
+# Of the module, so that each evaluation of a training run finds what the first one compiled.
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(branch: Branch, variables, waves: jax.Array, lengths: jax.Array) -> jax.Array:
+    mel, frames = log_mel_of_waves(waves, lengths)
+    return branch.apply(variables, features.normalized_log_mel(mel, frames), frames, method="embed")
 
 
 @jax.jit
@@ -57,7 +58,8 @@ def apply_to_recordings(
 
     Args:
       function: of int16 waves [N, L], padded with zeros, and their lengths [N].
-      waves: int16 arrays [L], at least one sample each; only lengths and one batch are in memory at a time.
+      waves: int16 arrays [L], at least one sample each; only lengths (from `waves.lengths` where there is such an
+        array) and one batch are in memory at a time.
       rows: which of them; all by default.
       quiet: show no progress.
     """

@@ -15,6 +15,7 @@ from memo_jax.models import Branch
 from memo_jax.trials import read_trials, trial_pairs
 
 P_TARGETS = (0.01, 0.05)
+DECIMALS = 6  # of a score
 
 
 class TrialEvaluation:
@@ -42,8 +43,8 @@ class TrialEvaluation:
         return apply_to_recordings(function, self.utterances, self.rows, quiet=quiet)
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """Returns the cosine score of every trial."""
-        return scoring.cosine_scores(embeddings, self.pairs)
+        """Returns the cosine score of every trial, to the decimals of scores.txt: the file gives the same error rates."""
+        return np.round(scoring.cosine_scores(embeddings, self.pairs), DECIMALS)
 
     def eer(self, branch: Branch, variables) -> float:
         """Returns the equal error rate, a fraction."""
@@ -91,7 +92,10 @@ def evaluate(
     workdir, data, trials, output, branch: str = "ecapa", role: str = "teacher", step: int | None = None,
     quiet: bool = False,
 ) -> dict:
-    """Scores a trial list with a trained network and writes results.json, scores.txt and det.png into `output`.
+    """Scores a trial list with a trained network and writes results.json, det.png and scores into `output`.
+
+    The scores are lines `score enrol test` in the order of the trial list: scores.txt of the network,
+    log_mel_statistics.txt of plain statistics.
 
     Args:
       workdir: of a training run.
@@ -130,6 +134,7 @@ def evaluate(
         output / "det.png",
     )
     write_scores(output / "scores.txt", evaluation, scores)
+    write_scores(output / "log_mel_statistics.txt", evaluation, baseline)
     write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
@@ -137,15 +142,20 @@ def evaluate(
 def write_scores(path: Path, evaluation: TrialEvaluation, scores: np.ndarray) -> None:
     """Writes `score enrol test` lines, tab-separated, in the order of the trial list."""
     listed = evaluation.trials
-    lines = (f"{s:.6f}\t{a}\t{b}\n" for s, a, b in zip(scores, listed.enrol, listed.test, strict=True))
+    lines = (f"{s:.{DECIMALS}f}\t{a}\t{b}\n" for s, a, b in zip(scores, listed.enrol, listed.test, strict=True))
     write_text(path, "".join(lines))
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def summary(results: dict) -> str:

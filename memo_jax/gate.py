@@ -20,7 +20,7 @@ class GateRule(NamedTuple):
       min_improvement: `plateau` closes below this relative improvement of the smoothed loss over a window.
       min_alignment: `conflict` closes below this smoothed cosine between the gradients of the contrastive and the
         distillation loss with respect to the embedding.
-      stop_step: the step at which `step` closes.
+      stop_step: the first step without the term under `step`; 0 starts with the gate closed.
     """
 
     name: str = "plateau"
@@ -65,12 +65,13 @@ def check_rule(rule: GateRule) -> None:
 
 
 def initial_gate(rule: GateRule) -> Gate:
-    """Returns the gate before the first step: open unless the rule is `never`."""
+    """Returns the gate before the first step: open unless the rule is `never` or a `step` of 0."""
     check_rule(rule)
+    stopped = rule.name == "step" and rule.stop_step <= 0
     zero = lambda dtype: jnp.zeros((), dtype)  # noqa: E731  each leaf owns its buffer, since the state is donated
     return Gate(
-        closed=jnp.asarray(rule.name == "never"),
-        closed_at=jnp.full((), -1, jnp.int32),
+        closed=jnp.asarray(rule.name == "never" or stopped),
+        closed_at=jnp.full((), 0 if stopped else -1, jnp.int32),
         loss=zero(jnp.float32),
         alignment=zero(jnp.float32),
         reference=jnp.full((), jnp.inf, jnp.float32),

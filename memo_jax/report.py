@@ -64,7 +64,7 @@ PANELS = (
     Panel(r"teacher_temp", "Teacher temperature", "of the softmax"),
     Panel(r"utterances_per_second", "Speed", "utterances a second"),
 )
-NOT_DRAWN = {"step", "epoch", "seconds_per_step", "gate/open", "gate/closed_at"}  # axes, marks, or drawn otherwise
+NOT_DRAWN = {"step", "epoch", "seconds_per_step", "cpu_seconds", "gate/open", "gate/closed_at"}  # axes, marks, or drawn otherwise
 HEADS = ("self", "cross", "contrastive")
 
 

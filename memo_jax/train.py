@@ -1,5 +1,6 @@
 """The training loop: from a config and a workdir to a trained run, resumed if it was begun before."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,7 +14,7 @@ import numpy as np
 
 import memo_jax
 from memo_jax import augment, config as configs, features, optim, sharding, state as states
-from memo_jax.checkpoint import Checkpointer
+from memo_jax.checkpoint import Checkpointer, load_extra
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
 from memo_jax.gate import GateRule
 from memo_jax.log import MetricsLog, Progress
@@ -21,8 +22,13 @@ from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
 from memo_jax.step import LossWeights, Recipe, train_step
 
-# Keys that a resumed run may change: they say what is watched and kept, not what is learnt.
-FREE_ON_RESUME = ("checkpoint.", "evaluation.", "log_every_steps", "data.workers", "collapse.")
+# Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; that
+# it is the same one its fingerprint tells.
+FREE_ON_RESUME = ("checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.")
+TO_TRY = (
+    "Try a lower optimizer.learning_rate, a longer optimizer.warmup, a smaller optimizer.clip_norm, or "
+    "model.dtype=float32"
+)
 
 
 class TrainingStopped(ValueError):
@@ -41,7 +47,7 @@ def build_branches(config) -> dict[str, Branch]:
     dtype = jnp.dtype(model.dtype)
     arguments = {
         "ecapa": {"channels": tuple(model.ecapa_channels)},
-        "resnet": {"base_channels": model.resnet_base_channels},
+        "resnet": {"base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks)},
     }
     crosses = len(names) > 1 and config.loss.cross != 0 and config.loss.cross_head == "cross"
     head = DINOHead(model.prototypes, model.head_hidden, model.head_bottleneck, dtype)
@@ -129,8 +135,11 @@ def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
         states.initial_state, branches=recipe.branches, mels=features.MEL_BINS, optimizer=recipe.optimizer,
         rule=recipe.gate_rule,
     )
-    sharded = {} if mesh is None else {"out_shardings": sharding.replicated(mesh)}
-    return jax.jit(make, **sharded)(jax.random.key(config.seed))
+    options = {} if mesh is None else {"out_shardings": sharding.replicated(mesh)}
+    if jax.default_backend() == "cpu":
+        # It runs once: optimising hundreds of small kernels for it would take several times as long as it saves.
+        options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.jit(make, **options)(jax.random.key(config.seed))
 
 
 @dataclasses.dataclass
@@ -144,11 +153,8 @@ class CollapseWatch:
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """Raises TrainingStopped, saying what to try, when a loss is not finite or an indicator has been bad for long."""
         for name, value in metrics.items():
-            if name.startswith("loss") and not math.isfinite(value):
-                raise TrainingStopped(
-                    f"step {step}: {name} is {value}. Try a lower optimizer.learning_rate, a longer optimizer.warmup, "
-                    "a smaller optimizer.clip_norm, or model.dtype=float32"
-                )
+            if name.startswith(("loss", "gradient_norm")) and not math.isfinite(value):
+                raise TrainingStopped(f"step {step}: {name} is {value}. {TO_TRY}")
         uniform = math.log(self.prototypes)
         for name, value in metrics.items():
             kind = name.split("/")[0]
@@ -167,15 +173,27 @@ class CollapseWatch:
                 ),
             }.get(kind, (False, ""))
             self.steps[name] = self.steps.get(name, 0) + 1 if bad else 0
-            if self.steps[name] >= self.limits.patience_steps:
+            if bad and self.steps[name] >= self.limits.patience_steps:
                 raise TrainingStopped(
                     f"step {step}: collapsed; {name} is {value:.4g} (ln K = {uniform:.4g}) and has been beyond its "
                     f"limit for {self.steps[name]} steps: {advice}"
                 )
 
 
+@jax.jit
+def is_finite(tree) -> jax.Array:
+    """Returns whether all numbers of a pytree are finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def check_finite(step: int, state: states.TrainState) -> None:
+    """Raises TrainingStopped when a state must not be kept. (A gate that has seen no window yet holds an infinity.)"""
+    if not is_finite((state.student, state.teacher, state.center, state.opt_state)):
+        raise TrainingStopped(f"step {step}: the updated parameters are not finite. {TO_TRY}")
+
+
 def check_same_run(workdir: Path, config) -> None:
-    """Raises ValueError naming the keys when the workdir was made with another config; saves the config otherwise."""
+    """Raises ValueError naming the keys when the workdir was made with another config."""
     old = configs.read_config(workdir)
     if old is not None:
         changed = [d for d in configs.config_differences(old, config) if not d.startswith(FREE_ON_RESUME)]
@@ -184,8 +202,22 @@ def check_same_run(workdir: Path, config) -> None:
                 f"{workdir} was made with another config ({'; '.join(changed)}): use another workdir, or give the "
                 "same values to resume"
             )
-    if jax.process_index() == 0:
-        configs.save_config(workdir, config)
+
+
+def restored(checkpoints: Checkpointer, state: states.TrainState, batches, workdir: Path, config) -> states.TrainState:
+    """Returns the latest checkpoint's state, with `batches` set to where they were, or `state` when there is none.
+
+    Raises ValueError when the checkpoint is of another dataset.
+    """
+    step = checkpoints.latest_step()
+    if step is None:
+        return state
+    if load_extra(workdir, step)["fingerprint"] != batches.get_state()["fingerprint"]:
+        raise ValueError(
+            f"{config.data.train} is not the dataset that {workdir} was trained on (its fingerprint differs): "
+            "give that one to resume, or use another workdir"
+        )
+    return checkpoints.restore(state, batches)[0]
 
 
 def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = False) -> dict:
@@ -205,6 +237,8 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
     workdir = Path(workdir)
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
+    if config.log_every_steps < 1:
+        raise ValueError(f"log_every_steps is {config.log_every_steps}: must be at least 1")
     utterances = open_utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
     recipe = build_recipe(config, epoch_steps)
@@ -213,107 +247,107 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
     save_every = max(steps(config.checkpoint, "every"), 1)
     evaluation = load_evaluation(config)
     evaluate_every = max(steps(config.evaluation, "every"), 1)
-
     mesh = sharding.data_mesh()
     if config.data.batch_size % mesh.size:
         raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {mesh.size} devices")
     first = jax.process_index() == 0
     banks = load_banks(config)
     check_same_run(workdir, config)
-    batches = training_batches(
-        utterances, batch_size=config.data.batch_size, global_crops=config.data.global_crops,
-        global_seconds=config.data.global_seconds, local_crops=config.data.local_crops,
-        local_seconds=config.data.local_seconds, seed=config.seed, process_index=jax.process_index(),
-        process_count=jax.process_count(), workers=config.data.workers,
-    )
-    checkpoints = Checkpointer(
-        workdir, keep=config.checkpoint.keep, keep_every=steps(config.checkpoint, "keep_every") or None
-    )
-    log = MetricsLog(workdir, active=first)
-    state = initial_state(config, recipe, mesh)
-    begin = 0
-    extra = {"fingerprint": utterances.fingerprint, "version": memo_jax.__version__}
-    if checkpoints.latest_step() is not None:
-        state, saved = checkpoints.restore(state, batches)
-        if saved["fingerprint"] != utterances.fingerprint:
-            raise ValueError(
-                f"{config.data.train} is not the dataset that {workdir} was trained on (its fingerprint differs): "
-                "give that one to resume, or use another workdir"
-            )
+
+    with contextlib.ExitStack() as stack:
+        batches = training_batches(
+            utterances, batch_size=config.data.batch_size, global_crops=config.data.global_crops,
+            global_seconds=config.data.global_seconds, local_crops=config.data.local_crops,
+            local_seconds=config.data.local_seconds, seed=config.seed, process_index=jax.process_index(),
+            process_count=jax.process_count(), workers=config.data.workers,
+        )
+        stack.callback(batches.close)
+        state = initial_state(config, recipe, mesh)
+        # Only now, so that a config which cannot work claims no workdir.
+        if first:
+            configs.save_config(workdir, config)
+        checkpoints = stack.enter_context(Checkpointer(
+            workdir, keep=config.checkpoint.keep, keep_every=steps(config.checkpoint, "keep_every") or None
+        ))
+        log = stack.enter_context(MetricsLog(workdir, active=first))
+        state = restored(checkpoints, state, batches, workdir, config)
         begin = int(state.step)
-    log.truncate_after(begin)
-    end = total if stop_at_step is None else min(stop_at_step, total)
+        # A run killed before its first checkpoint evaluates the untrained network again.
+        log.truncate_after(begin or -1)
+        end = total if stop_at_step is None else min(stop_at_step, total)
 
-    shown = Progress(total, "training", "step", initial=begin, active=first and not quiet)
-    if first and not quiet:
+        shown = stack.enter_context(Progress(total, "training", "step", initial=begin, active=first and not quiet))
         shown.write(announcement(config, utterances, banks, recipe, begin, total, epoch_steps))
-    banks = sharding.replicate(mesh, banks)
-    key = sharding.replicate(mesh, jax.random.key_data(jax.random.key(config.seed + 1)))
-    step_function = jitted_step(config, recipe, mesh)
-    watch = CollapseWatch(config.collapse, config.model.prototypes)
-    last: dict[str, float] = {}
-    pending = None
-    spent, mark = 0.0, time.perf_counter()
-
-    def read(pending):
-        """Waits for a step's metrics, checks and logs them."""
-        nonlocal last, mark
-        number, metrics, evaluated = pending
-        was_open = last.get("gate/open", 1)
-        last = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        if not last["gate/open"]:
-            last = {k: v for k, v in last.items() if not k.startswith(("loss/contrastive", "alignment"))}
-            if was_open and number > 1 and recipe.gate_rule.name != "never":
-                shown.write(f"step {number}: the gate has closed ({recipe.gate_rule.name}); distillation goes on alone")
-        watch.check(number, last)
-        now = time.perf_counter()
-        seconds, mark = now - mark, now
-        if number % config.log_every_steps == 0 or number in (1, end) or evaluated:
-            log.write(number, last | evaluated | {
-                "epoch": number / epoch_steps, "seconds_per_step": seconds, "cpu_seconds": time.process_time(),
-                "utterances_per_second": config.data.batch_size / seconds,
-            })
-        shown.update(1, loss=last["loss"])
-
-    def run_evaluation(number):
-        nonlocal mark
-        if not evaluation:
-            return {}
-        result = evaluation(recipe, state)
+        if begin >= end:
+            shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
+        extra = {"fingerprint": utterances.fingerprint, "version": memo_jax.__version__}
+        banks = sharding.replicate(mesh, banks)
+        key = jax.device_put(jax.random.key(config.seed + 1), sharding.replicated(mesh))
+        step_function = jitted_step(config, recipe, mesh)
+        watch = CollapseWatch(config.collapse, config.model.prototypes)
+        last: dict[str, float] = {}
+        closed = bool(state.gate.closed)
+        pending = None
         mark = time.perf_counter()
-        shown.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
-        return result
 
-    try:
+        def read(number, metrics):
+            """Waits for a step's metrics and checks them."""
+            nonlocal last, mark, closed
+            last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not last["gate/open"]:
+                last = {k: v for k, v in last.items() if not k.startswith(("loss/contrastive", "alignment"))}
+                if not closed and recipe.gate_rule.name != "never" and config.loss.contrastive:
+                    shown.write(
+                        f"step {number}: the gate has closed ({recipe.gate_rule.name}); distillation goes on alone"
+                    )
+                closed = True
+            watch.check(number, last)
+            now = time.perf_counter()
+            last["seconds_per_step"], mark = now - mark, now
+            last["utterances_per_second"] = config.data.batch_size / last["seconds_per_step"]
+            shown.update(1, loss=last["loss"])
+
+        def write(number, evaluated):
+            """Logs the metrics that were read, where a row is due."""
+            if number % config.log_every_steps == 0 or number in (1, end) or evaluated:
+                times = {"epoch": number / epoch_steps, "cpu_seconds": time.process_time()}
+                log.write(number, last | evaluated | times)
+
+        def evaluate(number):
+            """Returns {"eer/…": percent} of the current state."""
+            nonlocal mark
+            result = evaluation(recipe, state)
+            mark = time.perf_counter()
+            shown.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
+            return result
+
         if begin == 0 and evaluation:
-            log.write(0, {"epoch": 0.0} | run_evaluation(0))
+            log.write(0, {"epoch": 0.0} | evaluate(0))
         for number in range(begin + 1, end + 1):
             batch = sharding.global_batch(mesh, next(batches))
             state, metrics = step_function(state, batch, banks, key)
             if pending:
-                read(pending)
-            pending = (number, metrics, {})
+                read(*pending)
+                write(pending[0], {})
+            pending = (number, metrics)
             saves = number % save_every == 0 or number == end
             evaluates = evaluation is not None and (number % evaluate_every == 0 or number == end)
             if saves or evaluates:
-                jax.block_until_ready(state)
-                if evaluates:
-                    pending = (number, metrics, run_evaluation(number))
-                # Read before saving, so that a state that is not finite is never saved.
-                read(pending)
+                # Checked first, so that a state that is not finite is never saved.
+                read(*pending)
                 pending = None
+                check_finite(number, state)
+                write(number, evaluate(number) if evaluates else {})
                 if saves:
                     checkpoints.save(number, state, batches, extra)
-    finally:
-        shown.close()
-        log.close()
-        checkpoints.close()
     return last
 
 
 def load_evaluation(config):
     """Returns a function (recipe, state) → {"eer/…": percent} for the config's trial list, or None."""
     if not config.evaluation.trials:
+        if config.evaluation.data:
+            raise ValueError("evaluation.data is set but evaluation.trials is not: give a trial list of its recordings")
         return None
     from memo_jax.evaluate import TrialEvaluation
 

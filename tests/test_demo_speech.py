@@ -38,7 +38,8 @@ def digests(folder):
 
 def test_the_corpus_holds_what_was_asked_for(corpus):
     for split, speakers, utterances in (("train", 3, 2), ("test", 2, 3)):
-        assert sorted(len(list(folder.glob("*.wav"))) for folder in (corpus / split).iterdir()) == [utterances] * speakers
+        counts = [len(list(folder.glob("*.wav"))) for folder in (corpus / split).iterdir()]
+        assert counts == [utterances] * speakers
     for file in (corpus / "train").rglob("*.wav"):
         info = soundfile.info(file)
         assert (info.samplerate, info.channels, info.subtype) == (16000, 1, "PCM_16")
@@ -58,7 +59,7 @@ def test_trials_name_test_recordings_and_agree_with_their_folders(corpus):
 
 
 def test_the_same_seed_gives_the_same_bytes_however_many_processes(corpus, tmp_path):
-    """eSpeak NG carries state between utterances, so this holds only while each fresh process says a fixed list of things."""
+    """eSpeak NG carries state between utterances: this holds while each fresh process says a fixed list of things."""
     make(tmp_path / "again", processes=2)
     assert digests(tmp_path / "again") == digests(corpus)
 

@@ -1,4 +1,4 @@
-"""The packaging promises: every dependency declared, bounded and installed in its range; old Pythons refused with a clear word."""
+"""The packaging promises: every dependency declared, bounded and installed in its range; old Pythons refused."""
 
 import ast
 import configparser
@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # Distributions whose module has another name than theirs, normalised.
-MODULE_NAMES = {"tensorflow-datasets": "tensorflow_datasets", "orbax-checkpoint": "orbax", "ml-collections": "ml_collections",
-                "array-record": "array_record", "absl-py": "absl"}
+MODULE_NAMES = {"tensorflow-datasets": "tensorflow_datasets", "orbax-checkpoint": "orbax",
+                "ml-collections": "ml_collections", "array-record": "array_record", "absl-py": "absl"}
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +56,11 @@ def test_installed_versions_lie_in_the_ranges(setup_cfg):
     """A range that leaves out what the tests run with would be a promise nobody has tried."""
     for requirement in requirements(setup_cfg["options"]["install_requires"]):
         version = importlib.metadata.version(requirement.name)
-        assert requirement.specifier.contains(version), f"{requirement.name} {version} is not in {requirement.specifier}"
+        assert requirement.specifier.contains(version), f"{requirement}: {version} is installed"
 
 
 def test_the_library_imports_only_what_it_declares(setup_cfg):
-    """So an install without extras can import every module, and the GPL speech synthesis of the demo stays out of the library."""
+    """So an install without extras imports every module, and the GPL speech synthesis of the demo stays out of it."""
     declared = {requirement.name for requirement in requirements(setup_cfg["options"]["install_requires"])}
     declared = {MODULE_NAMES.get(name.replace("_", "-"), name) for name in declared} | {"memo_jax"}
     imported = modules_imported_below(ROOT / "memo_jax")
@@ -101,7 +101,8 @@ def test_pyproject_holds_the_build_system_alone():
 def run_make(folder, *arguments):
     # A make that runs the tests must not hand its own flags to this one.
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    return subprocess.run(["make", "-C", str(folder), *arguments], capture_output=True, text=True, env=environment, timeout=60)
+    command = ["make", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
 
 @pytest.fixture

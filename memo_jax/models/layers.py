@@ -50,8 +50,9 @@ def mean_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """Returns the mean [N, ...] of x [N, T, ...] over the frames of each utterance."""
     if lengths is None:
         return x.mean(axis=1)
-    count = lengths.reshape((-1,) + (1,) * (x.ndim - 2)).astype(x.dtype)
-    return mask_time(x, lengths).sum(axis=1) / count
+    # In float32, as the mean above adds up: a bfloat16 cannot even hold the number of frames.
+    count = lengths.reshape((-1,) + (1,) * (x.ndim - 2)).astype(jnp.float32)
+    return (mask_time(x, lengths).astype(jnp.float32).sum(axis=1) / count).astype(x.dtype)
 
 
 class TimeConv(nn.Module):

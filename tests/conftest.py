@@ -1,0 +1,37 @@
+"""What all tests share: a cache of compiled programs that outlives a run, and the folder of reference material."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_configure(config):
+    # Before anything imports JAX; the processes that tests start inherit it.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    cache = getattr(config, "cache", None)  # absent under `-p no:cacheprovider`
+    if cache is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference steps and real speech beside the project; tests that need it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the reference material in {SHARED.name}/ beside the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def reference(shared):
+    """The arrays of the reference steps, by name."""
+    import numpy as np
+
+    path = shared / "reference" / "memo_steps.npz"
+    if not path.is_file():
+        pytest.skip(f"needs {path.name}")
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}

@@ -1,0 +1,161 @@
+"""Backbones and heads: sizes, masks, batch statistics, numbers against NumPy."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from memo_jax import features
+from memo_jax.models import Branch, build_backbone, parameter_count
+from memo_jax.models.ecapa import ECAPATDNN
+from memo_jax.models.heads import DINOHead
+from memo_jax.models.layers import BatchNorm
+from memo_jax.models.resnet import ResNet34
+
+TINY = {
+    "ecapa": {"channels": (24, 24, 24, 24, 48), "scale": 3, "embedding_dim": 16},
+    "resnet": {"base_channels": 4, "blocks": (1, 1, 1, 1), "embedding_dim": 16},
+}
+
+
+def count(module: nn.Module, *shape) -> int:
+    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), train=True))
+    return parameter_count(variables["params"])
+
+
+def scrambled_variables(module: nn.Module, *shape, seed=0):
+    """Variables of which none is at its start: shifts of batch norms that are not zero show a mask that is missing."""
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), train=False))
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "var"):
+            return jnp.asarray(random.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 4
+        return jnp.asarray(random.normal(0, fan_in**-0.5, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.mark.parametrize(
+    "backbone, parameters",
+    [
+        (ECAPATDNN(embedding_dim=256), 6_390_720),
+        (ECAPATDNN(embedding_dim=192), 6_194_048),
+        (ResNet34(base_channels=16), 1_988_656),
+        (ResNet34(base_channels=32), 6_634_336),
+    ],
+)
+def test_backbones_have_exactly_the_published_number_of_parameters(backbone, parameters):
+    assert count(backbone, 2, 32, 80) == parameters
+
+
+def test_head_stores_all_published_parameters_but_the_fixed_gains():
+    stored = count(DINOHead(), 2, 256)
+    assert stored == 22_032_640
+    assert stored + DINOHead().prototypes == 22_098_176
+
+
+def test_branch_is_one_backbone_and_a_head_for_every_name():
+    head = DINOHead(prototypes=24, hidden=16, bottleneck=8)
+    one, two = (Branch(ResNet34(4, 16), head, names) for names in (("self",), ("self", "cross")))
+    assert count(two, 2, 32, 80) - count(one, 2, 32, 80) == count(head, 2, 16)
+
+
+def test_unknown_backbone_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="'ecappa'.*ecapa, resnet"):
+        build_backbone("ecappa")
+
+
+@pytest.mark.parametrize("name", ["ecapa", "resnet"])
+def test_utterance_padded_in_a_batch_embeds_as_alone(name):
+    """An embedding is a function of its own utterance.
+
+    In a batch, behind the end of an utterance stands anything, here loud noise. Were one sample of it to reach the
+    embedding, through a frame, a mean, a mirrored end or a stride, rows would differ from those computed without it.
+    """
+    backbone = build_backbone(name, **TINY[name])
+    variables = scrambled_variables(backbone, 2, 32, 80)
+    lengths = np.array([48_077, 4_801, 15_999])
+    waves = np.random.default_rng(1).normal(0, 0.3, (3, lengths.max())).astype(np.float32)
+
+    @jax.jit
+    def embed(waves, lengths):
+        frames = features.frame_count(lengths)
+        mel = features.normalized_log_mel(features.mel_power(waves, lengths), frames)
+        return backbone.apply(variables, mel, frames)
+
+    @jax.jit
+    def embed_alone(waves):
+        return backbone.apply(variables, features.normalized_log_mel(features.mel_power(waves)))
+
+    together = np.asarray(embed(waves, lengths))
+    assert np.abs(together).mean() > 0.1 and np.ptp(together, axis=0).min() > 0.01  # there is something to compare
+    for row, wave, length in zip(together, waves, lengths, strict=True):
+        np.testing.assert_allclose(row, embed_alone(wave[None, :length])[0], atol=1e-5, rtol=0)
+
+
+def test_too_few_frames_for_a_mirrored_end_are_refused():
+    backbone = build_backbone("ecapa", **TINY["ecapa"])
+    variables = scrambled_variables(backbone, 2, 32, 80)
+    with pytest.raises(ValueError, match="4 frames are too few"):
+        backbone.apply(variables, jnp.zeros((1, 4, 80)))
+
+
+def test_batch_norm_divides_by_biased_and_remembers_unbiased_variance():
+    x = np.random.default_rng(0).normal(3, 2, (2, 3, 5)).astype(np.float32)  # 6 rows of 5 channels
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=True)
+    out, updated = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    rows = x.reshape(-1, 5).astype(np.float64)
+    expected = (rows - rows.mean(0)) / np.sqrt(rows.var(0) + 1e-5)
+    np.testing.assert_allclose(out.reshape(-1, 5), expected, atol=1e-5)
+    statistics = updated["batch_stats"]
+    np.testing.assert_allclose(statistics["mean"], 0.1 * rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
+    # The biased variance of six rows is a sixth smaller: the tolerance above tells them apart.
+    assert np.all(np.abs(statistics["var"] - (0.9 + 0.1 * rows.var(0))) > 1e-3)
+
+    evaluated = norm.apply({**variables, "batch_stats": statistics}, x, train=False).reshape(-1, 5)
+    by_hand = (rows - np.asarray(statistics["mean"])) / np.sqrt(np.asarray(statistics["var"]) + 1e-5)
+    np.testing.assert_allclose(evaluated, by_hand, rtol=1e-5)
+
+
+def test_initialisation_leaves_statistics_at_their_start():
+    variables = BatchNorm().init(jax.random.key(0), jnp.full((4, 3), 7.0), train=True)
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(3))
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], np.ones(3))
+
+
+def test_head_is_mlp_with_exact_gelu_and_cosines_to_prototypes():
+    head = DINOHead(prototypes=24, hidden=16, bottleneck=8)
+    variables = scrambled_variables(head, 2, 12)
+    x = np.random.default_rng(2).normal(0, 1, (5, 12))
+    params, stats = (jax.tree.map(lambda a: np.asarray(a, np.float64), variables[k]) for k in ("params", "batch_stats"))
+    hidden = x
+    for i in range(2):
+        linear, norm, stat = params[f"linear_{i}"], params[f"norm_{i}"], stats[f"norm_{i}"]
+        hidden = hidden @ linear["kernel"] + linear["bias"]
+        hidden = (hidden - stat["mean"]) / np.sqrt(stat["var"] + 1e-5) * norm["scale"] + norm["bias"]
+        hidden = hidden * (1 + erf(hidden / np.sqrt(2))) / 2
+    hidden = hidden @ params["linear_2"]["kernel"] + params["linear_2"]["bias"]
+    cosines = hidden @ params["prototypes"]
+    cosines /= np.linalg.norm(hidden, axis=1, keepdims=True) * np.linalg.norm(params["prototypes"], axis=0)
+    np.testing.assert_allclose(head.apply(variables, x.astype(np.float32)), cosines, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["ecapa", "resnet"])
+def test_bfloat16_computes_coarsely_and_keeps_everything_in_float32(name):
+    x = np.random.default_rng(0).normal(0, 1, (3, 32, 80)).astype(np.float32)
+    exact, coarse = (build_backbone(name, dtype=dtype, **TINY[name]) for dtype in (jnp.float32, jnp.bfloat16))
+    variables = scrambled_variables(exact, 2, 32, 80)
+    expected = np.asarray(jax.jit(exact.apply)(variables, x))
+    embedding, updated = jax.eval_shape(
+        lambda v, x: coarse.apply(v, x, train=True, mutable=["batch_stats"]), variables, x
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves((embedding, updated))} == {jnp.dtype("float32")}
+    error = np.linalg.norm(jax.jit(coarse.apply)(variables, x) - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 5e-2

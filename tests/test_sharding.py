@@ -1,0 +1,116 @@
+"""Four devices do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = 3
+
+# Runs in a process of its own, since the number of virtual devices is fixed when JAX starts.
+SCRIPT = """
+import json, sys
+import jax, numpy as np
+from memo_jax import config as configs, sharding, train
+
+steps, dtype, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+config = configs.load_config("configs/base.py", [
+    "--config.data.batch_size=8", "--config.model.embedding_dim=16", "--config.model.ecapa_channels=16,16,16,16,48",
+    "--config.model.resnet_base_channels=2", "--config.model.resnet_blocks=1,1,1,1", "--config.model.head_hidden=32",
+    "--config.model.head_bottleneck=16", "--config.model.prototypes=64", f"--config.model.dtype={dtype}",
+    "--config.optimizer.warmup_epochs=0", "--config.optimizer.freeze_prototypes_epochs=0", "--config.augment.clean=0",
+    "--config.gate.window_epochs=-1", "--config.gate.window_steps=2", "--config.teacher.momentum=0.9",
+])
+random = np.random.default_rng(0)
+pcm = lambda *shape: (3000 * random.standard_normal(shape)).astype(np.int16)
+envelope = np.exp(-np.arange(400) / 80)
+banks = {"noise": pcm(3, 6000), "rir": (random.standard_normal((2, 400)) * envelope).astype(np.float32)}
+batches = [{"global": pcm(8, 2, 5120), "local": pcm(8, 4, 3520)} for _ in range(steps)]
+report = {"devices": jax.device_count()}
+arrays = {}
+for count in (4, 1) if dtype == "float32" else (4,):
+    mesh = sharding.data_mesh(jax.devices()[:count])
+    recipe = train.build_recipe(config, epoch_steps=2)
+    state = train.initial_state(config, recipe, mesh)
+    step = train.jitted_step(config, recipe, mesh)
+    key = sharding.replicate(mesh, jax.random.key_data(jax.random.key(1)))
+    held = sharding.replicate(mesh, banks)
+    losses = []
+    for batch in batches:
+        rows = sharding.global_batch(mesh, batch)
+        if count == 4:
+            report["rows"] = sorted([s.index[0].start or 0, s.data.shape[0]] for s in rows["global"].addressable_shards)
+        state, metrics = step(state, rows, held, key)
+        losses.append({name: float(x) for name, x in metrics.items()})
+    leaves = jax.tree.leaves(state)
+    if count == 4:
+        report["replicated"] = all(leaf.sharding.is_fully_replicated for leaf in leaves)
+        report["copies_equal"] = all(
+            np.array_equal(leaf.addressable_shards[0].data, shard.data)
+            for leaf in leaves for shard in leaf.addressable_shards
+        )
+        report["state_devices"] = len(leaves[0].sharding.device_set)
+    report[f"metrics{count}"] = losses
+    report["dtypes"] = sorted({str(leaf.dtype) for leaf in leaves})
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.student, state.teacher, state.center)):
+        arrays[f"{count}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+np.savez(out, report=json.dumps(report), **arrays)
+"""
+
+
+def run_script(folder, dtype):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+    }
+    out = folder / f"{dtype}.npz"
+    subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(STEPS if dtype == "float32" else 1), dtype, str(out)],
+        cwd=ROOT, env=environment, check=True,
+    )
+    with np.load(out) as file:
+        return json.loads(str(file["report"])), {name: file[name] for name in file.files if name != "report"}
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A report and the final students, teachers and centres of the same steps on four devices and on one."""
+    return run_script(tmp_path_factory.mktemp("devices"), "float32")
+
+
+def test_batch_is_split_and_state_is_held_whole(both):
+    report, _ = both
+    assert report["devices"] == report["state_devices"] == 4
+    assert report["rows"] == [[0, 2], [2, 2], [4, 2], [6, 2]]
+    assert report["replicated"] and report["copies_equal"]
+
+
+def test_four_devices_equal_one(both):
+    """Augmentation (with babble from neighbours on other devices), batch norm, NT-Xent and centres are of the global batch.
+
+    Were one of them of a device's own two utterances, the losses would differ in their first digits. Sums in another
+    order leave float32 noise: 1e-5 of a loss at the first step, ten times as much at the third, as training amplifies it.
+    """
+    report, arrays = both
+    for step, (four, one) in enumerate(zip(report["metrics4"], report["metrics1"], strict=True)):
+        assert four.keys() == one.keys()
+        for name in four:
+            if name.startswith("loss"):
+                assert four[name] == pytest.approx(one[name], rel=1e-5 if step == 0 else 1e-4), (step, name)
+    names = [name[1:] for name in arrays if name.startswith("4")]
+    assert names
+    for name in names:
+        np.testing.assert_allclose(arrays["4" + name], arrays["1" + name], atol=2e-5, rtol=1e-4, err_msg=name)
+
+
+def test_bfloat16_trains_with_a_float32_state(tmp_path, both):
+    report, arrays = run_script(tmp_path, "bfloat16")
+    assert report["dtypes"] == ["bool", "float32", "int32"]
+    assert all(np.isfinite(x).all() for x in arrays.values())
+    exact = both[0]["metrics1"][0]["loss"]
+    assert report["metrics4"][0]["loss"] == pytest.approx(exact, rel=0.05)
+    assert report["metrics4"][0]["loss"] != pytest.approx(exact, rel=1e-5)
