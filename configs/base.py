@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     data.train = ""  # dataset written by `memo-jax prepare`
     data.batch_size = 240  # utterances a step, over all devices and processes
     data.global_crops = 2  # views that students and teachers see
-    data.global_seconds = 4.0
+    data.global_seconds = 4.0  # length of a global crop; a shorter utterance is repeated
     data.local_crops = 4  # views that only students see
-    data.local_seconds = 2.0
+    data.local_seconds = 2.0  # length of a local crop
     data.workers = 0  # processes that read and crop; 0 reads in a thread of the training process
 
     augment = config.augment = ConfigDict()
@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
     augment.speech = ""  # folder of speech to add; without it other utterances of the batch are added
     augment.rirs = ""  # folder of room impulse responses
     augment.noise_snr_db = (0.0, 15.0)  # lowest and highest signal-to-noise ratio, uniform between, dB
-    augment.music_snr_db = (5.0, 15.0)
-    augment.speech_snr_db = (13.0, 20.0)
+    augment.music_snr_db = (5.0, 15.0)  # the same for music
+    augment.speech_snr_db = (13.0, 20.0)  # the same for speech and babble
     augment.babble_from_batch = True  # add other utterances of the batch where no speech folder is given
     augment.bank_seconds = 6.0  # length of a row of a bank of recordings
     augment.bank_megabytes = 512.0  # most memory for all banks on a device; a seeded choice is made beyond it
@@ -42,23 +42,23 @@ def get_config() -> ConfigDict:
 
     model = config.model = ConfigDict()
     model.branches = ("ecapa", "resnet")  # backbones that learn together; one alone is plain DINO
-    model.embedding_dim = 256
-    model.ecapa_channels = (512, 512, 512, 512, 1536)
-    model.resnet_base_channels = 16
+    model.embedding_dim = 256  # numbers in an embedding
+    model.ecapa_channels = (512, 512, 512, 512, 1536)  # of the stem, the three blocks (multiples of 8), their summary
+    model.resnet_base_channels = 16  # of the first stage; each further one has twice as many
     model.resnet_blocks = (3, 4, 6, 3)  # residual blocks of each stage; these make a ResNet34
-    model.head_hidden = 2048
-    model.head_bottleneck = 256
-    model.prototypes = 65536
+    model.head_hidden = 2048  # width of the two hidden layers of a projection head
+    model.head_bottleneck = 256  # width of the unit vector that is compared with the prototypes
+    model.prototypes = 65536  # K, the outputs of a head
     model.dtype = "float32"  # compute in float32 or bfloat16; softmaxes, centres, norms and averages stay float32
 
     loss = config.loss = ConfigDict()
-    loss.student_temp = 0.1
-    loss.center_momentum = 0.9
+    loss.student_temp = 0.1  # temperature of the student softmax
+    loss.center_momentum = 0.9  # decay per step of the running mean of the teacher logits
     loss.self = 1.0  # weight of the self-distillation
     loss.cross = 1.0  # weight λ of the cross-distillation; 0 makes the branches strangers
     loss.cross_head = "cross"  # "cross": a head of its own for cross-distillation; "self": one head for both
     loss.contrastive = 1 / 0.07  # weight of NT-Xent on the embeddings while the gate is open
-    loss.contrastive_temperature = 0.1
+    loss.contrastive_temperature = 0.1  # of NT-Xent
 
     gate = config.gate = ConfigDict()
     gate.rule = "plateau"  # when contrastive learning stops: plateau, conflict, step, always (on), never (on)
@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     optimizer.end_learning_rate = 1e-5  # not scaled
     optimizer.warmup_epochs = 20.0  # linear from 0
     optimizer.warmup_steps = -1
-    optimizer.sgd_momentum = 0.9
+    optimizer.sgd_momentum = 0.9  # of sgd; adamw has its own
     optimizer.weight_decay = 5e-5  # not on biases and other 1-D parameters
     optimizer.clip_norm = 3.0  # largest norm of the gradient of each single tensor; 0 does not clip
     optimizer.freeze_prototypes_epochs = 1.0  # the prototypes start to learn after it
@@ -86,13 +86,13 @@ def get_config() -> ConfigDict:
 
     teacher = config.teacher = ConfigDict()
     teacher.momentum = 0.996  # at the first step; a cosine leads it to …
-    teacher.end_momentum = 1.0
+    teacher.end_momentum = 1.0  # … this at the last
     teacher.temp = 0.04  # in the first epoch; it rises by epochs to …
-    teacher.end_temp = 0.07
+    teacher.end_temp = 0.07  # … this,
     teacher.temp_warmup_epochs = 30  # … in this many epochs
 
     checkpoint = config.checkpoint = ConfigDict()
-    checkpoint.every_epochs = 1.0
+    checkpoint.every_epochs = 1.0  # how often one is saved
     checkpoint.every_steps = -1
     checkpoint.keep = 3  # latest checkpoints that stay
     checkpoint.keep_every_epochs = 10.0  # checkpoints at multiples of it stay for ever; 0 for none
@@ -100,8 +100,8 @@ def get_config() -> ConfigDict:
 
     evaluation = config.evaluation = ConfigDict()
     evaluation.data = ""  # dataset of the trials' recordings; "" evaluates nothing while training
-    evaluation.trials = ""  # trial list
-    evaluation.every_epochs = 5.0
+    evaluation.trials = ""  # trial list, in VoxCeleb or Kaldi form
+    evaluation.every_epochs = 5.0  # how often the EER is measured, besides before the first step and after the last
     evaluation.every_steps = -1
 
     collapse = config.collapse = ConfigDict()

@@ -34,9 +34,12 @@ def get_config():
     config.optimizer.warmup_epochs = -1.0
     config.optimizer.warmup_steps = 10
     config.optimizer.weight_decay = 1e-4
+    config.optimizer.freeze_prototypes_epochs = -1.0
+    config.optimizer.freeze_prototypes_steps = 10
 
     config.teacher.momentum = 0.9
-    config.teacher.temp_warmup_epochs = 3
+    config.teacher.end_temp = 0.04
+    config.teacher.temp_warmup_epochs = 0
 
     config.gate.rule = "step"
     config.gate.stop_epochs = -1.0
@@ -46,7 +49,7 @@ def get_config():
     config.checkpoint.every_steps = 50
     config.checkpoint.keep_every_epochs = 0.0
     config.evaluation.every_epochs = -1.0
-    config.evaluation.every_steps = 50
+    config.evaluation.every_steps = 25
     config.collapse.patience_steps = 100
     config.log_every_steps = 1
     return config

@@ -1,7 +1,9 @@
-"""Takes MeMo training steps in PyTorch and writes them as a reference file, or measures such a file's rounding noise.
+"""Takes MeMo training steps in PyTorch and writes them as a reference file, or replays such a file.
 
     python experiments/make_reference.py make OUTPUT [--batch 4 --steps 4 …]
-    python experiments/make_reference.py replay FILE
+    python experiments/make_reference.py replay FILE [--float64-output OUTPUT]
+
+`replay` prints how far float32 and float64 replays lie from the file and from one another: the file's rounding noise.
 
 An implementation of its own, sharing nothing with memo_jax, so that `experiments/parity.py` compares two programs. It
 needs PyTorch and the package speakerlab-slim (ECAPA-TDNN in speechbrain's form, ResNet34 in wespeaker's); neither
@@ -14,6 +16,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -87,6 +90,19 @@ class Branch(nn.Module):
         sizes = config["embed_dim"], config["head_hidden"], config["head_bottleneck"], config["prototypes"]
         self.self_head = Head(*sizes)
         self.cross_head = Head(*sizes)
+
+
+@torch.no_grad()
+def randomize(branch: Branch) -> None:
+    """Moves batch norms away from their initial ones and zeros, and rounds to float16 (which compresses well)."""
+    for module in branch.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.weight.normal_(1, 0.1)
+            module.bias.normal_(0, 0.1)
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    for tensor in branch.state_dict().values():
+        tensor.copy_(tensor.half())
 
 
 def build_students(config: dict) -> dict[str, Branch]:
@@ -209,29 +225,41 @@ class Training:
 
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
-        self.update(step)
+        self.optimize(step)
+        self.move_teachers(step)
         for key, target in targets.items():
             mean = torch.cat(target).mean(dim=0, keepdim=True)
             self.centers[key] = config["center_momentum"] * self.centers[key] + (1 - config["center_momentum"]) * mean
         return [float(losses[column].detach()) for column in LOSS_COLUMNS]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Clips, freezes, steps the optimiser and moves the teachers."""
-        config = self.config
-        for student in self.students.values():
-            for name, parameter in student.named_parameters():
-                if parameter.grad is None:
-                    continue
-                coefficient = config["clip_per_parameter"] / (parameter.grad.norm() + 1e-6)
-                if coefficient < 1:
-                    parameter.grad.mul_(coefficient)
-                frozen = step < config["freeze_last_layer_epochs"] * config["steps_per_epoch"]
-                if frozen and "last_layer" in name:
-                    parameter.grad = None
+    def optimize(self, step: int) -> None:
+        """Clips the gradients, drops those of frozen prototypes, steps the optimiser."""
+        self.clip()
+        if step < self.config["freeze_last_layer_epochs"] * self.config["steps_per_epoch"]:
+            self.freeze_prototypes()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rates[step]
         self.optimizer.step()
+
+    def clip(self) -> None:
+        """Scales every tensor's gradient down to the clip's norm, each by itself."""
+        for student in self.students.values():
+            for parameter in student.parameters():
+                if parameter.grad is not None:
+                    coefficient = self.config["clip_per_parameter"] / (parameter.grad.norm() + 1e-6)
+                    if coefficient < 1:
+                        parameter.grad.mul_(coefficient)
+
+    def freeze_prototypes(self) -> None:
+        """Takes the prototypes' gradients away."""
+        for student in self.students.values():
+            for head in (student.self_head, student.cross_head):
+                head.last_layer.weight_v.grad = None
+
+    @torch.no_grad()
+    def move_teachers(self, step: int) -> None:
+        """Moves the teachers' parameters towards the students'."""
         momentum = self.momenta[step]
         for name in BRANCHES:
             for old, new in zip(self.teachers[name].parameters(), self.students[name].parameters(), strict=True):
@@ -257,32 +285,132 @@ class Training:
 
 
 def random_mel(random: np.random.Generator, utterances: int, views: int, frames: int) -> np.ndarray:
-    """Returns view-major mel power float16 [V·N, 80, T]: a spectrum for each utterance, and frames that differ."""
-    log = random.normal(-2.0, 1.5, (1, utterances, MEL_BINS, 1)) + random.normal(0, 1.5, (views, utterances, MEL_BINS, frames))
-    return np.exp(np.clip(log, -9, 9)).reshape(views * utterances, MEL_BINS, frames).astype(np.float16)
+    """Returns view-major mel power float16 [V·N, 80, T]: a spectrum for each utterance, and frames that differ.
+
+    Whole powers of two, because they compress well.
+    """
+    spectra = random.normal(-4, 3, (1, utterances, MEL_BINS, 1))
+    power = 2.0 ** np.clip(np.rint(spectra + random.normal(0, 3, (views, utterances, MEL_BINS, frames))), -24, 15)
+    return power.reshape(views * utterances, MEL_BINS, frames).astype(np.float16)
 
 
-def make(config: dict, steps: int, keep: list[int], frames: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
-    """Returns a reference file's arrays."""
-    torch.manual_seed(seed)
-    random = np.random.default_rng(seed)
-    training = Training(config, build_students(config))
-    arrays = {"config": np.array(json.dumps(config)), "eval/mel": random_mel(random, 2, 1, frames[0]).astype(np.float32)}
+# Steps taken with one mistake, each a plausible one in a port; a check of a port must tell them from the right steps.
+
+
+def tanh_gelu(training: Training) -> None:
+    """GELU by its tanh approximation."""
+    for model in (*training.students.values(), *training.teachers.values()):
+        for module in model.modules():
+            if isinstance(module, nn.GELU):
+                module.approximate = "tanh"
+
+
+def zero_padding(training: Training) -> None:
+    """ECAPA-TDNN's convolutions padded with zeros."""
+    for role in (training.students, training.teachers):
+        for module in role["ecapa"].modules():
+            if hasattr(module, "padding_mode") and not isinstance(module, nn.Conv1d):
+                module.padding_mode = "constant"
+
+
+def decayed_biases(training: Training) -> None:
+    """Weight decay on every parameter."""
+    training.optimizer.param_groups[1]["weight_decay"] = training.config["weight_decay"]
+
+
+def global_clip(training: Training) -> None:
+    """One clip over a student's whole gradient."""
+    limit = training.config["clip_per_parameter"]
+    training.clip = lambda: [nn.utils.clip_grad_norm_(s.parameters(), limit) for s in training.students.values()]
+
+
+def early_teachers(training: Training) -> None:
+    """Teachers moved before the optimiser's step, on the old students."""
+    right_order = training.optimize, training.move_teachers
+    training.optimize, training.move_teachers = right_order[::-1]
+
+
+def eval_teachers(training: Training) -> None:
+    """Teachers' batch norms in evaluation mode."""
+    for teacher in training.teachers.values():
+        teacher.eval()
+
+
+def joint_heads(training: Training) -> None:
+    """Heads run on global and local views together, as one batch of their batch norms."""
+
+    def student_outputs(branch, inputs):
+        embeddings = [branch.backbone(x) for x in inputs]
+        batch, rows = training.config["batch"], torch.cat(embeddings)
+        return {
+            "embedding": list(embeddings[0].split(batch)),
+            "self": list(branch.self_head(rows).split(batch)),
+            "cross": list(branch.cross_head(rows).split(batch)),
+        }
+
+    training.student_outputs = student_outputs
+
+
+MISTAKES = (
+    tanh_gelu, zero_padding, decayed_biases, global_clip, early_teachers, eval_teachers, joint_heads
+)
+MISTAKEN_SETTINGS = {
+    "teacher_momentum": 0.81, "center_momentum": 0.81, "teacher_temp": [0.05, 0.082], "sgd_momentum": 0.8,
+    "base_lr_already_scaled": 0.0031, "cross_weight": 0.75, "freeze_last_layer_epochs": 0,
+    "clip_per_parameter": 0.31, "contrastive_weight": 0.501,
+}
+
+
+def mistaken_losses(config: dict, students: dict[str, Branch], mels: list, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Returns the losses {name: [steps, 6]} of the same steps taken with one mistake each."""
+    losses = {}
+    for mistake in MISTAKES:
+        training = Training(config, copy.deepcopy(students), dtype)
+        mistake(training)
+        losses[mistake.__name__] = np.array([training.take_step(i, *mel) for i, mel in enumerate(mels)])
+    for key, value in MISTAKEN_SETTINGS.items():
+        training = Training(config | {key: value}, copy.deepcopy(students), dtype)
+        losses[key] = np.array([training.take_step(i, *mel) for i, mel in enumerate(mels)])
+    return losses
+
+
+def make(config: dict, options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Returns a reference file's arrays, parameters in float32 whatever the steps were taken in."""
+    torch.manual_seed(options.seed)
+    random = np.random.default_rng(options.seed)
+    students = build_students(config)
+    for student in students.values():
+        randomize(student)
+    dtype = torch.float64 if options.float64 else torch.float32
+    torch.set_default_dtype(dtype)
+    training = Training(config, copy.deepcopy(students), dtype)
+    arrays = {"eval/mel": random_mel(random, 2, 1, options.frames[0]).astype(np.float32)}
     arrays |= {f"init/{name}": value for name, value in training.state().items() if name.startswith("student/")}
     for name, value in training.eval_embeddings("student", arrays["eval/mel"]).items():
         arrays[f"eval/embedding/{name}"] = value
-    losses = []
-    for i in range(steps):
-        mels = [random_mel(random, config["batch"], v, t) for v, t in zip((GLOBAL_VIEWS, LOCAL_VIEWS), frames, strict=True)]
-        arrays[f"step{i}/global_mel"], arrays[f"step{i}/local_mel"] = mels
-        losses.append(training.take_step(i, *mels))
-        if i in keep:
-            arrays |= {f"after{i}/{name}": value for name, value in training.state().items()}
+    losses, mels = [], []
+    for i in range(options.steps):
+        views = zip((GLOBAL_VIEWS, LOCAL_VIEWS), options.frames, strict=True)
+        mels.append([random_mel(random, config["batch"], number, frames) for number, frames in views])
+        arrays[f"step{i}/global_mel"], arrays[f"step{i}/local_mel"] = mels[-1]
+        losses.append(training.take_step(i, *mels[-1]))
+        if i in options.keep:
+            arrays |= {
+                f"after{i}/{name}": value for name, value in training.state().items()
+                if value.size <= options.largest and re.search(options.names, name)
+            }
     for role in ("student", "teacher"):
         for name, value in training.eval_embeddings(role, arrays["eval/mel"]).items():
             arrays[f"eval_after_last/{role}/embedding/{name}"] = value
-    arrays["losses"] = np.array(losses)
-    arrays["schedule/lr"], arrays["schedule/momentum"] = training.learning_rates[:steps], training.momenta[:steps]
+    arrays = {
+        name: value.astype(np.float32) if value.dtype == np.float64 else value
+        for name, value in arrays.items() if not name.endswith("num_batches_tracked")
+    }
+    arrays |= {"config": np.array(json.dumps(config)), "losses": np.array(losses)}
+    arrays |= {"schedule/lr": training.learning_rates[: len(losses)], "schedule/momentum": training.momenta[: len(losses)]}
+    if options.mistakes:
+        mistaken = mistaken_losses(config, students, mels, dtype)
+        arrays |= {f"mistake/{name}/losses": value for name, value in mistaken.items()}
     return arrays
 
 
@@ -317,20 +445,20 @@ def parts(name: str) -> str:
 def state_differences(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """Returns the largest and the mean absolute difference in each part; of statistics relative to the tensor's largest."""
     differences: dict[str, list[np.ndarray]] = {}
-    for name, value in a.items():
+    for name in sorted(a.keys() & b.keys()):
         if not name.endswith(("num_batches_tracked", "weight_g")):
             scale = np.abs(b[name]).max() if "running_" in name else 1.0
-            differences.setdefault(parts(name), []).append(np.abs(value - b[name]).ravel() / scale)
+            differences.setdefault(parts(name), []).append(np.abs(a[name] - b[name]).ravel() / scale)
     return {
         part: {"max": float(np.concatenate(d).max()), "mean": float(np.concatenate(d).mean())}
         for part, d in differences.items()
     }
 
 
-def compare(file) -> dict:
-    """Returns how far float32 and float64 replays lie from the file and from one another."""
-    runs = {"float32": replay(file, torch.float32), "float64": replay(file, torch.float64)}
+def compare(file, runs: dict) -> dict:
+    """Returns how far replays {"float32": …, "float64": …} lie from the file and from one another."""
     states = sorted(runs["float32"][1])
+    runs = dict(runs)
     runs["file"] = file["losses"], {
         i: {n.split("/", 1)[1]: file[n] for n in file.files if n.startswith(f"after{i}/")} for i in states
     }
@@ -341,6 +469,15 @@ def compare(file) -> dict:
             **{f"after{i}": state_differences(runs[a][1][i], runs[b][1][i]) for i in states},
         }
     return result
+
+
+def replaced_by(run, file) -> dict[str, np.ndarray]:
+    """Returns a file's arrays, its losses and states replaced by a replay's."""
+    losses, states = run
+    arrays = {name: file[name] for name in file.files if not name.startswith("after")} | {"losses": losses}
+    for i, state in states.items():
+        arrays |= {f"after{i}/{name}": value for name, value in state.items() if f"after{i}/{name}" in file.files}
+    return arrays
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -358,32 +495,41 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make", help="write a reference file", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     making.add_argument("output", type=Path, help="npz to write")
-    making.add_argument("--seed", type=int, default=0)
+    making.add_argument("--seed", type=int, default=4)
     making.add_argument("--steps", type=int, default=4)
     making.add_argument("--keep", type=int, nargs="*", default=[0, 3], help="steps whose state is written")
-    making.add_argument("--frames", type=int, nargs=2, default=[48, 32], help="frames of global and of local views")
+    making.add_argument("--largest", type=int, default=10**9, help="most numbers in a tensor of a written state")
+    making.add_argument("--names", default="", help="regular expression of the tensors in a written state")
+    making.add_argument("--float64", action="store_true", help="take the steps in float64")
+    making.add_argument("--mistakes", action="store_true", help="write the losses of mistaken steps, too")
+    making.add_argument("--frames", type=int, nargs=2, default=[24, 16], help="frames of global and of local views")
     sizes = {
         "batch": 4, "ecapa_channels": [16, 16, 16, 16, 48], "resnet_base_channels": 2, "embed_dim": 12, "prototypes": 96,
-        "head_hidden": 20, "head_bottleneck": 8, "epochs": 3, "steps_per_epoch": 2, "warmup_epochs": 1,
+        "head_hidden": 20, "head_bottleneck": 8, "epochs": 3, "steps_per_epoch": 2, "warmup_epochs": 0,
         "teacher_temp": [0.05, 0.08], "teacher_temp_warmup_epochs": 2, "student_temp": 0.12, "center_momentum": 0.8,
         "cross_weight": 0.7, "contrastive_weight": 0.5, "contrastive_temperature": 0.2,
-        "contrastive_scale": 1 / 0.07, "base_lr_already_scaled": 0.01, "min_lr": 1e-4, "teacher_momentum": 0.8,
+        "contrastive_scale": 1 / 0.07, "base_lr_already_scaled": 0.003, "min_lr": 1e-4, "teacher_momentum": 0.8,
         "weight_decay": 0.05, "clip_per_parameter": 0.3, "freeze_last_layer_epochs": 1, "sgd_momentum": 0.85,
     }
     for name, default in sizes.items():
         many = isinstance(default, list)
         kind = type(default[0] if many else default)
         making.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs=len(default) if many else None, default=default)
-    replaying = commands.add_parser("replay", help="print a file's float32 noise as JSON")
+    replaying = commands.add_parser("replay", help="print a file's rounding noise as JSON")
     replaying.add_argument("file", type=Path)
+    replaying.add_argument("--float64-output", type=Path, help="write the file with the float64 losses and states")
     options = parser.parse_args(arguments)
     if options.command == "replay":
-        print(json.dumps(compare(np.load(options.file, allow_pickle=False)), indent=1))
+        file = np.load(options.file, allow_pickle=False)
+        runs = {"float32": replay(file, torch.float32), "float64": replay(file, torch.float64)}
+        print(json.dumps(compare(file, runs), indent=1))
+        if options.float64_output:
+            write_npz(options.float64_output, replaced_by(runs["float64"], file))
         return 0
     config = {name: getattr(options, name) for name in sizes} | {"loss_columns": LOSS_COLUMNS}
     if options.steps > config["epochs"] * config["steps_per_epoch"]:
         parser.error(f"{options.steps} steps do not fit into {config['epochs']} epochs of {config['steps_per_epoch']}")
-    write_npz(options.output, make(config, options.steps, options.keep, tuple(options.frames), options.seed))
+    write_npz(options.output, make(config, options))
     return 0
 
 

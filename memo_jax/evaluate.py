@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from memo_jax import config as configs, scoring
+from memo_jax import config as configs, scoring, sharding
 from memo_jax.checkpoint import load_raw, saved_steps
 from memo_jax.data import Utterances, open_utterances
 from memo_jax.embedder import apply_to_recordings, embedding_function, log_mel_statistics
@@ -80,12 +80,14 @@ def load_network(workdir: str | os.PathLike, branch: str, role: str = "teacher",
         raise ValueError(f"the run in {workdir} has no branch {branch!r}: choose one of {', '.join(branches)}")
     if role not in ("teacher", "student"):
         raise ValueError(f"role {role!r}: choose teacher or student")
+    # Held as training holds it, so that programs which training has compiled are found again.
+    mesh = sharding.data_mesh()
     if step == 0:
-        return branches[branch], initial_state(config, build_recipe(config, 1)).teacher[branch], 0
+        return branches[branch], initial_state(config, build_recipe(config, 1), mesh).teacher[branch], 0
     if step is None and (steps := saved_steps(workdir)):
         step = steps[-1]
     state, _ = load_raw(workdir, step, only=[role])
-    return branches[branch], jax.tree.map(jax.numpy.asarray, state[role][branch]), step
+    return branches[branch], sharding.replicate(mesh, state[role][branch]), step
 
 
 def evaluate(

@@ -36,6 +36,8 @@ def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path
     try:
         figure.savefig(part, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.12)  # long names stay whole
         os.replace(part, path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         part.unlink(missing_ok=True)
     return path
@@ -101,7 +103,7 @@ def det_figure(
 def _det_limits(rates: list[float], targets) -> tuple[float, float]:
     """Ends of both axes in normal deviates: around the equal error rates, and no finer than the trials can resolve."""
     finest = min(1 / max(1, min(np.sum(target), np.sum(~np.asarray(target, bool)))) for target in targets)
-    low = max(min(rates) / 12, finest / 2, 1e-5)
+    low = min(max(min(rates) / 12, finest / 2, 1e-5), 0.1)
     high = min(0.99, max(0.4, 2 * max(rates)))
     ticks = PERCENT_TICKS / 100
     return float(ndtri(ticks[ticks <= low * (1 + 1e-9)][-1])), float(ndtri(ticks[ticks >= high * (1 - 1e-9)][0]))

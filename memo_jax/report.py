@@ -45,6 +45,7 @@ class Panel(NamedTuple):
     title: str
     unit: str
     while_open: bool = False  # its metrics mean nothing once the gate is closed
+    noisy: bool = True  # drawn as running means; a schedule is drawn as it is
 
 
 EER = Panel(r"eer/.+", "Equal error rate", "percent of trials, lower is better")
@@ -59,9 +60,9 @@ PANELS = (
     Panel(r"embedding_std/.+", "Embedding spread", "standard deviation; towards 0: collapse"),
     Panel(r"loss(/[^/]+)?", "Total loss", "nats, with the contrastive term while its gate is open"),
     Panel(r"gradient_norm", "Gradient norm", "all parameters, before clipping"),
-    Panel(r"lr", "Learning rate", "of the optimiser"),
-    Panel(r"momentum", "Teacher momentum", "share of the old teacher kept each step"),
-    Panel(r"teacher_temp", "Teacher temperature", "of the softmax"),
+    Panel(r"lr", "Learning rate", "of the optimiser", noisy=False),
+    Panel(r"momentum", "Teacher momentum", "share of the old teacher kept each step", noisy=False),
+    Panel(r"teacher_temp", "Teacher temperature", "of the softmax", noisy=False),
     Panel(r"utterances_per_second", "Speed", "utterances a second"),
 )
 NOT_DRAWN = {"step", "epoch", "seconds_per_step", "cpu_seconds", "gate/open", "gate/closed_at"}  # axes, marks, or drawn otherwise
@@ -195,7 +196,7 @@ def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str]
                 color=MUTED)
     labels, shown = [], []
     for number, one in enumerate(found):
-        smooth = running_mean(one.values, len(one.values) // 60)
+        smooth = running_mean(one.values, len(one.values) // 60 if panel.noisy else 0)
         name, color, dashes = _look(one.name, number, branches)
         if smooth is not one.values:
             ax.plot(one.steps, one.values, color=color, linewidth=0.6, alpha=0.22, zorder=2)

@@ -222,7 +222,7 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
         "gate/closed_at": gate.closed_at,
         "gate/loss": gate.loss,
         "gate/alignment": gate.alignment,
-        "gradient_norm": optax.global_norm(grads),
+        "gradient_norm": optax.tree.norm(grads),
     }
     return new_state, metrics
 

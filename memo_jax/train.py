@@ -25,6 +25,12 @@ from memo_jax.step import LossWeights, Recipe, train_step
 # Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; that
 # it is the same one its fingerprint tells.
 FREE_ON_RESUME = ("checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.")
+POSITIVE = (
+    "log_every_steps", "model.embedding_dim", "model.resnet_base_channels", "model.head_hidden",
+    "model.head_bottleneck", "model.prototypes", "loss.student_temp", "loss.contrastive_temperature", "teacher.temp",
+    "teacher.end_temp",
+)
+FRACTIONS = ("loss.center_momentum", "teacher.momentum", "teacher.end_momentum", "optimizer.sgd_momentum")
 TO_TRY = (
     "Try a lower optimizer.learning_rate, a longer optimizer.warmup, a smaller optimizer.clip_norm, or "
     "model.dtype=float32"
@@ -35,8 +41,28 @@ class TrainingStopped(ValueError):
     """The run cannot go on: its numbers are not finite, or it has collapsed."""
 
 
+def check_ranges(config) -> None:
+    """Raises ValueError naming a key whose value no run can work with."""
+    for keys, fits, wanted in (
+        (POSITIVE, lambda value: value > 0, "above 0"), (FRACTIONS, lambda value: 0 <= value <= 1, "in [0, 1]")
+    ):
+        for key in keys:
+            group, _, name = key.rpartition(".")
+            value = (config[group] if group else config)[name]
+            if not fits(value):
+                raise ValueError(f"{key} is {value}: must be {wanted}")
+    if config.data.global_crops < 2:
+        raise ValueError(f"data.global_crops is {config.data.global_crops}: a teacher's view needs another to predict it")
+    channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
+    if len(channels) != 5 or min(channels) < 1 or any(width % 8 for width in channels[1:4]):
+        raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
+    if len(blocks) != 4 or min(blocks) < 1:
+        raise ValueError(f"model.resnet_blocks is {blocks}: give four numbers of blocks, each at least 1")
+
+
 def build_branches(config) -> dict[str, Branch]:
     """Returns the config's branches by name; raises ValueError naming the key that is wrong."""
+    check_ranges(config)
     model, names = config.model, tuple(config.model.branches)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"model.branches {names}: name at least one backbone, each once")
@@ -237,8 +263,6 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
     workdir = Path(workdir)
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
-    if config.log_every_steps < 1:
-        raise ValueError(f"log_every_steps is {config.log_every_steps}: must be at least 1")
     utterances = open_utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
     recipe = build_recipe(config, epoch_steps)

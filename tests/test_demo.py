@@ -2,9 +2,11 @@
 
 import functools
 import re
+import shutil
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -19,15 +21,31 @@ from memo_jax.scoring import eer  # noqa: E402
 from memo_jax.trials import read_trials  # noqa: E402
 
 PICTURES = ("learning_curve.png", "det.png")
+SMOKE = """
+import tiny
+
+
+def get_config():
+    config = tiny.get_config()
+    config.model.branches = ("ecapa",)  # half of the programs to compile, and the branch that the demo reports
+    return config
+"""
 
 
 @pytest.fixture
 def smoke_size(monkeypatch, tmp_path):
-    """The demo with few voices and the tests' tiny networks."""
+    """The demo with few voices and the tests' tiny networks, compiled without optimisation."""
     corpus = functools.partial(demo_speech.make_corpus, speakers=4, utterances=3, test_speakers=3, test_utterances=2,
                                processes=2)
     monkeypatch.setattr(demo_speech, "make_corpus", corpus)
-    monkeypatch.setattr(demo, "CONFIG", tiny.write_config(tmp_path / "configs"))
+    shutil.copy(tiny.ROOT / "configs" / "base.py", tmp_path)
+    (tmp_path / "tiny.py").write_text(tiny.CONFIG)
+    (tmp_path / "smoke.py").write_text(SMOKE)
+    monkeypatch.setattr(demo, "CONFIG", tmp_path / "smoke.py")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def printed_rates(text):

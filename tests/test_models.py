@@ -93,7 +93,7 @@ def test_utterance_padded_in_a_batch_embeds_as_alone(name):
         return backbone.apply(variables, features.normalized_log_mel(features.mel_power(waves)))
 
     together = np.asarray(embed(waves, lengths))
-    assert np.abs(together).mean() > 0.1 and np.ptp(together, axis=0).min() > 0.01  # there is something to compare
+    assert np.ptp(together, axis=0).mean() > 1e-2  # there is something to compare
     for row, wave, length in zip(together, waves, lengths, strict=True):
         np.testing.assert_allclose(row, embed_alone(wave[None, :length])[0], atol=1e-5, rtol=0)
 

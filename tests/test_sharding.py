@@ -17,15 +17,21 @@ SCRIPT = """
 import json, sys
 import jax, numpy as np
 from memo_jax import config as configs, sharding, train
+from memo_jax.models.ecapa import ECAPATDNN
+from memo_jax.models.resnet import ResNet34
 
-steps, dtype, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+steps, out = int(sys.argv[1]), sys.argv[2]
 config = configs.load_config("configs/base.py", [
-    "--config.data.batch_size=8", "--config.model.embedding_dim=16", "--config.model.ecapa_channels=16,16,16,16,48",
-    "--config.model.resnet_base_channels=2", "--config.model.resnet_blocks=1,1,1,1", "--config.model.head_hidden=32",
-    "--config.model.head_bottleneck=16", "--config.model.prototypes=64", f"--config.model.dtype={dtype}",
+    "--config.data.batch_size=8", "--config.model.head_hidden=32", "--config.model.head_bottleneck=16",
+    "--config.model.prototypes=64",
     "--config.optimizer.warmup_epochs=0", "--config.optimizer.freeze_prototypes_epochs=0", "--config.augment.clean=0",
     "--config.gate.window_epochs=-1", "--config.gate.window_steps=2", "--config.teacher.momentum=0.9",
 ])
+# Shallow, for the sake of compile time; every kind of layer is there.
+backbones = {
+    "ecapa": ECAPATDNN((16, 16, 32), 16, kernel_sizes=(5, 3), dilations=(1, 2), scale=2),
+    "resnet": ResNet34(4, 16, blocks=(0, 1)),
+}
 random = np.random.default_rng(0)
 pcm = lambda *shape: (3000 * random.standard_normal(shape)).astype(np.int16)
 envelope = np.exp(-np.arange(400) / 80)
@@ -33,9 +39,10 @@ banks = {"noise": pcm(3, 6000), "rir": (random.standard_normal((2, 400)) * envel
 batches = [{"global": pcm(8, 2, 5120), "local": pcm(8, 4, 3520)} for _ in range(steps)]
 report = {"devices": jax.device_count()}
 arrays = {}
-for count in (4, 1) if dtype == "float32" else (4,):
+for count in (4, 1):
     mesh = sharding.data_mesh(jax.devices()[:count])
     recipe = train.build_recipe(config, epoch_steps=2)
+    recipe = recipe._replace(branches={n: b.clone(backbone=backbones[n]) for n, b in recipe.branches.items()})
     state = train.initial_state(config, recipe, mesh)
     step = train.jitted_step(config, recipe, mesh)
     key = sharding.replicate(mesh, jax.random.key_data(jax.random.key(1)))
@@ -56,30 +63,22 @@ for count in (4, 1) if dtype == "float32" else (4,):
         )
         report["state_devices"] = len(leaves[0].sharding.device_set)
     report[f"metrics{count}"] = losses
-    report["dtypes"] = sorted({str(leaf.dtype) for leaf in leaves})
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.student, state.teacher, state.center)):
         arrays[f"{count}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
 np.savez(out, report=json.dumps(report), **arrays)
 """
 
 
-def run_script(folder, dtype):
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-    }
-    out = folder / f"{dtype}.npz"
-    subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(STEPS if dtype == "float32" else 1), dtype, str(out)],
-        cwd=ROOT, env=environment, check=True,
-    )
-    with np.load(out) as file:
-        return json.loads(str(file["report"])), {name: file[name] for name in file.files if name != "report"}
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A report and the final students, teachers and centres of the same steps on four devices and on one."""
-    return run_script(tmp_path_factory.mktemp("devices"), "float32")
+    # Level 0 compiles faster.
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    out = tmp_path_factory.mktemp("devices") / "both.npz"
+    subprocess.run([sys.executable, "-c", SCRIPT, str(STEPS), str(out)], cwd=ROOT, env=environment, check=True)
+    with np.load(out) as file:
+        return json.loads(str(file["report"])), {name: file[name] for name in file.files if name != "report"}
 
 
 def test_batch_is_split_and_state_is_held_whole(both):
@@ -105,12 +104,3 @@ def test_four_devices_equal_one(both):
     assert names
     for name in names:
         np.testing.assert_allclose(arrays["4" + name], arrays["1" + name], atol=2e-5, rtol=1e-4, err_msg=name)
-
-
-def test_bfloat16_trains_with_a_float32_state(tmp_path, both):
-    report, arrays = run_script(tmp_path, "bfloat16")
-    assert report["dtypes"] == ["bool", "float32", "int32"]
-    assert all(np.isfinite(x).all() for x in arrays.values())
-    exact = both[0]["metrics1"][0]["loss"]
-    assert report["metrics4"][0]["loss"] == pytest.approx(exact, rel=0.05)
-    assert report["metrics4"][0]["loss"] != pytest.approx(exact, rel=1e-5)

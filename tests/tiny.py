@@ -1,14 +1,21 @@
 """A corpus, a dataset, trials and a config so small that a whole training run takes seconds."""
 
+import atexit
+import contextlib
+import functools
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
 
+from memo_jax import cli
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.config import load_config
 from memo_jax.prepare import prepare
@@ -90,26 +97,88 @@ def write_trials(path: Path, kaldi: bool = False) -> Path:
     return path
 
 
-def write_config(folder: Path) -> Path:
-    """Writes the tiny config, and beside it the base that it imports; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "configs" / "base.py", folder)
-    path = folder / "tiny.py"
-    path.write_text(CONFIG)
-    return path
+class Material(NamedTuple):
+    """What a run needs, as paths."""
+
+    corpus: Path
+    dataset: Path
+    trials: Path
+    config: Path
 
 
-def tiny_config(folder: Path, dataset: Path, *overrides: str):
-    """Returns the tiny config, loaded, for a dataset, with overrides like "total_steps=3"."""
-    path = folder / "tiny.py"
-    path = path if path.exists() else write_config(folder)
-    return load_config(path, [f"--config.{text}" for text in (f"data.train={dataset}", *overrides)])
+@functools.cache
+def temporary_folder() -> Path:
+    """A folder for this process, removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="memo-jax-tests-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def material() -> Material:
+    """The corpus, dataset, trial list and config that the tests of this process share: only to be read."""
+    folder = temporary_folder()
+    corpus = write_corpus(folder / "corpus")
+    shutil.copy(ROOT / "configs" / "base.py", folder)  # the config's neighbour, which it imports
+    (folder / "tiny.py").write_text(CONFIG)
+    dataset = write_dataset(folder / "dataset", corpus)
+    return Material(corpus, dataset, write_trials(folder / "trials.txt"), folder / "tiny.py")
+
+
+def tiny_config(*overrides: str):
+    """The tiny config with overrides like "total_steps=3"."""
+    return load_config(material().config, [f"--config.{text}" for text in overrides])
+
+
+def train_arguments(workdir: Path, *arguments: str) -> list[str]:
+    """The command line, after `memo-jax`, of a tiny run of one branch; an argument "a.b=1" is for the config."""
+    settings = ["data.train=" + str(material().dataset), "model.branches=resnet"]
+    flags = [text for text in arguments if text.startswith("--")]
+    settings += [text for text in arguments if not text.startswith("--")]
+    command = ["train", f"--config={material().config}", f"--workdir={workdir}", *flags]
+    return command + [f"--config.{text}" for text in settings]
+
+
+@functools.cache
+def trained_run() -> tuple[Path, str]:
+    """The workdir of a run of ECAPA-TDNN and ResNet with trials, started as a user does, and what it said."""
+    workdir, tiny = temporary_folder() / "run", material()
+    arguments = train_arguments(
+        workdir, "model.branches=ecapa,resnet", "total_steps=6", "gate.stop_steps=3", "checkpoint.every_steps=2",
+        f"evaluation.data={tiny.dataset}", f"evaluation.trials={tiny.trials}", "evaluation.every_epochs=1",
+    )
+    done = memo_jax(*arguments)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stderr
+
+
+def here(*arguments) -> tuple[int, str]:
+    """Runs `memo-jax ARGUMENTS` in this process; returns the exit status and what it printed (both streams)."""
+    import jax
+
+    printed, before = io.StringIO(), jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                status = cli.main([str(argument) for argument in arguments])
+            except SystemExit as stop:
+                status = stop.code
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+    return status, printed.getvalue()
+
+
+def train_here(workdir: Path, *arguments: str) -> tuple[int, str]:
+    """Runs `memo-jax train` in this process, with `train_arguments`."""
+    return here(*train_arguments(workdir, *arguments))
 
 
 def environment() -> dict[str, str]:
-    """The environment in which another process finds the package and one CPU device."""
+    """The environment in which another process finds the package, compiles like `here`, and sees one CPU device."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    # Optimised programs would be worth their compilation after thousands of steps only.
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
 def memo_jax(*arguments, **options) -> subprocess.CompletedProcess:

@@ -1,0 +1,101 @@
+"""The command itself: help without heavy imports, exit statuses, and errors in one line."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+import memo_jax
+from memo_jax import cli
+
+COMMANDS = ("prepare", "train", "eval")
+HEAVY = ("jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "numpy", "scipy", "librosa", "ml_collections")
+HELP = f"""
+import sys
+from memo_jax import cli
+for command in ([], *([name] for name in {COMMANDS!r})):
+    try:
+        cli.main([*command, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+print("HEAVY:", *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+
+
+def test_help_tells_all_commands_and_imports_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", HELP], env=tiny.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "HEAVY:"
+    for text in (*COMMANDS, "--input", "--output", "--config", "--workdir", "--trials", "--branch", "--step"):
+        assert text in done.stdout
+
+
+def test_the_package_is_a_command():
+    done = tiny.memo_jax("--version")
+    assert (done.returncode, done.stdout) == (0, f"memo-jax {memo_jax.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train", "--workdir", "w"], "--config"),
+        (["train", "--config", "c.py", "--workdir", "w", "--quick"], "unknown argument '--quick'"),
+        (["train", "--config", "c.py", "--workdir", "w", "--config.seed", "3"], "--config.seed=VALUE"),
+        (["train", "--config", "c.py", "--workdir", "w"], "c.py: no such config file"),
+        (["train", "--conf", "c.py", "--workdir", "w"], "--config"),
+        (["prepare", "--input", "a", "--output", "b", "--config.seed=3"], "unknown argument '--config.seed=3'"),
+        (["prepare", "--input", "a", "--output", "b", "--workers", "many"], "invalid int value: 'many'"),
+        (["prepare", "--input", "no folder", "--output", "b"], "no folder: no such folder"),
+        (["eval", "--workdir", "w", "--data", "d", "--trials", "t", "--output", "o", "--step", "x"], "invalid int value"),
+    ],
+)
+def test_a_wrong_command_line_is_told_and_exits_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, text = tiny.here(*arguments)
+    assert status == 2 and message in text and "error: " in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (ValueError("seed is -1"), 2, "memo-jax: error: seed is -1\n"),
+        (FileNotFoundError(2, "No such file or directory", "a b.txt"), 2, "memo-jax: error: a b.txt: No such file or directory\n"),
+        (OSError("cannot write x: disk full"), 2, "memo-jax: error: cannot write x: disk full\n"),
+        (ImportError("No module named 'matplotlib'"), 2, "memo-jax: error: No module named 'matplotlib'\n"),
+        (ValueError(), 2, "memo-jax: error: ValueError\n"),
+        (KeyboardInterrupt(), 130, "memo-jax: interrupted\n"),
+    ],
+)
+def test_errors_of_users_are_one_line_and_a_status(error, status, text, monkeypatch):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(cli, "run_prepare", fail)
+    assert tiny.here("prepare", "--input", "a", "--output", "b") == (status, text)
+
+
+def test_errors_of_ours_keep_their_traceback(monkeypatch):
+    def fail(_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "run_prepare", fail)
+    with pytest.raises(KeyError):
+        tiny.here("prepare", "--input", "a", "--output", "b")
+
+
+def test_prepare_as_typed(tmp_path):
+    """Two inputs, names with spaces and letters beyond ASCII; what cannot be used is told, and listed beside the data."""
+    one, two = tiny.write_corpus(tmp_path / "one", speakers=1, utterances=2), tmp_path / "zwei äöü"
+    (two / "Jürgen Müller").mkdir(parents=True)
+    (one / "s0" / "1.wav").rename(two / "Jürgen Müller" / "grüß dich.wav")
+    (two / "broken.wav").write_text("no audio")
+    status, text = tiny.here("prepare", "--input", one, "--input", two, "--output", tmp_path / "set", "--workers", "1")
+    assert status == 0 and "2 utterances, 2 speakers" in text and "left out 1 files (1 × not readable as audio)" in text
+    assert "broken.wav" in (tmp_path / "set" / "left_out.tsv").read_text(encoding="utf-8")
+    assert "Jürgen Müller/grüß dich.wav" in (tmp_path / "set" / "manifest.tsv").read_text(encoding="utf-8")
+    status, text = tiny.here("prepare", "--input", one, "--output", tmp_path / "set", "--workers", "1")
+    assert status == 2 and "--overwrite" in text

@@ -1,0 +1,200 @@
+"""`memo-jax eval`: what it writes, that it agrees with the training run, and what it says to bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import tiny
+
+from memo_jax import scoring
+from memo_jax.data import Utterances
+from memo_jax.evaluate import load_network
+from memo_jax.log import read_metrics
+from memo_jax.trials import read_trials
+
+ERRORS = ("eer", "min_dcf_0.01", "min_dcf_0.05")
+
+
+@pytest.fixture(scope="module")
+def workdir():
+    return tiny.trained_run()[0]
+
+
+def evaluate(output, *arguments, workdir=None, data=None, trials=None):
+    """Runs `memo-jax eval`; returns its status and what it printed."""
+    workdir, data = workdir or tiny.trained_run()[0], data or tiny.material().dataset
+    trials = trials or tiny.material().trials
+    return tiny.here(
+        "eval", "--workdir", workdir, "--data", data, "--trials", trials, "--output", output, *arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def output(workdir, tmp_path_factory):
+    """The output of an evaluation of the trained ECAPA teacher, and what was printed."""
+    folder = tmp_path_factory.mktemp("evaluation") / "deep" / "output"
+    status, text = evaluate(folder)
+    assert status == 0, text
+    return folder, text
+
+
+def results_of(output):
+    return json.loads((output / "results.json").read_text())
+
+
+def test_results_name_what_they_are_and_match_the_scores_beside_them(output):
+    folder, text = output
+    results = results_of(folder)
+    assert {path.name for path in folder.iterdir()} >= {"det.png", "results.json", "scores.txt"}
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".") or "partial" in path.name]
+    assert (results["trials"], results["targets"], results["recordings"]) == (45, 5, 10)
+    assert (results["branch"], results["role"], results["step"]) == ("ecapa", "teacher", 6)
+    lines = [line.split("\t") for line in (folder / "scores.txt").read_text().splitlines()]
+    trials = read_trials(tiny.material().trials)
+    assert [line[1:] for line in lines] == [list(pair) for pair in zip(trials.enrol, trials.test)]
+    scores = np.array([float(line[0]) for line in lines])
+    assert results["eer"] == pytest.approx(100 * scoring.eer(scores, trials.target))
+    for p in (0.01, 0.05):
+        assert results[f"min_dcf_{p}"] == pytest.approx(scoring.min_dcf(scores, trials.target, p))
+    assert set(ERRORS) == set(results["log_mel_statistics"])
+    for figure in (f"EER {results['eer']:6.2f} %", "log-mel statistics", "45 trials, 5 of them target", "det.png"):
+        assert figure in text
+
+
+def test_the_picture_is_a_picture(output):
+    import matplotlib.image
+
+    assert (output[0] / "det.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    height, width, _ = matplotlib.image.imread(output[0] / "det.png").shape
+    assert height > 200 and width > 200
+
+
+def test_evaluation_gives_what_training_logged(output, workdir, tmp_path):
+    """The EER of either branch after the last step and (`--step 0`) before the first equals that of the run's own
+    evaluations: checkpoint, initialisation and scoring are the same everywhere."""
+    rows = read_metrics(workdir)
+    assert results_of(output[0])["eer"] == pytest.approx(rows[-1]["eer/ecapa"])
+    status, text = evaluate(tmp_path, "--step", "0", "--branch", "resnet", "--json")
+    assert status == 0 and results_of(tmp_path)["step"] == 0
+    assert json.loads(text[text.index("{") :]) == results_of(tmp_path)
+    assert results_of(tmp_path)["eer"] == pytest.approx(rows[0]["eer/resnet"])
+
+
+def test_both_forms_of_a_trial_list_give_the_same(output, tmp_path):
+    status, text = evaluate(tmp_path, trials=tiny.write_trials(tmp_path / "kaldi.txt", kaldi=True))
+    assert status == 0, text
+    for name in (*ERRORS, "trials", "targets", "log_mel_statistics"):
+        assert results_of(tmp_path)[name] == results_of(output[0])[name]
+
+
+def test_step_role_and_branch_choose_the_network(workdir):
+    """The student is not its average, a step not another, and step 0 is known from the config's seed alone."""
+    import jax
+
+    def kernels(*arguments):
+        variables, step = load_network(workdir, *arguments)[1:]
+        leaves = jax.tree.leaves(variables["params"])
+        return np.concatenate([np.ravel(leaf) for leaf in leaves]), step
+
+    teacher, step = kernels("resnet")
+    assert step == 6
+    networks = [teacher, kernels("resnet", "student")[0], kernels("resnet", "teacher", 4)[0], kernels("resnet", "teacher", 0)[0]]
+    for i, one in enumerate(networks):
+        for other in networks[:i]:
+            assert not np.array_equal(one, other)
+    np.testing.assert_array_equal(networks[3], kernels("resnet", "student", 0)[0])
+
+
+def test_only_the_recordings_of_the_trials_are_read(workdir, tmp_path, monkeypatch):
+    """A list of two trials (the least there can be) evaluates, each of its recordings read once for either system."""
+    trials = tmp_path / "trials.txt"
+    trials.write_text("1 s0/0.wav s0/1.wav\n0 s0/0.wav s1/0.wav\n")
+    read = []
+    get = Utterances.__getitem__
+    monkeypatch.setattr(Utterances, "__getitem__", lambda self, row: read.append(self.names[row]) or get(self, row))
+    status, text = evaluate(tmp_path, trials=trials)
+    assert status == 0 and results_of(tmp_path)["recordings"] == 3, text
+    assert sorted(read) == sorted(2 * ["s0/0.wav", "s0/1.wav", "s1/0.wav"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("1 s0/0.wav s0/9.wav\n0 s0/0.wav s1/0.wav\n", "1 of the 3 recordings in the trials are missing from the data: 's0/9.wav'"),
+        ("1 s0/0.wav s0/1.wav\n0 s0/0.wav\n", "line 2: 2 fields where a trial has 3"),
+        ("1 s0/0.wav s0/1.wav\n2 s0/0.wav s1/0.wav\n", "line 2: the label '2'"),
+        ("", "the trial list is empty"),
+        ("\n\n", "the trial list is empty"),
+        ("1 s0/0.wav s0/1.wav\n", "no nontarget trial"),
+        ("s0/0.wav s1/1.wav nontarget\n", "no target trial"),
+    ],
+)
+def test_a_trial_list_that_cannot_be_used_is_named(lines, message, tmp_path):
+    trials = tmp_path / "list of trials.txt"
+    trials.write_text(lines)
+    status, text = evaluate(tmp_path / "output", trials=trials)
+    assert status == 2 and "memo-jax: error: " in text and message in text
+    assert "missing" in message or str(trials) in text
+    assert not (tmp_path / "output").exists()
+
+
+def test_what_is_not_there_is_named(workdir, tmp_path):
+    for place, named in (
+        ({"workdir": tmp_path}, f"{tmp_path} is not the workdir of a run"),
+        ({"workdir": tmp_path / "gone"}, f"{tmp_path / 'gone'} is not the workdir of a run"),
+        ({"data": tmp_path}, f"{tmp_path} is not a dataset"),
+        ({"trials": tmp_path / "gone.txt"}, f"{tmp_path / 'gone.txt'}: No such file"),
+    ):
+        status, text = evaluate(tmp_path / "output", **place)
+        assert status == 2 and named in text, text
+    for flags, named in (
+        (("--branch", "xvector"), "no branch 'xvector': choose one of ecapa, resnet"),
+        (("--step", "5"), "there are those of steps 4, 6"),
+        (("--role", "parent"), "invalid choice: 'parent'"),
+    ):
+        status, text = evaluate(tmp_path / "output", *flags)
+        assert status == 2 and named in text, text
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_run_without_checkpoint_is_no_network(workdir, tmp_path):
+    shutil.copy(workdir / "config.json", tmp_path)
+    status, text = evaluate(tmp_path / "output", workdir=tmp_path)
+    assert status == 2 and "no checkpoint" in text
+
+
+def test_a_checkpoint_cut_short_is_named_with_the_one_before_it(workdir, tmp_path):
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    data = max((copy / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    status, text = evaluate(tmp_path / "output", workdir=copy)
+    assert status == 2 and f"{copy / 'checkpoints' / '6'}: the checkpoint is damaged or cut short" in text
+    assert f"{copy / 'checkpoints' / '4'}" in text
+    status, text = evaluate(tmp_path / "output", "--step", "4", workdir=copy)
+    assert status == 0 and results_of(tmp_path / "output")["step"] == 4, text
+
+
+def test_an_output_that_cannot_be_written_is_named(workdir, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, text = evaluate(tmp_path / "file" / "output")
+    assert status == 2 and str(tmp_path / "file") in text and "directory" in text
+
+
+@pytest.mark.parametrize("size", ["0", "8k"])
+def test_a_disk_that_takes_nothing_is_named(size, workdir, tmp_path):
+    """Read-only ("0"), and full: neither leaves half a file."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs the right to mount a small file system")
+    options = "ro" if size == "0" else f"size={size}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        status, text = evaluate(tmp_path)
+        assert status == 2 and str(tmp_path) in text, text
+        assert ("Read-only file system" if size == "0" else "No space left on device") in text
+        assert not [path for path in tmp_path.iterdir() if path.name in ("results.json", "det.png", "scores.txt")]
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)

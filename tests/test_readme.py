@@ -1,0 +1,90 @@
+"""The README's commands run, as they stand, in its order, on folders of the names that it uses."""
+
+import re
+import shlex
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+
+from memo_jax.config import load_config
+
+README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text):
+    """The command lines of the ```sh blocks."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+def leaves(config, prefix=""):
+    """{"key.sub": value} of a config."""
+    found = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if hasattr(value, "items") else {f"{prefix}{key}": value}
+    return found
+
+
+def shrinking(config_file):
+    """The overrides that turn a config into the tests' tiny one; the same for all, so that XLA compiles once."""
+    ours = leaves(tiny.tiny_config("total_steps=3", "model.branches=ecapa,"))
+    theirs = leaves(load_config(config_file))
+    own = {key: value for key, value in ours.items() if value != theirs[key] or key in ("gate.rule", "data.workers")}
+    return [f"--config.{key}={value}" for key, value in own.items()]
+
+
+@pytest.fixture
+def folder_of_a_reader(tmp_path, monkeypatch):
+    """A folder with recordings, trials, MUSAN and RIRS_NOISES in miniature, in which the commands are typed."""
+    corpus = tiny.write_corpus(tmp_path / "recordings" / "train")
+    for copy in ("recordings/test", "voxceleb2/dev/aac", "voxceleb1/wav"):
+        shutil.copytree(corpus, tmp_path / copy)
+    for trials in ("recordings/trials.txt", "voxceleb1/veri_test2.txt"):
+        tiny.write_trials(tmp_path / trials)
+    rng = np.random.default_rng(0)
+    for bank in ("musan/noise", "musan/music", "musan/speech", "RIRS_NOISES/simulated_rirs"):
+        (tmp_path / bank).mkdir(parents=True)
+        soundfile.write(tmp_path / bank / "1.wav", 0.1 * rng.standard_normal(16000), 16000)
+    (tmp_path / "configs").symlink_to(tiny.ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_memo_jax_command_runs_and_writes_what_is_said(folder_of_a_reader):
+    ran, said = [], ""
+    for program, *arguments in commands(README):
+        if program == "memo-jax":
+            if arguments[0] == "train":
+                arguments += shrinking(arguments[arguments.index("--config") + 1])
+            status, text = tiny.here(*arguments)
+            assert status == 0, text
+            ran.append(arguments[0])
+            said += text
+    assert ran == ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval", "train"]
+    assert "EER" in said and "log-mel statistics" in said
+    for workdir in ("runs/small", "runs/memo", "runs/longer"):
+        assert (folder_of_a_reader / workdir / "checkpoints" / "3").is_dir()
+    for name in re.findall(r"`(\w+\.(?:json|jsonl|tsv|txt|png))`", README):
+        assert list(folder_of_a_reader.rglob(name)), f"{name} is in the README, but no command has written it"
+
+
+def test_other_commands_are_the_makefiles_and_pips():
+    """`make demo`, `make test` and `pip install .` have tests of their own, which need no network."""
+    makefile = (tiny.ROOT / "Makefile").read_text()
+    for program, *arguments in commands(README):
+        if program != "memo-jax":
+            assert program == "make" and f"\n{arguments[0]}:" in makefile or (program, *arguments) == ("pip", "install", ".")
+
+
+def test_config_keys_that_the_readme_names_exist():
+    known = leaves(load_config(tiny.ROOT / "configs" / "base.py"))
+    named = re.findall(r"`((?:augment|collapse|gate|loss|optimizer|teacher)\.\w+)`", README)
+    assert len(named) > 10 and not set(named) - set(known)
+
+
+def test_files_that_the_readme_links_to_exist():
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links and not [link for link in links if not (tiny.ROOT / link).exists()]
