@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed
 .PHONY: help demo test install clean
 
 help:
-	@echo "make demo                      train on synthetic speech, about 10 minutes on 2 cores"
+	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
 	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
 	@echo "make test                      run the tests"

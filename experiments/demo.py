@@ -5,7 +5,7 @@
 
 Makes a corpus, prepares two datasets, trains configs/demo.py on the first (which never sees a speaker label), and
 compares on the speakers of the second: the trained network, the same network untrained, and plain statistics of the
-log-mel features. Ten minutes on 2 cores. Started again, it goes on where it stopped. Everything lies in --output:
+log-mel features. Less than ten minutes on 2 cores. Started again, it goes on where it stopped. In --output lie:
 
     speech/ (corpus, or links to your recordings)   train/ test/ (datasets)   trials.txt
     run/ (training: metrics, checkpoints)   untrained/ trained/ (evaluations)   learning_curve.png   det.png
@@ -22,7 +22,7 @@ from pathlib import Path
 import demo_speech
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.py"
-CONFIG_MINUTES = 8  # what training with CONFIG takes on 2 cores
+CONFIG_MINUTES = 5  # what training with CONFIG takes on 2 cores, compilation included
 CLEARLY = 0.8  # trained EER / the best of the others: below it, the demo counts as a success
 MIN_SPEAKERS, MAX_TRAIN, MAX_TEST = 10, 3000, 400  # of one's own recordings; the rest would not fit into ten minutes
 

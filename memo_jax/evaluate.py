@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from memo_jax import config as configs, scoring, sharding
@@ -43,7 +42,7 @@ class TrialEvaluation:
         return apply_to_recordings(function, self.utterances, self.rows, quiet=quiet)
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """Returns the cosine score of every trial, to the decimals of scores.txt: the file gives the same error rates."""
+        """Returns the cosine score of every trial, rounded as in scores.txt, which so gives the same error rates."""
         return np.round(scoring.cosine_scores(embeddings, self.pairs), DECIMALS)
 
     def eer(self, branch: Branch, variables) -> float:

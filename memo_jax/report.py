@@ -61,7 +61,7 @@ PANELS = (
     Panel(r"loss(/[^/]+)?", "Total loss", "nats, with the contrastive term while its gate is open"),
     Panel(r"gradient_norm", "Gradient norm", "all parameters, before clipping"),
     Panel(r"lr", "Learning rate", "of the optimiser", noisy=False),
-    Panel(r"momentum", "Teacher momentum", "share of the old teacher kept each step", noisy=False),
+    Panel(r"momentum", "Teacher momentum", "share of the old one kept each step", noisy=False),
     Panel(r"teacher_temp", "Teacher temperature", "of the softmax", noisy=False),
     Panel(r"utterances_per_second", "Speed", "utterances a second"),
 )

@@ -10,7 +10,10 @@ import memo_jax
 from memo_jax import cli
 
 COMMANDS = ("prepare", "train", "eval")
-HEAVY = ("jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "numpy", "scipy", "librosa", "ml_collections")
+HEAVY = (
+    "jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "numpy", "scipy", "librosa",
+    "ml_collections",
+)
 HELP = f"""
 import sys
 from memo_jax import cli
@@ -49,7 +52,7 @@ def test_the_package_is_a_command():
         (["prepare", "--input", "a", "--output", "b", "--config.seed=3"], "unknown argument '--config.seed=3'"),
         (["prepare", "--input", "a", "--output", "b", "--workers", "many"], "invalid int value: 'many'"),
         (["prepare", "--input", "no folder", "--output", "b"], "no folder: no such folder"),
-        (["eval", "--workdir", "w", "--data", "d", "--trials", "t", "--output", "o", "--step", "x"], "invalid int value"),
+        ("eval --workdir w --data d --trials t --output o --step x".split(), "invalid int value"),
     ],
 )
 def test_a_wrong_command_line_is_told_and_exits_2(arguments, message, tmp_path, monkeypatch):
@@ -63,7 +66,7 @@ def test_a_wrong_command_line_is_told_and_exits_2(arguments, message, tmp_path, 
     ("error", "status", "text"),
     [
         (ValueError("seed is -1"), 2, "memo-jax: error: seed is -1\n"),
-        (FileNotFoundError(2, "No such file or directory", "a b.txt"), 2, "memo-jax: error: a b.txt: No such file or directory\n"),
+        (FileNotFoundError(2, "No such file", "a b.txt"), 2, "memo-jax: error: a b.txt: No such file\n"),
         (OSError("cannot write x: disk full"), 2, "memo-jax: error: cannot write x: disk full\n"),
         (ImportError("No module named 'matplotlib'"), 2, "memo-jax: error: No module named 'matplotlib'\n"),
         (ValueError(), 2, "memo-jax: error: ValueError\n"),
@@ -88,7 +91,7 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
 
 
 def test_prepare_as_typed(tmp_path):
-    """Two inputs, names with spaces and letters beyond ASCII; what cannot be used is told, and listed beside the data."""
+    """Two inputs, names with spaces and letters beyond ASCII; what cannot be used is told, and listed."""
     one, two = tiny.write_corpus(tmp_path / "one", speakers=1, utterances=2), tmp_path / "zwei äöü"
     (two / "Jürgen Müller").mkdir(parents=True)
     (one / "s0" / "1.wav").rename(two / "Jürgen Müller" / "grüß dich.wav")

@@ -16,6 +16,7 @@ import demo  # noqa: E402
 import demo_speech  # noqa: E402
 
 from memo_jax.config import load_config  # noqa: E402
+from memo_jax.data import open_utterances  # noqa: E402
 from memo_jax.log import read_metrics  # noqa: E402
 from memo_jax.scoring import eer  # noqa: E402
 from memo_jax.trials import read_trials  # noqa: E402
@@ -80,6 +81,22 @@ def test_the_demo_from_nothing_to_the_table_and_once_more_without_training_again
     assert printed_rates(again) == rates
     assert "already in" in again and "already prepared" in again
     assert len(read_metrics(output / "run")) == len(rows)
+
+
+def test_ones_own_recordings_are_divided_by_speaker_and_keep_their_names(tmp_path, capsys):
+    mine = tiny.write_corpus(tmp_path / "my speech", speakers=10, utterances=2)
+    folder = demo.own_speech(mine, tmp_path / "speech", seed=0)
+    names = {}
+    for split in ("train", "test"):
+        dataset = demo.prepared(folder / split, tmp_path / split)
+        names[split] = open_utterances(dataset).names
+    assert sorted(names["train"] + names["test"]) == sorted(str(f.relative_to(mine)) for f in mine.rglob("*.wav"))
+    assert len(names["test"]) == 4 and not {n.split("/")[0] for n in names["test"]} & {
+        n.split("/")[0] for n in names["train"]
+    }
+    assert len(list((folder / "noise").iterdir())) > 10 and len(list((folder / "rirs").iterdir())) > 10
+    demo.own_speech(mine, folder, seed=0)
+    assert "already divided" in capsys.readouterr().out
 
 
 def test_minutes_change_the_length_of_the_run_and_the_step_at_which_the_gate_closes_with_it(tmp_path):

@@ -81,7 +81,7 @@ def test_batches_are_few_in_shape_and_bounded_in_size():
 
 
 def test_a_bucket_holds_its_recording_with_little_room_to_spare():
-    """Never shorter than the recording, a whole number of hops, and at most about 1.42 times as long beyond a second."""
+    """Not shorter than the recording, a whole number of hops, beyond a second at most about 1.42 times as long."""
     for samples in [1, RATE - 1, RATE, RATE + 1, *np.random.default_rng(0).integers(1, 10**7, 500)]:
         length = bucket_length(int(samples))
         assert samples <= length and length % features.HOP == 0
@@ -94,7 +94,8 @@ def network():
     """An untrained ResNet of two channels, and its variables."""
     backbone = build_backbone("resnet", embedding_dim=8, base_channels=2, blocks=(1, 1, 1, 1))
     branch = Branch(backbone, DINOHead(8, 8, 8), ("self",))
-    initial = jax.jit(functools.partial(branch.init, train=True), compiler_options={"xla_backend_optimization_level": 0})
+    options = {"xla_backend_optimization_level": 0}
+    initial = jax.jit(functools.partial(branch.init, train=True), compiler_options=options)
     return branch, initial(jax.random.key(0), jnp.zeros((2, 32, 80)))
 
 
@@ -120,7 +121,8 @@ def test_a_second_evaluation_compiles_nothing(network):
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     try:
-        apply_to_recordings(embedding_function(Branch(branch.backbone, branch.head, ("self",)), variables), waves, quiet=True)
+        again = Branch(branch.backbone, branch.head, ("self",))
+        apply_to_recordings(embedding_function(again, variables), waves, quiet=True)
         assert not compiled
         jax.jit(lambda x: x * 3 + len(compiled))(jnp.ones(7))
         assert compiled, "the listener hears of compilations"

@@ -1,4 +1,7 @@
-"""`memo-jax eval`: what it writes, that it agrees with the training run, and what it says to bad input."""
+"""A run with trials as a user types it, and `memo-jax eval` of it: what both write, that they agree, and bad input.
+
+The tests of this file share one training run of both branches, the costliest to compile.
+"""
 
 import json
 import os
@@ -10,6 +13,8 @@ import pytest
 import tiny
 
 from memo_jax import scoring
+from memo_jax.checkpoint import saved_steps
+from memo_jax.config import read_config
 from memo_jax.data import Utterances
 from memo_jax.evaluate import load_network
 from memo_jax.log import read_metrics
@@ -43,6 +48,45 @@ def output(workdir, tmp_path_factory):
 
 def results_of(output):
     return json.loads((output / "results.json").read_text())
+
+
+def test_a_run_writes_what_the_readme_promises():
+    """Rows for every step with all indicators, EER of each branch before, after every epoch and at the end,
+    TensorBoard files, the latest checkpoints, the config."""
+    workdir, text = tiny.trained_run()
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows] == list(range(7))
+    assert [row["step"] for row in rows if "eer/ecapa" in row] == [0, 5, 6]
+    assert all(0 <= row[f"eer/{branch}"] <= 100 for row in (rows[0], rows[5]) for branch in ("ecapa", "resnet"))
+    wanted = {"loss", "lr", "momentum", "teacher_temp", "epoch", "gate/open", "gate/loss", "gate/alignment"}
+    wanted |= {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
+    for branch in ("ecapa", "resnet"):
+        wanted |= {f"{name}/{branch}" for name in ("loss/self", "loss/cross", "embedding_std")}
+        for head in ("self", "cross"):
+            wanted |= {f"{name}/{head}/{branch}" for name in ("teacher_entropy", "mean_teacher_entropy", "kl")}
+    assert not [name for row in rows[1:] for name in wanted if name not in row]
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    assert rows[5]["epoch"] == 1.0
+    assert rows[5]["utterances_per_second"] == pytest.approx(4 / rows[5]["seconds_per_step"])
+    # The time of a step is that of training, also where the row waited for an evaluation.
+    assert rows[5]["seconds_per_step"] > 0.1 * min(row["seconds_per_step"] for row in rows[1:5])
+
+    events = list((workdir / "tensorboard").iterdir())
+    assert len(events) == 1 and b"loss/self/ecapa" in events[0].read_bytes()
+    assert saved_steps(workdir) == [4, 6]
+    assert list(read_config(workdir).model.branches) == ["ecapa", "resnet"]
+    assert "20 utterances, 5 steps an epoch, 6 steps in all" in text
+    assert "no bank of noise or rooms" in text and "step 5: eer/ecapa" in text and "left" in text
+
+
+def test_the_gate_closes_visibly_and_for_good():
+    workdir, text = tiny.trained_run()
+    rows = read_metrics(workdir)[1:]
+    assert [row["gate/open"] for row in rows] == [1, 1, 1, 0, 0, 0]
+    assert [row["gate/closed_at"] for row in rows] == [-1, -1, 3, 3, 3, 3]
+    for branch in ("ecapa", "resnet"):
+        assert [f"loss/contrastive/{branch}" in row for row in rows] == 3 * [True] + 3 * [False]
+    assert text.count("step 4: the gate has closed (step)") == text.count("has closed") == 1
 
 
 def test_results_name_what_they_are_and_match_the_scores_beside_them(output):
@@ -101,7 +145,8 @@ def test_step_role_and_branch_choose_the_network(workdir):
 
     teacher, step = kernels("resnet")
     assert step == 6
-    networks = [teacher, kernels("resnet", "student")[0], kernels("resnet", "teacher", 4)[0], kernels("resnet", "teacher", 0)[0]]
+    others = [("student",), ("teacher", 4), ("teacher", 0)]
+    networks = [teacher, *(kernels("resnet", *other)[0] for other in others)]
     for i, one in enumerate(networks):
         for other in networks[:i]:
             assert not np.array_equal(one, other)
@@ -123,7 +168,7 @@ def test_only_the_recordings_of_the_trials_are_read(workdir, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("1 s0/0.wav s0/9.wav\n0 s0/0.wav s1/0.wav\n", "1 of the 3 recordings in the trials are missing from the data: 's0/9.wav'"),
+        ("1 s0/0.wav s0/9.wav\n0 s0/0.wav s1/0.wav\n", "trials are missing from the data: 's0/9.wav'"),
         ("1 s0/0.wav s0/1.wav\n0 s0/0.wav\n", "line 2: 2 fields where a trial has 3"),
         ("1 s0/0.wav s0/1.wav\n2 s0/0.wav s1/0.wav\n", "line 2: the label '2'"),
         ("", "the trial list is empty"),

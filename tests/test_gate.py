@@ -56,7 +56,7 @@ def test_plateau_stays_open_while_the_loss_falls_and_closes_on_a_rise():
 
 
 def test_plateau_judges_the_smoothed_loss():
-    """The loss falls by 22 % a window, but the last step of one window lies by chance far above that of the one before."""
+    """The loss falls by 22 % a window, but the last step of one window lies by chance far above the last one's."""
     loss = 10 * 0.995 ** np.arange(400)
     loss[199] *= 1.5
     smooth = GateRule("plateau", smoothing=0.98, window=50, min_steps=0, min_improvement=0.02)
@@ -125,7 +125,7 @@ def test_running_means_weigh_all_steps_from_the_first():
 
 @pytest.mark.parametrize("name", ["plateau", "conflict", "step"])
 def test_gate_goes_on_from_its_saved_state(name):
-    """The gate's future depends on its state alone: stopped at any step and rebuilt from arrays, it goes on the same."""
+    """The gate's future depends on its state alone: stopped anywhere and rebuilt from arrays, it goes on the same."""
     rule = GateRule(name, smoothing=0.8, window=4, min_steps=10, min_improvement=0.05, stop_step=25)
     random = np.random.default_rng(3)
     loss, alignment = random.uniform(1, 9, 40), random.uniform(-1, 0.6, 40)

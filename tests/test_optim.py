@@ -178,7 +178,8 @@ def test_clip_of_zero_does_not_clip():
     optimizer = optim.build_optimizer("sgd", constant_schedules(), weight_decay=0.0, clip_norm=0.0)
     params, gradient = tensors(0), tensors(1, scale=100.0)
     after = trained(optimizer, params, [gradient])[0][0]
-    jax.tree.map(lambda a, p, g: np.testing.assert_allclose(a, p - LR * g, rtol=1e-5, atol=1e-5), after, params, gradient)
+    expected = jax.tree.map(lambda p, g: p - LR * g, params, gradient)
+    jax.tree.map(lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), after, expected)
 
 
 def test_adamw_decays_beside_the_adaptive_step():

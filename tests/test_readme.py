@@ -76,7 +76,8 @@ def test_other_commands_are_the_makefiles_and_pips():
     makefile = (tiny.ROOT / "Makefile").read_text()
     for program, *arguments in commands(README):
         if program != "memo-jax":
-            assert program == "make" and f"\n{arguments[0]}:" in makefile or (program, *arguments) == ("pip", "install", ".")
+            known = f"\n{arguments[0]}:" in makefile if program == "make" else arguments == ["install", "."]
+            assert program in ("make", "pip") and known
 
 
 def test_config_keys_that_the_readme_names_exist():

@@ -89,10 +89,10 @@ def test_batch_is_split_and_state_is_held_whole(both):
 
 
 def test_four_devices_equal_one(both):
-    """Augmentation (with babble from neighbours on other devices), batch norm, NT-Xent and centres are of the global batch.
+    """Augmentation (babble is from other devices), batch norm, NT-Xent and centres are of the whole batch.
 
-    Were one of them of a device's own two utterances, the losses would differ in their first digits. Sums in another
-    order leave float32 noise: 1e-5 of a loss at the first step, ten times as much at the third, as training amplifies it.
+    Were one of them of a device's own two utterances, statistics and losses would be other ones. Sums in another order
+    leave float32 noise: 1e-5 of a loss at the first step, ten times that at the third, as training amplifies it.
     """
     report, arrays = both
     for step, (four, one) in enumerate(zip(report["metrics4"], report["metrics1"], strict=True)):

@@ -175,7 +175,7 @@ def nt_xent(student, teacher):
 
 
 def explicit_total(students, state, views, recipe, temp):
-    """METHOD's objective written out: the sum over branches of self, λ·cross and w·contrastive."""
+    """MeMo's objective written out: the sum over branches of self, λ·cross and w·contrastive."""
     teacher = {
         n: forward(b, state.teacher[n]["params"], state.teacher[n]["batch_stats"], views, 1)
         for n, b in recipe.branches.items()
@@ -292,8 +292,8 @@ def test_indicators_of_every_loss_and_branch_are_reported(memo):
 def test_strangers_learn_what_each_learns_alone():
     """Two students share no parameter: without cross-distillation a common step is two separate ones.
 
-    The gate must not couple them either, so it stays open. Clip, decay and momentum are on: per-tensor clip leaves branches
-    apart, a clip by global norm would not.
+    The gate must not couple them either, so it stays open. Clip, decay and momentum are on: per-tensor clip leaves
+    branches apart, a clip by global norm would not.
     """
     settings = {"heads": ("self",), "cross": 0.0, "clip": 0.2, "decay": 1e-2, "sgd_momentum": 0.9}
     together = recipe_of(**settings)
@@ -366,7 +366,7 @@ def similarity_matrices(recipe):
 
 
 def test_contrastive_term_lies_under_a_cond_and_is_absent_when_never_on():
-    """Nothing else here has the shape of the similarities [2B, 2B], so their products show where the term is computed."""
+    """Nothing else here has the shape of the similarities [2B, 2B], so they show where the term is computed."""
     outside, inside = similarity_matrices(recipe_of(rule=GateRule("plateau")))
     assert outside == 0 and inside >= 4  # two pairs of views for each branch
     assert similarity_matrices(recipe_of(rule=GateRule("never"))) == (0, 0)
@@ -376,8 +376,8 @@ def test_contrastive_term_lies_under_a_cond_and_is_absent_when_never_on():
 def test_closed_gate_does_not_run_the_term():
     """A weight that is not a number poisons the loss wherever it is multiplied in, by zero, too: NaN·0 is NaN.
 
-    So finite numbers behind a closed gate mean that the term was not computed into anything, and they must be those of a
-    run that never had it.
+    So finite numbers behind a closed gate mean that the term was not computed into anything, and they must be those of
+    a run that never had it.
     """
     poisoned = recipe_of(("ecapa",), GateRule("step", stop_step=1), heads=("self",), contrastive=math.nan)
     never = recipe_of(("ecapa",), GateRule("never"), heads=("self",))

@@ -1,4 +1,4 @@
-"""Training as a user types it: what it writes, what it refuses, and that nothing but config, seed and audio decides it."""
+"""Training as a user types it: what it writes and refuses, and that config, seed and audio alone decide a run."""
 
 import contextlib
 import json
@@ -55,42 +55,6 @@ def rows_without_times(workdir):
 
 def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) if folder.exists() else []
-
-
-def test_a_run_writes_what_the_readme_promises():
-    """Rows for every step with all indicators, EER of each branch before, after every epoch and at the end,
-    TensorBoard files, the latest checkpoints, the config."""
-    workdir, text = tiny.trained_run()
-    rows = read_metrics(workdir)
-    assert [row["step"] for row in rows] == list(range(7))
-    assert [row["step"] for row in rows if "eer/ecapa" in row] == [0, 5, 6]
-    assert all(0 <= row[f"eer/{branch}"] <= 100 for row in (rows[0], rows[5]) for branch in ("ecapa", "resnet"))
-    wanted = {"loss", "lr", "momentum", "teacher_temp", "epoch", "gate/open", "gate/loss", "gate/alignment"} | TIMES
-    for branch in ("ecapa", "resnet"):
-        wanted |= {f"{name}/{branch}" for name in ("loss/self", "loss/cross", "embedding_std")}
-        for head in ("self", "cross"):
-            wanted |= {f"{name}/{head}/{branch}" for name in ("teacher_entropy", "mean_teacher_entropy", "kl")}
-    assert not [name for row in rows[1:] for name in wanted if name not in row]
-    assert all(np.isfinite(value) for row in rows for value in row.values())
-    assert rows[5]["epoch"] == 1.0 and rows[5]["utterances_per_second"] == pytest.approx(4 / rows[5]["seconds_per_step"])
-    # The time of a step is that of training, also where the row waited for an evaluation.
-    assert rows[5]["seconds_per_step"] > 0.1 * min(row["seconds_per_step"] for row in rows[1:5])
-
-    events = list((workdir / "tensorboard").iterdir())
-    assert len(events) == 1 and b"loss/self/ecapa" in events[0].read_bytes()
-    assert saved_steps(workdir) == [4, 6]
-    assert list(read_config(workdir).model.branches) == ["ecapa", "resnet"]
-    assert "20 utterances, 5 steps an epoch, 6 steps in all" in text
-    assert "no bank of noise or rooms" in text and "step 5: eer/ecapa" in text and "left" in text
-
-
-def test_the_gate_closes_visibly_and_for_good():
-    workdir, text = tiny.trained_run()
-    rows = read_metrics(workdir)[1:]
-    assert [row["gate/open"] for row in rows] == [1, 1, 1, 0, 0, 0]
-    assert [row["gate/closed_at"] for row in rows] == [-1, -1, 3, 3, 3, 3]
-    assert [f"loss/contrastive/{branch}" in row for row in rows for branch in ("ecapa", "resnet")] == 6 * [True] + 6 * [False]
-    assert text.count("step 4: the gate has closed (step)") == text.count("has closed") == 1
 
 
 def test_labels_never_reach_training_and_a_seed_decides_all(reference, tmp_path):
@@ -257,7 +221,8 @@ def test_a_config_that_cannot_work_is_refused_and_leaves_nothing(settings, messa
 
 
 def test_a_config_file_that_is_none_is_refused(tmp_path):
-    for name, content, message in (("gone.py", None, "no such config file"), ("a.py", "import nothing_of_that_name", "line 1")):
+    wrong = (("gone.py", None, "no such config file"), ("a.py", "import nothing_of_that_name", "line 1"))
+    for name, content, message in wrong:
         if content:
             (tmp_path / name).write_text(content)
         status, text = tiny.here("train", "--config", tmp_path / name, "--workdir", tmp_path / "run")
@@ -267,7 +232,8 @@ def test_a_config_file_that_is_none_is_refused(tmp_path):
 def test_durations_may_be_epochs(tmp_path):
     status, text = tiny.train_here(tmp_path, "total_epochs=2.0", "total_steps=-1", "--stop-at-step=0")
     assert status == 0 and "5 steps an epoch, 10 steps in all" in text
-    config = tiny.tiny_config("optimizer.warmup_epochs=0.4", "optimizer.warmup_steps=-1", "optimizer.learning_rate=64.0")
+    warmup = ("optimizer.warmup_epochs=0.4", "optimizer.warmup_steps=-1")
+    config = tiny.tiny_config(*warmup, "optimizer.learning_rate=64.0")
     rates = [float(training.build_recipe(config, 10).schedules.learning_rate(step)) for step in range(5)]
     assert rates[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1]) and rates[4] <= 1, "4 steps, peak 64·4/256"
 
@@ -278,7 +244,8 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(tmp_path):
         tmp_path, "gate.rule=never", "loss.cross=0", "data.local_crops=0", "optimizer.learning_rate=1e30",
         "optimizer.warmup_steps=0", "checkpoint.every_steps=1",
     )
-    assert status == 3 and "memo-jax: error: step 2: " in text and " is nan" in text and "optimizer.learning_rate" in text
+    assert status == 3 and "memo-jax: error: step 2: " in text and " is nan" in text
+    assert "optimizer.learning_rate" in text
     (row,) = read_metrics(tmp_path)
     assert row["step"] == 1 and row["loss"] == row["loss/self/resnet"] and row["gate/open"] == 0
     assert not [name for name in row if "contrastive" in name or "cross" in name]

@@ -128,7 +128,7 @@ class ContextConv(nn.Module):
 
 
 class ECAPATDNN(nn.Module):
-    """ECAPA-TDNN: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32 (METHOD: 6,390,720 parameters at 512/256).
+    """ECAPA-TDNN: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32; 6,390,720 parameters by default.
 
     `channels` are those of the first convolution, of the SE-Res2 blocks and of the aggregation. `lengths` [N], in
     frames, makes an utterance padded inside a batch give what it gives alone (evaluation only).

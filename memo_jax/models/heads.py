@@ -27,8 +27,8 @@ def prototype_uniform(key, shape, dtype=jnp.float32):
 class DINOHead(nn.Module):
     """Embedding [N, D] → float32 logits [N, prototypes] in [−1, 1]: three linears, L2 norm, weight-normed prototypes.
 
-    The gain of the weight norm is fixed at one, so the logits are cosines and no gain is stored: METHOD's 22,098,176
-    parameters a head are these 22,032,640 and 65,536 gains that never change.
+    The gain of the weight norm is fixed at one, so the logits are cosines and no gain is stored: of the
+    22,098,176 parameters that PyTorch counts for a head, 65,536 are gains that never change, and 22,032,640 are here.
     """
 
     prototypes: int = 65536

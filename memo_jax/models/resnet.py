@@ -51,7 +51,7 @@ class TemporalStatistics(nn.Module):
 class ResNet34(nn.Module):
     """ResNet34: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32.
 
-    METHOD: 6,634,336 parameters at base width 32 and embedding 256, 1,988,656 at 16. `lengths` [N] in frames as in ECAPA.
+    1,988,656 parameters by default, 6,634,336 at base width 32. `lengths` [N] in frames as in ECAPA.
     """
 
     base_channels: int = 16
