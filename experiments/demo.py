@@ -245,10 +245,10 @@ def print_table(results, output):
     say(f"\n    learning curve    {output / 'learning_curve.png'}\n    DET curves        {output / 'det.png'}\n")
     success = trained < CLEARLY * best_other
     if success:
-        say(f"Training without labels brought the error down to {trained:.1f} %, from {best_other:.1f} % for the "
+        say(f"Training without labels brought the error down to {trained:.2f} %, from {best_other:.2f} % for the "
             "better of the others.")
     else:
-        say(f"NOT A SUCCESS: {trained:.1f} % is not clearly below {best_other:.1f} %, the better of the others. "
+        say(f"NOT A SUCCESS: {trained:.2f} % is not clearly below {best_other:.2f} %, the better of the others. "
             "More recordings, more speakers or more --minutes may help.")
     return success
 

@@ -15,8 +15,8 @@ from memo_jax.state import initial_state, student_params
 from memo_jax.step import train_step
 
 CONFIGS = sorted((tiny.ROOT / "configs").glob("*.py"))
-ECAPA, RESNET = 6_390_720, 1_988_656  # of METHOD's table, embedding 256
-# A head of METHOD has 22,098,176: 65,536 of them are the gains of the prototypes, which are fixed at 1.
+ECAPA, RESNET = 6_390_720, 1_988_656  # backbones at embedding 256
+# PyTorch counts 22,098,176 for a head: 65,536 of them are the gains of the prototypes, which are fixed at 1.
 HEAD = 22_098_176 - 65_536
 FULL_SIZE = {
     "memo_voxceleb2": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
@@ -31,7 +31,7 @@ def test_the_promised_configs_are_there():
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem)
 def test_a_full_size_step_fits_together(path):
     """The step of each config, augmentation banks and front end included, traced at full size without computing: the
-    state it returns has the shapes of the state it takes, and the networks have the numbers of parameters of METHOD."""
+    state it returns has the shapes of the state it takes, and the networks have the published numbers of parameters."""
     config = load_config(path)
     recipe = training.build_recipe(config, 1000)
     state = jax.eval_shape(
