@@ -2,7 +2,8 @@
 
     memo-jax train --config configs/dino_voxceleb2.py --workdir runs/dino --config.data.train=data/voxceleb2 …
 
-The baseline of the MeMo paper, here with the optimiser and the crops of `memo_voxceleb2.py`. We have not run it at full length.
+The baseline of the MeMo paper, here with the optimiser and the crops of `memo_voxceleb2.py`. We have not run it at full
+length.
 """
 
 import base

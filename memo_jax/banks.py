@@ -50,7 +50,8 @@ def describe_banks(banks: dict[str, np.ndarray]) -> str:
     """One line about the banks in memory: kinds, rows, lengths, size."""
     if not banks:
         return "no augmentation banks"
-    return "; ".join(f"{kind}: {len(rows):,} rows of {rows.shape[1] / SAMPLE_RATE:g} s ({rows.nbytes / MEGABYTE:.1f} MB)"
+    line = "{}: {:,} rows of {:g} s ({:.1f} MB)"
+    return "; ".join(line.format(kind, len(rows), rows.shape[1] / SAMPLE_RATE, rows.nbytes / MEGABYTE)
                      for kind, rows in banks.items())
 
 

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{text} has no value: write {text}=VALUE")
     unknown = [text for text in rest if not text.startswith("--config.")]
     if unknown or (overrides and options.command != "train"):
-        parser.error(f"unknown argument {(unknown or overrides)[0]!r}; `memo-jax {options.command} --help` lists them all")
+        parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
     try:
         return options.run(options) or 0
@@ -66,14 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     train = command("train", run_train, "train, or go on training, the run of a workdir")
     train.add_argument("--config", required=True, metavar="FILE",
                        help="Python file with get_config(); change keys with --config.KEY=VALUE")
-    train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="config, metrics and checkpoints go there")
-    train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint; start again to go on")
+    train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints")
+    train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
 
     evaluate = command("eval", run_eval, "score a trial list with a trained network")
     evaluate.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of a training run")
     evaluate.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
     evaluate.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
-    evaluate.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json, scores.txt, det.png")
+    evaluate.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
     evaluate.add_argument("--branch", default="ecapa", help="which backbone (default: %(default)s)")
     evaluate.add_argument("--role", default="teacher", choices=("teacher", "student"), help="default: %(default)s")
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the latest; 0: untrained)")

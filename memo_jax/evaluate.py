@@ -50,7 +50,7 @@ class TrialEvaluation:
         return scoring.eer(self.scores(self.embeddings(branch, variables, quiet=True)), self.target)
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
-        """Returns scores by log-mel mean and deviation, each standardised over the recordings: what the channel gives."""
+        """Returns scores by log-mel mean and deviation, standardised over the recordings: the channel baseline."""
         statistics = apply_to_recordings(log_mel_statistics, self.utterances, self.rows, "log-mel statistics", quiet)
         statistics = (statistics - statistics.mean(axis=0)) / np.maximum(statistics.std(axis=0), 1e-6)
         return self.scores(statistics)
@@ -106,7 +106,7 @@ def evaluate(
       branch, role, step: which network; the EMA teacher of the latest checkpoint by default, untrained at step 0.
 
     Returns:
-      What results.json holds: `eer` (percent), `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`, the same error rates
+      What results.json holds: `eer` (percent), `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`, the error rates
       of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
     """
     network, variables, step = load_network(workdir, branch, role, step)
@@ -162,7 +162,8 @@ def write_text(path: Path, text: str) -> None:
 def summary(results: dict) -> str:
     """Returns the results in the form that a person reads."""
     baseline = results["log_mel_statistics"]
-    lines = [f"{results['trials']:,} trials, {results['targets']:,} of them target, {results['recordings']:,} recordings"]
+    counts = (results[name] for name in ("trials", "targets", "recordings"))
+    lines = ["{:,} trials, {:,} of them target, {:,} recordings".format(*counts)]
     for name, row in ((f"{results['branch']} {results['role']}, step {results['step']}", results),
                       ("log-mel statistics", baseline)):
         costs = ", ".join(f"minDCF({p}) {row[f'min_dcf_{p}']:.3f}" for p in P_TARGETS)

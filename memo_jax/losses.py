@@ -1,4 +1,4 @@
-"""The losses of MeMo: distillation between views, contrastive on embeddings, the centre's update. Arrays in, arrays out."""
+"""The losses of MeMo: distillation between views, contrastive on embeddings, the centre. Arrays in, arrays out."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ from memo_jax.models.heads import l2_normalize
 
 
 def distillation(
-    student_logits: jax.Array, teacher_logits: jax.Array, center: jax.Array, student_temp: float, teacher_temp: jax.Array
+    student_logits: jax.Array, teacher_logits: jax.Array, center: jax.Array, student_temp: float,
+    teacher_temp: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the DINO loss and its indicators.
 

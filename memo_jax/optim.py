@@ -18,7 +18,7 @@ class Schedules(NamedTuple):
 
 
 def cosine_learning_rate(peak: float, end: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Returns linear warm-up from 0 to `peak` (both reached), then cosine to `end`, which step `total_steps` would reach.
+    """Returns linear warm-up from 0 to `peak` (both reached), then cosine to `end` at step `total_steps`.
 
     The DINO recipes' schedule, step for step; `end` is not scaled with the batch.
     """
@@ -44,7 +44,7 @@ def cosine_momentum(start: float, end: float, total_steps: int) -> optax.Schedul
 
 
 def epoch_teacher_temp(start: float, end: float, warmup_epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the teacher's temperature: linear over `warmup_epochs` values, both ends reached, one an epoch, then `end`."""
+    """Returns the teacher's temperature: linear over `warmup_epochs` epochs, both ends reached, then `end`."""
 
     def schedule(step):
         epoch = step // steps_per_epoch

@@ -65,7 +65,8 @@ PANELS = (
     Panel(r"teacher_temp", "Teacher temperature", "of the softmax", noisy=False),
     Panel(r"utterances_per_second", "Speed", "utterances a second"),
 )
-NOT_DRAWN = {"step", "epoch", "seconds_per_step", "cpu_seconds", "gate/open", "gate/closed_at"}  # axes, marks, or drawn otherwise
+# Axes, marks, or drawn otherwise.
+NOT_DRAWN = {"step", "epoch", "seconds_per_step", "cpu_seconds", "gate/open", "gate/closed_at"}
 HEADS = ("self", "cross", "contrastive")
 
 

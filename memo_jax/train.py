@@ -1,10 +1,7 @@
 """The training loop: from a config and a workdir to a trained run, resumed if it was begun before."""
 
 import contextlib
-import dataclasses
 import functools
-import math
-import platform
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import numpy as np
 import memo_jax
 from memo_jax import augment, config as configs, features, optim, sharding, state as states
 from memo_jax.checkpoint import Checkpointer, load_extra
+from memo_jax.collapse import CollapseWatch, check_finite
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
 from memo_jax.gate import GateRule
 from memo_jax.log import MetricsLog, Progress
@@ -31,14 +29,6 @@ POSITIVE = (
     "teacher.end_temp",
 )
 FRACTIONS = ("loss.center_momentum", "teacher.momentum", "teacher.end_momentum", "optimizer.sgd_momentum")
-TO_TRY = (
-    "Try a lower optimizer.learning_rate, a longer optimizer.warmup, a smaller optimizer.clip_norm, or "
-    "model.dtype=float32"
-)
-
-
-class TrainingStopped(ValueError):
-    """The run cannot go on: its numbers are not finite, or it has collapsed."""
 
 
 def check_ranges(config) -> None:
@@ -52,7 +42,7 @@ def check_ranges(config) -> None:
             if not fits(value):
                 raise ValueError(f"{key} is {value}: must be {wanted}")
     if config.data.global_crops < 2:
-        raise ValueError(f"data.global_crops is {config.data.global_crops}: a teacher's view needs another to predict it")
+        raise ValueError(f"data.global_crops is {config.data.global_crops}: a teacher's view needs another")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
     if len(channels) != 5 or min(channels) < 1 or any(width % 8 for width in channels[1:4]):
         raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
@@ -87,7 +77,7 @@ def build_branches(config) -> dict[str, Branch]:
 
 
 def build_recipe(config, epoch_steps: int) -> Recipe:
-    """Returns what the config's steps have in common, for epochs of that many steps; raises ValueError naming a bad key."""
+    """Returns what the config's steps have in common; raises ValueError naming a bad key."""
     steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
     total = steps(config, "total")
     if total < 1:
@@ -166,56 +156,6 @@ def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
         # It runs once: optimising hundreds of small kernels for it would take several times as long as it saves.
         options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(make, **options)(jax.random.key(config.seed))
-
-
-@dataclasses.dataclass
-class CollapseWatch:
-    """Counts for how many steps in a row each indicator has been beyond its limit."""
-
-    limits: object  # config.collapse
-    prototypes: int
-    steps: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    def check(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises TrainingStopped, saying what to try, when a loss is not finite or an indicator has been bad for long."""
-        for name, value in metrics.items():
-            if name.startswith(("loss", "gradient_norm")) and not math.isfinite(value):
-                raise TrainingStopped(f"step {step}: {name} is {value}. {TO_TRY}")
-        uniform = math.log(self.prototypes)
-        for name, value in metrics.items():
-            kind = name.split("/")[0]
-            bad, advice = {
-                "teacher_entropy": (
-                    value > (1 - self.limits.min_entropy_gap) * uniform,
-                    "the teacher is uniform over the prototypes: lower teacher.temp or raise loss.center_momentum",
-                ),
-                "mean_teacher_entropy": (
-                    value < self.limits.min_mean_entropy * uniform,
-                    "the teacher puts everybody on one prototype: raise teacher.temp or lower loss.center_momentum",
-                ),
-                "embedding_std": (
-                    value < self.limits.min_embedding_std,
-                    "all embeddings are alike: lower optimizer.learning_rate or keep the contrastive term longer",
-                ),
-            }.get(kind, (False, ""))
-            self.steps[name] = self.steps.get(name, 0) + 1 if bad else 0
-            if bad and self.steps[name] >= self.limits.patience_steps:
-                raise TrainingStopped(
-                    f"step {step}: collapsed; {name} is {value:.4g} (ln K = {uniform:.4g}) and has been beyond its "
-                    f"limit for {self.steps[name]} steps: {advice}"
-                )
-
-
-@jax.jit
-def is_finite(tree) -> jax.Array:
-    """Returns whether all numbers of a pytree are finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def check_finite(step: int, state: states.TrainState) -> None:
-    """Raises TrainingStopped when a state must not be kept. (A gate that has seen no window yet holds an infinity.)"""
-    if not is_finite((state.student, state.teacher, state.center, state.opt_state)):
-        raise TrainingStopped(f"step {step}: the updated parameters are not finite. {TO_TRY}")
 
 
 def check_same_run(workdir: Path, config) -> None:
@@ -322,7 +262,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 last = {k: v for k, v in last.items() if not k.startswith(("loss/contrastive", "alignment"))}
                 if not closed and recipe.gate_rule.name != "never" and config.loss.contrastive:
                     shown.write(
-                        f"step {number}: the gate has closed ({recipe.gate_rule.name}); distillation goes on alone"
+                        f"step {number - 1}: the gate has closed ({recipe.gate_rule.name}); distillation goes on alone"
                     )
                 closed = True
             watch.check(number, last)
@@ -387,7 +327,9 @@ def load_evaluation(config):
     return evaluation
 
 
-def announcement(config, utterances: Utterances, banks, recipe: Recipe, begin: int, total: int, epoch_steps: int) -> str:
+def announcement(
+    config, utterances: Utterances, banks, recipe: Recipe, begin: int, total: int, epoch_steps: int
+) -> str:
     """Returns what a run says when it starts."""
     bank_text = ", ".join(f"{len(rows)} {name}" for name, rows in banks.items())
     if not bank_text:

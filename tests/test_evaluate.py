@@ -86,7 +86,7 @@ def test_the_gate_closes_visibly_and_for_good():
     assert [row["gate/closed_at"] for row in rows] == [-1, -1, 3, 3, 3, 3]
     for branch in ("ecapa", "resnet"):
         assert [f"loss/contrastive/{branch}" in row for row in rows] == 3 * [True] + 3 * [False]
-    assert text.count("step 4: the gate has closed (step)") == text.count("has closed") == 1
+    assert text.count("step 3: the gate has closed (step)") == text.count("has closed") == 1
 
 
 def test_results_name_what_they_are_and_match_the_scores_beside_them(output):

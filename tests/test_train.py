@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
+from memo_jax import collapse
 from memo_jax import train as training
 from memo_jax.checkpoint import load_raw, saved_steps
 from memo_jax.config import read_config
@@ -262,10 +263,10 @@ def test_a_state_that_is_not_finite_is_refused_whatever_its_losses():
         leaves = {part: {"a": {"x": np.float32([1, np.nan if part == bad else 2])}} for part in parts}
         state = TrainState(step=np.int32(7), gate=gate, **leaves)
         if bad is None:
-            training.check_finite(7, state)
+            collapse.check_finite(7, state)
         else:
-            with pytest.raises(training.TrainingStopped, match="step 7: .*not finite.*learning_rate"):
-                training.check_finite(7, state)
+            with pytest.raises(collapse.TrainingStopped, match="step 7: .*not finite.*learning_rate"):
+                collapse.check_finite(7, state)
 
 
 def test_a_collapse_stops_the_run_and_says_what_to_try(tmp_path):
@@ -282,14 +283,14 @@ def test_each_indicator_of_collapse_must_be_bad_for_long_without_a_break():
             "embedding_std/a": 0.5}
     for name, bad in (("teacher_entropy/self/a", 0.9999 * uniform), ("mean_teacher_entropy/self/a", 0.001),
                       ("embedding_std/a", 0.001)):
-        watch = training.CollapseWatch(limits, 64)
+        watch = collapse.CollapseWatch(limits, 64)
         for step, value in enumerate((good[name], bad, bad, good[name], bad, bad)):
             watch.check(step, good | {name: value})
-        with pytest.raises(training.TrainingStopped, match=f"step 6: collapsed; {name}"):
+        with pytest.raises(collapse.TrainingStopped, match=f"step 6: collapsed; {name}"):
             watch.check(6, good | {name: bad})
     for name in ("loss", "loss/self/a", "gradient_norm"):
-        with pytest.raises(training.TrainingStopped, match=f"step 1: {name} is inf"):
-            training.CollapseWatch(limits, 64).check(1, good | {name: np.inf})
+        with pytest.raises(collapse.TrainingStopped, match=f"step 1: {name} is inf"):
+            collapse.CollapseWatch(limits, 64).check(1, good | {name: np.inf})
 
 
 @pytest.fixture

@@ -152,7 +152,9 @@ class ECAPATDNN(nn.Module):
         for i, (width, kernel_size, dilation) in enumerate(
             zip(self.channels[1:-1], self.kernel_sizes[1:], self.dilations[1:], strict=True)
         ):
-            block = SERes2Block(width, kernel_size, dilation, self.scale, self.se_bottleneck, self.dtype, name=f"block_{i}")
+            block = SERes2Block(
+                width, kernel_size, dilation, self.scale, self.se_bottleneck, self.dtype, name=f"block_{i}"
+            )
             x = block(x, lengths, train)
             outputs.append(x)
         x = ConvReluNorm(self.channels[-1], dtype=self.dtype, name="aggregate")(
