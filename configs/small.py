@@ -1,4 +1,10 @@
-"""MeMo for two cores and a few thousand short utterances."""
+"""MeMo for two cores and a few thousand short utterances.
+
+    memo-jax train --config configs/small.py --workdir runs/small --config.data.train=DATASET …
+
+The first 600 steps took 2,643 CPU-seconds, evaluations and compilation included. What they reached is in
+experiments/README.md; the run has not been taken to its end yet.
+"""
 
 import base
 
@@ -32,7 +38,7 @@ def get_config():
     config.teacher.momentum = 0.95
     config.teacher.temp_warmup_epochs = 3
 
-    config.gate.rule = "always"  # a run this short sees no plateau
+    config.gate.rule = "always"  # the rules that close it are not yet compared at this size
     config.gate.window_epochs = -1.0
     config.gate.window_steps = 100
     config.gate.min_epochs = -1.0

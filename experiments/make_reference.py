@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     for name, default in sizes.items():
         kind, count = (type(default[0]), len(default)) if isinstance(default, list) else (type(default), None)
-        making.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs=count, default=default, help="METHOD §5")
+        making.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs=count, default=default, help="as in the file's config")
     replaying = commands.add_parser("replay", help="print a file's rounding noise as JSON")
     replaying.add_argument("file", type=Path)
     replaying.add_argument("--float64-output", type=Path, help="write the file with the float64 losses and states")

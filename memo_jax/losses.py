@@ -3,7 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from memo_jax.models.heads import l2_normalize
+
+def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
+    """Returns x / max(‖x‖, epsilon) along an axis, with a finite gradient at zero."""
+    squared = jnp.square(x).sum(axis=axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
 
 
 def distillation(

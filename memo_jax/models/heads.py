@@ -4,13 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memo_jax.losses import l2_normalize
 from memo_jax.models.layers import BatchNorm, Linear
-
-
-def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
-    """Returns x / max(‖x‖, epsilon) along an axis, with a finite gradient at zero."""
-    squared = jnp.square(x).sum(axis=axis, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
 
 
 def cut_normal(key, shape, dtype=jnp.float32):
