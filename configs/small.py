@@ -13,7 +13,7 @@ def get_config():
     """Returns a small MeMo with an adaptive optimiser and quick teachers."""
     config = base.get_config()
     config.total_epochs = -1.0
-    config.total_steps = 900
+    config.total_steps = 1500
 
     config.data.batch_size = 32
     config.data.global_seconds = 1.5

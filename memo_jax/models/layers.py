@@ -91,9 +91,12 @@ class PlaneConv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", torch_uniform, shape)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.kernel_size == 1:  # as a matrix product, whose gradient XLA computes several times faster on a CPU
+            return x[:, :: self.strides[0], :: self.strides[1]] @ kernel[0, 0]
         pad = self.kernel_size // 2
         return jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel.astype(self.dtype), tuple(self.strides), ((pad, pad), (pad, pad)),
+            x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
@@ -117,6 +120,57 @@ class Linear(nn.Module):
         return out
 
 
+@jax.custom_vjp
+def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
+    """Returns (normalised x, mean [C], biased variance [C]) of x [..., C]; no gradient flows into the statistics.
+
+    Statistics are float32, the result has the type of x. The gradient is written out (Ioffe and Szegedy, 2015): two
+    sums and one pass over x, where differentiating the two-pass variance takes several times as long on a CPU.
+    """
+    return _normalize(x, scale, bias, epsilon)[0]
+
+
+def _normalize(x, scale, bias, epsilon):
+    lanes, count = _wide_rows(x).astype(jnp.float32), x.size // x.shape[-1]
+    mean = _channel_sum(lanes, x) / count
+    centered = lanes - _per_lane(mean, x)
+    var = _channel_sum(jnp.square(centered), x) / count
+    inverse = jax.lax.rsqrt(var + epsilon)
+    # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
+    out = centered * _per_lane(inverse * scale, x) + _per_lane(bias, x)
+    return (out.astype(x.dtype).reshape(x.shape), mean, var), (x, scale, mean, inverse)
+
+
+def _normalize_gradients(residuals, gradients):
+    x, scale, mean, inverse = residuals
+    gradient = _wide_rows(gradients[0]).astype(jnp.float32)
+    normalized = (_wide_rows(x).astype(jnp.float32) - _per_lane(mean, x)) * _per_lane(inverse, x)
+    of_bias, of_scale = _channel_sum(gradient, x), _channel_sum(gradient * normalized, x)
+    count = x.size // x.shape[-1]
+    of_x = gradient - _per_lane(of_bias / count, x) - normalized * _per_lane(of_scale / count, x)
+    of_x = of_x * _per_lane(inverse * scale, x)
+    return of_x.astype(x.dtype).reshape(x.shape), of_scale, of_bias, None
+
+
+# With eight or sixteen channels, loops over the last axis are too short to be vectorised: frequency joins them.
+def _wide_rows(x):
+    """[N, T, F, C] → [N·T, F·C], [..., C] → [rows, C]."""
+    return x.reshape(-1, x.shape[-2] * x.shape[-1]) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
+
+
+def _per_lane(of_channels, x):
+    """Values [C] as the lanes of `_wide_rows(x)` have them."""
+    return jnp.tile(of_channels, x.shape[-2]) if x.ndim == 4 else of_channels
+
+
+def _channel_sum(lanes, x):
+    """The sum [C] over all else."""
+    return lanes.sum(axis=0).reshape(-1, x.shape[-1]).sum(axis=0)
+
+
+normalized_batch.defvjp(_normalize, _normalize_gradients)
+
+
 class BatchNorm(nn.Module):
     """Batch norm over all axes but the last, with statistics as PyTorch keeps them.
 
@@ -133,23 +187,17 @@ class BatchNorm(nn.Module):
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
-        if train:
-            axes = tuple(range(x.ndim - 1))
+        scale, bias = jnp.ones(channels), jnp.zeros(channels)
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, (channels,))
+            bias = self.param("bias", nn.initializers.zeros, (channels,))
+        if not train:
+            gain = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
+            return ((x - running_mean.value) * gain + bias).astype(x.dtype)
+        out, mean, var = normalized_batch(x, scale, bias, self.epsilon)
+        if not self.is_initializing():
             count = x.size // channels
-            x32 = x.astype(jnp.float32)
-            mean = x32.mean(axes)
-            var = jnp.square(x32 - mean).mean(axes)
-            if not self.is_initializing():
-                unbiased = var * (count / max(count - 1, 1))
-                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
-                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
-        else:
-            mean, var = running_mean.value, running_var.value
-        gain = jax.lax.rsqrt(var + self.epsilon)
-        if self.affine:
-            gain = gain * self.param("scale", nn.initializers.ones, (channels,))
-        # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
-        out = (x - mean) * gain
-        if self.affine:
-            out = out + self.param("bias", nn.initializers.zeros, (channels,))
-        return out.astype(x.dtype)
+            unbiased = var * (count / max(count - 1, 1))
+            running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+            running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+        return out
