@@ -124,6 +124,29 @@ def test_batch_norm_divides_by_biased_and_remembers_unbiased_variance():
     np.testing.assert_allclose(evaluated, by_hand, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (2, 3, 4, 5)])
+def test_gradient_of_batch_norm_is_that_of_its_formula(shape):
+    """The gradient is written out by hand; here the formula is differentiated, through mean and variance, too."""
+    rng = np.random.default_rng(1)
+    x, weights = (jnp.asarray(rng.normal(2, 3, shape), jnp.float32) for _ in range(2))
+    params = {"scale": jnp.asarray(rng.normal(1, 0.3, 5), jnp.float32), "bias": jnp.asarray(rng.normal(0, 1, 5))}
+    stats = {"mean": jnp.zeros(5), "var": jnp.ones(5)}
+
+    def ours(x, params):
+        variables = {"params": params, "batch_stats": stats}
+        return (weights * BatchNorm().apply(variables, x, train=True, mutable=["batch_stats"])[0]).sum()
+
+    def formula(x, params):
+        axes = tuple(range(x.ndim - 1))
+        normalized = (x - x.mean(axes)) / jnp.sqrt(x.var(axes) + 1e-5)
+        return (weights * (normalized * params["scale"] + params["bias"])).sum()
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        jax.grad(ours, (0, 1))(x, params), jax.grad(formula, (0, 1))(x, params),
+    )
+
+
 def test_initialisation_leaves_statistics_at_their_start():
     variables = BatchNorm().init(jax.random.key(0), jnp.full((4, 3), 7.0), train=True)
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], np.zeros(3))
