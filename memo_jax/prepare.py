@@ -15,15 +15,13 @@ from pathlib import Path
 
 from memo_jax.audio import AUDIO_EXTENSIONS, SAMPLE_RATE, AudioError, read_audio
 from memo_jax.recordings import find_recordings
+from memo_jax.records import ShardWriter, write_metadata
 
-DATASET_NAME, SPLIT = "speech", "train"
 MANIFEST, LEFT_OUT = "manifest.tsv", "left_out.tsv"
 MANIFEST_COLUMNS = ("name", "speaker", "seconds", "checksum", "source")
 # A batch reads from every shard and a reader holds its file open, so their number must stay well under the usual limit
 # of 1,024 open files; small datasets get several shards too, so that workers have something to share.
 RECORDINGS_PER_SHARD, MOST_TASKS, BYTES_PER_SHARD = 64, 256, 2 << 30
-# Uncompressed: PCM shrinks by a fifth only, and reads at a quarter of the speed.
-SHARD_OPTIONS = "group_size:1,uncompressed"
 
 
 def prepare(inputs, output, *, min_seconds: float = 0.5, max_seconds: float = 4 * 3600, workers: int | None = None,
@@ -105,7 +103,8 @@ def _write_dataset(recordings, left_out, folder, min_seconds, max_seconds, worke
     _write_table(folder / LEFT_OUT, ("file", "reason"), left_out)
     if rows:
         _write_table(folder / MANIFEST, MANIFEST_COLUMNS, rows)
-        _write_metadata(folder, shards, report)
+        keys = ("fingerprint", "utterances", "seconds")
+        write_metadata(folder, shards, {key: report[key] for key in keys})
     return report
 
 
@@ -142,7 +141,6 @@ def _results(write, tasks, workers, stack):
 def _write_shards(task, *, folder, min_seconds, max_seconds):
     """Decodes the recordings of a task into one shard, or more when they are long."""
     index, recordings = task
-    serialize = _serializer()
     rows, left_out, shards, shard = [], [], [], None
     for item in recordings:
         try:
@@ -154,9 +152,8 @@ def _write_shards(task, *, folder, min_seconds, max_seconds):
         if shard is None or shard.bytes + samples.nbytes > BYTES_PER_SHARD:
             if shard is not None:
                 shards.append(shard.close())
-            shard = _Shard(os.path.join(folder, f"task-{index:05d}-{len(shards):05d}"))
-        record = serialize({"name": item.name, "speaker": item.speaker, "samples": samples})
-        shard.write(record, samples.nbytes)  # the size of a shard must not depend on the speaker's name
+            shard = ShardWriter(os.path.join(folder, f"task-{index:05d}-{len(shards):05d}"))
+        shard.write(item.name, item.speaker, samples)
         checksum = hashlib.blake2b(samples, digest_size=8).hexdigest()
         rows.append((item.name, item.speaker, f"{len(samples) / SAMPLE_RATE:.7f}", checksum, item.path))
     if shard is not None:
@@ -171,73 +168,12 @@ def _check_speech(path, samples, min_seconds):
         raise AudioError(path, "silence: all samples are equal")
 
 
-class _Shard:
-    """An array_record file being written."""
-
-    def __init__(self, path):
-        from array_record.python.array_record_module import ArrayRecordWriter
-        self.path, self.records, self.bytes = path, 0, 0
-        self._writer = ArrayRecordWriter(path, SHARD_OPTIONS)
-
-    def write(self, record, size):
-        with _runtime_errors_as_oserrors():
-            self._writer.write(record)
-        self.records, self.bytes = self.records + 1, self.bytes + size
-
-    def close(self):
-        with _runtime_errors_as_oserrors():
-            self._writer.close()
-        if not os.path.exists(self.path):  # the writer does not tell when it could not create its file
-            raise OSError(f"{self.path} could not be created")
-        return {"path": self.path, "records": self.records, "bytes": self.bytes}
-
-
-@functools.cache
-def _features():
-    import numpy as np
-    import tensorflow_datasets as tfds
-    return tfds.features.FeaturesDict({
-        "name": tfds.features.Text(),
-        "speaker": tfds.features.Text(),
-        # encoding="bytes": one bytes value in place of a list of integers, nine times faster to read
-        "samples": tfds.features.Tensor(shape=(None,), dtype=np.int16, encoding="bytes"),
-    })
-
-
-def _serializer():
-    """The function example → bytes of a record."""
-    from tensorflow_datasets.core.example_serializer import ExampleSerializer
-    serializer = ExampleSerializer(_features().get_serialized_info())
-
-    def serialize(example):
-        # deterministic: the fields of a protobuf map come in an order that differs between processes otherwise
-        return serializer.get_tf_example(_features().encode_example(example)).SerializeToString(deterministic=True)
-
-    return serialize
-
-
 def _fingerprint(rows):
     """Digest of names and audio in order; speakers are no part of it."""
     digest = hashlib.blake2b(digest_size=16)
     for name, _, seconds, checksum, _ in rows:
         digest.update(json.dumps([name, seconds, checksum]).encode())
     return digest.hexdigest()
-
-
-def _write_metadata(folder, shards, report):
-    """Names the shards and writes the TFDS metadata, so that `tfds.builder_from_directory` opens the dataset."""
-    import tensorflow_datasets as tfds
-    for index, shard in enumerate(shards):
-        os.rename(shard["path"], folder / f"{DATASET_NAME}-{SPLIT}.array_record-{index:05d}-of-{len(shards):05d}")
-    template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=DATASET_NAME, split=SPLIT,
-                                             filetype_suffix="array_record")
-    split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=[shard["records"] for shard in shards],
-                                num_bytes=sum(shard["bytes"] for shard in shards), filename_template=template)
-    keys = ("fingerprint", "utterances", "seconds")
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=_features(), split_infos=[split], filename_template=template, check_data=False,
-        description="16 kHz mono speech, one utterance a record; made by memo-jax prepare.",
-        metadata=tfds.core.MetadataDict({key: report[key] for key in keys} | {"sample_rate": SAMPLE_RATE}))
 
 
 def _write_table(path, header, rows):
@@ -260,14 +196,6 @@ def _check_output(inputs, output, overwrite):
         raise FileExistsError(f"{output} exists already: choose another output, or replace it with --overwrite")
     if not (output / "dataset_info.json").is_file():
         raise FileExistsError(f"{output} exists and is not a dataset, so it is not overwritten: choose another output")
-
-
-@contextlib.contextmanager
-def _runtime_errors_as_oserrors():
-    try:
-        yield
-    except RuntimeError as error:  # array_record: "write() failed: No space left on device; writing PATH; …"
-        raise OSError(str(error).split(";")[0].replace("write() failed: ", "")) from None
 
 
 @contextlib.contextmanager
