@@ -42,9 +42,29 @@ class Utterances:
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"utterance {index} of {len(self)} in {self.path}")
-        first, samples = self._shards.index[index].tolist()
-        records = -(-samples // self._shards.segment_samples)
-        return np.concatenate(self._shards.read(range(first, first + records)))
+        samples, size = int(self.lengths[index]), self._shards.segment_samples
+        return np.concatenate(self._shards.segments(index, range(-(-samples // size))))
+
+    def fill(self, index: int, crops: list[np.ndarray], starts: list[float]) -> None:
+        """Fills each crop, int16 [L], with a part of an utterance, reading only the segments that the crops touch.
+
+        A crop begins at the fraction `start` in [0, 1) of the places where it fits. An utterance shorter than the crop is
+        repeated, from the fraction `start` of its samples on. Raises OSError like `utterances[index]`.
+        """
+        samples, size = int(self.lengths[index]), self._shards.segment_samples
+        places, needed = [], set()
+        for crop, start in zip(crops, starts, strict=True):
+            places.append(int(start * max(samples - len(crop) + 1, 1)))
+            end = min(places[-1] + len(crop), samples)
+            needed.update(range(places[-1] // size, -(-end // size)))
+        needed = sorted(needed)
+        segments = dict(zip(needed, self._shards.segments(index, needed)))
+        for crop, start, place in zip(crops, starts, places):
+            if len(crop) <= samples:
+                _copy(segments, size, place, crop)
+            else:
+                whole = np.concatenate(list(segments.values()))
+                crop[:] = np.resize(np.roll(whole, -int(start * samples)), len(crop))
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
@@ -160,11 +180,8 @@ class _Batches:
         draws = sum(count for count, _ in self.crops.values())
         starts = np.random.default_rng([1, self.seed, int(step)]).random((self.batch_size, draws))[self.rows]
         batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}
-        for row, index in enumerate(indices):
-            samples = self.utterances[index]
-            crops = (crop for crops in batch.values() for crop in crops[row])
-            for crop, start in zip(crops, starts[row]):
-                _crop_into(crop, samples, start)
+        for row, (index, fractions) in enumerate(zip(indices.tolist(), starts.tolist())):
+            self.utterances.fill(index, [crop for crops in batch.values() for crop in crops[row]], fractions)
         return batch
 
 
@@ -174,14 +191,14 @@ def _order(seed, epoch, count):
     return np.random.default_rng([0, seed, epoch]).permutation(count)
 
 
-def _crop_into(crop, samples, start):
-    """Fills `crop` [L] from `samples`, beginning at the fraction `start` in [0, 1) of the possible places."""
-    room = len(samples) - len(crop)
-    if room >= 0:
-        first = int(start * (room + 1))
-        crop[:] = samples[first:first + len(crop)]
-    else:  # repeated, and a start anywhere in it
-        crop[:] = np.resize(np.roll(samples, -int(start * len(samples))), len(crop))
+def _copy(segments, size, place, crop):
+    """Copies samples from number `place` on, out of segments of `size` samples, into `crop` [L]."""
+    filled = 0
+    while filled < len(crop):
+        number, offset = divmod(place + filled, size)
+        part = segments[number][offset:offset + len(crop) - filled]
+        crop[filled:filled + len(part)] = part
+        filled += len(part)
 
 
 class TrainingBatches(grain.DatasetIterator):
