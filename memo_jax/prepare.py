@@ -1,23 +1,20 @@
 """Recordings → one TFDS dataset of array_record shards, written without TensorFlow, by many processes, resumably."""
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
-import threading
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from memo_jax import __version__
 from memo_jax.archives import TarStream
 from memo_jax.audio import AUDIO_EXTENSIONS, SAMPLE_RATE, AudioError, needs_ffmpeg
 from memo_jax.log import Progress
+from memo_jax.parallel import results
 from memo_jax.recordings import find_recordings, input_kind, is_streamed, read_recording
 from memo_jax.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
 from memo_jax.unfinished import Unfinished, finish_part
@@ -203,52 +200,7 @@ def _write_parts(unfinished, parts, inputs, min_seconds, max_seconds, workers):
     todo = [number for number, is_done in enumerate(done) if not is_done]
     with Progress(sum(map(len, parts)), "prepare", "recording", initial=recordings_done) as shown, \
             contextlib.closing(_spooled(todo, parts, unfinished.folder)) as tasks:
-        if min(workers, len(todo)) <= 1:
-            for task in tasks:
-                write(*task, count=shown.update)
-        else:
-            _write_in_processes(write, tasks, min(workers, len(todo)), shown)
-
-
-def _write_in_processes(write, tasks, workers, shown):
-    # spawn: a fork of a process with threads (JAX, soundfile) may deadlock
-    context = multiprocessing.get_context("spawn")
-    counter, counted = context.Value("q", 0), 0
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (counter,))
-    try:
-        running = set()
-        while True:
-            while len(running) <= workers and (task := next(tasks, None)):  # one waits, so that no worker does
-                running.add(pool.submit(_write_in_worker, write, task))
-            if not running:
-                break
-            finished, running = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-            shown.update(counter.value - counted)
-            counted = counter.value
-    except BrokenProcessPool:
-        raise OSError("a worker process was killed, perhaps for want of memory: try fewer workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(counter):
-    """Makes a worker count what it does, die at Ctrl-C without a word, and not outlive the process that it works for."""
-    import signal
-    global _counter
-    _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _write_in_worker(write, task):
-    def count():
-        with _counter.get_lock():
-            _counter.value += 1
-
-    write(*task, count=count)
+        _exhaust(results(write, tasks, max(1, min(workers, len(todo))), shown))
 
 
 def _spooled(numbers, parts, folder):
@@ -338,7 +290,7 @@ def _finish(unfinished, parts, left_out):
 
     report["fingerprint"] = fingerprint_of(_written(unfinished.dataset / MANIFEST, MANIFEST_COLUMNS, rows()))
     report |= {"speakers": len(speakers - {""}), "shards": len(shards), "left_out": sorted(left_out)}
-    collections.deque(_written(unfinished.dataset / LEFT_OUT, ("source", "reason"), report["left_out"]), maxlen=0)
+    _exhaust(_written(unfinished.dataset / LEFT_OUT, ("source", "reason"), report["left_out"]))
     if shards:
         keys = ("fingerprint", "utterances", "seconds")
         write_metadata(unfinished.dataset, shards, {key: report[key] for key in keys})
@@ -388,6 +340,10 @@ def _replace_folder(finished, target):
         os.rename(target, old)
     os.rename(finished, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exhaust(iterator):
+    collections.deque(iterator, maxlen=0)
 
 
 def _digest(speakers):
