@@ -71,6 +71,17 @@ def read_float_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, channel: i
                         int(max_seconds * sample_rate), max_seconds)
 
 
+def audio_seconds(path) -> float:
+    """Length of a recording in seconds, from its header where it has one; raises AudioError as `read_audio`."""
+    path = os.fspath(path)
+    _check_is_nonempty_file(path)
+    if needs_ffmpeg(path):
+        return len(read_audio(path)) / SAMPLE_RATE
+    with _opened(path) as file:
+        _check_header(path, file, None)
+        return file.frames / file.samplerate
+
+
 def needs_ffmpeg(name) -> bool:
     """Whether a recording of this name is decoded by ffmpeg."""
     return os.path.splitext(os.fspath(name))[1].lower() in FFMPEG_EXTENSIONS
@@ -105,15 +116,7 @@ def _soundfile_chunks(source, sample_rate, channel, span):
     import soundfile
     import soxr
 
-    name = _name(source)
-    try:
-        if isinstance(source, str):
-            os.close(os.open(source, os.O_RDONLY))  # a permission error in the system's words, not libsndfile's
-        file = soundfile.SoundFile(source)
-    except OSError as error:
-        raise AudioError(name, _missing_reason(error)) from None
-    except (soundfile.SoundFileError, TypeError, ValueError) as error:
-        raise AudioError(name, f"not readable as audio: {_reason(error)}") from None
+    name, file = _name(source), _opened(source)
     with file:
         _check_header(name, file, channel)
         resampler = None
@@ -152,8 +155,23 @@ def _span_frames(name, file, span):
     first = round(start * file.samplerate)
     seconds = file.frames / file.samplerate
     if first and first >= file.frames or stop is not None and stop > seconds + SPAN_OVERSHOOT:
-        raise AudioError(name, f"no such part: {start:g} to {stop if stop is None else format(stop, 'g')} s of {seconds:.2f} s")
+        end = "the end" if stop is None else f"{stop:g} s"
+        raise AudioError(name, f"no such part: {start:g} s to {end}, of {seconds:.2f} s")
     return first, sys.maxsize if stop is None else max(0, round(stop * file.samplerate) - first)
+
+
+def _opened(source):
+    import soundfile
+
+    name = _name(source)
+    try:
+        if isinstance(source, str):
+            os.close(os.open(source, os.O_RDONLY))  # a permission error in the system's words, not libsndfile's
+        return soundfile.SoundFile(source)
+    except OSError as error:
+        raise AudioError(name, _missing_reason(error)) from None
+    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+        raise AudioError(name, f"not readable as audio: {_reason(error)}") from None
 
 
 def _check_header(name, file, channel):
