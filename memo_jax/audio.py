@@ -134,7 +134,8 @@ def _soundfile_chunks(source, sample_rate, channel, span):
                 place = (first + frames) / file.samplerate
                 raise AudioError(name, f"damaged: {_reason(error)} after {place:.2f} s") from None
             frames += len(block)
-            mono = block.mean(axis=1) if channel is None and file.channels > 1 else block[:, channel or 0]
+            with np.errstate(over="ignore", invalid="ignore"):  # of damaged floats: the check that follows tells
+                mono = block.mean(axis=1) if channel is None and file.channels > 1 else block[:, channel or 0]
             _check_samples(name, mono)
             ends = not len(block)
             if resampler is not None:
@@ -167,11 +168,26 @@ def _opened(source):
     try:
         if isinstance(source, str):
             os.close(os.open(source, os.O_RDONLY))  # a permission error in the system's words, not libsndfile's
-        return soundfile.SoundFile(source)
+        return soundfile.SoundFile(source if isinstance(source, str) else _ForgivingFile(source))
     except OSError as error:
         raise AudioError(name, _missing_reason(error)) from None
     except (soundfile.SoundFileError, TypeError, ValueError) as error:
         raise AudioError(name, f"not readable as audio: {_reason(error)}") from None
+
+
+class _ForgivingFile:
+    """An open file in which libsndfile, led by a damaged header, may seek to places that do not exist."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        with contextlib.suppress(ValueError, OSError):
+            self._file.seek(offset, whence)
+        return self._file.tell()
 
 
 def _check_header(name, file, channel):

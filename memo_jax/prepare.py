@@ -79,6 +79,10 @@ def prepare(inputs, output, *, min_seconds: float = 0.5, max_seconds: float = 4 
             if report["utterances"]:
                 _replace_folder(unfinished.dataset, target)
             unfinished.discard()
+    except KeyboardInterrupt:
+        if unfinished.has_parts():
+            _say(f"{output} is unfinished: the same command goes on from there")
+        raise
     finally:
         unfinished.release()
     if not report["utterances"]:

@@ -26,7 +26,7 @@ KINDS = {
     "flac": {"format": "FLAC"}, "mp3": {"format": "MP3"}, "ogg": {"format": "OGG", "subtype": "VORBIS"},
     "opus": {"format": "OGG", "subtype": "OPUS"}, "aiff": {"format": "AIFF"}, "au": {"format": "AU"},
 }
-MEMORY = 700_000_000  # bytes; most of it is what a minute of 1,024 channels or of 4 kHz would take at the very most
+MEMORY = 300_000_000  # bytes
 SECONDS = 20  # for one mutation
 EXTREMES = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\0\0\0\x80", b"\1\0\0\0"]
 
@@ -84,12 +84,17 @@ def main(mutations: int, seed: int, folder: str) -> None:
         rng = np.random.default_rng([seed, number])
         name = list(found)[rng.integers(len(found))]
         path = os.path.join(folder, f"{seed}-{number}.{name}")
+        content = mutated(found[name][rng.integers(2)], everything, rng)
         with open(path, "wb") as file:
-            file.write(mutated(found[name][rng.integers(2)], everything, rng))
+            file.write(content)
+        source = path
+        if number % 2:  # as from an archive
+            source = io.BytesIO(content)
+            source.name = path
         signal.alarm(SECONDS)
         start = time.monotonic()
         try:
-            samples = read_audio(path, max_seconds=600)
+            samples = read_audio(source, max_seconds=600)
             assert samples.dtype == np.int16 and samples.ndim == 1 and 1 <= len(samples) <= 600 * 16000
             counts["read"] += 1
         except AudioError as error:
