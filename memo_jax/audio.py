@@ -127,7 +127,7 @@ def _soundfile_chunks(source, sample_rate, channel, span):
         while True:
             try:
                 if first and not frames:
-                    file.seek(first)
+                    _seek(file, first)
                 block = file.read(min(wanted - frames, max(1, BLOCK_SAMPLES // file.channels)), dtype="float32",
                                   always_2d=True)
             except (soundfile.SoundFileError, RuntimeError) as error:
@@ -148,6 +148,15 @@ def _soundfile_chunks(source, sample_rate, channel, span):
         promised = min(file.frames - first, wanted)
         if frames < promised and file.format != "MP3":
             raise AudioError(name, f"truncated: {frames} of the {promised} frames that its header promises")
+
+
+def _seek(file, first):
+    """Goes to a frame. In an MP3, libsndfile lands beside it, and then decodes frames without those they build on."""
+    if file.format != "MP3":
+        file.seek(first)
+        return
+    while first > 0 and (skipped := len(file.read(min(first, max(1, BLOCK_SAMPLES // file.channels)), "int16"))):
+        first -= skipped
 
 
 def _span_frames(name, file, span):
