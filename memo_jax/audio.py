@@ -151,11 +151,11 @@ def _soundfile_chunks(source, sample_rate, channel, span):
 
 
 def _seek(file, first):
-    """Goes to a frame. In an MP3, libsndfile lands beside it, and then decodes frames without those they build on."""
-    if file.format != "MP3":
+    """Goes to a frame, in a file that does not seek by decoding all before it."""
+    if file.seekable():
         file.seek(first)
         return
-    while first > 0 and (skipped := len(file.read(min(first, max(1, BLOCK_SAMPLES // file.channels)), "int16"))):
+    while first > 0 and (skipped := len(file.read(min(first, max(1, BLOCK_SAMPLES // file.channels)), "float32"))):
         first -= skipped
 
 
@@ -177,7 +177,12 @@ def _opened(source):
     try:
         if isinstance(source, str):
             os.close(os.open(source, os.O_RDONLY))  # a permission error in the system's words, not libsndfile's
-        return soundfile.SoundFile(source if isinstance(source, str) else _ForgivingFile(source))
+        file = soundfile.SoundFile(source if isinstance(source, str) else _ForgivingFile(source))
+        if file.format == "MP3":
+            # soundfile seeks after each block, to where it is. In an MP3, libsndfile may land beside that place, and
+            # then decodes frames without those that they build on: up to a quarter of a second is lost.
+            file.seekable = lambda: False
+        return file
     except OSError as error:
         raise AudioError(name, _missing_reason(error)) from None
     except (soundfile.SoundFileError, TypeError, ValueError) as error:
