@@ -188,7 +188,9 @@ class _Batches:
 @functools.lru_cache(maxsize=2)  # reading ahead may already be in the next epoch
 def _order(seed, epoch, count):
     """The order of the utterances in an epoch: a permutation of range(count)."""
-    return np.random.default_rng([0, seed, epoch]).permutation(count)
+    order = np.arange(count, dtype=np.int32)
+    np.random.default_rng([0, seed, epoch]).shuffle(order)
+    return order
 
 
 def _copy(segments, size, place, crop):

@@ -136,10 +136,11 @@ class Shards:
         self.segment_samples = self.metadata["segment_samples"]
         shards = info.splits[SPLIT].file_instructions
         self._files = [os.fspath(shard.filename) for shard in shards]
-        for file in (*self._files, self.folder / INDEX):
+        self._index_file = self.folder / INDEX
+        for file in (*self._files, self._index_file):
             _check_there(file)
         self._first = list(itertools.accumulate((shard.take for shard in shards), initial=0))
-        self.index = np.load(self.folder / INDEX)
+        self.index = np.load(self._index_file)
         self._readers = {}
 
     def segments(self, utterance: int, numbers) -> list[np.ndarray]:
@@ -162,7 +163,10 @@ class Shards:
         return segments
 
     def __getstate__(self):
-        return vars(self) | {"_readers": {}}
+        return {name: value for name, value in vars(self).items() if name not in ("index", "_readers")}
+
+    def __setstate__(self, state):
+        vars(self).update(state, index=np.load(state["_index_file"]), _readers={})
 
     def _read(self, shard, positions):
         reader = self._readers.get(shard)
@@ -225,7 +229,7 @@ def _fields(record, begin, end):
 
 def _write_error(error):
     """The OSError of what array_record says: "write() failed: No space left on device; writing PATH; …"."""
-    return OSError(str(error).split(";")[0].replace("write() failed: ", ""))
+    return OSError(str(error).split(";")[0].rpartition("() failed: ")[2])
 
 
 def _check_there(file):
