@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import os
 import sys
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import grain
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
+from memo_jax.records import Shards
 
-# as prepare writes them
-SPLIT = "train"
-MANIFEST = "manifest.tsv"
+MANIFEST = "manifest.tsv"  # as prepare writes it
 
 
 def open_utterances(path) -> "Utterances":
@@ -26,42 +24,47 @@ def open_utterances(path) -> "Utterances":
 
 
 class Utterances:
-    """The utterances of a dataset: `len(utterances)`, `utterances[i]` → int16 [L] (16 kHz, read-only).
+    """The utterances of a dataset: `len(utterances)`, `utterances[i]` → int16 [L] (16 kHz).
 
-    Opening reads a small index only; names, speakers and lengths are read from the manifest when first asked for.
-    Copies for other processes (pickle) open their own files.
+    Opening reads a small index only; names and speakers are read from the manifest when first asked for. Copies for
+    other processes (pickle) open their own files.
     """
 
     def __init__(self, path):
-        import tensorflow_datasets as tfds
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-        self.path = Path(path)
-        for file in ("dataset_info.json", MANIFEST):
-            if not (self.path / file).is_file():
-                raise FileNotFoundError(f"{self.path} is not a dataset ({file} is missing): "
-                                        "make one with memo-jax prepare")
-        info = tfds.builder_from_directory(self.path).info
-        shards = info.splits[SPLIT].file_instructions
-        self._files = [os.fspath(shard.filename) for shard in shards]
-        for file in self._files:
-            _check_shard(file)
-        self._first = np.cumsum([0] + [shard.take for shard in shards])
-        self._records = ArrayRecordDataSource(shards)
-        self.fingerprint: str = info.metadata["fingerprint"]
+        self.path, self._shards = Path(path), Shards(path)
+        self.fingerprint: str = self._shards.metadata["fingerprint"]
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._shards.index)
 
     def __getitem__(self, index) -> np.ndarray:
         """Samples of an utterance, int16 [L]; raises OSError naming the file when its record is damaged or gone."""
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"utterance {index} of {len(self)} in {self.path}")
-        try:
-            return _samples(self._records[index])
-        except Exception as error:  # array_record and protobuf raise RuntimeError, ValueError, DecodeError, …
-            raise self._unreadable(index, error) from error
+        samples, size = int(self.lengths[index]), self._shards.segment_samples
+        return np.concatenate(self._shards.segments(index, range(-(-samples // size))))
+
+    def fill(self, index: int, crops: list[np.ndarray], starts: list[float]) -> None:
+        """Fills each crop, int16 [L], with a part of an utterance, reading only the segments that the crops touch.
+
+        A crop begins at the fraction `start` in [0, 1) of the places where it fits. An utterance shorter than the crop is
+        repeated, from the fraction `start` of its samples on. Raises OSError like `utterances[index]`.
+        """
+        samples, size = int(self.lengths[index]), self._shards.segment_samples
+        places, needed = [], set()
+        for crop, start in zip(crops, starts, strict=True):
+            places.append(int(start * max(samples - len(crop) + 1, 1)))
+            end = min(places[-1] + len(crop), samples)
+            needed.update(range(places[-1] // size, -(-end // size)))
+        needed = sorted(needed)
+        segments = dict(zip(needed, self._shards.segments(index, needed)))
+        for crop, start, place in zip(crops, starts, places):
+            if len(crop) <= samples:
+                _copy(segments, size, place, crop)
+            else:
+                whole = np.concatenate(list(segments.values()))
+                crop[:] = np.resize(np.roll(whole, -int(start * samples)), len(crop))
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
@@ -80,14 +83,14 @@ class Utterances:
         return self._manifest["speaker"]
 
     @property
-    def seconds(self) -> np.ndarray:
-        """Length of each utterance in seconds, float64 [len(self)]."""
-        return np.array(self._manifest["seconds"], dtype=np.float64)
+    def lengths(self) -> np.ndarray:
+        """Length of each utterance in samples, int64 [len(self)]."""
+        return self._shards.index[:, 1]
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Length of each utterance in samples, int64 [len(self)]: the manifest's seconds tell it exactly."""
-        return np.rint(self.seconds * SAMPLE_RATE).astype(np.int64)
+    def seconds(self) -> np.ndarray:
+        """Length of each utterance in seconds, float64 [len(self)]."""
+        return self.lengths / SAMPLE_RATE
 
     @functools.cached_property
     def _manifest(self):
@@ -97,24 +100,6 @@ class Utterances:
             raise ValueError(f"{self.path / MANIFEST} has {len(rows) - 1} utterances, the dataset {len(self)}: "
                              "prepare it again")
         return dict(zip(rows[0], map(list, zip(*rows[1:]))))
-
-    def _unreadable(self, index, error):
-        shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        _check_shard(self._files[shard])
-        return OSError(f"{self._files[shard]}: record {index - self._first[shard]} cannot be read "
-                       f"({str(error).split(';')[0]}): restore the file, or prepare the dataset again")
-
-
-def _check_shard(file):
-    if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file} is gone: restore it, or prepare the dataset again")
-
-
-def _samples(record: bytes) -> np.ndarray:
-    """The samples in a tf.train.Example, whose other fields are left alone."""
-    from tensorflow_datasets.proto import tf_example_pb2
-    example = tf_example_pb2.Example.FromString(record)
-    return np.frombuffer(example.features.feature["samples"].bytes_list.value[0], dtype="<i2")
 
 
 def steps_per_epoch(utterances: int, batch_size: int) -> int:
@@ -195,28 +180,27 @@ class _Batches:
         draws = sum(count for count, _ in self.crops.values())
         starts = np.random.default_rng([1, self.seed, int(step)]).random((self.batch_size, draws))[self.rows]
         batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}
-        for row, index in enumerate(indices):
-            samples = self.utterances[index]
-            crops = (crop for crops in batch.values() for crop in crops[row])
-            for crop, start in zip(crops, starts[row]):
-                _crop_into(crop, samples, start)
+        for row, (index, fractions) in enumerate(zip(indices.tolist(), starts.tolist())):
+            self.utterances.fill(index, [crop for crops in batch.values() for crop in crops[row]], fractions)
         return batch
 
 
 @functools.lru_cache(maxsize=2)  # reading ahead may already be in the next epoch
 def _order(seed, epoch, count):
     """The order of the utterances in an epoch: a permutation of range(count)."""
-    return np.random.default_rng([0, seed, epoch]).permutation(count)
+    order = np.arange(count, dtype=np.int32)
+    np.random.default_rng([0, seed, epoch]).shuffle(order)
+    return order
 
 
-def _crop_into(crop, samples, start):
-    """Fills `crop` [L] from `samples`, beginning at the fraction `start` in [0, 1) of the possible places."""
-    room = len(samples) - len(crop)
-    if room >= 0:
-        first = int(start * (room + 1))
-        crop[:] = samples[first:first + len(crop)]
-    else:  # repeated, and a start anywhere in it
-        crop[:] = np.resize(np.roll(samples, -int(start * len(samples))), len(crop))
+def _copy(segments, size, place, crop):
+    """Copies samples from number `place` on, out of segments of `size` samples, into `crop` [L]."""
+    filled = 0
+    while filled < len(crop):
+        number, offset = divmod(place + filled, size)
+        part = segments[number][offset:offset + len(crop) - filled]
+        crop[filled:filled + len(part)] = part
+        filled += len(part)
 
 
 class TrainingBatches(grain.DatasetIterator):
