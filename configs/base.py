@@ -28,16 +28,16 @@ def get_config() -> ConfigDict:
     augment.clean = 1 / 6  # share of crops left as they are
     augment.both = 1 / 3  # share of crops with reverberation and an added recording; the rest gets one kind
     augment.reverb_share = 0.25  # share of reverberation among the crops with one kind
-    augment.noise = ""  # folder of noises; "" leaves the category out, as below
-    augment.music = ""  # folder of music
-    augment.speech = ""  # folder of speech to add; without it other utterances of the batch are added
-    augment.rirs = ""  # folder of room impulse responses
+    augment.noise = ""  # folder of noises, or all of MUSAN or RIRS_NOISES; "" leaves the kind out, as below
+    augment.music = ""  # folder of music, or all of MUSAN
+    augment.speech = ""  # folder of speech to add, or all of MUSAN; without it other utterances of the batch are added
+    augment.rirs = ""  # folder of room impulse responses, or all of RIRS_NOISES
     augment.noise_snr_db = (0.0, 15.0)  # lowest and highest signal-to-noise ratio, uniform between, dB
     augment.music_snr_db = (5.0, 15.0)  # the same for music
     augment.speech_snr_db = (13.0, 20.0)  # the same for speech and babble
     augment.babble_from_batch = True  # add other utterances of the batch where no speech folder is given
     augment.bank_seconds = 6.0  # length of a row of a bank of recordings
-    augment.bank_megabytes = 512.0  # most memory for all banks on a device; a seeded choice is made beyond it
+    augment.bank_megabytes = 512.0  # most memory of each bank on a device; of more, a seeded choice
     augment.rir_seconds = 0.5  # room responses are cut there
 
     model = config.model = ConfigDict()

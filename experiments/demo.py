@@ -112,7 +112,7 @@ def own_speech(speech, folder, seed):
         for recording in chosen:
             link = folder / split / recording.name
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path(recording.path).resolve())
+            link.symlink_to(Path(recording.source).resolve())
     demo_speech.make_banks(folder, seed=seed)
     counts = {split: [len(chosen), len({item.speaker for item in chosen})] for split, chosen in splits.items()}
     (folder / "split.json").write_text(json.dumps(counts) + "\n")

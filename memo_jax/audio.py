@@ -1,10 +1,12 @@
 """Recordings of any common kind → 16 kHz mono samples, or an error that names the file and the reason."""
 
+import contextlib
 import os
 import re
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ FFMPEG_EXTENSIONS = frozenset({".m4a", ".aac", ".mp4", ".wma", ".webm", ".amr"})
 AUDIO_EXTENSIONS = SOUNDFILE_EXTENSIONS | FFMPEG_EXTENSIONS
 SAMPLE_RATES = (4000, 768000)  # Hz; a header outside this lies, and resampling by its ratio would exhaust the memory
 LARGEST_SAMPLE = 32.0  # 30 dB over full scale: such float files are not scaled to [-1, 1] and would only clip
+SPAN_OVERSHOOT = 0.5  # s that a part may reach beyond the recording, as in Kaldi
 BLOCK_SAMPLES = 1 << 20  # samples over all channels decoded at a time
 
 
@@ -35,44 +38,63 @@ def is_audio_name(name) -> bool:
     return os.path.splitext(os.fspath(name))[1].lower() in AUDIO_EXTENSIONS
 
 
-def read_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, max_seconds: float = 4 * 3600) -> np.ndarray:
-    """Decodes a recording to mono 16-bit samples.
+def read_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, max_seconds: float = 4 * 3600,
+               span: tuple[float, float | None] = (0.0, None)) -> np.ndarray:
+    """Decodes a recording, or a part of it, to mono 16-bit samples.
 
     Channels are averaged, the rate is converted with soxr (high quality), values beyond full scale are clipped. Files
     are decoded in blocks, so memory is that of the result whatever the header claims.
 
     Args:
       path_or_file: wav, flac, ogg/opus, mp3, aiff, au by libsndfile; m4a/aac and the like by ffmpeg where it is
-        installed (paths only). Or an open binary file of a kind that libsndfile reads.
+        installed. Or an open binary file of these kinds, whose attribute `name` tells m4a/aac from the rest.
       sample_rate: of the result, Hz.
       max_seconds: longest recording accepted; guards against files that unpack to more than the memory.
+      span: first and last second of the part to read, which is found without decoding all before it; None for the end.
+        A part may end up to half a second after the recording, and is then shorter.
 
     Returns:
       int16 [L], L ≥ 1; 32768 is full scale.
 
     Raises:
       AudioError: (a ValueError) missing, not a file, empty, unreadable, truncated, without samples, NaN or infinite
-        samples, float samples far beyond [-1, 1], too long, or ffmpeg needed and missing.
+        samples, float samples far beyond [-1, 1], too long, a span outside it, or ffmpeg needed and missing.
     """
-    return _concatenate(path_or_file, (_to_int16(chunk) for chunk in _chunks(path_or_file, sample_rate, None)),
+    return _concatenate(path_or_file, (_to_int16(chunk) for chunk in _chunks(path_or_file, sample_rate, None, span)),
                         np.int16, int(max_seconds * sample_rate), max_seconds)
 
 
 def read_float_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, channel: int | None = None,
                      max_seconds: float = 4 * 3600) -> np.ndarray:
     """Decodes like `read_audio` but to float32 [L], full scale 1, unclipped; one `channel`, or the mean when None."""
-    return _concatenate(path_or_file, _chunks(path_or_file, sample_rate, channel), np.float32,
+    return _concatenate(path_or_file, _chunks(path_or_file, sample_rate, channel, (0.0, None)), np.float32,
                         int(max_seconds * sample_rate), max_seconds)
 
 
-def _chunks(source, sample_rate, channel):
+def audio_seconds(path) -> float:
+    """Length of a recording in seconds, from its header where it has one; raises AudioError as `read_audio`."""
+    path = os.fspath(path)
+    _check_is_nonempty_file(path)
+    if needs_ffmpeg(path):
+        return len(read_audio(path)) / SAMPLE_RATE
+    with _opened(path) as file:
+        _check_header(path, file, None)
+        return file.frames / file.samplerate
+
+
+def needs_ffmpeg(name) -> bool:
+    """Whether a recording of this name is decoded by ffmpeg."""
+    return os.path.splitext(os.fspath(name))[1].lower() in FFMPEG_EXTENSIONS
+
+
+def _chunks(source, sample_rate, channel, span):
     """Yields mono float32 chunks of the recording at `sample_rate`."""
     if not hasattr(source, "read"):
         source = os.fspath(source)
         _check_is_nonempty_file(source)
-        if os.path.splitext(source)[1].lower() in FFMPEG_EXTENSIONS:
-            return _ffmpeg_chunks(source, sample_rate, channel)
-    return _soundfile_chunks(source, sample_rate, channel)
+    if needs_ffmpeg(_name(source)):
+        return _ffmpeg_chunks(source, sample_rate, channel, span)
+    return _soundfile_chunks(source, sample_rate, channel, span)
 
 
 def _check_is_nonempty_file(path):
@@ -90,32 +112,30 @@ def _missing_reason(error: OSError) -> str:
     return "no such file" if isinstance(error, FileNotFoundError) else f"cannot be opened: {error.strerror}"
 
 
-def _soundfile_chunks(source, sample_rate, channel):
+def _soundfile_chunks(source, sample_rate, channel, span):
     import soundfile
     import soxr
 
-    name = _name(source)
-    try:
-        if isinstance(source, str):
-            os.close(os.open(source, os.O_RDONLY))  # a permission error in the system's words, not libsndfile's
-        file = soundfile.SoundFile(source)
-    except OSError as error:
-        raise AudioError(name, _missing_reason(error)) from None
-    except (soundfile.SoundFileError, TypeError, ValueError) as error:
-        raise AudioError(name, f"not readable as audio: {_reason(error)}") from None
+    name, file = _name(source), _opened(source)
     with file:
         _check_header(name, file, channel)
         resampler = None
         if file.samplerate != sample_rate:
             resampler = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32", quality="HQ")
+        first, wanted = _span_frames(name, file, span)
         frames = 0
         while True:
             try:
-                block = file.read(max(1, BLOCK_SAMPLES // file.channels), dtype="float32", always_2d=True)
+                if first and not frames:
+                    _seek(file, first)
+                block = file.read(min(wanted - frames, max(1, BLOCK_SAMPLES // file.channels)), dtype="float32",
+                                  always_2d=True)
             except (soundfile.SoundFileError, RuntimeError) as error:
-                raise AudioError(name, f"damaged: {_reason(error)} after {frames / file.samplerate:.2f} s") from None
+                place = (first + frames) / file.samplerate
+                raise AudioError(name, f"damaged: {_reason(error)} after {place:.2f} s") from None
             frames += len(block)
-            mono = block.mean(axis=1) if channel is None and file.channels > 1 else block[:, channel or 0]
+            with np.errstate(over="ignore", invalid="ignore"):  # of damaged floats: the check that follows tells
+                mono = block.mean(axis=1) if channel is None and file.channels > 1 else block[:, channel or 0]
             _check_samples(name, mono)
             ends = not len(block)
             if resampler is not None:
@@ -125,8 +145,63 @@ def _soundfile_chunks(source, sample_rate, channel):
             if ends:
                 break
         # The length an MP3 announces is an estimate; everything else promises what it holds.
-        if frames < file.frames and file.format != "MP3":
-            raise AudioError(name, f"truncated: {frames} of the {file.frames} frames that its header promises")
+        promised = min(file.frames - first, wanted)
+        if frames < promised and file.format != "MP3":
+            raise AudioError(name, f"truncated: {frames} of the {promised} frames that its header promises")
+
+
+def _seek(file, first):
+    """Goes to a frame, in a file that does not seek by decoding all before it."""
+    if file.seekable():
+        file.seek(first)
+        return
+    while first > 0 and (skipped := len(file.read(min(first, max(1, BLOCK_SAMPLES // file.channels)), "float32"))):
+        first -= skipped
+
+
+def _span_frames(name, file, span):
+    """The first frame of a span, and the number of its frames."""
+    start, stop = span
+    first = round(start * file.samplerate)
+    seconds = file.frames / file.samplerate
+    if first and first >= file.frames or stop is not None and stop > seconds + SPAN_OVERSHOOT:
+        end = "the end" if stop is None else f"{stop:g} s"
+        raise AudioError(name, f"no such part: {start:g} s to {end}, of {seconds:.2f} s")
+    return first, sys.maxsize if stop is None else max(0, round(stop * file.samplerate) - first)
+
+
+def _opened(source):
+    import soundfile
+
+    name = _name(source)
+    try:
+        if isinstance(source, str):
+            os.close(os.open(source, os.O_RDONLY))  # a permission error in the system's words, not libsndfile's
+        file = soundfile.SoundFile(source if isinstance(source, str) else _ForgivingFile(source))
+        if file.format == "MP3":
+            # soundfile seeks after each block, to where it is. In an MP3, libsndfile may land beside that place, and
+            # then decodes frames without those that they build on: up to a quarter of a second is lost.
+            file.seekable = lambda: False
+        return file
+    except OSError as error:
+        raise AudioError(name, _missing_reason(error)) from None
+    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+        raise AudioError(name, f"not readable as audio: {_reason(error)}") from None
+
+
+class _ForgivingFile:
+    """An open file in which libsndfile, led by a damaged header, may seek to places that do not exist."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        with contextlib.suppress(ValueError, OSError):
+            self._file.seek(offset, whence)
+        return self._file.tell()
 
 
 def _check_header(name, file, channel):
@@ -149,27 +224,36 @@ def _check_samples(name, samples):
         raise AudioError(name, f"samples out of range: up to {np.abs(samples).max():.4g}, expected within [-1, 1]")
 
 
-def _ffmpeg_chunks(path, sample_rate, channel):
+def _ffmpeg_chunks(source, sample_rate, channel, span):
     """Yields what ffmpeg decodes; it averages the channels itself, so only `channel=None` is possible."""
+    name, (start, stop) = _name(source), span
     if channel is not None:
-        raise AudioError(path, "not read by channel: convert it to wav or flac")
+        raise AudioError(name, "not read by channel: convert it to wav or flac")
     program = shutil.which("ffmpeg")
     if program is None:
-        raise AudioError(path, f"ffmpeg is missing: it is needed to decode {Path(path).suffix}; install it, or convert "
+        raise AudioError(name, f"ffmpeg is missing: it is needed to decode {Path(name).suffix}; install it, or convert "
                                "the file to wav or flac")
-    command = [program, "-v", "error", "-nostdin", "-i", f"file:{path}", "-map", "0:a:0", "-ac", "1",
-               "-ar", str(sample_rate), "-f", "f32le", "pipe:1"]
-    # stderr goes to a file: a pipe that nobody reads would block ffmpeg once full.
-    with tempfile.TemporaryFile() as errors:
+    with contextlib.ExitStack() as files:
+        path = source
+        if not isinstance(source, str):  # not by a pipe: the table of an m4a mostly stands at its end
+            copy = files.enter_context(tempfile.NamedTemporaryFile(suffix=Path(name).suffix))
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            path = copy.name
+        part = ["-ss", str(start)] * bool(start) + (["-t", str(stop - start)] if stop is not None else [])
+        command = [program, "-v", "error", "-nostdin", "-threads", "1", *part, "-i", f"file:{path}", "-map", "0:a:0",
+                   "-ac", "1", "-ar", str(sample_rate), "-f", "f32le", "pipe:1"]
+        # stderr goes to a file: a pipe that nobody reads would block ffmpeg once full.
+        errors = files.enter_context(tempfile.TemporaryFile())
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         try:
             while data := process.stdout.read(4 * BLOCK_SAMPLES):
                 samples = np.frombuffer(data[:len(data) // 4 * 4], "<f4")
-                _check_samples(path, samples)
+                _check_samples(name, samples)
                 yield samples
             if process.wait():
                 errors.seek(0)
-                raise AudioError(path, "ffmpeg failed: " + _last_line(errors.read(1 << 16).decode(errors="replace")))
+                raise AudioError(name, "ffmpeg failed: " + _last_line(errors.read(1 << 16).decode(errors="replace")))
         finally:  # also when the reader stops early, at a recording too long
             process.kill()
             process.stdout.close()

@@ -54,13 +54,17 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    prepare = command("prepare", run_prepare, "turn folders of recordings into a dataset")
-    prepare.add_argument("--input", action="append", required=True, type=Path, metavar="DIR",
-                         help="folder of wav, flac, ogg, opus, mp3 files; may be given several times")
-    prepare.add_argument("--output", required=True, type=Path, metavar="DATASET", help="where the dataset goes")
+    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check one")
+    prepare.add_argument("--input", action="append", type=Path, metavar="PATH",
+                         help="folder of recordings, zip or tar, Kaldi folder, or shards of wespeaker; may be given "
+                              "several times")
+    prepare.add_argument("--output", type=Path, metavar="DATASET", help="where the dataset goes")
     prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     prepare.add_argument("--min-seconds", type=float, default=0.5, metavar="S",
                          help="leave out recordings shorter than this (default: %(default)s)")
+    prepare.add_argument("--run-commands", action="store_true", help="run the commands in a Kaldi folder's wav.scp")
+    prepare.add_argument("--check", type=Path, metavar="DATASET",
+                         help="instead: read this dataset again and verify all that is in it")
     prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
 
     train = command("train", run_train, "train, or go on training, the run of a workdir")
@@ -81,15 +85,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_prepare(options) -> None:
+def run_prepare(options) -> int:
     """memo-jax prepare"""
+    if options.check:
+        if options.input or options.output:
+            raise ValueError("--check DATASET stands alone, without --input and --output")
+        from memo_jax.check import check, check_summary
+
+        report = check(options.check, workers=options.workers)
+        print(check_summary(options.check, report))
+        return USAGE_ERROR if report["problems"] else 0
+    for name in ("input", "output"):
+        if not getattr(options, name):
+            raise ValueError(f"--{name} is missing: see `memo-jax prepare --help`")
     from memo_jax.prepare import prepare, summary
 
     report = prepare(
         options.input, options.output, min_seconds=options.min_seconds, workers=options.workers,
-        overwrite=options.overwrite,
+        overwrite=options.overwrite, run_commands=options.run_commands,
     )
     print(summary(report))
+    return 0
 
 
 def run_train(options) -> None:

@@ -1,78 +1,92 @@
-"""Folders of recordings → one TFDS dataset of array_record shards, written without TensorFlow."""
+"""Recordings → one TFDS dataset of array_record shards, written without TensorFlow, by many processes, resumably."""
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import sys
 from pathlib import Path
 
-from memo_jax.audio import AUDIO_EXTENSIONS, SAMPLE_RATE, AudioError, read_audio
-from memo_jax.recordings import find_recordings
-from memo_jax.records import ShardWriter, write_metadata
+from memo_jax import __version__
+from memo_jax.archives import TarStream
+from memo_jax.audio import AUDIO_EXTENSIONS, SAMPLE_RATE, AudioError, needs_ffmpeg
+from memo_jax.log import Progress
+from memo_jax.parallel import results
+from memo_jax.recordings import find_recordings, input_kind, is_streamed, read_recording
+from memo_jax.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
+from memo_jax.unfinished import Unfinished, finish_part
 
 MANIFEST, LEFT_OUT = "manifest.tsv", "left_out.tsv"
 MANIFEST_COLUMNS = ("name", "speaker", "seconds", "checksum", "source")
 # A batch reads from every shard and a reader holds its file open, so their number must stay well under the usual limit
 # of 1,024 open files; small datasets get several shards too, so that workers have something to share.
-RECORDINGS_PER_SHARD, MOST_TASKS, BYTES_PER_SHARD = 64, 256, 2 << 30
+RECORDINGS_PER_SHARD, MOST_PARTS, BYTES_PER_SHARD = 64, 256, 2 << 30
 
 
 def prepare(inputs, output, *, min_seconds: float = 0.5, max_seconds: float = 4 * 3600, workers: int | None = None,
-            overwrite: bool = False, speakers: dict[str, str] | None = None) -> dict:
-    """Turns folders of recordings into a dataset that `data.open_utterances` reads.
+            overwrite: bool = False, run_commands: bool = False, speakers: dict[str, str] | None = None) -> dict:
+    """Turns recordings into a dataset that `data.open_utterances` reads.
 
-    Every file below the inputs is either in the dataset or in its report of what was left out. An utterance's name is
-    its path relative to its input, with "/". Records are in the order of the names, whatever the number of workers and
-    whatever the speakers. The output appears whole or not at all.
+    Every file of the inputs is either in the dataset or in its report of what was left out. Names, speakers and order
+    are those of `recordings.find_recordings`, whatever the number of workers. The output appears whole or not at all.
+    What a run did before it was ended, by whatever, is kept beside the output; the same call goes on from there, with
+    the list of recordings that the first run found, and ends with the bytes that it would have written.
 
-    Writes, beside the TFDS files: manifest.tsv (name, speaker, seconds, checksum of the samples, source file) and
-    left_out.tsv (source file, reason).
+    Writes, beside the TFDS files: manifest.tsv (name, speaker, seconds, checksum of the samples, source) and
+    left_out.tsv (source, reason).
 
     Args:
-      inputs: folders, nested as speaker/…/utterance, or flat (then the speaker is "").
+      inputs: folders, nested as speaker/…/utterance, or flat (then the speaker is ""); zip and tar archives; Kaldi
+        folders; wespeaker's shards or a list of them.
       output: folder to create.
       min_seconds: shorter recordings are left out.
       max_seconds: longer recordings are left out.
       workers: processes; all processors when None. 1 works in this process.
-      overwrite: whether an earlier dataset at `output` is replaced.
-      speakers: name → speaker, in place of the folders' names.
+      overwrite: whether an earlier dataset at `output`, or the unfinished one of another call, is replaced.
+      run_commands: whether commands in a Kaldi folder's wav.scp are run.
+      speakers: name → speaker, in place of those found.
 
     Returns:
-      the report: {"output", "utterances", "speakers", "seconds", "shards", "left_out": [(file, reason), …],
+      the report: {"output", "utterances", "speakers", "seconds", "shards", "left_out": [(source, reason), …],
       "fingerprint"}; see `summary`.
 
     Raises:
-      ValueError: no recordings, none usable, two inputs hold the same name, or output and inputs overlap.
-      FileExistsError: `output` exists (without `overwrite`), or is no dataset (with it).
+      ValueError: no recordings, none usable, two would have the same name, an input is damaged, changed or gone, or
+        output and inputs overlap.
+      FileExistsError: `output` exists (without `overwrite`), or is no dataset (with it), or is unfinished, of another
+        call.
       OSError: the output cannot be written: read-only, disk full.
     """
-    inputs, output = [Path(path) for path in ([inputs] if isinstance(inputs, (str, Path)) else inputs)], Path(output)
-    target = Path(os.path.abspath(output))
+    inputs = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    output, target = Path(output), Path(os.path.abspath(output))
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
     _check_output(inputs, output, overwrite)
-    recordings, left_out = find_recordings(inputs, exclude=output)
-    if speakers is not None:
-        recordings = [dataclasses.replace(item, speaker=speakers.get(item.name, "")) for item in recordings]
-    if not recordings:
-        raise ValueError(f"no recordings in {_listed(inputs)}{_reasons(left_out)}; "
-                         f"looked for {' '.join(sorted(AUDIO_EXTENSIONS))}")
-    partial = _make_partial_folder(target)
+    command = {"inputs": [os.path.abspath(path) for path in inputs], "min_seconds": min_seconds,
+               "max_seconds": max_seconds, "run_commands": run_commands, "speakers": _digest(speakers),
+               "version": __version__, "segment_samples": SEGMENT_SAMPLES,
+               "recordings_per_shard": RECORDINGS_PER_SHARD, "bytes_per_shard": BYTES_PER_SHARD}
+    unfinished = Unfinished(target)
+    find = functools.partial(_find, exclude=output, run_commands=run_commands, speakers=speakers)
     try:
-        with _explained_write_errors(output):
-            report = _write_dataset(recordings, left_out, partial, min_seconds, max_seconds, workers or os.cpu_count())
-            if not report["utterances"]:
-                raise ValueError(f"no usable recording in {_listed(inputs)}{_reasons(report['left_out'])}")
-            _replace_folder(partial, target)
+        recordings, left_out = _planned(unfinished, command, inputs, find, overwrite, output)
+        with _explained_write_errors(unfinished, output):
+            _write_parts(unfinished, _parts(recordings), inputs, min_seconds, max_seconds, workers or os.cpu_count())
+            report = _finish(unfinished, len(_parts(recordings)), left_out)
+            if report["utterances"]:
+                _replace_folder(unfinished.dataset, target)
+            unfinished.discard()
+    except KeyboardInterrupt:
+        if unfinished.has_parts():
+            _say(f"{output} is unfinished: the same command goes on from there")
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        unfinished.release()
+    if not report["utterances"]:
+        raise ValueError(f"no usable recording in {', '.join(inputs)}{_reasons(report['left_out'])}")
     return report | {"output": str(output)}
 
 
@@ -87,109 +101,222 @@ def summary(report: dict) -> str:
     return "\n".join(lines)
 
 
-def _write_dataset(recordings, left_out, folder, min_seconds, max_seconds, workers):
-    """Writes shards, manifest and metadata into `folder`; returns the report."""
-    per_task = max(RECORDINGS_PER_SHARD, -(-len(recordings) // MOST_TASKS))
-    tasks = [(index, recordings[start:start + per_task])
-             for index, start in enumerate(range(0, len(recordings), per_task))]
-    write = functools.partial(_write_shards, folder=str(folder), min_seconds=min_seconds, max_seconds=max_seconds)
-    results = list(_run(write, tasks, workers, len(recordings)))
-    rows = [row for result in results for row in result["rows"]]
-    left_out = sorted(left_out + [item for result in results for item in result["left_out"]])
-    shards = [shard for result in results for shard in result["shards"]]
-    report = {"utterances": len(rows), "speakers": len({row[1] for row in rows} - {""}),
-              "seconds": sum(float(row[2]) for row in rows), "shards": len(shards), "left_out": left_out,
-              "fingerprint": _fingerprint(rows)}
-    _write_table(folder / LEFT_OUT, ("file", "reason"), left_out)
-    if rows:
-        _write_table(folder / MANIFEST, MANIFEST_COLUMNS, rows)
-        keys = ("fingerprint", "utterances", "seconds")
-        write_metadata(folder, shards, {key: report[key] for key in keys})
-    return report
-
-
-def _run(write, tasks, workers, total):
-    """Results of `write` for each task, in order, with a progress bar over recordings."""
-    from memo_jax.log import progress
-
-    finished = []
-
-    def recordings_done():
-        with contextlib.ExitStack() as stack:
-            for task, result in zip(tasks, _results(write, tasks, min(workers, len(tasks)), stack)):
-                finished.append(result)
-                yield from task[1]
-
-    for _ in progress(recordings_done(), total=total, label="prepare", unit="recording"):
-        pass
-    return finished
-
-
-def _results(write, tasks, workers, stack):
-    if workers == 1:
-        yield from map(write, tasks)
-        return
-    # spawn: a fork of a process with threads (JAX, soundfile) may deadlock
-    pool = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")))
-    stack.callback(pool.shutdown, cancel_futures=True)
-    try:
-        yield from pool.map(write, tasks)
-    except BrokenProcessPool:
-        raise OSError("a worker process was killed, perhaps for want of memory: try fewer workers") from None
-
-
-def _write_shards(task, *, folder, min_seconds, max_seconds):
-    """Decodes the recordings of a task into one shard, or more when they are long."""
-    index, recordings = task
-    rows, left_out, shards, shard = [], [], [], None
-    for item in recordings:
-        try:
-            samples = read_audio(item.path, max_seconds=max_seconds)
-            _check_speech(item.path, samples, min_seconds)
-        except AudioError as error:
-            left_out.append((item.path, error.reason))
-            continue
-        if shard is None or shard.bytes + samples.nbytes > BYTES_PER_SHARD:
-            if shard is not None:
-                shards.append(shard.close())
-            shard = ShardWriter(os.path.join(folder, f"task-{index:05d}-{len(shards):05d}"))
-        shard.write(item.name, item.speaker, samples)
-        checksum = hashlib.blake2b(samples, digest_size=8).hexdigest()
-        rows.append((item.name, item.speaker, f"{len(samples) / SAMPLE_RATE:.7f}", checksum, item.path))
-    if shard is not None:
-        shards.append(shard.close())
-    return {"rows": rows, "left_out": left_out, "shards": shards}
-
-
-def _check_speech(path, samples, min_seconds):
-    if len(samples) < min_seconds * SAMPLE_RATE:
-        raise AudioError(path, f"shorter than {min_seconds:g} s: {len(samples) / SAMPLE_RATE:.3f} s")
-    if samples.min() == samples.max():
-        raise AudioError(path, "silence: all samples are equal")
-
-
-def _fingerprint(rows):
-    """Digest of names and audio in order; speakers are no part of it."""
+def fingerprint_of(rows) -> str:
+    """Digest of the names and audio of the rows of a manifest, in their order; speakers are no part of it."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, _, seconds, checksum, _ in rows:
+    for name, _, seconds, checksum, *_ in rows:
         digest.update(json.dumps([name, seconds, checksum]).encode())
     return digest.hexdigest()
 
 
-def _write_table(path, header, rows):
-    """Tab-separated text, one row a line; breaks inside a field (odd file names) are written as \\t, \\n, \\r."""
+def checksum_of(samples) -> str:
+    """Digest of an utterance's samples, as it stands in a manifest."""
+    return hashlib.blake2b(samples, digest_size=8).hexdigest()
+
+
+def _planned(unfinished, command, inputs, find, overwrite, output):
+    """(recordings, left_out) of the plan in the unfinished folder, or of a new one."""
+    if unfinished.folder.is_dir():
+        unfinished.claim()
+        header = unfinished.header()
+        problem = header and _difference(header, command)
+        if problem and not overwrite:
+            raise FileExistsError(f"{output} is unfinished, and {problem}: finish it with the command that it was "
+                                  "begun with, or start over with --overwrite")
+        if header and not problem:
+            recordings, left_out = unfinished.plan()
+            folders = [path for path in inputs if input_kind(path) in ("folder", "Kaldi folder")]
+            planned = {item.name for item in recordings} if folders else ()
+            late = [item.source for item in (find(folders)[0] if folders else ()) if item.name not in planned]
+            if late:
+                _say(f"{len(late):,} recordings came since {output} was begun, the first {late[0]}: they are left out")
+            return recordings, left_out + [(source, "came late: after the dataset was begun") for source in late]
+        _say(f"starting {output} over: what was unfinished there {problem or 'has no plan'}")
+        unfinished.discard()
+    recordings, left_out = find(inputs)
+    if not recordings:
+        raise ValueError(f"no recordings in {', '.join(inputs)}{_reasons(left_out)}; "
+                         f"looked for {' '.join(sorted(AUDIO_EXTENSIONS))}")
+    _check_ffmpeg(recordings)
+    unfinished.claim()
+    archives = {item.root for item in recordings if item.extent}
+    with _explained_write_errors(unfinished, output):
+        unfinished.begin(command | {"archives": {path: _state(path) for path in sorted(archives)}}, recordings,
+                         left_out)
+    return recordings, left_out
+
+
+def _find(inputs, exclude, run_commands, speakers):
+    for path in inputs:
+        _say(f"looking for recordings in {path} ({input_kind(path)})")
+    recordings, left_out = find_recordings(inputs, exclude, run_commands)
+    if speakers is not None:
+        recordings = [item._replace(speaker=speakers.get(item.name, "")) for item in recordings]
+    return recordings, left_out
+
+
+def _difference(header, command):
+    """How the call that a plan was made for differs from this one; "" when it does not."""
+    for key, value in command.items():
+        if header.get(key) != value:
+            return f"was begun with {key.replace('_', ' ')} {header.get(key)}, now {value}"
+    for path, state in header["archives"].items():
+        if _state(path) != state:
+            return f"the archive {path} has changed since"
+    return ""
+
+
+def _state(path):
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _check_ffmpeg(recordings):
+    """Tells before hours of work, not after, that recordings need an ffmpeg that is not there."""
+    if shutil.which("ffmpeg"):
+        return
+    needing = [item for item in recordings if needs_ffmpeg(item.path)]
+    if len(needing) == len(recordings):
+        raise ValueError(f"ffmpeg is missing, and all recordings need it, such as {needing[0].source}: install it, or "
+                         "convert them to wav or flac")
+    if needing:
+        _say(f"ffmpeg is missing: {len(needing):,} recordings that need it, such as {needing[0].source}, will be left "
+             "out")
+
+
+def _parts(recordings):
+    """The recordings in slices, each of which becomes one shard (or more where they are long)."""
+    size = max(RECORDINGS_PER_SHARD, -(-len(recordings) // MOST_PARTS))
+    return [recordings[start:start + size] for start in range(0, len(recordings), size)]
+
+
+def _write_parts(unfinished, parts, inputs, min_seconds, max_seconds, workers):
+    """Writes the parts that are not done yet, with a progress bar over recordings."""
+    write = functools.partial(_write_part, folder=unfinished.folder, min_seconds=min_seconds, max_seconds=max_seconds,
+                              inputs=[path for path in inputs if os.path.exists(path)])
+    done = unfinished.parts_done(len(parts))
+    recordings_done = sum(len(part) for part, is_done in zip(parts, done) if is_done)
+    if recordings_done:
+        _say(f"going on where an earlier run ended: {recordings_done:,} of {sum(map(len, parts)):,} recordings are done")
+    todo = [number for number, is_done in enumerate(done) if not is_done]
+    with Progress(sum(map(len, parts)), "prepare", "recording", initial=recordings_done) as shown, \
+            contextlib.closing(_spooled(todo, parts, unfinished.folder)) as tasks:
+        _exhaust(results(write, tasks, max(1, min(workers, len(todo))), shown))
+
+
+def _spooled(numbers, parts, folder):
+    """Yields (part's number, its recordings, spool) for each part.
+
+    The recordings of a compressed tar are copied, part by part, to a file from which workers read them; `spool` is its
+    path and the offset of each recording, or None.
+    """
+    with contextlib.ExitStack() as streams:
+        stream = None
+        for number in numbers:
+            spool = None
+            if any(map(is_streamed, parts[number])):
+                spool = (os.path.join(folder, f"spool-{number:05d}"), [])
+                with open(spool[0], "wb") as file:
+                    for item in parts[number]:
+                        spool[1].append(file.tell())
+                        if is_streamed(item):
+                            if stream is None or stream.path != item.root:
+                                stream = streams.enter_context(contextlib.closing(TarStream(item.root)))
+                            stream.copy(item.extent.number, file)
+            yield number, parts[number], spool
+
+
+def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds):
+    """Decodes the recordings of a part into one shard, or more when they are long, and declares it complete."""
+    rows, left_out, shards, shard = [], [], [], None
+    try:
+        for index, item in enumerate(recordings):
+            try:
+                samples = read_recording(item, max_seconds=max_seconds, spool=spool and (spool[0], spool[1][index]))
+                _check_speech(item.source, samples, min_seconds)
+            except AudioError as error:
+                _check_inputs([*inputs, item.root] if item.extent else inputs)
+                left_out.append((item.source, error.reason))
+            else:
+                if shard is None or shard.bytes + samples.nbytes > BYTES_PER_SHARD:
+                    if shard is not None:
+                        shards.append(shard.close())
+                    shard = ShardWriter(folder / "dataset" / f"part-{number:05d}-{len(shards):05d}")
+                shard.write(item.name, item.speaker, samples)
+                rows.append((item.name, item.speaker, f"{len(samples) / SAMPLE_RATE:.7f}", checksum_of(samples),
+                             item.source))
+            count()
+        if shard is not None:
+            shards.append(shard.close())
+        shards = [shard | {"path": os.path.basename(shard["path"])} for shard in shards]
+        finish_part(folder, number, {"rows": rows, "left_out": left_out, "shards": shards})
+    except BaseException:
+        for path in (folder / "dataset").glob(f"part-{number:05d}-*"):  # makes room on a full disk
+            path.unlink()
+        raise
+    finally:
+        if spool:
+            os.unlink(spool[0])
+
+
+def _check_speech(source, samples, min_seconds):
+    if len(samples) < min_seconds * SAMPLE_RATE:
+        raise AudioError(source, f"shorter than {min_seconds:g} s: {len(samples) / SAMPLE_RATE:.3f} s")
+    if samples.min() == samples.max():
+        raise AudioError(source, "silence: all samples are equal")
+
+
+def _check_inputs(inputs):
+    """One file that cannot be read is left out; a disk that went away is another matter."""
+    for path in inputs:
+        if not os.path.exists(path):
+            raise ValueError(f"{path} is gone: bring it back and give the same command again")
+
+
+def _finish(unfinished, parts, left_out):
+    """Writes manifest, list of what was left out and metadata beside the finished shards; returns the report."""
+    report = {"utterances": 0, "speakers": 0, "seconds": 0.0, "shards": 0}
+    speakers, shards, left_out = set(), [], list(left_out)
+
+    def rows():  # part by part, since a million rows would fill the memory
+        for number in range(parts):
+            part = unfinished.part(number)
+            shards.extend(shard | {"path": str(unfinished.dataset / shard["path"])} for shard in part["shards"])
+            left_out.extend(map(tuple, part["left_out"]))
+            for row in part["rows"]:
+                report["utterances"] += 1
+                report["seconds"] += float(row[2])
+                speakers.add(row[1])
+                yield row
+
+    report["fingerprint"] = fingerprint_of(_written(unfinished.dataset / MANIFEST, MANIFEST_COLUMNS, rows()))
+    report |= {"speakers": len(speakers - {""}), "shards": len(shards), "left_out": sorted(left_out)}
+    _exhaust(_written(unfinished.dataset / LEFT_OUT, ("source", "reason"), report["left_out"]))
+    if shards:
+        keys = ("fingerprint", "utterances", "seconds")
+        write_metadata(unfinished.dataset, shards, {key: report[key] for key in keys})
+    return report
+
+
+def _written(path, header, rows):
+    """Yields the rows while it writes them as tab-separated text, a row a line; tabs and breaks are written as \\t, …"""
     escapes = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
-    lines = ("\t".join(field.translate(escapes) for field in row) + "\n" for row in (header, *rows))
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.writelines(lines)
+        file.write("\t".join(header) + "\n")
+        for row in rows:
+            file.write("\t".join(field.translate(escapes) for field in row) + "\n")
+            yield row
 
 
 def _check_output(inputs, output, overwrite):
     """Refuses an output that would destroy something that is no earlier dataset."""
     real = os.path.realpath(output)
-    for folder in inputs:
-        if os.path.commonpath([real, os.path.realpath(folder)]) == real:
-            raise ValueError(f"the output {output} is or holds the input {folder}: choose another output")
+    for path in inputs:
+        if os.path.commonpath([real, os.path.realpath(path)]) == real:
+            raise ValueError(f"the output {output} is or holds the input {path}: choose another output")
     if not os.path.lexists(output) or (output.is_dir() and not os.listdir(output)):
         return
     if not overwrite:
@@ -199,38 +326,36 @@ def _check_output(inputs, output, overwrite):
 
 
 @contextlib.contextmanager
-def _explained_write_errors(output):
+def _explained_write_errors(unfinished, output):
     """Turns any error of the disk into one that names the output; recordings that cannot be read do not come here."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"cannot write {output}: {error.strerror or error}; nothing was left there") from error
+        kept = "what is done is kept, and the same command goes on from there" if unfinished.has_parts() else \
+            "nothing was left there"
+        raise OSError(f"cannot write {output}: {error.strerror or error}; {kept}") from error
 
 
-def _make_partial_folder(output):
-    """Creates the folder beside `output` in which the dataset is written, in place of what a killed run left there."""
-    partial = output.parent / f".{output.name}.partial"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-    except OSError as error:
-        raise type(error)(f"cannot write to the folder {output.parent}: {error.strerror}") from None
-    return partial
-
-
-def _replace_folder(partial, output):
+def _replace_folder(finished, target):
     """Puts the finished folder in its place; an earlier dataset goes only once the new one is there."""
-    old = output.parent / f".{output.name}.old"
-    if output.exists():
+    old = target.parent / f".{target.name}.old"
+    if target.exists():
         shutil.rmtree(old, ignore_errors=True)
-        os.rename(output, old)
-    os.rename(partial, output)
+        os.rename(target, old)
+    os.rename(finished, target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _listed(inputs):
-    return ", ".join(str(folder) for folder in inputs)
+def _exhaust(iterator):
+    collections.deque(iterator, maxlen=0)
+
+
+def _digest(speakers):
+    return speakers and hashlib.blake2b(json.dumps(sorted(speakers.items())).encode(), digest_size=8).hexdigest()
+
+
+def _say(text):
+    print(text, file=sys.stderr, flush=True)
 
 
 def _reasons(left_out, most=5):

@@ -1,42 +1,137 @@
-"""Where recordings are: folders → files with the name and speaker that each has in a dataset."""
+"""Where recordings are: folders, archives, Kaldi folders and shards → each recording's name, speaker and samples."""
 
-import dataclasses
+import functools
+import io
+import operator
 import os
+import re
+import subprocess
+import sys
+from typing import NamedTuple
 
-from memo_jax.audio import is_audio_name
+from memo_jax import kaldi
+from memo_jax.archives import Extent, is_archive_name, is_compressed_tar, members, stored_bytes
+from memo_jax.audio import AudioError, is_audio_name, read_audio
+
+VOXCELEB_SPEAKER = re.compile(r"id\d{5}")
+SPEAKER_FILE = ".spk"  # in wespeaker's shards, beside the recording
+SHARD_LIST = ".list"
 
 
-@dataclasses.dataclass(frozen=True)
-class Recording:
-    """One input file: `name` in the dataset, `speaker` ("" unknown), `path` to read."""
+class Recording(NamedTuple):
+    """An utterance to be: `name` in the dataset, `speaker` ("" unknown), and where it is.
+
+    It is the file `path` below the folder `root`; or the file `path` in the archive `root`, with its extent there; or,
+    with the root "|", the output of the command `path`. With a span, it is what lies between these seconds of it.
+    """
 
     name: str
     speaker: str
+    root: str
     path: str
+    extent: Extent | None = None
+    span: tuple[float, float | None] | None = None
+
+    @property
+    def source(self) -> str:
+        """Where it is, for people: the path of the file (in an archive, the archive's path before it)."""
+        return self.path + " |" if self.root == "|" else os.path.join(self.root, self.path)
+
+    @property
+    def file(self) -> str:
+        """The file on the disk that must be there for it: itself, or its archive; "" for a command."""
+        return "" if self.root == "|" else self.source if self.extent is None else self.root
 
 
-def find_recordings(inputs, exclude=None) -> tuple[list[Recording], list[tuple[str, str]]]:
-    """All recordings below the folders, sorted by name, and [(file, reason)] for the other files.
+def find_recordings(inputs, exclude=None, run_commands: bool = False):
+    """All recordings of the inputs, and [(source, reason)] for the other files there.
 
-    A name is the path relative to its folder, with "/"; the speaker is its first part, or "" when it has one part only.
-    `exclude` is a folder not to enter.
+    Recordings come in the order of their names; but those of compressed tars, which can only be read from their
+    beginning, come after all others, tar by tar in their order there. A name is the path relative to the input, with
+    "/" (for archives: the path in the archive; `ARCHIVE/FOLDER` as input is a folder in it); the speaker is its first
+    part, or "" when it has one part only. Where a path is as VoxCeleb has it, …/idXXXXX/video/utterance, the name is
+    these three parts whatever the input, and the speaker idXXXXX. In Kaldi folders and wespeaker's shards, names and
+    speakers are those given there.
+
+    Args:
+      inputs: paths, see `input_kind`.
+      exclude: folder not to enter.
+      run_commands: whether commands in a wav.scp may be run.
 
     Raises:
-      FileNotFoundError: no such folder. ValueError: two recordings would have one name.
+      FileNotFoundError: no such input. OSError: a folder or file cannot be read.
+      ValueError: two recordings would have one name, an input is of no known kind, an archive is damaged or cut short,
+        or a Kaldi file is wrong.
     """
-    recordings, left_out = {}, []
-    for folder in inputs:
-        for path in files_below(folder, exclude):
-            name = os.path.relpath(path, folder).replace(os.sep, "/")
-            if problem := _name_problem(name):
-                left_out.append((path, problem))
-            elif name in recordings:
-                raise ValueError(f"{recordings[name].path} and {path} would both be called {name}: prepare them "
-                                 "into two datasets, or give a folder above both")
-            else:
-                speaker = name.split("/")[0] if "/" in name else ""
-                recordings[name] = Recording(name, speaker, path)
-    return [recordings[name] for name in sorted(recordings)], sorted(left_out)
+    found, left_out = [], []
+    for path in map(os.fspath, inputs):
+        kind = input_kind(path)
+        if kind == "Kaldi folder":
+            found += _of_kaldi(path, run_commands)
+        elif kind == "folder":
+            _add_folder(path, exclude, found, left_out)
+        else:
+            tars = _listed_shards(path) if kind == "list of shards" else [_split_archive(path)]
+            for archive, inside in tars:
+                _add_archive(archive, inside, found, left_out)
+    found.sort(key=operator.itemgetter(0))
+    for first, second in zip(found, found[1:]):
+        if first.name == second.name:
+            raise ValueError(f"{first.source} and {second.source} would both be called {first.name}: prepare them into "
+                             "two datasets, or give a folder above both")
+    streamed = [item for item in found if is_streamed(item)]
+    if streamed:
+        streamed.sort(key=lambda item: (item.root, item.extent.number))
+        found = [item for item in found if not is_streamed(item)] + streamed
+    return found, sorted(left_out)
+
+
+def input_kind(path) -> str:
+    """What an input is: "folder", "Kaldi folder", "archive", "list of shards".
+
+    Raises:
+      FileNotFoundError: nothing there. ValueError: a file of another kind.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return "Kaldi folder" if kaldi.is_kaldi_folder(path) else "folder"
+    if os.path.isfile(path) and path.endswith(SHARD_LIST):
+        return "list of shards"
+    if _split_archive(path):
+        return "archive"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such folder of recordings, nor archive")
+    raise ValueError(f"{path}: expected a folder, a zip, a tar (also compressed) or a {SHARD_LIST} of shards")
+
+
+def is_streamed(recording: Recording) -> bool:
+    """Whether it lies in a compressed tar, and so has no place of its own."""
+    return recording.extent is not None and recording.extent.offset < 0
+
+
+def read_recording(recording: Recording, *, max_seconds: float, spool: tuple[str, int] | None = None):
+    """The samples of a recording, int16 [L] at 16 kHz; `spool` is the file and offset where a streamed one was copied.
+
+    Raises:
+      AudioError: it cannot be used; the message names its source.
+    """
+    source, span = recording.source, recording.span or (0.0, None)
+    if recording.extent is None and recording.root != "|":
+        return read_audio(source, max_seconds=max_seconds, span=span)
+    try:
+        if recording.root == "|":
+            data = _output(recording.path)
+        elif spool:
+            data = stored_bytes(spool[0], recording.extent._replace(offset=spool[1]))
+        else:
+            data = stored_bytes(recording.root, recording.extent)
+    except OSError as error:
+        raise AudioError(source, f"cannot be opened: {error.strerror}") from None
+    except ValueError as error:
+        raise AudioError(source, str(error)) from None
+    file = io.BytesIO(data)
+    file.name = source
+    return read_audio(file, max_seconds=max_seconds, span=span)
 
 
 def files_below(folder, exclude=None):
@@ -45,6 +140,11 @@ def files_below(folder, exclude=None):
     Raises:
       FileNotFoundError: no such folder. OSError: a folder in it cannot be read.
     """
+    return (os.path.join(parent, file) for parent, files in _folders_below(folder, exclude) for file in files)
+
+
+def _folders_below(folder, exclude):
+    """Yields (folder, sorted names of its files) for it and all folders below."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder of recordings")
     seen = set()
@@ -60,7 +160,94 @@ def files_below(folder, exclude=None):
             continue
         seen.add(real)
         folders.sort()
-        yield from (os.path.join(parent, file) for file in sorted(files))
+        yield parent, sorted(files)
+
+
+def _add_folder(folder, exclude, found, left_out):
+    for parent, files in _folders_below(folder, exclude):
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        before = "" if below == "." else below + "/"
+        root = folder
+        absolute = os.path.abspath(parent)
+        if voxceleb := _voxceleb_part(absolute.replace(os.sep, "/") + "/"):
+            before, shown = voxceleb, parent if parent.endswith(voxceleb[:-1]) else absolute
+            root = sys.intern(os.path.dirname(os.path.dirname(shown)))
+        speaker = _speaker(before)
+        for file in files:
+            name = before + file
+            if problem := _name_problem(name):
+                left_out.append((os.path.join(parent, file), problem))
+            else:
+                found.append(Recording(name, speaker, root, name))
+
+
+def _add_archive(archive, inside, found, left_out):
+    """Adds what lies in an archive below the folder `inside` of it."""
+    speakers, before, start = {}, inside and inside + "/", len(found)
+    for member in members(archive, contents=SPEAKER_FILE):
+        if not member.name.startswith(before):
+            continue
+        name = member.name[len(before):]
+        if member.content:
+            speakers[name[:-len(SPEAKER_FILE)]] = member.content.decode(errors="replace").strip()
+        elif problem := _name_problem(name) or member.problem:
+            left_out.append((os.path.join(archive, member.name), problem))
+        else:
+            if voxceleb := _voxceleb_part(name):
+                name = voxceleb + os.path.basename(name)
+            found.append(Recording(name, _speaker(name), archive, member.name, member.extent))
+    if speakers:  # a shard of wespeaker: key.wav and key.spk
+        for index in range(start, len(found)):
+            key = os.path.splitext(found[index].path[len(before):])[0]
+            found[index] = found[index]._replace(name=key, speaker=speakers.get(key, ""))
+
+
+def _of_kaldi(folder, run_commands):
+    for item in kaldi.kaldi_utterances(folder, run_commands):
+        root, path = ("|", item.source) if item.is_command else os.path.split(item.source)
+        yield Recording(item.name, item.speaker, sys.intern(root), path, None, item.span)
+
+
+def _listed_shards(path):
+    """[(archive, "")] of the lines of a list; a path is relative to the current folder, or else to the list's."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    for number, line in enumerate(lines, 1):
+        beside = os.path.join(os.path.dirname(path), line)
+        shard = line if os.path.exists(line) or not os.path.exists(beside) else beside
+        if not is_archive_name(shard):
+            raise ValueError(f"{path}, line {number}: not a tar: {line[:200]!r}")
+        if not os.path.isfile(shard):
+            raise FileNotFoundError(f"{path}, line {number}: {line}: no such file")
+        yield shard, ""
+
+
+def _split_archive(path):
+    """(archive, folder in it) of ARCHIVE or ARCHIVE/FOLDER; None when no part of the path is an archive."""
+    head, inside = path.rstrip("/"), ""
+    while head and not os.path.exists(head):
+        head, tail = os.path.split(head)
+        inside = f"{tail}/{inside}".rstrip("/")
+    return (head, inside) if os.path.isfile(head) and is_archive_name(head) else None
+
+
+def _voxceleb_part(path):
+    """"idXXXXX/video/" of …/idXXXXX/video/utterance, None of any other path."""
+    *_, speaker, video, _ = ("", "", *path.split("/"))
+    return f"{speaker}/{video}/" if VOXCELEB_SPEAKER.fullmatch(speaker) else None
+
+
+def _speaker(name):
+    return sys.intern(name.split("/")[0] if "/" in name else "")
+
+
+@functools.lru_cache(maxsize=1)  # segments of one recording follow one another
+def _output(command):
+    done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise ValueError(f"command failed: status {done.returncode}{': ' + lines[-1] if lines else ''}")
+    return done.stdout
 
 
 def _name_problem(name):

@@ -238,3 +238,40 @@ def _write_error(error):
 def _check_there(file):
     if not os.path.isfile(file):
         raise FileNotFoundError(f"{file} is gone: restore it, or prepare the dataset again")
+
+
+def shard_files(folder: str | os.PathLike) -> tuple[list[tuple[str, int]], dict]:
+    """[(path, records)] of the shards that a dataset should have, and its metadata; raises ValueError when unreadable."""
+    import tensorflow_datasets as tfds
+    try:
+        info = tfds.builder_from_directory(os.fspath(folder)).info
+        shards = [(os.fspath(shard.filename), shard.take) for shard in info.splits[SPLIT].file_instructions]
+        return shards, dict(info.metadata)
+    except Exception as error:  # JSON and protobuf errors of many kinds
+        raise ValueError(f"{os.path.join(folder, INFO)}: not readable ({error})") from error
+
+
+class ShardReader:
+    """The records of one shard by number; raises OSError when there is no such file or it cannot be read at all."""
+
+    def __init__(self, path: str | os.PathLike):
+        from array_record.python.array_record_module import ArrayRecordReader
+        _check_there(path)
+        try:
+            self._reader = ArrayRecordReader(os.fspath(path), READER_OPTIONS)
+        except Exception as error:
+            raise OSError(f"{path} cannot be read ({str(error).split(';')[0]})") from error
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def __getitem__(self, number: int) -> tuple[str, str, int, np.ndarray]:
+        """(name, speaker, start, samples) of a record; ValueError when it is damaged."""
+        from tensorflow_datasets.proto import tf_example_pb2
+        try:
+            record, = self._reader.read([number])
+            feature = tf_example_pb2.Example.FromString(record).features.feature
+            name, speaker = (feature[key].bytes_list.value[0].decode() for key in ("name", "speaker"))
+            return name, speaker, feature["start"].int64_list.value[0], samples_of(record)
+        except Exception as error:
+            raise ValueError(str(error).split(";")[0]) from error

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from memo_jax.audio import is_audio_name
+
 VOXCELEB_LABELS = {"1": True, "0": False}
 KALDI_LABELS = {"target": True, "nontarget": False}
 
@@ -78,33 +80,53 @@ def _line_error(path, lines: list[str], number: int, problem: str) -> ValueError
 
 
 def missing_recordings(trials: Trials, names: Sequence[str]) -> list[str]:
-    """The recordings that trials mention and `names` lacks, in order of first appearance."""
-    have = set(names)
-    return [name for name in trials.recordings if name not in have]
+    """The recordings that trials mention and `names` lacks (`trial_pairs` says what counts), in order of appearance."""
+    rows = _rows(trials, names)
+    return [name for name in trials.recordings if name not in rows]
 
 
 def trial_pairs(trials: Trials, names: Sequence[str]) -> np.ndarray:
     """Rows of the two recordings of every trial: int [N, 2] into `names` (and the embeddings in that order).
 
+    A recording of a trial is the one of that name or, where there is none, the only one whose name is the same but for
+    the extension of an audio file: VoxCeleb's lists say .wav of recordings that come as .m4a.
+
     Raises:
       ValueError: when a recording of a trial is missing from `names` (says which, and how many), or a name that a
         trial needs occurs twice.
     """
-    index = {name: row for row, name in enumerate(names)}
-    if len(index) < len(names):
-        needed = set(trials.recordings)
-        twice = next((name for row, name in enumerate(names) if index[name] != row and name in needed), None)
-        if twice is not None:
-            raise ValueError(f"the recording {twice!r} has two embeddings: names must be unique")
-    try:
-        return _looked_up(trials, index)
-    except KeyError:
-        missing = missing_recordings(trials, names)
+    rows = _rows(trials, names)
+    if len(rows) < len(trials.recordings):
+        missing = [name for name in trials.recordings if name not in rows]
         shown = ", ".join(map(repr, missing[:5])) + (", …" if len(missing) > 5 else "")
         raise ValueError(
             f"{len(missing):,} of the {len(trials.recordings):,} recordings in the trials are missing from the data: "
-            f"{shown}. Names in the list must equal those of the data (a path relative to the prepared folder)."
-        ) from None
+            f"{shown}. Names in the list must equal those of the data (a path relative to the prepared folder), but "
+            "for the extension."
+        )
+    return _looked_up(trials, rows)
+
+
+def _rows(trials: Trials, names: Sequence[str]) -> dict[str, int]:
+    """Recording of a trial → row in `names`, without those that are missing."""
+    index, needed = {name: row for row, name in enumerate(names)}, trials.recordings
+    if len(index) < len(names):
+        wanted = set(needed)
+        twice = next((name for row, name in enumerate(names) if index[name] != row and name in wanted), None)
+        if twice is not None:
+            raise ValueError(f"the recording {twice!r} has two embeddings: names must be unique")
+    rows = {name: index[name] for name in needed if name in index}
+    if len(rows) < len(needed):
+        by_stem = {}
+        for name, row in index.items():
+            by_stem.setdefault(_stem(name), []).append(row)
+        alike = {name: by_stem.get(_stem(name), ()) for name in needed if name not in rows}
+        rows |= {name: found[0] for name, found in alike.items() if len(found) == 1}
+    return rows
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0] if is_audio_name(name) else name
 
 
 def _looked_up(trials: Trials, numbers: Mapping[str, int]) -> np.ndarray:

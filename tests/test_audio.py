@@ -1,16 +1,20 @@
 """What `read_audio` makes of good recordings, and what it says of bad ones."""
 
 import io
+import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import tiny
 
-from memo_jax.audio import AudioError, is_audio_name, read_audio, read_float_audio
+from memo_jax.audio import AudioError, audio_seconds, is_audio_name, read_audio, read_float_audio
 
 RATE = 16000
 
@@ -205,6 +209,53 @@ def test_m4a_goes_through_ffmpeg(tmp_path, monkeypatch):
     fake_ffmpeg(tmp_path, monkeypatch, "echo 'moov atom not found' >&2; exit 1")
     with pytest.raises(AudioError, match="a.m4a: ffmpeg failed: moov atom not found"):
         read_audio(tmp_path / "a.m4a")
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_a_real_m4a_is_read_from_a_file_from_memory_and_in_part(tmp_path):
+    """As VoxCeleb2 comes. AAC keeps the tone, and the length but for its frames of 1,024 samples."""
+    wav = write(tmp_path / "a.wav", tone(3.0))
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, tmp_path / "a.m4a"], check=True)
+    samples = read_audio(tmp_path / "a.m4a")
+    assert abs(len(samples) - 3 * RATE) <= 2048 and np.abs(np.fft.rfft(samples[:RATE])).argmax() == 440
+    assert abs(audio_seconds(tmp_path / "a.m4a") - 3) < 0.13
+    file = io.BytesIO((tmp_path / "a.m4a").read_bytes())
+    file.name = "in.zip/a.m4a"
+    np.testing.assert_array_equal(read_audio(file), samples)
+    part = read_audio(tmp_path / "a.m4a", span=(1.0, 2.0))
+    assert len(part) == RATE and np.abs(np.fft.rfft(part)).argmax() == 440
+    file = io.BytesIO(file.getvalue()[:2000])
+    file.name = "in.zip/a.m4a"
+    with pytest.raises(AudioError, match="in.zip/a.m4a: ffmpeg failed"):
+        read_audio(file)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("a.wav", {}), ("a.flac", {}), ("a.ogg", {}), ("a.mp3", {}), ("a.opus", {"format": "OGG", "subtype": "OPUS"})])
+def test_a_part_is_that_part_of_the_whole(tmp_path, name, options):
+    path = write(tmp_path / name, tone(3.0) * np.linspace(0, 1, 3 * RATE, dtype=np.float32), **options)
+    whole = read_audio(path)
+    for (start, stop), length in (((0.0, 1.0), RATE), ((1.3, 2.0), 11200), ((2.0, None), RATE), ((2.5, 3.4), RATE // 2)):
+        part = read_audio(path, span=(start, stop))
+        assert len(part) == length
+        np.testing.assert_allclose(part, whole[round(start * RATE):round(start * RATE) + length], atol=150)
+    for span in ((3.0, None), (2.0, 3.6)):
+        with pytest.raises(AudioError, match="no such part"):
+            read_audio(path, span=span)
+    assert abs(audio_seconds(path) - 3) < 0.01
+
+
+def test_mutated_recordings_are_read_or_refused(tmp_path):
+    """No crash, hang or memory beyond what is allowed, and no other exception: see fuzz_audio.py."""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("no /proc to measure memory by")
+    program = Path(__file__).with_name("fuzz_audio.py")
+    run = subprocess.run([sys.executable, program, "400", "0", tmp_path], capture_output=True, text=True, timeout=120,
+                         env=tiny.environment())
+    assert run.returncode == 0, f"{os.listdir(tmp_path)}: {run.stderr[-2000:]}"
+    counts = json.loads(run.stdout)
+    assert counts["read"] + counts["refused"] == 400 and min(counts["read"], counts["refused"]) > 40
+    assert "Traceback" not in run.stderr and "RuntimeWarning" not in run.stderr
 
 
 def test_errors_travel_between_processes():

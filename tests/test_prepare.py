@@ -1,17 +1,21 @@
 """Folders become datasets: what goes in, under which name, what is left out, and that nothing half-written stays."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import soundfile
+from test_recordings import WRITERS
 
 from memo_jax import prepare as prepare_module
 from memo_jax.data import open_utterances
 from memo_jax.prepare import prepare, summary
+from memo_jax.trials import read_trials, trial_pairs
 
 RATE = 16000
 
@@ -150,6 +154,60 @@ def test_odd_names_rates_and_channels_are_taken(tmp_path):
     utterances = open_utterances(tmp_path / "a set")
     assert utterances.names == ["Zoë Müller/two words.wav", "Zoë Müller/日本.flac"]
     assert [len(samples) for samples in utterances] == [RATE, RATE]
+
+
+def test_the_manifest_and_what_was_left_out_open_in_pandas(tmp_path):
+    """Names of every kind, whatever pandas takes for a number, nothing or a quotation otherwise."""
+    names = ["007/1.wav", "NA/1.wav", "x/\"quoted.wav", "Zoë Müller/two words.wav", "x/1,2;3.wav"]
+    for index, name in enumerate(names):
+        write_recording(tmp_path / "in" / name, 0.5 + index / 10, index)
+    (tmp_path / "in" / "x" / "empty.wav").write_bytes(b"")
+    (tmp_path / "in" / "x" / "tab\there.wav").write_bytes(b"")
+    prepare(tmp_path / "in", tmp_path / "set", workers=1)
+    options = {"sep": "\t", "quoting": 3}
+    table = pandas.read_csv(tmp_path / "set" / "manifest.tsv", **options, keep_default_na=False)
+    assert list(table.columns) == ["name", "speaker", "seconds", "checksum", "source"]
+    assert list(table["name"]) == sorted(names) and table["seconds"].dtype == float
+    assert list(table["speaker"]) == ["007", "NA", "Zoë Müller", "x", "x"]
+    assert list(table["source"]) == [str(tmp_path / "in" / name) for name in sorted(names)]
+    np.testing.assert_allclose(table["seconds"].sum(), 5 * 0.5 + 1.0)
+    assert len(pandas.read_csv(tmp_path / "set" / "manifest.tsv", **options)) == 5
+    table = pandas.read_csv(tmp_path / "set" / "left_out.tsv", **options)
+    assert list(table.columns) == ["source", "reason"]
+    assert list(table["reason"]) == ["empty file", "odd name: a tab or a line break"]
+
+
+def test_a_missing_ffmpeg_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+    write_recording(tmp_path / "in" / "a" / "1.wav")
+    (tmp_path / "in" / "a" / "2.m4a").write_bytes(b"something")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = prepare(tmp_path / "in", tmp_path / "set", workers=1)
+    assert "ffmpeg is missing: 1 recordings that need it, such as" in capsys.readouterr().err
+    assert report["utterances"] == 1 and report["left_out"][0][1].startswith("ffmpeg is missing: it is needed")
+    os.unlink(tmp_path / "in" / "a" / "1.wav")
+    with pytest.raises(ValueError, match="ffmpeg is missing, and all recordings need it, such as .*2.m4a: install it"):
+        prepare(tmp_path / "in", tmp_path / "other", workers=1)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_voxceleb2_as_it_comes_serves_trial_lists_that_say_wav(tmp_path, suffix):
+    """m4a in an archive, below folders."""
+    names, content = ["id00012/21Uxsk56VDQ/00001", "id00013/21Uxsk56VDQ/00001"], {}
+    for name in names:
+        write_recording(tmp_path / f"{name}.wav")
+        subprocess.run(["ffmpeg", "-v", "error", "-i", tmp_path / f"{name}.wav", tmp_path / f"{name}.m4a"], check=True)
+        content[f"dev/aac/{name}.m4a"] = (tmp_path / f"{name}.m4a").read_bytes()
+    content["dev/aac/id00013/21Uxsk56VDQ/00002.m4a"] = content["dev/aac/id00013/21Uxsk56VDQ/00001.m4a"][:3000]
+    archive = WRITERS[suffix](tmp_path / f"vox2{suffix}", content)
+    report = prepare(archive, tmp_path / "set", workers=1)
+    (tmp_path / "trials.txt").write_text(f"0 {names[0]}.wav {names[1]}.wav\n")
+    utterances = open_utterances(tmp_path / "set")
+    assert trial_pairs(read_trials(tmp_path / "trials.txt"), utterances.names).tolist() == [[0, 1]]
+    assert utterances.speakers == ["id00012", "id00013"]
+    assert [(file, reason.split(":")[0]) for file, reason in report["left_out"]] == [
+        (f"{archive}/dev/aac/id00013/21Uxsk56VDQ/00002.m4a", "ffmpeg failed")]
 
 
 @pytest.mark.parametrize("content, message", [

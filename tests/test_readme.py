@@ -44,6 +44,9 @@ def folder_of_a_reader(tmp_path, monkeypatch):
         shutil.copytree(corpus, tmp_path / copy)
     for trials in ("recordings/trials.txt", "voxceleb1/veri_test2.txt"):
         tiny.write_trials(tmp_path / trials)
+    shutil.make_archive(tmp_path / "voxceleb2" / "vox2_aac", "zip", corpus)
+    (tmp_path / "kaldi" / "train").mkdir(parents=True)
+    (tmp_path / "kaldi" / "train" / "wav.scp").write_text(f"utterance-1 {corpus}/s0/1.wav\n")
     rng = np.random.default_rng(0)
     for bank in ("musan/noise", "musan/music", "musan/speech", "RIRS_NOISES/simulated_rirs"):
         (tmp_path / bank).mkdir(parents=True)
@@ -63,7 +66,7 @@ def test_every_memo_jax_command_runs_and_writes_what_is_said(folder_of_a_reader)
             assert status == 0, text
             ran.append(arguments[0])
             said += text
-    assert ran == ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval", "train"]
+    assert ran == ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train"]
     assert "EER" in said and "log-mel statistics" in said
     for workdir in ("runs/small", "runs/memo", "runs/longer"):
         assert (folder_of_a_reader / workdir / "checkpoints" / "3").is_dir()

@@ -103,6 +103,19 @@ def test_missing_recordings_are_named_and_counted(tmp_path):
         trial_pairs(trials, ["a/y.wav"])
 
 
+def test_the_extension_of_a_recording_does_not_matter_where_it_is_clear_which_is_meant(tmp_path):
+    """As with VoxCeleb2, whose recordings are .m4a, and with Kaldi's names, which have no extension."""
+    trials = read_trials(write(tmp_path, "\n".join(LINES)))
+    assert trial_pairs(trials, ["b/z.m4a", "a/y", "a/x.FLAC"]).tolist() == [[2, 1], [2, 0]]
+    # the very name goes before others that are alike
+    assert trial_pairs(trials, ["b/z.wav", "b/z.m4a", "a/y.wav", "a/x.wav"]).tolist() == [[3, 2], [3, 0]]
+    assert missing_recordings(trials, ["b/z.flac", "b/z.m4a", "a/y.wav", "a/x.wav"]) == ["b/z.wav"]
+    with pytest.raises(ValueError, match="1 of the 3 recordings .* 'b/z.wav'"):
+        trial_pairs(trials, ["b/z.flac", "b/z.m4a", "a/y.wav", "a/x.wav"])
+    with pytest.raises(ValueError, match="'a/y.wav'"):  # other dots are part of the name
+        trial_pairs(trials, ["b/z.wav", "a/y.2", "a/x.wav"])
+
+
 def test_two_embeddings_of_one_recording_are_refused_only_where_a_trial_needs_them(tmp_path):
     trials = read_trials(write(tmp_path, "\n".join(LINES)))
     names = ["a/x.wav", "a/y.wav", "b/z.wav"]

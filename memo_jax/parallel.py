@@ -1,0 +1,61 @@
+"""Tasks over processes that count what they do, end with the process that they work for, and are told apart when killed."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures.process import BrokenProcessPool
+
+
+def results(function, tasks, workers: int, shown):
+    """Yields `function(*task, count=count)` for each of the tasks, in the order in which they finish.
+
+    Args:
+      function: may call `count()` for each unit done; it and the tasks travel by pickle.
+      tasks: an iterable that is read as workers become free, so at most one task waits.
+      workers: processes; with 1, this one does the work.
+      shown: the `log.Progress` that units are counted on.
+
+    Raises:
+      OSError: a worker was killed. Whatever else `function` or `tasks` raise.
+    """
+    tasks = iter(tasks)
+    if workers == 1:
+        yield from (function(*task, count=shown.update) for task in tasks)
+        return
+    # spawn: a fork of a process with threads (JAX, soundfile) may deadlock
+    context = multiprocessing.get_context("spawn")
+    counter, counted, running = context.Value("q", 0), 0, set()
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _start_worker, (counter,))
+    try:
+        while True:
+            while len(running) <= workers and (task := next(tasks, None)) is not None:
+                running.add(pool.submit(_run, function, task))
+            if not running:
+                break
+            finished, running = concurrent.futures.wait(running, 0.5, concurrent.futures.FIRST_COMPLETED)
+            shown.update(counter.value - counted)
+            counted = counter.value
+            yield from (future.result() for future in finished)
+    except BrokenProcessPool:
+        raise OSError("a worker process was killed, perhaps for want of memory: try fewer workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(counter):
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes: die without a word
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _run(function, task):
+    return function(*task, count=_count)
+
+
+def _count():
+    with _counter.get_lock():
+        _counter.value += 1

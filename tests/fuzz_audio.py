@@ -1,0 +1,112 @@
+"""Feeds mutated recordings to `read_audio`: `python tests/fuzz_audio.py MUTATIONS SEED [FOLDER]`.
+
+Each must be read or refused with an AudioError, within seconds and without memory for what a lying header claims: the
+address space may grow by a fixed amount only. Prints counts as JSON; a mutation that fails in another way is left in
+FOLDER, and ends the run with its traceback (or by the signal that it caused). tests/test_audio.py runs a few hundred.
+"""
+
+import io
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+
+import numpy as np
+import soundfile
+import soxr  # noqa: F401  (both loaded before the memory is limited)
+
+from memo_jax.audio import AudioError, read_audio
+
+KINDS = {
+    "wav": {"format": "WAV"}, "float.wav": {"format": "WAV", "subtype": "FLOAT"},
+    "adpcm.wav": {"format": "WAV", "subtype": "MS_ADPCM"}, "wavex.wav": {"format": "WAVEX", "subtype": "PCM_24"},
+    "flac": {"format": "FLAC"}, "mp3": {"format": "MP3"}, "ogg": {"format": "OGG", "subtype": "VORBIS"},
+    "opus": {"format": "OGG", "subtype": "OPUS"}, "aiff": {"format": "AIFF"}, "au": {"format": "AU"},
+}
+MEMORY = 300_000_000  # bytes
+SECONDS = 20  # for one mutation
+EXTREMES = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\0\0\0\x80", b"\1\0\0\0"]
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """Small recordings of every kind, of one and two channels and two rates."""
+    rng, found = np.random.default_rng(0), {}
+    for name, options in KINDS.items():
+        for channels, rate in ((1, 16000), (2, 48000)):
+            samples = 0.3 * np.sin(np.arange(rate // 2) * 0.05)[:, None] + 0.05 * rng.standard_normal((rate // 2, channels))
+            file = io.BytesIO()
+            soundfile.write(file, samples, rate, **options)
+            found.setdefault(name, []).append(file.getvalue())
+    return found
+
+
+def mutated(content: bytes, others: list[bytes], rng) -> bytes:
+    """The content with one to four changes of a random kind and place; headers are hit more often than the rest."""
+    data = bytearray(content)
+    for _ in range(rng.integers(1, 5)):
+        size = len(data)
+        if not size:
+            break
+        place = int(rng.integers(min(size, 128) if rng.random() < 0.6 else size))
+        length = int(2 ** rng.uniform(0, 10))
+        match rng.integers(8):
+            case 0:
+                data[place] ^= 1 << int(rng.integers(8))
+            case 1:
+                data[place:place + length] = rng.bytes(length)
+            case 2:
+                data[place:place + 4] = EXTREMES[rng.integers(len(EXTREMES))]
+            case 3:
+                del data[place:place + length]
+            case 4:
+                data[place:place] = data[place:place + length]
+            case 5:
+                del data[place:]
+            case 6:
+                data[place:place + length] = bytes(length)
+            case 7:  # the end of another recording
+                other = others[rng.integers(len(others))]
+                data[place:] = other[int(rng.integers(len(other))):]
+    return bytes(data)
+
+
+def main(mutations: int, seed: int, folder: str) -> None:
+    found = seeds()
+    everything = [content for contents in found.values() for content in contents]
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # in the middle of a C function, only a signal that kills ends it
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    counts, slowest = {"read": 0, "refused": 0}, 0.0
+    for number in range(mutations):
+        rng = np.random.default_rng([seed, number])
+        name = list(found)[rng.integers(len(found))]
+        path = os.path.join(folder, f"{seed}-{number}.{name}")
+        content = mutated(found[name][rng.integers(2)], everything, rng)
+        with open(path, "wb") as file:
+            file.write(content)
+        source = path
+        if number % 2:  # as from an archive
+            source = io.BytesIO(content)
+            source.name = path
+        signal.alarm(SECONDS)
+        start = time.monotonic()
+        try:
+            samples = read_audio(source, max_seconds=600)
+            assert samples.dtype == np.int16 and samples.ndim == 1 and 1 <= len(samples) <= 600 * 16000
+            counts["read"] += 1
+        except AudioError as error:
+            assert error.reason and path in str(error)
+            counts["refused"] += 1
+        signal.alarm(0)
+        slowest = max(slowest, time.monotonic() - start)
+        os.unlink(path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(counts | {"slowest_seconds": round(slowest, 2), "peak_megabytes": round(peak)}))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else temporary)
