@@ -113,7 +113,8 @@ class Checkpointer:
             FileNotFoundError: no checkpoint (of that step).
             CheckpointError: the checkpoint is damaged; names the folder and what to do.
             ValueError: the checkpoint is of another model (names the first leaf that differs), or of another number of
-                processes.
+                processes whose data positions differ. Where they agree, as those of `data.TrainingBatches` do, another
+                number of processes is a warning.
         """
         self.wait()
         steps = _steps_to_try(self.folder, self.all_steps(), step)
@@ -128,7 +129,7 @@ class Checkpointer:
                 continue
             break
         if data_iterator is not None:
-            data_iterator.set_state(_decoded(meta["data"]["states"][jax.process_index()]))
+            data_iterator.set_state(_data_state(meta["data"]["states"]))
         self._restored = candidate
         self._good = {known for known in self._good if known <= candidate} | {candidate}
         return state, meta["extra"]
@@ -370,9 +371,19 @@ def _gathered_data_state(data_iterator) -> dict | None:
 def _check_data_state(data: dict | None, folder) -> None:
     if data is None:
         raise ValueError(f"{folder}: the checkpoint holds no data position")
-    if len(data["states"]) != jax.process_count():
-        saved, now = len(data["states"]), jax.process_count()
-        raise ValueError(f"{folder}: the data position was saved by {saved} processes and there are {now} now")
+    saved, now = len(data["states"]), jax.process_count()
+    if saved == now:
+        return
+    if any(state != data["states"][0] for state in data["states"]):
+        raise ValueError(f"{folder}: each of {saved} processes saved a data position of its own, and there are {now} now: "
+                         f"resume with {saved}")
+    warnings.warn(f"{folder}: the number of processes was {saved} and is {now} now; the data goes on at the same position, "
+                  "shared out anew", stacklevel=4)
+
+
+def _data_state(states: list[dict]):
+    """The state for this process: its own, or the one that all processes had when their number was another."""
+    return _decoded(states[jax.process_index() if len(states) == jax.process_count() else 0])
 
 
 def _decoded(state: dict):

@@ -221,7 +221,11 @@ class TrainingBatches(grain.DatasetIterator):
             raise ValueError("these training batches are closed")
         if self._reader is None:
             self._reader = iter(self._read_ahead())
-        batch = next(self._reader)
+        try:
+            batch = next(self._reader)
+        except Exception:  # the reader may go on behind what it could not read; another call tries that again
+            self._close_reader()
+            raise
         self._step += 1
         return batch
 

@@ -110,7 +110,7 @@ def samples_of(record: bytes) -> np.ndarray:
                     return np.frombuffer(record, "<i2", (end - begin) // 2, begin)
     except (IndexError, KeyError):
         raise ValueError("it is no tf.train.Example") from None
-    raise ValueError("it has no samples")
+    raise ValueError("it has no samples" if record else "the file ends before it")
 
 
 class Shards:
@@ -154,8 +154,7 @@ class Shards:
         try:
             segments = self._read(shard, [first + number for number in numbers])
         except Exception:  # array_record raises RuntimeError, ValueError, IndexError, …
-            self._check(shard, [first + number for number in numbers])
-            raise
+            segments = self._checked(shard, [first + number for number in numbers])
         for number, segment in zip(numbers, segments):
             expected = min(self.segment_samples, samples - number * self.segment_samples)
             if len(segment) != expected:
@@ -176,14 +175,18 @@ class Shards:
             reader = self._readers[shard] = ArrayRecordReader(self._files[shard], READER_OPTIONS)
         return [samples_of(record) for record in reader.read(positions)]
 
-    def _check(self, shard, positions):
-        """Raises the error of the record that cannot be read."""
-        _check_there(self._files[shard])
+    def _checked(self, shard, positions):
+        """Reads record by record, to raise the error of the one that cannot be read."""
+        segments = []
         for position in positions:
+            self._readers.pop(shard, None)  # open the file again: it may have been cut, or be another one by now
+            _check_there(self._files[shard])
             try:
-                self._read(shard, [position])
+                segments += self._read(shard, [position])
             except Exception as error:
+                self._readers.pop(shard, None)
                 raise self._unreadable(shard, position, str(error).split(";")[0]) from error
+        return segments
 
     def _unreadable(self, shard, position, reason):
         return OSError(f"{self._files[shard]}: record {position} cannot be read ({reason}): restore the file, or prepare "
