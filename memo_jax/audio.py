@@ -241,8 +241,9 @@ def _ffmpeg_chunks(source, sample_rate, channel, span):
             copy.flush()
             path = copy.name
         part = ["-ss", str(start)] * bool(start) + (["-t", str(stop - start)] if stop is not None else [])
-        command = [program, "-v", "error", "-nostdin", "-threads", "1", *part, "-i", f"file:{path}", "-map", "0:a:0",
-                   "-ac", "1", "-ar", str(sample_rate), "-f", "f32le", "pipe:1"]
+        # xerror: without it ffmpeg leaves out what is damaged or missing, and says that all went well
+        command = [program, "-v", "error", "-nostdin", "-xerror", "-threads", "1", *part, "-i", f"file:{path}",
+                   "-map", "0:a:0", "-ac", "1", "-ar", str(sample_rate), "-f", "f32le", "pipe:1"]
         # stderr goes to a file: a pipe that nobody reads would block ffmpeg once full.
         errors = files.enter_context(tempfile.TemporaryFile())
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)

@@ -7,17 +7,17 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from memo_jax import __version__
 from memo_jax.archives import TarStream
-from memo_jax.audio import AUDIO_EXTENSIONS, SAMPLE_RATE, AudioError, needs_ffmpeg
+from memo_jax.audio import SAMPLE_RATE, AudioError
 from memo_jax.log import Progress
 from memo_jax.parallel import results
+from memo_jax.plan import planned, reasons, say
 from memo_jax.recordings import find_recordings, input_kind, is_streamed, read_recording
 from memo_jax.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
-from memo_jax.unfinished import Unfinished, finish_part
+from memo_jax.unfinished import Unfinished, explained_write_errors, finish_part
 
 MANIFEST, LEFT_OUT = "manifest.tsv", "left_out.tsv"
 MANIFEST_COLUMNS = ("name", "speaker", "seconds", "checksum", "source")
@@ -72,8 +72,8 @@ def prepare(inputs, output, *, min_seconds: float = 0.5, max_seconds: float = 4 
     unfinished = Unfinished(target)
     find = functools.partial(_find, exclude=output, run_commands=run_commands, speakers=speakers)
     try:
-        recordings, left_out = _planned(unfinished, command, inputs, find, overwrite, output)
-        with _explained_write_errors(unfinished, output):
+        recordings, left_out = planned(unfinished, command, inputs, find, overwrite, output)
+        with explained_write_errors(unfinished, output):
             _write_parts(unfinished, _parts(recordings), inputs, min_seconds, max_seconds, workers or os.cpu_count())
             report = _finish(unfinished, len(_parts(recordings)), left_out)
             if report["utterances"]:
@@ -81,12 +81,12 @@ def prepare(inputs, output, *, min_seconds: float = 0.5, max_seconds: float = 4 
             unfinished.discard()
     except KeyboardInterrupt:
         if unfinished.has_parts():
-            _say(f"{output} is unfinished: the same command goes on from there")
+            say(f"{output} is unfinished: the same command goes on from there")
         raise
     finally:
         unfinished.release()
     if not report["utterances"]:
-        raise ValueError(f"no usable recording in {', '.join(inputs)}{_reasons(report['left_out'])}")
+        raise ValueError(f"no usable recording in {', '.join(inputs)}{reasons(report['left_out'])}")
     return report | {"output": str(output)}
 
 
@@ -96,7 +96,7 @@ def summary(report: dict) -> str:
     lines = [f"{report['output']}: {report['utterances']:,} utterances{speakers}, "
              f"{report['seconds'] / 3600:.2f} hours, {report['shards']} shards"]
     if report["left_out"]:
-        lines.append(f"left out {len(report['left_out']):,} files{_reasons(report['left_out'])}; "
+        lines.append(f"left out {len(report['left_out']):,} files{reasons(report['left_out'])}; "
                      f"all in {os.path.join(report['output'], LEFT_OUT)}")
     return "\n".join(lines)
 
@@ -114,77 +114,13 @@ def checksum_of(samples) -> str:
     return hashlib.blake2b(samples, digest_size=8).hexdigest()
 
 
-def _planned(unfinished, command, inputs, find, overwrite, output):
-    """(recordings, left_out) of the plan in the unfinished folder, or of a new one."""
-    if unfinished.folder.is_dir():
-        unfinished.claim()
-        header = unfinished.header()
-        problem = header and _difference(header, command)
-        if problem and not overwrite:
-            raise FileExistsError(f"{output} is unfinished, and {problem}: finish it with the command that it was "
-                                  "begun with, or start over with --overwrite")
-        if header and not problem:
-            recordings, left_out = unfinished.plan()
-            folders = [path for path in inputs if input_kind(path) in ("folder", "Kaldi folder")]
-            planned = {item.name for item in recordings} if folders else ()
-            late = [item.source for item in (find(folders)[0] if folders else ()) if item.name not in planned]
-            if late:
-                _say(f"{len(late):,} recordings came since {output} was begun, the first {late[0]}: they are left out")
-            return recordings, left_out + [(source, "came late: after the dataset was begun") for source in late]
-        _say(f"starting {output} over: what was unfinished there {problem or 'has no plan'}")
-        unfinished.discard()
-    recordings, left_out = find(inputs)
-    if not recordings:
-        raise ValueError(f"no recordings in {', '.join(inputs)}{_reasons(left_out)}; "
-                         f"looked for {' '.join(sorted(AUDIO_EXTENSIONS))}")
-    _check_ffmpeg(recordings)
-    unfinished.claim()
-    archives = {item.root for item in recordings if item.extent}
-    with _explained_write_errors(unfinished, output):
-        unfinished.begin(command | {"archives": {path: _state(path) for path in sorted(archives)}}, recordings,
-                         left_out)
-    return recordings, left_out
-
-
 def _find(inputs, exclude, run_commands, speakers):
     for path in inputs:
-        _say(f"looking for recordings in {path} ({input_kind(path)})")
+        say(f"looking for recordings in {path} ({input_kind(path)})")
     recordings, left_out = find_recordings(inputs, exclude, run_commands)
     if speakers is not None:
         recordings = [item._replace(speaker=speakers.get(item.name, "")) for item in recordings]
     return recordings, left_out
-
-
-def _difference(header, command):
-    """How the call that a plan was made for differs from this one; "" when it does not."""
-    for key, value in command.items():
-        if header.get(key) != value:
-            return f"was begun with {key.replace('_', ' ')} {header.get(key)}, now {value}"
-    for path, state in header["archives"].items():
-        if _state(path) != state:
-            return f"the archive {path} has changed since"
-    return ""
-
-
-def _state(path):
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _check_ffmpeg(recordings):
-    """Tells before hours of work, not after, that recordings need an ffmpeg that is not there."""
-    if shutil.which("ffmpeg"):
-        return
-    needing = [item for item in recordings if needs_ffmpeg(item.path)]
-    if len(needing) == len(recordings):
-        raise ValueError(f"ffmpeg is missing, and all recordings need it, such as {needing[0].source}: install it, or "
-                         "convert them to wav or flac")
-    if needing:
-        _say(f"ffmpeg is missing: {len(needing):,} recordings that need it, such as {needing[0].source}, will be left "
-             "out")
 
 
 def _parts(recordings):
@@ -200,7 +136,7 @@ def _write_parts(unfinished, parts, inputs, min_seconds, max_seconds, workers):
     done = unfinished.parts_done(len(parts))
     recordings_done = sum(len(part) for part, is_done in zip(parts, done) if is_done)
     if recordings_done:
-        _say(f"going on where an earlier run ended: {recordings_done:,} of {sum(map(len, parts)):,} recordings are done")
+        say(f"going on where an earlier run ended: {recordings_done:,} of {sum(map(len, parts)):,} recordings are done")
     todo = [number for number, is_done in enumerate(done) if not is_done]
     with Progress(sum(map(len, parts)), "prepare", "recording", initial=recordings_done) as shown, \
             contextlib.closing(_spooled(todo, parts, unfinished.folder)) as tasks:
@@ -325,17 +261,6 @@ def _check_output(inputs, output, overwrite):
         raise FileExistsError(f"{output} exists and is not a dataset, so it is not overwritten: choose another output")
 
 
-@contextlib.contextmanager
-def _explained_write_errors(unfinished, output):
-    """Turns any error of the disk into one that names the output; recordings that cannot be read do not come here."""
-    try:
-        yield
-    except OSError as error:
-        kept = "what is done is kept, and the same command goes on from there" if unfinished.has_parts() else \
-            "nothing was left there"
-        raise OSError(f"cannot write {output}: {error.strerror or error}; {kept}") from error
-
-
 def _replace_folder(finished, target):
     """Puts the finished folder in its place; an earlier dataset goes only once the new one is there."""
     old = target.parent / f".{target.name}.old"
@@ -352,14 +277,3 @@ def _exhaust(iterator):
 
 def _digest(speakers):
     return speakers and hashlib.blake2b(json.dumps(sorted(speakers.items())).encode(), digest_size=8).hexdigest()
-
-
-def _say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def _reasons(left_out, most=5):
-    """" (3 × empty file; 1 × silence)": how often each kind of reason occurs, or "" when nothing was left out."""
-    counts = collections.Counter(reason.split(":")[0] for _, reason in left_out)
-    shown = [f"{count} × {reason}" for reason, count in counts.most_common(most)]
-    return f" ({'; '.join(shown + ['…'] * (len(counts) > most))})" if shown else ""

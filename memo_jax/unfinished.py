@@ -5,6 +5,7 @@ shards of a part are complete on the disk, `part-N.json` with what is in them. S
 finished are there for the next, and nothing else is.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -128,6 +129,17 @@ def finish_part(folder: Path, number: int, part: dict) -> None:
         finally:
             os.close(descriptor)
     _write_whole(folder / _marker(number), [json.dumps(part)])
+
+
+@contextlib.contextmanager
+def explained_write_errors(unfinished, output):
+    """Turns any error of the disk into one that names the output; recordings that cannot be read do not come here."""
+    try:
+        yield
+    except OSError as error:
+        kept = "what is done is kept, and the same command goes on from there" if unfinished.has_parts() else \
+            "nothing was left there"
+        raise OSError(f"cannot write {output}: {error.strerror or error}; {kept}") from error
 
 
 def _marker(number):

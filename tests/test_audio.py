@@ -224,10 +224,15 @@ def test_a_real_m4a_is_read_from_a_file_from_memory_and_in_part(tmp_path):
     np.testing.assert_array_equal(read_audio(file), samples)
     part = read_audio(tmp_path / "a.m4a", span=(1.0, 2.0))
     assert len(part) == RATE and np.abs(np.fft.rfft(part)).argmax() == 440
-    file = io.BytesIO(file.getvalue()[:2000])
-    file.name = "in.zip/a.m4a"
-    with pytest.raises(AudioError, match="in.zip/a.m4a: ffmpeg failed"):
-        read_audio(file)
+    subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-movflags", "+faststart", tmp_path / "b.m4a"], check=True)
+    whole = (tmp_path / "b.m4a").read_bytes()  # its table comes first, so that a part of it can be decoded
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2:len(whole) // 2 + 99] = bytes(range(99))
+    for content in (whole[:2000], whole[:len(whole) * 2 // 3], damaged):
+        file = io.BytesIO(content)
+        file.name = "in.zip/a.m4a"
+        with pytest.raises(AudioError, match="in.zip/a.m4a: ffmpeg failed"):
+            read_audio(file)
 
 
 @pytest.mark.parametrize("name, options", [

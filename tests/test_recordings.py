@@ -3,14 +3,18 @@
 import bz2
 import gzip
 import io
+import json
 import lzma
 import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 
 import numpy as np
 import pytest
 import soundfile
+import tiny
 
 from memo_jax.audio import AudioError
 from memo_jax.recordings import find_recordings, input_kind, is_streamed, read_recording
@@ -285,3 +289,16 @@ def test_inputs_of_all_kinds_mix_and_names_must_differ(tmp_path):
     write_zip(tmp_path / "same.zip", {"a/1.wav": audio_bytes(noise())})
     with pytest.raises(ValueError, match="folder/a/1.wav and .*same.zip/a/1.wav would both be called a/1.wav"):
         find_recordings([*inputs, tmp_path / "same.zip"])
+
+
+def test_the_benchmark_of_listing_runs():
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("no /proc to measure memory by")
+    program = tiny.ROOT / "experiments" / "benchmarks" / "listing.py"
+    run = subprocess.run([sys.executable, program, "--recordings", "100", "--json"], capture_output=True, text=True,
+                         check=True, env=tiny.environment())
+    results = json.loads(run.stdout)
+    assert results.keys() == {"folder", "zip", "tar", "tar.gz"}
+    for row in results.values():
+        assert row.keys() == {"recordings", "list_seconds", "list_megabytes", "read_plan_seconds"}
+        assert row["recordings"] == 100
