@@ -6,13 +6,14 @@ OUTPUT ?= demo_output
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test install clean
+.PHONY: help demo test test-tfds install clean
 
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
 	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
 	@echo "make test                      run the tests"
+	@echo "make test-tfds                 run the tests that need TensorFlow, in an environment of their own"
 	@echo "make install                   only make the environment in $(VENV)"
 	@echo "make clean                     remove $(VENV), demo_output and caches"
 	@echo "PYTHON=python3.12              before any of them: which Python (3.11 or newer) makes $(VENV)"
@@ -22,6 +23,15 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# TensorFlow is large and nothing else needs it, so these tests have an environment of their own.
+test-tfds: $(VENV)-tfds/installed
+	$(VENV)-tfds/bin/python -m pytest -n 0 tests/test_tfds_audio.py
+
+$(VENV)-tfds/installed: setup.cfg pyproject.toml
+	@$(PYTHON) -m venv $(VENV)-tfds
+	@$(VENV)-tfds/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tfds]'
+	@touch $@
 
 install: $(INSTALLED)
 
@@ -36,5 +46,5 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .hypothesis .jax_cache
+	rm -rf $(VENV) $(VENV)-tfds demo_output build dist *.egg-info .pytest_cache .hypothesis .jax_cache
 	find memo_jax experiments tests configs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

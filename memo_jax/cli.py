@@ -58,6 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     prepare.add_argument("--input", action="append", type=Path, metavar="PATH",
                          help="folder of recordings, zip or tar, Kaldi folder, or shards of wespeaker; may be given "
                               "several times")
+    prepare.add_argument("--tfds", action="append", metavar="NAME:SPLIT",
+                         help="dataset of TFDS with an Audio feature, such as librispeech:train_clean100")
+    prepare.add_argument("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps its datasets")
     prepare.add_argument("--output", type=Path, metavar="DATASET", help="where the dataset goes")
     prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
     prepare.add_argument("--min-seconds", type=float, default=0.5, metavar="S",
@@ -88,20 +91,25 @@ def build_parser() -> argparse.ArgumentParser:
 def run_prepare(options) -> int:
     """memo-jax prepare"""
     if options.check:
-        if options.input or options.output:
+        if options.input or options.tfds or options.output:
             raise ValueError("--check DATASET stands alone, without --input and --output")
         from memo_jax.check import check, check_summary
 
         report = check(options.check, workers=options.workers)
         print(check_summary(options.check, report))
         return USAGE_ERROR if report["problems"] else 0
-    for name in ("input", "output"):
-        if not getattr(options, name):
+    inputs = list(options.input or [])
+    if options.tfds:
+        from memo_jax.tfds_audio import tfds_input
+
+        inputs += [tfds_input(name, options.tfds_dir) for name in options.tfds]
+    for name, given in (("input", inputs), ("output", options.output)):
+        if not given:
             raise ValueError(f"--{name} is missing: see `memo-jax prepare --help`")
     from memo_jax.prepare import prepare, summary
 
     report = prepare(
-        options.input, options.output, min_seconds=options.min_seconds, workers=options.workers,
+        inputs, options.output, min_seconds=options.min_seconds, workers=options.workers,
         overwrite=options.overwrite, run_commands=options.run_commands,
     )
     print(summary(report))

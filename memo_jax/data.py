@@ -1,8 +1,11 @@
 """A dataset written by `prepare` → utterances by number, and endless, shuffled, resumable batches of random crops."""
 
 import functools
+import multiprocessing
 import operator
+import os
 import sys
+import threading
 from pathlib import Path
 
 import grain
@@ -223,8 +226,11 @@ class TrainingBatches(grain.DatasetIterator):
             self._reader = iter(self._read_ahead())
         try:
             batch = next(self._reader)
-        except Exception:  # the reader may go on behind what it could not read; another call tries that again
+        except Exception as error:  # the reader may go on behind what it could not read; another call tries that again
             self._close_reader()
+            if isinstance(error, RuntimeError) and self._workers:  # as grain tells of a worker that ended by itself
+                raise OSError(f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps for want of "
+                              f"memory: try fewer workers ({error})") from error
             raise
         self._step += 1
         return batch
@@ -269,8 +275,17 @@ class TrainingBatches(grain.DatasetIterator):
         if self._workers:
             _mark_flags_as_parsed()
             dataset = dataset.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(
-                num_workers=self._workers, per_worker_buffer_size=self._prefetch))
+                num_workers=self._workers, per_worker_buffer_size=self._prefetch), _end_with_parent)
         return dataset
+
+
+def _end_with_parent(worker, workers):
+    """Runs in each worker: ends it when the process that it reads for is no more, killed perhaps."""
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _mark_flags_as_parsed():

@@ -17,6 +17,7 @@ from memo_jax.parallel import results
 from memo_jax.plan import planned, reasons, say
 from memo_jax.recordings import find_recordings, input_kind, is_streamed, read_recording
 from memo_jax.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
+from memo_jax.tfds_audio import is_tfds_input
 from memo_jax.unfinished import Unfinished, explained_write_errors, finish_part
 
 MANIFEST, LEFT_OUT = "manifest.tsv", "left_out.tsv"
@@ -40,7 +41,7 @@ def prepare(inputs, output, *, min_seconds: float = 0.5, max_seconds: float = 4 
 
     Args:
       inputs: folders, nested as speaker/…/utterance, or flat (then the speaker is ""); zip and tar archives; Kaldi
-        folders; wespeaker's shards or a list of them.
+        folders; wespeaker's shards or a list of them; datasets of TFDS (`tfds_audio.tfds_input`).
       output: folder to create.
       min_seconds: shorter recordings are left out.
       max_seconds: longer recordings are left out.
@@ -65,8 +66,8 @@ def prepare(inputs, output, *, min_seconds: float = 0.5, max_seconds: float = 4 
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
     _check_output(inputs, output, overwrite)
-    command = {"inputs": [os.path.abspath(path) for path in inputs], "min_seconds": min_seconds,
-               "max_seconds": max_seconds, "run_commands": run_commands, "speakers": _digest(speakers),
+    command = {"inputs": [path if is_tfds_input(path) else os.path.abspath(path) for path in inputs],
+               "min_seconds": min_seconds, "max_seconds": max_seconds, "run_commands": run_commands, "speakers": _digest(speakers),
                "version": __version__, "segment_samples": SEGMENT_SAMPLES,
                "recordings_per_shard": RECORDINGS_PER_SHARD, "bytes_per_shard": BYTES_PER_SHARD}
     unfinished = Unfinished(target)

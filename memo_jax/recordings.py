@@ -1,4 +1,4 @@
-"""Where recordings are: folders, archives, Kaldi folders and shards → each recording's name, speaker and samples."""
+"""Where recordings are: folders, archives, Kaldi folders, shards, TFDS → each recording's name, speaker and samples."""
 
 import functools
 import io
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from memo_jax import kaldi
+from memo_jax import kaldi, tfds_audio
 from memo_jax.archives import Extent, is_archive_name, is_compressed_tar, members, stored_bytes
 from memo_jax.audio import AudioError, is_audio_name, read_audio
 
@@ -22,7 +22,8 @@ class Recording(NamedTuple):
     """An utterance to be: `name` in the dataset, `speaker` ("" unknown), and where it is.
 
     It is the file `path` below the folder `root`; or the file `path` in the archive `root`, with its extent there; or,
-    with the root "|", the output of the command `path`. With a span, it is what lies between these seconds of it.
+    with the root "|", the output of the command `path`; or, with a root of `tfds_audio.tfds_input`, its example number
+    `path`. With a span, it is what lies between these seconds of it.
     """
 
     name: str
@@ -39,15 +40,17 @@ class Recording(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The file on the disk that must be there for it: itself, or its archive; "" for a command."""
-        return "" if self.root == "|" else self.source if self.extent is None else self.root
+        """The file on the disk that must be there for it: itself, or its archive; "" for a command and TFDS."""
+        if self.root == "|" or tfds_audio.is_tfds_input(self.root):
+            return ""
+        return self.source if self.extent is None else self.root
 
 
 def find_recordings(inputs, exclude=None, run_commands: bool = False):
     """All recordings of the inputs, and [(source, reason)] for the other files there.
 
-    Recordings come in the order of their names; but those of compressed tars, which can only be read from their
-    beginning, come after all others, tar by tar in their order there. A name is the path relative to the input, with
+    Recordings come in the order of their names; but those of compressed tars and of TFDS, which can only be read one
+    after the other, come after all others, tar by tar in their order there. A name is the path relative to the input, with
     "/" (for archives: the path in the archive; `ARCHIVE/FOLDER` as input is a folder in it); the speaker is its first
     part, or "" when it has one part only. Where a path is as VoxCeleb has it, …/idXXXXX/video/utterance, the name is
     these three parts whatever the input, and the speaker idXXXXX. In Kaldi folders and wespeaker's shards, names and
@@ -66,7 +69,9 @@ def find_recordings(inputs, exclude=None, run_commands: bool = False):
     found, left_out = [], []
     for path in map(os.fspath, inputs):
         kind = input_kind(path)
-        if kind == "Kaldi folder":
+        if kind == "dataset of TFDS":
+            found += _of_tfds(path)
+        elif kind == "Kaldi folder":
             found += _of_kaldi(path, run_commands)
         elif kind == "folder":
             _add_folder(path, exclude, found, left_out)
@@ -79,20 +84,21 @@ def find_recordings(inputs, exclude=None, run_commands: bool = False):
         if first.name == second.name:
             raise ValueError(f"{first.source} and {second.source} would both be called {first.name}: prepare them into "
                              "two datasets, or give a folder above both")
-    streamed = [item for item in found if is_streamed(item)]
-    if streamed:
-        streamed.sort(key=lambda item: (item.root, item.extent.number))
-        found = [item for item in found if not is_streamed(item)] + streamed
+    in_order = [(item.root, place, item) for item in found if (place := _place(item)) is not None]
+    if in_order:
+        found = [item for item in found if _place(item) is None] + [item for *_, item in sorted(in_order)]
     return found, sorted(left_out)
 
 
 def input_kind(path) -> str:
-    """What an input is: "folder", "Kaldi folder", "archive", "list of shards".
+    """What an input is: "folder", "Kaldi folder", "archive", "list of shards", "dataset of TFDS".
 
     Raises:
       FileNotFoundError: nothing there. ValueError: a file of another kind.
     """
     path = os.fspath(path)
+    if tfds_audio.is_tfds_input(path):
+        return "dataset of TFDS"
     if os.path.isdir(path):
         return "Kaldi folder" if kaldi.is_kaldi_folder(path) else "folder"
     if os.path.isfile(path) and path.endswith(SHARD_LIST):
@@ -109,6 +115,13 @@ def is_streamed(recording: Recording) -> bool:
     return recording.extent is not None and recording.extent.offset < 0
 
 
+def _place(recording):
+    """The number of a recording that is best read after the one before it, None of others."""
+    if tfds_audio.is_tfds_input(recording.root):
+        return int(recording.path)
+    return recording.extent.number if is_streamed(recording) else None
+
+
 def read_recording(recording: Recording, *, max_seconds: float, spool: tuple[str, int] | None = None):
     """The samples of a recording, int16 [L] at 16 kHz; `spool` is the file and offset where a streamed one was copied.
 
@@ -116,6 +129,8 @@ def read_recording(recording: Recording, *, max_seconds: float, spool: tuple[str
       AudioError: it cannot be used; the message names its source.
     """
     source, span = recording.source, recording.span or (0.0, None)
+    if tfds_audio.is_tfds_input(recording.root):
+        return tfds_audio.read_example(recording.root, int(recording.path), max_seconds=max_seconds)
     if recording.extent is None and recording.root != "|":
         return read_audio(source, max_seconds=max_seconds, span=span)
     try:
@@ -206,6 +221,11 @@ def _of_kaldi(folder, run_commands):
     for item in kaldi.kaldi_utterances(folder, run_commands):
         root, path = ("|", item.source) if item.is_command else os.path.split(item.source)
         yield Recording(item.name, item.speaker, sys.intern(root), path, None, item.span)
+
+
+def _of_tfds(text):
+    for number, (name, speaker) in enumerate(tfds_audio.utterance_names(text)):
+        yield Recording(name, sys.intern(speaker), text, str(number))
 
 
 def _listed_shards(path):

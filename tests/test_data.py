@@ -1,8 +1,16 @@
 """Utterances by number, and batches of crops that are a function of dataset, seed and step alone."""
 
+import hashlib
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +18,7 @@ import soundfile
 
 from memo_jax.data import open_utterances, steps_per_epoch, training_batches
 from memo_jax.prepare import prepare
+from memo_jax.records import ShardWriter, write_metadata
 
 RATE = 16000
 CROPS = {"global_seconds": 0.05, "local_seconds": 0.02}
@@ -183,31 +192,131 @@ def test_training_does_not_read_the_manifest(dataset):
         utterances.speakers
 
 
-@pytest.fixture
-def damaged(dataset, tmp_path):
-    import shutil
-    return shutil.copytree(dataset, tmp_path / "damaged")
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """36 utterances of 0.5 s in 12 shards; all samples of utterance i are 100·i."""
+    folder, written = tmp_path_factory.mktemp("sharded"), []
+    for shard in range(12):
+        writer = ShardWriter(folder / f"part {shard}")
+        for number in range(3 * shard, 3 * shard + 3):
+            writer.write(f"{number}", "", np.full(8000, 100 * number, np.int16))
+        written.append(writer.close())
+    write_metadata(folder, written, {"fingerprint": "sharded"})
+    return folder
 
 
-def test_a_damaged_record_is_named(damaged):
-    shard, = damaged.glob("*array_record*")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 0xff
-    shard.write_bytes(content)
-    with pytest.raises(OSError, match=rf"{shard.name}: record \d cannot be read"):
-        list(open_utterances(damaged))
-    with pytest.raises(OSError, match=f"{shard.name}: record"):
-        take(training_batches(damaged, batch_size=10, seed=0, **CROPS), 1)
+def damage(shard, fault):
+    """Removes a shard, cuts it in the middle, or changes a byte within its second record."""
+    content = shard.read_bytes()
+    if fault == "gone":
+        shard.unlink()
+    elif fault == "cut":
+        os.truncate(shard, len(content) // 2)
+    else:
+        number = 3 * int(shard.name.split("-")[2]) + 1
+        place = content.index(np.full(1000, 100 * number, np.int16).tobytes()) + 100
+        shard.write_bytes(content[:place] + bytes([content[place] ^ 0xff]) + content[place + 1:])
 
 
-def test_a_vanished_shard_is_named(damaged):
-    utterances = open_utterances(damaged)
-    shard, = damaged.glob("*array_record*")
-    shard.unlink()
+@pytest.mark.parametrize("fault, workers, message", [
+    ("gone", 0, "is gone: restore it"), ("cut", 0, r"record \d cannot be read \(.+\): restore the file"),
+    ("changed", 0, r"record 1 cannot be read \(.*hash mismatch"), ("gone", 2, "is gone: restore it"),
+    ("changed", 2, r"record 1 cannot be read \(.*hash mismatch")])
+def test_a_fault_while_training_is_named_and_a_restart_goes_on(sharded, tmp_path, fault, workers, message):
+    """Every shard is damaged after the first batch, so that some are not open yet, also in worker processes. The batch
+    that fails fails again, until the files are back; then that very batch comes, from this iterator and in another
+    run."""
+    copy = shutil.copytree(sharded, tmp_path / "copy")
+    options = {"batch_size": 2, "seed": 0, **CROPS}
+    whole = take(training_batches(sharded, **options), 40)
+    batches = training_batches(copy, workers=workers, prefetch=1, **options)
+    try:
+        taken = [next(batches)]
+        for shard in copy.glob("*.array_record-*"):
+            damage(shard, fault)
+        with pytest.raises(OSError, match=rf"speech-train\.array_record-000\d\d-of-00012.*{message}"):
+            while True:
+                taken.append(next(batches))
+        assert_same(taken, whole[:len(taken)])
+        state = batches.get_state()
+        if not workers:
+            with pytest.raises(OSError, match=message):
+                next(batches)
+        for shard in sharded.glob("*.array_record-*"):
+            shutil.copy(shard, copy)
+        if not workers:
+            assert_same(take(batches, 5), whole[len(taken):][:5])
+        restarted = training_batches(copy, **options)
+        restarted.set_state(state)
+        assert_same(take(restarted, 20), whole[len(taken):][:20])
+    finally:
+        batches.close()
+
+
+def test_a_damaged_dataset_is_named_when_it_is_opened_or_read_whole(sharded, tmp_path):
+    copy = shutil.copytree(sharded, tmp_path / "copy")
+    shard = sorted(copy.glob("*.array_record-*"))[4]
+    damage(shard, "changed")
+    utterances = open_utterances(copy)
+    assert [utterances[number][0] for number in (12, 14)] == [1200, 1400]
+    with pytest.raises(OSError, match=f"{shard.name}: record 1 cannot be read"):
+        utterances[13]
+    damage(shard, "gone")
     with pytest.raises(FileNotFoundError, match=f"{shard.name} is gone"):
-        next(training_batches(utterances, batch_size=10, seed=0, **CROPS))
-    with pytest.raises(FileNotFoundError, match=f"{shard.name} is gone"):
-        open_utterances(damaged)
+        open_utterances(copy)
+
+
+TRAINS = """
+import hashlib, json, sys
+from multiprocessing import active_children
+
+from memo_jax.data import training_batches
+
+if __name__ == "__main__":
+    batches = training_batches(sys.argv[1], workers=2, prefetch=1, **json.loads(sys.argv[2]))
+    if len(sys.argv) > 3:
+        batches.set_state(json.loads(sys.argv[3]))
+    for batch in batches:
+        digest = hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+        print(json.dumps([digest, batches.get_state(), [worker.pid for worker in active_children()]]), flush=True)
+""".replace("import hashlib", "from multiprocessing import active_children\nimport hashlib")
+
+
+def test_killed_in_the_middle_of_an_epoch_it_goes_on_exactly_and_leaves_no_worker(dataset, tmp_path):
+    """A process with two workers is killed after 4 of 5 steps of an epoch; another, with two workers, takes the rest."""
+    options = {"batch_size": 2, "seed": 0, **CROPS}
+    expected = [hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()
+                for batch in take(training_batches(dataset, **options), 9)]
+    (tmp_path / "trains.py").write_text(TRAINS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    seen, state, workers = [], [], set()
+    for steps in (4, 5):
+        command = [sys.executable, str(tmp_path / "trains.py"), str(dataset), json.dumps(options), *state]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            for _ in range(steps):
+                digest, position, pids = json.loads(process.stdout.readline())
+                seen.append(digest)
+            workers |= set(pids)
+            process.kill()
+        state = [json.dumps(position)]
+    assert seen == expected
+    assert len(workers) == 4
+    deadline = time.monotonic() + 30
+    while (alive := [pid for pid in workers if os.path.exists(f"/proc/{pid}")]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive
+
+
+def test_a_worker_that_is_killed_is_an_error(dataset):
+    batches = training_batches(dataset, batch_size=2, seed=0, workers=2, prefetch=1, **CROPS)
+    try:
+        next(batches)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(OSError, match="a worker process that reads it ended.*try fewer workers"):
+            take(batches, 20)
+    finally:
+        batches.close()
 
 
 def test_steps_per_epoch():
