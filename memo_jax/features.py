@@ -127,6 +127,18 @@ def _power_spectrum(padded):
     return jnp.square(spectrum[..., :_BINS]) + jnp.square(spectrum[..., _BINS:])
 
 
+def log_mel_input(waves, lengths=None):
+    """What networks trained here take: (`normalized_log_mel` of `mel_power` [N, T, 80], valid frames [N])."""
+    lengths = jnp.full(waves.shape[0], waves.shape[1]) if lengths is None else lengths
+    frames = frame_count(lengths)
+    return normalized_log_mel(mel_power(waves, lengths), frames), frames
+
+
+# Front ends by the name that a model file has: (waves float [N, L] in [-1, 1], lengths [N]) → (input [N, T, 80], valid
+# frames [N]). Frames behind an utterance's own are zero or masked by the network.
+FRONT_ENDS = {"log_mel": log_mel_input}
+
+
 @functools.cache
 def _fourier_basis():
     """Cosines and sines under the periodic Hann window, float32 [400, 512]; time is counted from the centre."""
