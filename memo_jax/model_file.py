@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memo_jax.features import FRONT_ENDS, MEL_BINS
+from memo_jax.files import replacing
 from memo_jax.models import BACKBONES, build_backbone
 
 FORMAT = 1
@@ -109,7 +110,6 @@ def write_model(path: str | os.PathLike, model: Model) -> Path:
       ValueError: the variables are not those of the backbone (names the tensor), an unknown backbone or front end.
       OSError: naming the file, when it cannot be written.
     """
-    path = Path(path)
     check_model(model)
     arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in flattened(model.variables).items()}
     header = {
@@ -121,15 +121,9 @@ def write_model(path: str | os.PathLike, model: Model) -> Path:
     from safetensors.numpy import save
 
     content = save(arrays, {METADATA_KEY: json.dumps(header, ensure_ascii=False)})
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 def read_model(path: str | os.PathLike) -> Model:

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from memo_jax.audio import AUDIO_EXTENSIONS, SAMPLE_RATE, AudioError, read_audio
+from memo_jax.audio import AUDIO_EXTENSIONS, SAMPLE_RATE, AudioError, check_speech, read_audio
 from memo_jax.recordings import find_recordings
 
 DATASET_NAME, SPLIT = "speech", "train"
@@ -147,7 +147,7 @@ def _write_shards(task, *, folder, min_seconds, max_seconds):
     for item in recordings:
         try:
             samples = read_audio(item.path, max_seconds=max_seconds)
-            _check_speech(item.path, samples, min_seconds)
+            check_speech(item.path, samples, min_seconds)
         except AudioError as error:
             left_out.append((item.path, error.reason))
             continue
@@ -162,13 +162,6 @@ def _write_shards(task, *, folder, min_seconds, max_seconds):
     if shard is not None:
         shards.append(shard.close())
     return {"rows": rows, "left_out": left_out, "shards": shards}
-
-
-def _check_speech(path, samples, min_seconds):
-    if len(samples) < min_seconds * SAMPLE_RATE:
-        raise AudioError(path, f"shorter than {min_seconds:g} s: {len(samples) / SAMPLE_RATE:.3f} s")
-    if samples.min() == samples.max():
-        raise AudioError(path, "silence: all samples are equal")
 
 
 class _Shard:

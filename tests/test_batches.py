@@ -1,4 +1,4 @@
-"""Recordings of any length in batches: order, padding and what is read."""
+"""Recordings of any length in batches: order, padding, windows, and what is read and compiled."""
 
 import functools
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memo_jax import embedder, features
-from memo_jax.embedder import apply_to_recordings, bucket_length, embedding_function, log_mel_statistics
-from memo_jax.models import Branch, build_backbone
-from memo_jax.models.heads import DINOHead
+from memo_jax import batches, features
+from memo_jax.batches import apply_to_recordings, apply_to_stream, bucket_length
+from memo_jax.embedder import embedding_function, log_mel_statistics
+from memo_jax.models import build_backbone
 
 RATE = features.SAMPLE_RATE
 
@@ -25,14 +25,6 @@ class Counted(list):
     def __getitem__(self, index):
         self.reads[index] += 1
         return super().__getitem__(index)
-
-
-class WithLengths(Counted):
-    """Recordings that know their lengths, as `data.Utterances` does."""
-
-    @property
-    def lengths(self):
-        return np.array([len(wave) for wave in self])
 
 
 def waves_of(seconds, seed=0):
@@ -56,12 +48,44 @@ def test_rows_come_in_the_order_of_the_recordings_whatever_their_batches():
     np.testing.assert_array_equal(apply_to_recordings(sums, waves, rows, quiet=True), [wanted[row] for row in rows])
 
 
-def test_recordings_that_know_their_lengths_are_read_once_and_others_not_at_all():
-    waves = WithLengths(waves_of(SECONDS))
-    rows = np.array([1, 4, 6])
-    got = apply_to_recordings(sums, waves, rows, quiet=True)
-    np.testing.assert_array_equal(got[:, 1], waves.lengths[rows])
-    assert [waves.reads[row] for row in rows] == [1, 1, 1] and sum(waves.reads) == 3
+def test_each_recording_is_read_once_and_others_not_at_all():
+    waves = Counted(waves_of(SECONDS))
+    got = apply_to_recordings(sums, waves, np.array([1, 4, 6]), quiet=True)
+    np.testing.assert_array_equal(got[:, 1], [len(list.__getitem__(waves, row)) for row in (1, 4, 6)])
+    assert [waves.reads[row] for row in (1, 4, 6)] == [1, 1, 1] and sum(waves.reads) == 3
+
+
+def test_a_stream_is_read_as_it_is_needed_and_ends_with_every_key_once():
+    """A batch goes out as soon as it is full, so that a stream of any length fits the memory."""
+    read = []
+
+    def stream():
+        for key in range(200):
+            read.append(key)
+            yield key, np.ones(RATE, np.int16)
+
+    rows = apply_to_stream(sums, stream())
+    assert next(rows)[0] == 0 and len(read) == batches.BATCH_SECONDS
+    assert sorted(key for key, _ in rows) == list(range(1, 200))
+
+
+def test_a_long_recording_gives_the_mean_of_windows_of_equal_length():
+    longest = round(batches.LONGEST_SECONDS * RATE)
+    short, exact, long = (np.arange(n) % 7 for n in (RATE, longest, 2 * longest + 30))
+    got = apply_to_recordings(sums, [wave.astype(np.int16) for wave in (short, exact, long)], quiet=True)
+    np.testing.assert_array_equal(got[1], [exact.sum(), longest])
+    np.testing.assert_allclose(got[2], [long.sum() / 3, (2 * longest + 30) / 3], rtol=1e-6)
+
+
+def test_a_few_recordings_are_not_filled_up_to_a_full_batch():
+    shapes = []
+
+    def recorded(waves, lengths):
+        shapes.append(waves.shape)
+        return lengths[:, None]
+
+    apply_to_recordings(recorded, waves_of([1.0] * 3 + [1.4]), quiet=True)
+    assert shapes == [(4, RATE), (1, bucket_length(int(1.4 * RATE)))]
 
 
 def test_batches_are_few_in_shape_and_bounded_in_size():
@@ -77,7 +101,7 @@ def test_batches_are_few_in_shape_and_bounded_in_size():
     apply_to_recordings(recorded, waves, quiet=True)
     lengths = {length for _, length in shapes}
     assert len(set(shapes)) == len(lengths) <= 11
-    assert max(rows * length for rows, length in shapes) <= 1.5 * embedder.BATCH_SECONDS * RATE
+    assert max(rows * length for rows, length in shapes) <= 1.5 * batches.BATCH_SECONDS * RATE
 
 
 def test_a_bucket_holds_its_recording_with_little_room_to_spare():
@@ -93,10 +117,9 @@ def test_a_bucket_holds_its_recording_with_little_room_to_spare():
 def network():
     """An untrained ResNet of two channels, and its variables."""
     backbone = build_backbone("resnet", embedding_dim=8, base_channels=2, blocks=(1, 1, 1, 1))
-    branch = Branch(backbone, DINOHead(8, 8, 8), ("self",))
     options = {"xla_backend_optimization_level": 0}
-    initial = jax.jit(functools.partial(branch.init, train=True), compiler_options=options)
-    return branch, initial(jax.random.key(0), jnp.zeros((2, 32, 80)))
+    initial = jax.jit(functools.partial(backbone.init, train=True), compiler_options=options)
+    return backbone, initial(jax.random.key(0), jnp.zeros((2, 32, 80)))
 
 
 def test_a_recording_has_one_embedding_alone_or_padded_in_company(network):
@@ -113,15 +136,15 @@ def test_a_recording_has_one_embedding_alone_or_padded_in_company(network):
 def test_a_second_evaluation_compiles_nothing(network):
     """New weights of the same network, as every evaluation of a training run brings."""
     compiled = []
-    branch, variables = network
+    backbone, variables = network
     waves = waves_of([1.0, 0.8])
-    apply_to_recordings(embedding_function(branch, variables), waves, quiet=True)
+    apply_to_recordings(embedding_function(backbone, variables), waves, quiet=True)
     variables = jax.tree.map(lambda leaf: 1.01 * leaf, variables)
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     try:
-        again = Branch(branch.backbone, branch.head, ("self",))
+        again = backbone.clone()
         apply_to_recordings(embedding_function(again, variables), waves, quiet=True)
         assert not compiled
         jax.jit(lambda x: x * 3 + len(compiled))(jnp.ones(7))
