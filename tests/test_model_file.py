@@ -1,33 +1,21 @@
 """Model files: what is written comes back, and what is not a whole model file is refused by name."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from memo_jax.model_file import Decision, Model, ModelFileError, model_of_backbone, read_model, write_model
-from memo_jax.models import build_backbone
+from memo_jax.model_file import Model, ModelFileError, read_model, write_model
 
 ARGUMENTS = {"embedding_dim": 8, "base_channels": 2, "blocks": (1, 1, 1, 1)}
 
 
-@functools.cache
-def a_model():
-    backbone = build_backbone("resnet", **ARGUMENTS)
-    options = {"xla_backend_optimization_level": 0}
-    variables = jax.jit(backbone.init, compiler_options=options)(jax.random.key(0), jnp.zeros((2, 32, 80)))
-    return model_of_backbone(
-        backbone, variables, provenance={"said": "größer"}, decision=Decision(0.4, 20.0, -8.0, "a list")
-    )
-
-
 def test_a_model_comes_back_as_it_was_written(tmp_path):
-    model = a_model()
+    model = tiny.untrained_model()
     assert model.backbone == "resnet" and model.arguments["blocks"] == (1, 1, 1, 1)
     path = write_model(tmp_path / "model.safetensors", model)
     read = read_model(path)
@@ -38,10 +26,10 @@ def test_a_model_comes_back_as_it_was_written(tmp_path):
 
 
 def test_a_fingerprint_tells_networks_apart_and_nothing_else():
-    model = a_model()
+    model = tiny.untrained_model()
     assert len(model.fingerprint) == 32
     other = jax.tree.map(lambda leaf: leaf, model.variables)
-    other["params"]["embedding"]["bias"] = np.nextafter(np.asarray(other["params"]["embedding"]["bias"]), np.float32(9))
+    other["params"]["embedding"]["bias"] = np.nextafter(other["params"]["embedding"]["bias"], np.float32(9))
     for changed in ({"variables": other}, {"front_end": "none"}, {"arguments": {**model.arguments, "dtype": "int8"}}):
         assert dataclasses.replace(model, **changed).fingerprint != model.fingerprint
     for same in ({"decision": None}, {"provenance": {}}, {"arguments": dict(reversed(model.arguments.items()))}):
@@ -49,7 +37,7 @@ def test_a_fingerprint_tells_networks_apart_and_nothing_else():
 
 
 def test_what_does_not_fit_its_network_is_not_written(tmp_path):
-    model = a_model()
+    model = tiny.untrained_model()
     for arguments, named in (
         ({**ARGUMENTS, "embedding_dim": 9}, r"params/embedding/bias has shape \(8,\), the resnet needs \(9,\)"),
         ({**ARGUMENTS, "blocks": (2, 1, 1, 1)}, "stage_0_block_1.* has shape missing"),
@@ -65,7 +53,7 @@ def test_what_does_not_fit_its_network_is_not_written(tmp_path):
 
 def test_what_is_no_whole_model_file_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
-    whole = write_model(path, a_model()).read_bytes()
+    whole = write_model(path, tiny.untrained_model()).read_bytes()
     with pytest.raises(FileNotFoundError, match="no such model file"):
         read_model(tmp_path / "none")
     for content, reason in (
@@ -81,7 +69,7 @@ def test_what_is_no_whole_model_file_is_named(tmp_path):
 
 
 def test_a_version_that_is_not_known_is_said(tmp_path):
-    path = write_model(tmp_path / "model.safetensors", a_model())
+    path = write_model(tmp_path / "model.safetensors", tiny.untrained_model())
     with safe_open(path, framework="numpy") as file:
         text, arrays = file.metadata()["memo_jax"], {name: file.get_tensor(name) for name in file.keys()}
     for old, new, said in (
