@@ -1,18 +1,17 @@
 """What users import: a trained network that embeds recordings, compares them, and knows people by name."""
 
-import functools
 import os
+import zipfile
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memo_jax import features
 from memo_jax.audio import as_audio, check_speech, read_audio
-from memo_jax.batches import WaveFunction, apply_to_recordings
+from memo_jax.batches import apply_to_recordings
 from memo_jax.gallery import Gallery
 from memo_jax.model_file import Model, read_model
 from memo_jax.scoring import unit_norm
@@ -58,16 +57,17 @@ class Embedder:
 
     Attributes:
       model: network, weights, provenance.
+      apply: the compiled function below: int16 waves [N, L] at 16 kHz, zeros behind lengths [N] → embeddings [N, D].
       gallery: the people enrolled.
       threshold: cosine score from which on two recordings count as of one speaker; may be set.
       threshold_source: where it comes from, for people.
     """
 
-    def __init__(self, model: Model, gallery: str | os.PathLike | None = None):
+    def __init__(self, model: "Model | Artifact", gallery: str | os.PathLike | None = None):
         self.model = model
         self.threshold = DEFAULT_THRESHOLD if model.decision is None else model.decision.threshold
         self.threshold_source = UNTUNED if model.decision is None else model.decision.source
-        self._function = embedding_function(model.module, model.variables, model.front_end)
+        self.apply = model.function
         self._gallery_path = gallery
         if gallery is not None and os.path.exists(gallery):
             self.gallery = Gallery.load(gallery, self.fingerprint)
@@ -79,10 +79,10 @@ class Embedder:
         cls, path: str | os.PathLike, *, branch: str | None = None, role: str | None = None, step: int | None = None,
         gallery: str | os.PathLike | None = None,
     ) -> "Embedder":
-        """Loads the network of a training workdir or a model file (exported, or converted from PyTorch weights).
+        """Loads the network of a training workdir, a model file (exported, or converted from PyTorch weights) or artifact.
 
         Args:
-          path: workdir or model file.
+          path: workdir, or a file that `memo-jax export` (not .onnx) or `memo-jax convert` wrote.
           branch: of a workdir: which backbone; "ecapa" by default, or the only one.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
@@ -103,7 +103,7 @@ class Embedder:
     @property
     def dimension(self) -> int:
         """D, how many numbers an embedding has."""
-        return self.model.module.embedding_dim
+        return self.model.dimension
 
     def embed(self, recordings, rate: int | None = None, *, quiet: bool = True) -> np.ndarray:
         """Returns the embedding float32 [D] of a recording, or [N, D] of a list of N, in its order.
@@ -122,7 +122,7 @@ class Embedder:
         waves = [self._samples(one, rate, f"recording {i}") for i, one in enumerate(recordings)]
         if not waves:
             return np.zeros((0, self.dimension), np.float32)
-        return apply_to_recordings(self._function, waves, quiet=quiet)
+        return apply_to_recordings(self.apply, waves, quiet=quiet)
 
     def verify(self, a, b, rate: int | None = None, *, threshold: float | None = None) -> Verification:
         """Compares two recordings (each as for `embed`): are they of one speaker?
@@ -164,10 +164,6 @@ class Embedder:
         nearest, score = self.gallery.ranking(self.embed([recording], rate)[0])[0]
         return Identification(nearest if score >= threshold else None, score, threshold, nearest)
 
-    def apply(self, waves: jax.Array, lengths: jax.Array) -> jax.Array:
-        """The compiled function below: int16 waves [N, L] at 16 kHz, zeros behind lengths [N] → embeddings [N, D]."""
-        return self._function(waves, lengths)
-
     def _samples(self, recording, rate, name) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
             name, samples = os.fspath(recording), read_audio(recording)
@@ -190,35 +186,25 @@ def _is_one(recordings) -> bool:
 
 def load_model(
     path: str | os.PathLike, *, branch: str | None = None, role: str | None = None, step: int | None = None
-) -> Model:
-    """Returns the model of a workdir or a model file; arguments and errors as `Embedder.load`."""
+) -> "Model | Artifact":
+    """Returns the network of a workdir, a model file or an exported artifact; arguments and errors as `Embedder.load`.
+
+    That of an artifact has no layers and weights to look at (`export.Artifact`).
+    """
     if not os.path.isdir(path):
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: no such workdir or model file")
         given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
         if given:
             raise ValueError(f"{path} is a model file, which holds one network: a {given[0]} can be chosen in a workdir")
+        if zipfile.is_zipfile(path):
+            from memo_jax.export import read_artifact
+
+            return read_artifact(path)
         return read_model(path)
     from memo_jax.workdir import workdir_model  # here because it imports all that training needs
 
     return workdir_model(path, branch, role or "teacher", step)
-
-
-def embedding_function(backbone: nn.Module, variables, front_end: str = "log_mel") -> WaveFunction:
-    """Returns the compiled function from int16 waves [N, L], lengths [N] to embeddings [N, D] in evaluation mode."""
-    return functools.partial(_embed, backbone, front_end, variables)
-
-
-def backbone_variables(variables):
-    """Returns the backbone's part of a branch's variables."""
-    return {kind: tree["backbone"] for kind, tree in variables.items()}
-
-
-# Of the module, so that each evaluation of a training run finds what the first one compiled.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed(backbone: nn.Module, front_end: str, variables, waves: jax.Array, lengths: jax.Array) -> jax.Array:
-    x, frames = features.FRONT_ENDS[front_end](waves.astype(jnp.float32) / 32768, lengths)
-    return backbone.apply(variables, x, frames)
 
 
 @jax.jit

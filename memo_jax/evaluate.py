@@ -10,10 +10,10 @@ from memo_jax import scoring
 from memo_jax.batches import apply_to_recordings
 from memo_jax.calibration import fit_calibration
 from memo_jax.data import Utterances, open_utterances
-from memo_jax.embedder import backbone_variables, embedding_function, load_model, log_mel_statistics
+from memo_jax.embedder import load_model, log_mel_statistics
 from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import write_text
-from memo_jax.model_file import Decision, Model
+from memo_jax.model_file import Decision, Model, backbone_variables, embedding_function
 from memo_jax.models import Branch
 from memo_jax.score import DECIMALS, P_TARGETS, REPLICATES, eer_interval, error_report, rates_text, write_scores
 from memo_jax.trials import read_trials, speaker_folder, trial_pairs
@@ -121,8 +121,7 @@ def evaluate(
     evaluation = TrialEvaluation(open_utterances(data), trials)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    function = embedding_function(network.module, network.variables, network.front_end)
-    scores = evaluation.scores(evaluation.embeddings(function, crops, crop_seconds, quiet))
+    scores = evaluation.scores(evaluation.embeddings(network.function, crops, crop_seconds, quiet))
     baseline = evaluation.statistics_scores(quiet)
     results = error_report(scores, evaluation.target) | {
         "eer_interval": eer_interval(scores, evaluation.trials, evaluation.speakers(), replicates),
@@ -175,7 +174,7 @@ def network_name(model: Model) -> str:
     known = model.provenance
     if {"branch", "role", "step"} <= known.keys():
         return f"{known['branch']} {known['role']}, step {known['step']}"
-    return str(known.get("name", model.backbone))
+    return str(known.get("name", "network"))
 
 
 def summary(results: dict) -> str:

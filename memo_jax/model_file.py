@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,20 @@ class Model:
         """The backbone: `module.apply(variables, x, lengths)` maps its input [N, T, 80] to embeddings [N, D]."""
         return build_backbone(self.backbone, **self.arguments)
 
+    @property
+    def dimension(self) -> int:
+        """D, how many numbers an embedding has."""
+        return self.module.embedding_dim
+
+    def embed_waves(self, waves: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Waves float [N, L] in [-1, 1] at 16 kHz, zeros behind lengths [N] → embeddings [N, D]; to be traced."""
+        return embed_waves(self.module, self.front_end, self.variables, waves, lengths)
+
+    @functools.cached_property
+    def function(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
+        """The compiled function from int16 waves [N, L], zeros behind lengths [N], to embeddings [N, D]."""
+        return embedding_function(self.module, self.variables, self.front_end)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """32 hexadecimal digits: equal for two models exactly when they have the same front end, network and weights.
@@ -84,6 +98,28 @@ class Model:
             digest.update(f"\n{name} {list(array.shape)}\n".encode())
             digest.update(np.ascontiguousarray(array, "<f4").data)
         return digest.hexdigest()[:32]
+
+
+def embed_waves(backbone: nn.Module, front_end: str, variables, waves: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Waves float [N, L] in [-1, 1] → embeddings [N, D] in evaluation mode; to be traced."""
+    x, frames = FRONT_ENDS[front_end](waves, lengths)
+    return backbone.apply(variables, x, frames)
+
+
+# Of the module, so that each evaluation of a training run finds what the first one compiled.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed_integers(backbone, front_end, variables, waves, lengths):
+    return embed_waves(backbone, front_end, variables, waves.astype(jnp.float32) / 32768, lengths)
+
+
+def embedding_function(backbone: nn.Module, variables, front_end: str = "log_mel"):
+    """Returns the compiled function from int16 waves [N, L], lengths [N] to embeddings [N, D] in evaluation mode."""
+    return functools.partial(_embed_integers, backbone, front_end, variables)
+
+
+def backbone_variables(variables):
+    """Returns the backbone's part of a branch's variables."""
+    return {kind: tree["backbone"] for kind, tree in variables.items()}
 
 
 def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **fields) -> Model:
@@ -112,18 +148,22 @@ def write_model(path: str | os.PathLike, model: Model) -> Path:
     """
     check_model(model)
     arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in flattened(model.variables).items()}
-    header = {
+    from safetensors.numpy import save
+
+    content = save(arrays, {METADATA_KEY: json.dumps(header_of(model), ensure_ascii=False)})
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+    return Path(path)
+
+
+def header_of(model: Model) -> dict:
+    """Returns what a model file says of its model, beside the weights; JSON."""
+    return {
         "format": FORMAT, "backbone": model.backbone, "arguments": _json_ready(model.arguments),
         "front_end": model.front_end,
         "decision": None if model.decision is None else dataclasses.asdict(model.decision),
         "provenance": dict(model.provenance), "fingerprint": model.fingerprint,
     }
-    from safetensors.numpy import save
-
-    content = save(arrays, {METADATA_KEY: json.dumps(header, ensure_ascii=False)})
-    with replacing(path) as partial:
-        partial.write_bytes(content)
-    return Path(path)
 
 
 def read_model(path: str | os.PathLike) -> Model:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from memo_jax import config as configs, sharding
 from memo_jax.checkpoint import load_raw, saved_steps
-from memo_jax.embedder import backbone_variables
 from memo_jax.files import write_text
-from memo_jax.model_file import Decision, Model, model_of_backbone, read_model, write_model
+from memo_jax.model_file import Decision, Model, backbone_variables, model_of_backbone, read_model, write_model
 
 DECISIONS = "decisions.json"  # {fingerprint of a model: its decision}
 

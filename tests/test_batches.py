@@ -9,7 +9,8 @@ import pytest
 
 from memo_jax import batches, features
 from memo_jax.batches import apply_to_recordings, apply_to_stream, bucket_length
-from memo_jax.embedder import embedding_function, log_mel_statistics
+from memo_jax.embedder import log_mel_statistics
+from memo_jax.model_file import embedding_function
 from memo_jax.models import build_backbone
 
 RATE = features.SAMPLE_RATE
