@@ -125,7 +125,7 @@ def backbone_of(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> 
         return build_backbone(
             "resnet", base_channels=size("conv1.weight", 0, 32), embedding_dim=size("seg_1.weight", 0, 256),
             blocks=tuple(count(rf"layer{stage}\.(\d+)\.") for stage in range(1, 5)),
-            second_embedding=prefix + "seg_2.weight" in tensors,
+            second_embedding=prefix + "seg_2.weight" in tensors, pool_epsilon=1e-8 if kind == "3dspeaker" else 1e-7,
         )
     if backbone == "campplus":
         growth = size("xvector.block1.tdnnd1.cam_layer.linear_local.weight", 0, 32)
