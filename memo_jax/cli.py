@@ -135,6 +135,11 @@ def build_parser() -> argparse.ArgumentParser:
     for added in (enroll, identify):
         added.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
 
+    export = command("export", run_export, "write a network to files for use elsewhere")
+    add_model(export)
+    export.add_argument("--output", nargs="+", required=True, type=Path, metavar="FILE",
+                        help="name.safetensors: a model file; name.zip: a program that JAX alone runs")
+
     score = command("score", run_score, "score a trial list by embeddings")
     score.add_argument("--embeddings", action="append", required=True, type=Path, metavar="FILE",
                        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged")
@@ -244,6 +249,16 @@ def run_identify(options) -> int:
         print(f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, accepted from "
               f"{result.threshold:.4f} on ({source})")
     return NO if result.name is None else 0
+
+
+def run_export(options) -> None:
+    """memo-jax export"""
+    from memo_jax.embedder import load_model
+    from memo_jax.export import export
+
+    model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+    paths = [str(path) for path in export(model, options.output)]
+    print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
 
 
 def run_score(options) -> None:
