@@ -157,6 +157,20 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--scores", type=Path, metavar="FILE", help="write `score enrol test` lines there")
     add_replicates(score)
     add_json(score)
+
+    convert = command("convert", run_convert, "turn PyTorch weights into a model file, or back")
+    convert.add_argument("input", type=Path, metavar="INPUT",
+                         help="safetensors or a PyTorch checkpoint; with --to a model file or a workdir")
+    convert.add_argument("--output", required=True, type=Path, metavar="FILE",
+                         help="model file; with --to FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch")
+    kinds = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
+    convert.add_argument("--kind", choices=kinds, help="the toolkit of INPUT (default: by the parameters' names)")
+    convert.add_argument("--part", metavar="NAME",
+                         help="which network of a checkpoint of several (default: teacher_ecapa, or the only one)")
+    convert.add_argument("--to", choices=kinds, help="write the network by the names of this toolkit")
+    convert.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
+    convert.add_argument("--role", choices=("teacher", "student"), help="of a workdir (default: teacher)")
+    convert.add_argument("--step", type=int, metavar="N", help="of a workdir: which checkpoint (default: the latest)")
     return parser
 
 
@@ -202,6 +216,21 @@ def load_embedder(options, gallery=None):
     from memo_jax.embedder import Embedder
 
     return Embedder.load(options.model, branch=options.branch, role=options.role, step=options.step, gallery=gallery)
+
+
+def run_convert(options) -> None:
+    """memo-jax convert"""
+    of_workdir = {name: getattr(options, name) for name in ("branch", "role", "step")}
+    wrong = [name for name in ("kind", "part") if options.to and getattr(options, name) is not None]
+    wrong += [name for name, value in of_workdir.items() if not options.to and value is not None]
+    if wrong:
+        raise ValueError(f"--{wrong[0]} is for conversion {'from' if options.to else 'to'} PyTorch")
+    from memo_jax import convert
+
+    if options.to:
+        print(convert.convert_back(options.input, options.output, options.to, **of_workdir))
+    else:
+        print(convert.convert(options.input, options.output, options.kind, options.part))
 
 
 def run_embed(options) -> int:
