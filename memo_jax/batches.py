@@ -42,8 +42,8 @@ def apply_to_recordings(
       quiet: show no progress.
     """
     rows = list(range(len(waves)) if rows is None else rows)
-    shown = progress(rows, label=label, unit="recording", active=not quiet)
-    found = dict(apply_to_stream(function, ((position, waves[row]) for position, row in enumerate(shown))))
+    stream = apply_to_stream(function, ((position, waves[row]) for position, row in enumerate(rows)))
+    found = dict(progress(stream, len(rows), label, "recording", active=not quiet))
     return np.stack([found[position] for position in range(len(rows))])
 
 

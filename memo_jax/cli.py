@@ -135,6 +135,18 @@ def build_parser() -> argparse.ArgumentParser:
     for added in (enroll, identify):
         added.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
 
+    report = command("report", run_report, "write one HTML page about a training run")
+    report.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
+    report.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
+    report.add_argument("--trials", type=Path, metavar="FILE", help="of it (default: the run's evaluation.trials)")
+    report.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
+
+    export = command("export", run_export, "write a network to files for use elsewhere")
+    add_model(export)
+    export.add_argument("--output", nargs="+", required=True, type=Path, metavar="FILE",
+                        help="name.safetensors: a model file; name.zip: a program that JAX alone runs")
+
     score = command("score", run_score, "score a trial list by embeddings")
     score.add_argument("--embeddings", action="append", required=True, type=Path, metavar="FILE",
                        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged")
@@ -273,6 +285,26 @@ def run_identify(options) -> int:
         print(f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, accepted from "
               f"{result.threshold:.4f} on ({source})")
     return NO if result.name is None else 0
+
+
+def run_report(options) -> None:
+    """memo-jax report"""
+    keep_compiled_programs()
+    from memo_jax.report_page import write_report
+
+    print(write_report(
+        options.workdir, options.output, data=options.data, trials=options.trials, step=options.step
+    ))
+
+
+def run_export(options) -> None:
+    """memo-jax export"""
+    from memo_jax.embedder import load_model
+    from memo_jax.export import export
+
+    model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+    paths = [str(path) for path in export(model, options.output)]
+    print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
 
 
 def run_score(options) -> None:

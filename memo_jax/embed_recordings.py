@@ -111,12 +111,13 @@ def embed_recordings(
                 else:
                     left_out[sources[i].name] = problem
                     shown.write(f"left out: {sources[i].name}: {problem}")
-                shown.update()
+                    shown.update()
 
         saved = time.monotonic()
         try:
             for i, row in apply_to_stream(embedder.apply, readable()):
                 found[sources[i].name] = row
+                shown.update()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     _save(begun, found, list(found), embedder.fingerprint)
                     saved = time.monotonic()

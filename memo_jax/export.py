@@ -1,4 +1,4 @@
-"""Networks for use without this package: a program of JAX's export format, and ONNX; waveforms in, embeddings out."""
+"""Networks for use elsewhere: model files, and programs of JAX's export format, waveforms in and embeddings out."""
 
 import dataclasses
 import json
@@ -18,7 +18,6 @@ from memo_jax.model_file import Decision, Model, ModelFileError, header_of, writ
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, HEADER = "program.jaxexport", "model.json"  # members of an artifact, a zip file
 SHORTEST = 8000  # samples of a batch: half a second
-FORMATS = (".safetensors", ".zip", ".onnx")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,18 +34,20 @@ class Artifact:
 def export(model: Model, outputs) -> list[Path]:
     """Writes a model to files, each in the format that its ending names; returns their paths.
 
-    name.safetensors is a model file (`model_file`), name.zip an artifact (`write_artifact`), name.onnx an ONNX network
-    (`write_onnx`).
+    name.safetensors is a model file (`model_file`), name.zip an artifact (`write_artifact`).
 
     Raises:
-      ValueError: an ending that names no format. ImportError: packages for ONNX are missing. OSError: cannot be written.
+      ValueError: an ending that names no format, a model that has no weights any more. OSError: cannot be written.
     """
-    writers = {".safetensors": write_model, ".zip": write_artifact, ".onnx": write_onnx}
+    writers = {".safetensors": write_model, ".zip": write_artifact}
+    if not isinstance(model, Model):
+        raise ValueError("an exported program has no weights to export: give the workdir or model file that it is of")
     outputs = [Path(output) for output in outputs]
     for output in outputs:
         if output.suffix.lower() not in writers:
             raise ValueError(f"{output}: the ending of its name says no format: choose one of {', '.join(writers)}")
     for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
         writers[output.suffix.lower()](output, model)
     return outputs
 
@@ -58,11 +59,8 @@ def write_artifact(path: str | os.PathLike, model: Model) -> Path:
     behind lengths int32 [N]) → embeddings float32 [N, D], for any N and any L from 8,000 on; the weights are inside.
     Its member "model.json" says what it is: backbone and arguments, front end, decision threshold, provenance.
     """
-    def program(waves, lengths):
-        return model.embed_waves(waves, lengths)
-
     count, samples = jax.export.symbolic_shape("n, l", constraints=["n >= 1", f"l >= {SHORTEST}"])
-    exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(
+    exported = jax.export.export(jax.jit(model.embed_waves), platforms=PLATFORMS)(
         jax.ShapeDtypeStruct((count, samples), jnp.float32), jax.ShapeDtypeStruct((count,), jnp.int32)
     )
     header = header_of(model) | {"dimension": model.dimension}
