@@ -295,7 +295,12 @@ def without_gains(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def branch_to_torch(variables: Any, backbone: str) -> dict[str, np.ndarray]:
-    """Returns a branch's variables as {Speaker-net name: array}; the weight norms' gains, all one, are included."""
+    """Returns a branch's variables as {Speaker-net name: array}; the weight norms' gains, all one, are included.
+
+    Raises ValueError for an ECAPA-TDNN in wespeaker's form, which Speaker-net does not have.
+    """
+    if "kernel" in variables["params"]["backbone"].get("aggregate", ()):
+        raise ValueError("speaker-net has no ecapa in wespeaker's form")
     tensors = to_torch(variables, branch_torch_name(backbone))
     gains = {
         name.replace("weight_v", "weight_g"): np.ones((directions.shape[0], 1), np.float32)
