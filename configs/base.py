@@ -41,11 +41,16 @@ def get_config() -> ConfigDict:
     augment.rir_seconds = 0.5  # room responses are cut there
 
     model = config.model = ConfigDict()
-    model.branches = ("ecapa", "resnet")  # backbones that learn together; one alone is plain DINO
+    model.branches = ("ecapa", "resnet")  # of ecapa, resnet, campplus, those that learn together; one is plain DINO
     model.embedding_dim = 256  # numbers in an embedding
     model.ecapa_channels = (512, 512, 512, 512, 1536)  # of the stem, the three blocks (multiples of 8), their summary
     model.resnet_base_channels = 16  # of the first stage; each further one has twice as many
     model.resnet_blocks = (3, 4, 6, 3)  # residual blocks of each stage; these make a ResNet34
+    model.ecapa_form = "speechbrain"  # whose ECAPA-TDNN: speechbrain (and the authors) or wespeaker
+    model.ecapa_embedding_norm = False  # a batch norm after its embedding, which wespeaker has for self-supervision
+    model.campplus_layers = (12, 24, 16)  # layers of each dense block of a CAM++
+    model.campplus_growth = 32  # channels that each of them adds; inside, it has four times as many
+    model.campplus_channels = 128  # of its first convolution over time
     model.head_hidden = 2048  # width of the two hidden layers of a projection head
     model.head_bottleneck = 256  # width of the unit vector that is compared with the prototypes
     model.prototypes = 65536  # K, the outputs of a head

@@ -1,3 +1,12 @@
 """MeMo in JAX: speaker verification learned without labels."""
 
 __version__ = "0.1.0"
+__all__ = ["Embedder"]
+
+
+def __getattr__(name):
+    if name == "Embedder":  # imported when asked for: it brings JAX, for which `memo-jax --help` must not wait
+        from memo_jax.embedder import Embedder
+
+        return Embedder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,6 +64,50 @@ def read_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, max_seconds: flo
                         np.int16, int(max_seconds * sample_rate), max_seconds)
 
 
+def as_audio(samples, rate: int, name: str = "the array") -> np.ndarray:
+    """Mono 16-bit samples at 16 kHz, int16 [L], of an array as `soundfile.read` and others give it.
+
+    Args:
+      samples: [L] or [L, channels]; floating point in [-1, 1] (beyond is clipped), or int16.
+      rate: its samples a second, Hz.
+      name: of it in error messages.
+
+    Raises:
+      AudioError: (a ValueError) no samples, a wrong shape, type or rate, NaN or infinite samples, or floats far beyond
+        [-1, 1].
+    """
+    samples = np.asarray(samples)
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[1] > min(samples.shape[0], 64)):
+        raise AudioError(name, f"wrong shape: {list(samples.shape)}, expected [samples] or [samples, channels]")
+    if samples.dtype != np.int16 and not np.issubdtype(samples.dtype, np.floating):
+        raise AudioError(name, f"wrong type: {samples.dtype}, expected floats in [-1, 1] or int16")
+    if isinstance(rate, bool) or not SAMPLE_RATES[0] <= rate <= SAMPLE_RATES[1]:
+        raise AudioError(name, f"sample rate out of range: {rate} Hz, expected {SAMPLE_RATES[0]} to {SAMPLE_RATES[1]}")
+    if not samples.size:
+        raise AudioError(name, "no samples")
+    if samples.dtype == np.int16 and samples.ndim == 1 and rate == SAMPLE_RATE:
+        return samples
+    if samples.dtype == np.int16:
+        samples = samples / np.float32(32768)
+    _check_samples(name, samples.ravel())
+    mono = np.ascontiguousarray(samples if samples.ndim == 1 else samples.mean(axis=1), np.float32)
+    if rate != SAMPLE_RATE:
+        import soxr
+
+        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
+        if not len(mono):
+            raise AudioError(name, "no samples")
+    return _to_int16(mono)
+
+
+def check_speech(name, samples: np.ndarray, min_seconds: float) -> None:
+    """Raises AudioError for 16-kHz samples that cannot be speech: shorter than that, or all equal."""
+    if len(samples) < min_seconds * SAMPLE_RATE:
+        raise AudioError(name, f"shorter than {min_seconds:g} s: {len(samples) / SAMPLE_RATE:.3f} s")
+    if samples.min() == samples.max():
+        raise AudioError(name, "silence: all samples are equal")
+
+
 def read_float_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, channel: int | None = None,
                      max_seconds: float = 4 * 3600) -> np.ndarray:
     """Decodes like `read_audio` but to float32 [L], full scale 1, unclipped; one `channel`, or the mean when None."""

@@ -6,12 +6,17 @@ import os
 import sys
 from pathlib import Path
 
+NO = 1  # the answer is no: another speaker, nobody known, some recordings left out
 USAGE_ERROR = 2
 STOPPED = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line; returns its exit status (0, 2 for bad input, 3 when training stopped on bad numbers)."""
+    """Runs a command line; returns its exit status.
+
+    0: done (verify: one speaker; identify: somebody known). 1: verify: different speakers, identify: nobody known,
+    embed: some recordings were left out. 2: bad input. 3: training stopped because of its numbers. 130: interrupted.
+    """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     overrides = [text for text in rest if text.startswith("--config.")]
@@ -76,15 +81,110 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints")
     train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
 
+    def choose_network(added):
+        added.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
+        added.add_argument("--role", choices=("teacher", "student"), help="of a workdir (default: teacher)")
+        added.add_argument("--step", type=int, metavar="N",
+                           help="of a workdir: which checkpoint (default: the latest; 0: untrained)")
+        add_json(added)
+
+    def add_model(added):
+        added.add_argument("--model", required=True, type=Path, metavar="MODEL",
+                           help="workdir of a training run, or a model file")
+        choose_network(added)
+
+    def add_json(added):
+        added.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+    def add_threshold(added):
+        added.add_argument("--threshold", type=float, metavar="COSINE",
+                           help="accept from this score on (default: the one tuned by eval --save-threshold)")
+
+    def add_replicates(added):
+        added.add_argument("--replicates", type=int, default=1000, metavar="N",
+                           help="of the bootstrap for the interval of the EER; 0 for none (default: %(default)s)")
+
     evaluate = command("eval", run_eval, "score a trial list with a trained network")
-    evaluate.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="workdir of a training run")
+    evaluate.add_argument("--workdir", "--model", dest="model", required=True, type=Path, metavar="MODEL",
+                          help="workdir of a training run, or a model file")
     evaluate.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
     evaluate.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
     evaluate.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
-    evaluate.add_argument("--branch", default="ecapa", help="which backbone (default: %(default)s)")
-    evaluate.add_argument("--role", default="teacher", choices=("teacher", "student"), help="default: %(default)s")
-    evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the latest; 0: untrained)")
-    evaluate.add_argument("--json", action="store_true", help="print results.json instead of a summary")
+    choose_network(evaluate)
+    evaluate.add_argument("--crops", type=int, default=0, metavar="R",
+                          help="score by R crops a recording instead of full recordings")
+    evaluate.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
+    evaluate.add_argument("--save-threshold", nargs="?", const="eer", metavar="CRITERION",
+                          choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
+                          help="keep the threshold that reaches it (default: eer) with the model, for verify, identify")
+    add_replicates(evaluate)
+
+    embed = command("embed", run_embed, "turn recordings into embeddings")
+    embed.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
+    add_model(embed)
+    embed.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+    embed.add_argument("--min-seconds", type=float, default=0.5, metavar="S",
+                       help="leave out recordings shorter than this (default: %(default)s)")
+
+    verify = command("verify", run_verify, "tell whether two recordings are of one speaker")
+    verify.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
+    add_model(verify)
+    add_threshold(verify)
+
+    enroll = command("enroll", run_enroll, "add a person to a gallery")
+    enroll.add_argument("name", metavar="NAME")
+    enroll.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
+    add_model(enroll)
+    identify = command("identify", run_identify, "tell who of a gallery speaks in a recording")
+    identify.add_argument("recording", type=Path, metavar="RECORDING")
+    add_model(identify)
+    add_threshold(identify)
+    for added in (enroll, identify):
+        added.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+
+    report = command("report", run_report, "write one HTML page about a training run")
+    report.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
+    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
+    report.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
+    report.add_argument("--trials", type=Path, metavar="FILE", help="of it (default: the run's evaluation.trials)")
+    report.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
+
+    export = command("export", run_export, "write a network to files for use elsewhere")
+    add_model(export)
+    export.add_argument("--output", nargs="+", required=True, type=Path, metavar="FILE",
+                        help="name.safetensors: a model file; name.zip: a program that JAX alone runs")
+
+    score = command("score", run_score, "score a trial list by embeddings")
+    score.add_argument("--embeddings", action="append", required=True, type=Path, metavar="FILE",
+                       help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged")
+    score.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
+    score.add_argument("--cohort", action="append", default=[], type=Path, metavar="FILE",
+                       help="embeddings of other recordings, one for each --embeddings")
+    score.add_argument("--mean-subtraction", action="store_true", help="subtract the cohort's mean")
+    score.add_argument("--as-norm", type=int, default=0, metavar="N", help="normalise by the N nearest of the cohort")
+    score.add_argument("--calibrate", type=Path, metavar="TRIALS",
+                       help="calibrate on these trials, and report actDCF and Cllr")
+    score.add_argument("--compare", action="append", default=[], type=Path, metavar="FILE",
+                       help="embeddings of another system: is the first better?")
+    score.add_argument("--speakers", type=Path, metavar="FILE",
+                       help="`name speaker` lines for the interval (default: a name's first folder)")
+    score.add_argument("--scores", type=Path, metavar="FILE", help="write `score enrol test` lines there")
+    add_replicates(score)
+    add_json(score)
+
+    convert = command("convert", run_convert, "turn PyTorch weights into a model file, or back")
+    convert.add_argument("input", type=Path, metavar="INPUT",
+                         help="safetensors or a PyTorch checkpoint; with --to a model file or a workdir")
+    convert.add_argument("--output", required=True, type=Path, metavar="FILE",
+                         help="model file; with --to FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch")
+    kinds = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
+    convert.add_argument("--kind", choices=kinds, help="the toolkit of INPUT (default: by the parameters' names)")
+    convert.add_argument("--part", metavar="NAME",
+                         help="which network of a checkpoint of several (default: teacher_ecapa, or the only one)")
+    convert.add_argument("--to", choices=kinds, help="write the network by the names of this toolkit")
+    convert.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
+    convert.add_argument("--role", choices=("teacher", "student"), help="of a workdir (default: teacher)")
+    convert.add_argument("--step", type=int, metavar="N", help="of a workdir: which checkpoint (default: the latest)")
     return parser
 
 
@@ -134,11 +234,114 @@ def run_eval(options) -> None:
     from memo_jax.evaluate import evaluate, summary
 
     results = evaluate(
-        options.workdir, options.data, options.trials, options.output, branch=options.branch, role=options.role,
-        step=options.step,
+        options.model, options.data, options.trials, options.output, branch=options.branch, role=options.role,
+        step=options.step, crops=options.crops, crop_seconds=options.crop_seconds,
+        save_threshold=options.save_threshold, replicates=options.replicates,
     )
     print(json.dumps(results, indent=2) if options.json else f"{summary(results)}\n{options.output / 'results.json'}\n"
           f"{options.output / 'det.png'}")
+
+
+def load_embedder(options, gallery=None):
+    """Returns the Embedder that the options of a command choose."""
+    keep_compiled_programs()
+    from memo_jax.embedder import Embedder
+
+    return Embedder.load(options.model, branch=options.branch, role=options.role, step=options.step, gallery=gallery)
+
+
+def run_convert(options) -> None:
+    """memo-jax convert"""
+    of_workdir = {name: getattr(options, name) for name in ("branch", "role", "step")}
+    wrong = [name for name in ("kind", "part") if options.to and getattr(options, name) is not None]
+    wrong += [name for name, value in of_workdir.items() if not options.to and value is not None]
+    if wrong:
+        raise ValueError(f"--{wrong[0]} is for conversion {'from' if options.to else 'to'} PyTorch")
+    from memo_jax import convert
+
+    if options.to:
+        print(convert.convert_back(options.input, options.output, options.to, **of_workdir))
+    else:
+        print(convert.convert(options.input, options.output, options.kind, options.part))
+
+
+def run_embed(options) -> int:
+    """memo-jax embed"""
+    embedder = load_embedder(options)
+    from memo_jax.embed_recordings import embed_recordings, summary
+
+    report = embed_recordings(embedder, options.input, options.output, min_seconds=options.min_seconds)
+    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else summary(report))
+    return NO if report["left_out"] else 0
+
+
+def run_verify(options) -> int:
+    """memo-jax verify"""
+    embedder = load_embedder(options)
+    result = embedder.verify(*options.recordings, threshold=options.threshold)
+    source = embedder.threshold_source if options.threshold is None else "given"
+    if options.json:
+        print(json.dumps(result._asdict() | {"threshold_source": source, "model": embedder.fingerprint}, indent=2))
+    else:
+        print(f"{'one speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, accepted from "
+              f"{result.threshold:.4f} on ({source})")
+    return 0 if result.decision else NO
+
+
+def run_enroll(options) -> None:
+    """memo-jax enroll"""
+    embedder = load_embedder(options, options.gallery)
+    embedder.enroll(options.name, options.recordings)
+    names = embedder.gallery.names
+    print(json.dumps({"enrolled": options.name, "people": names}, indent=2, ensure_ascii=False) if options.json else
+          f"{options.name} is enrolled; {len(names)} in {options.gallery}")
+
+
+def run_identify(options) -> int:
+    """memo-jax identify"""
+    if not options.gallery.exists():
+        raise FileNotFoundError(f"{options.gallery}: no such gallery: enrol people with memo-jax enroll")
+    embedder = load_embedder(options, options.gallery)
+    result = embedder.identify(options.recording, threshold=options.threshold)
+    source = embedder.threshold_source if options.threshold is None else "given"
+    if options.json:
+        print(json.dumps(result._asdict() | {"threshold_source": source}, indent=2, ensure_ascii=False))
+    else:
+        print(f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, accepted from "
+              f"{result.threshold:.4f} on ({source})")
+    return NO if result.name is None else 0
+
+
+def run_report(options) -> None:
+    """memo-jax report"""
+    keep_compiled_programs()
+    from memo_jax.report_page import write_report
+
+    print(write_report(
+        options.workdir, options.output, data=options.data, trials=options.trials, step=options.step
+    ))
+
+
+def run_export(options) -> None:
+    """memo-jax export"""
+    from memo_jax.embedder import load_model
+    from memo_jax.export import export
+
+    model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+    paths = [str(path) for path in export(model, options.output)]
+    print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
+
+
+def run_score(options) -> None:
+    """memo-jax score"""
+    from memo_jax.score import score, summary
+
+    results = score(
+        options.embeddings, options.trials, cohorts=options.cohort, mean_subtraction=options.mean_subtraction,
+        as_norm=options.as_norm, calibration_trials=options.calibrate, compare=options.compare,
+        speakers=options.speakers, replicates=options.replicates, scores_file=options.scores,
+    )
+    print(json.dumps(results, indent=2) if options.json else summary(results))
 
 
 def keep_compiled_programs() -> None:

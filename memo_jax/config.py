@@ -17,6 +17,11 @@ from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict, FieldReference
 
 CONFIG_FILE = "config.json"
+# Keys that configs of earlier versions lack, with what those versions did.
+LATER_KEYS = {
+    "model.ecapa_form": "speechbrain", "model.ecapa_embedding_norm": False, "model.campplus_layers": (12, 24, 16),
+    "model.campplus_growth": 32, "model.campplus_channels": 128,
+}
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
 
 
@@ -89,14 +94,26 @@ def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
-    """Returns the locked config that `save_config` wrote, None if there is none. Raises ValueError if damaged."""
+    """Returns the locked config that `save_config` wrote, None if there is none. Raises ValueError if damaged.
+
+    What an earlier version wrote gets the keys that it lacks (LATER_KEYS).
+    """
     path = Path(workdir) / CONFIG_FILE
     if not path.exists():
         return None
     try:
-        return config_from_json(path.read_text(encoding="utf-8"))
+        return _with_later_keys(config_from_json(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; the workdir cannot be used without it") from None
+
+
+def _with_later_keys(config: ConfigDict) -> ConfigDict:
+    with config.unlocked():
+        for key, value in LATER_KEYS.items():
+            group, _, name = key.partition(".")
+            if "branches" in config.get(group, {}) and name not in config[group]:
+                config[group][name] = value
+    return config
 
 
 def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:

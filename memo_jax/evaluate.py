@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from memo_jax import config as configs, scoring, sharding
-from memo_jax.checkpoint import load_raw, saved_steps
+from memo_jax import scoring
+from memo_jax.batches import apply_to_recordings
+from memo_jax.calibration import fit_calibration
 from memo_jax.data import Utterances, open_utterances
-from memo_jax.embedder import apply_to_recordings, embedding_function, log_mel_statistics
+from memo_jax.embedder import load_model, log_mel_statistics
+from memo_jax.features import SAMPLE_RATE
+from memo_jax.files import write_text
+from memo_jax.model_file import Decision, Model, backbone_variables, embedding_function
 from memo_jax.models import Branch
-from memo_jax.trials import read_trials, trial_pairs
+from memo_jax.score import DECIMALS, P_TARGETS, REPLICATES, eer_interval, error_report, rates_text, write_scores
+from memo_jax.trials import read_trials, speaker_folder, trial_pairs
 
-P_TARGETS = (0.01, 0.05)
-DECIMALS = 6  # of a score
+CRITERIA = ("eer", *(f"min_dcf_{p}" for p in P_TARGETS))  # what a threshold can be tuned for
 
 
 class TrialEvaluation:
@@ -36,10 +40,16 @@ class TrialEvaluation:
             if not present:
                 raise ValueError(f"{trials} has no {kind} trial: error rates need both kinds")
 
-    def embeddings(self, branch: Branch, variables, quiet: bool = False) -> np.ndarray:
-        """Returns the embeddings [N, D] of the recordings, in the order of `rows`."""
-        function = embedding_function(branch, variables)
-        return apply_to_recordings(function, self.utterances, self.rows, quiet=quiet)
+    def embeddings(self, function, crops: int = 0, crop_seconds: float = 4.0, quiet: bool = False) -> np.ndarray:
+        """Returns the embeddings [M, D] of the full recordings, or [M, crops, D] of their crops, as `rows`."""
+        if not crops:
+            return apply_to_recordings(function, self.utterances, self.rows, quiet=quiet)
+        one_a_recording = [
+            apply_to_recordings(function, Crops(self.utterances, i, crops, crop_seconds), self.rows,
+                                f"embedding crop {i + 1} of {crops}", quiet)
+            for i in range(crops)
+        ]
+        return np.stack(one_a_recording, axis=1)
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
         """Returns the cosine score of every trial, rounded as in scores.txt, which so gives the same error rates."""
@@ -47,7 +57,8 @@ class TrialEvaluation:
 
     def eer(self, branch: Branch, variables) -> float:
         """Returns the equal error rate, a fraction."""
-        return scoring.eer(self.scores(self.embeddings(branch, variables, quiet=True)), self.target)
+        function = embedding_function(branch.backbone, backbone_variables(variables))
+        return scoring.eer(self.scores(self.embeddings(function, quiet=True)), self.target)
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
         """Returns scores by log-mel mean and deviation, standardised over the recordings: the channel baseline."""
@@ -55,42 +66,35 @@ class TrialEvaluation:
         statistics = (statistics - statistics.mean(axis=0)) / np.maximum(statistics.std(axis=0), 1e-6)
         return self.scores(statistics)
 
-
-def error_report(scores: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Returns `eer` in percent and `min_dcf_P` for every P of P_TARGETS."""
-    return {"eer": 100 * scoring.eer(scores, target)} | {
-        f"min_dcf_{p}": scoring.min_dcf(scores, target, p) for p in P_TARGETS
-    }
+    def speakers(self):
+        """Returns {name: speaker} as the dataset has them, or the rule by folders where it has none."""
+        names, speakers = self.utterances.names, self.utterances.speakers
+        return dict(zip(names, speakers)) if all(speakers) else speaker_folder
 
 
-def load_network(workdir: str | os.PathLike, branch: str, role: str = "teacher", step: int | None = None):
-    """Returns (branch module, its variables, step) of a training workdir.
+class Crops:
+    """One crop of each recording: number `index` of `count` that are spread evenly, of `seconds` each.
 
-    Step 0 is the untrained network, which the config's seed decides. Raises FileNotFoundError where nothing has been
-    trained, ValueError for a branch that the run does not have.
+    Shorter recordings are repeated, as in training.
     """
-    from memo_jax.train import build_branches, build_recipe, initial_state
 
-    config = configs.read_config(workdir)
-    if config is None:
-        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no config.json)")
-    branches = build_branches(config)
-    if branch not in branches:
-        raise ValueError(f"the run in {workdir} has no branch {branch!r}: choose one of {', '.join(branches)}")
-    if role not in ("teacher", "student"):
-        raise ValueError(f"role {role!r}: choose teacher or student")
-    # Held as training holds it, so that programs which training has compiled are found again.
-    mesh = sharding.data_mesh()
-    if step == 0:
-        return branches[branch], initial_state(config, build_recipe(config, 1), mesh).teacher[branch], 0
-    if step is None and (steps := saved_steps(workdir)):
-        step = steps[-1]
-    state, _ = load_raw(workdir, step, only=[role])
-    return branches[branch], sharding.replicate(mesh, state[role][branch]), step
+    def __init__(self, waves, index: int, count: int, seconds: float):
+        self.waves, self.share, self.samples = waves, index / max(count - 1, 1), round(seconds * SAMPLE_RATE)
+        if self.samples < 1:
+            raise ValueError(f"crops of {seconds} s: give a positive number of seconds")
+
+    def __len__(self) -> int:
+        return len(self.waves)
+
+    def __getitem__(self, row) -> np.ndarray:
+        wave = self.waves[row]
+        start = round(self.share * max(len(wave) - self.samples, 0))
+        return np.resize(wave[start : start + self.samples], self.samples)
 
 
 def evaluate(
-    workdir, data, trials, output, branch: str = "ecapa", role: str = "teacher", step: int | None = None,
+    model, data, trials, output, branch: str | None = None, role: str | None = None, step: int | None = None,
+    crops: int = 0, crop_seconds: float = 4.0, save_threshold: str | None = None, replicates: int = REPLICATES,
     quiet: bool = False,
 ) -> dict:
     """Scores a trial list with a trained network and writes results.json, det.png and scores into `output`.
@@ -99,73 +103,88 @@ def evaluate(
     log_mel_statistics.txt of plain statistics.
 
     Args:
-      workdir: of a training run.
+      model: workdir of a training run, or a model file.
       data: dataset with the recordings of the trials.
       trials: trial list, VoxCeleb form (`1 a b`) or Kaldi form (`a b target`).
       output: folder for the results; made when missing.
-      branch, role, step: which network; the EMA teacher of the latest checkpoint by default, untrained at step 0.
+      branch, role, step: which network of a workdir, see `Embedder.load`.
+      crops, crop_seconds: take so many crops of a recording, spread evenly, and the mean score of all pairs of them,
+        instead of full recordings.
+      save_threshold: one of CRITERIA: keep the threshold that reaches it here, and a calibration, with the model.
+      replicates: of the bootstrap for the interval; 0 leaves it out.
 
     Returns:
-      What results.json holds: `eer` (percent), `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`, the error rates
-      of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
+      What results.json holds: `eer` (percent), `eer_interval`, `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`,
+      the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
     """
-    network, variables, step = load_network(workdir, branch, role, step)
+    network = load_model(model, branch=branch, role=role, step=step)
     evaluation = TrialEvaluation(open_utterances(data), trials)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    scores = evaluation.scores(evaluation.embeddings(network, variables, quiet))
+    scores = evaluation.scores(evaluation.embeddings(network.function, crops, crop_seconds, quiet))
     baseline = evaluation.statistics_scores(quiet)
     results = error_report(scores, evaluation.target) | {
+        "eer_interval": eer_interval(scores, evaluation.trials, evaluation.speakers(), replicates),
         "trials": len(evaluation.target),
         "targets": int(evaluation.target.sum()),
         "recordings": len(evaluation.rows),
         "log_mel_statistics": error_report(baseline, evaluation.target),
-        "workdir": str(workdir),
-        "branch": branch,
-        "role": role,
-        "step": int(step),
+        "network": network_name(network),
+        "fingerprint": network.fingerprint,
+        "model": str(model),
+        **{key: network.provenance.get(key) for key in ("branch", "role", "step")},
         "data": str(data),
         "trial_list": str(trials),
+        "crops": crops,
     }
     from memo_jax.report import plot_det
 
     plot_det(
-        {f"{branch} {role}, step {step}": (scores, evaluation.target),
-         "log-mel statistics": (baseline, evaluation.target)},
+        {results["network"]: (scores, evaluation.target), "log-mel statistics": (baseline, evaluation.target)},
         output / "det.png",
     )
-    write_scores(output / "scores.txt", evaluation, scores)
-    write_scores(output / "log_mel_statistics.txt", evaluation, baseline)
+    write_scores(output / "scores.txt", evaluation.trials, scores)
+    write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
+    if save_threshold is not None:
+        from memo_jax.workdir import save_decision
+
+        decision = tuned_decision(scores, evaluation.target, save_threshold, trials)
+        save_decision(model, network, decision)
+        results["saved_threshold"] = decision.threshold
     write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
-def write_scores(path: Path, evaluation: TrialEvaluation, scores: np.ndarray) -> None:
-    """Writes `score enrol test` lines, tab-separated, in the order of the trial list."""
-    listed = evaluation.trials
-    lines = (f"{s:.{DECIMALS}f}\t{a}\t{b}\n" for s, a, b in zip(scores, listed.enrol, listed.test, strict=True))
-    write_text(path, "".join(lines))
+def tuned_decision(scores, target, criterion: str, trials) -> Decision:
+    """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")
+    if criterion == "eer":
+        point, unit = scoring.eer_point(scores, target), 100
+    else:
+        point, unit = scoring.min_dcf_point(scores, target, float(criterion.removeprefix("min_dcf_"))), 1
+    fitted = fit_calibration(scores, target)
+    text = f"{criterion} of {unit * point.value:.4g}{' %' if unit == 100 else ''} on {len(target):,} trials of " \
+           f"{Path(trials).name}"
+    return Decision(point.threshold, fitted.scale, fitted.offset, text)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+def network_name(model: Model) -> str:
+    """Returns what to call a network in tables: "ecapa teacher, step 600", or its backbone."""
+    known = model.provenance
+    if {"branch", "role", "step"} <= known.keys():
+        return f"{known['branch']} {known['role']}, step {known['step']}"
+    return str(known.get("name", "network"))
 
 
 def summary(results: dict) -> str:
     """Returns the results in the form that a person reads."""
-    baseline = results["log_mel_statistics"]
     counts = (results[name] for name in ("trials", "targets", "recordings"))
     lines = ["{:,} trials, {:,} of them target, {:,} recordings".format(*counts)]
-    for name, row in ((f"{results['branch']} {results['role']}, step {results['step']}", results),
-                      ("log-mel statistics", baseline)):
-        costs = ", ".join(f"minDCF({p}) {row[f'min_dcf_{p}']:.3f}" for p in P_TARGETS)
-        lines.append(f"  {name:<28} EER {row['eer']:6.2f} %, {costs}")
+    for name, row in ((results["network"], results), ("log-mel statistics", results["log_mel_statistics"])):
+        lines.append(f"  {name:<28} {rates_text(row)}")
+    if results["eer_interval"]:
+        lines.append("  (in brackets the 95 % interval, by bootstrap over speakers)")
+    if "saved_threshold" in results:
+        lines.append(f"  threshold {results['saved_threshold']:.4f} is kept with the model")
     return "\n".join(lines)

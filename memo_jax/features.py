@@ -1,7 +1,7 @@
 """Log-mel features on the device: 16 kHz waveforms in, frames of 80 mel bins out (time, then mel).
 
-80 bins on the HTK mel scale over 0–8000 Hz without area normalisation, a 25-ms periodic Hann window every 10 ms,
-centred frames with reflected ends, power spectrum.
+Ours: 80 bins on the HTK mel scale over 0–8000 Hz without area normalisation, a 25-ms periodic Hann window every 10 ms,
+centred frames with reflected ends, power spectrum. The front ends of other toolkits, for their weights, are below.
 """
 
 import functools
@@ -50,7 +50,7 @@ def mel_power(waves, lengths=None):
     waves = waves.astype(jnp.float32)
     if lengths is None:
         lengths = jnp.full(waves.shape[0], waves.shape[1])
-    power = _power_spectrum(_reflected_at_length(waves, lengths))
+    power = _power_spectrum(_reflected_at_length(waves, lengths), _fourier_basis())
     return jnp.dot(power, _mel_basis(), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -108,23 +108,84 @@ def _reflected_index(index, lengths):
     return jnp.minimum(folded, 2 * last - folded)
 
 
-def _power_spectrum(padded):
-    """Power spectrum [N, T, 256] of windows of 400 samples every 160, from padded waves [N, L + 400].
+def _power_spectrum(padded, basis):
+    """Power spectrum [N, T, B] of windows of 400 samples every 160, from padded waves [N, L + 400].
 
-    A strided convolution over blocks of 80 samples with the windowed Fourier basis: the framing costs no gather
-    and nothing is complex. As fast as a real FFT on CPU (within a tenth), and made of matrix products on TPU.
+    A strided convolution over blocks of 80 samples with the windowed Fourier basis [400, 2B] (cosines, then sines): the
+    framing costs no gather and nothing is complex. As fast as a real FFT on CPU (within a tenth), and made of matrix products on TPU.
     """
     block_count = padded.shape[1] // _BLOCK
     blocks = padded[:, : block_count * _BLOCK].reshape(padded.shape[0], block_count, _BLOCK)
     spectrum = jax.lax.conv_general_dilated(
         blocks,
-        _fourier_basis().reshape(WINDOW // _BLOCK, _BLOCK, 2 * _BINS),
+        basis.reshape(WINDOW // _BLOCK, _BLOCK, -1),
         window_strides=(HOP // _BLOCK,),
         padding="VALID",
         dimension_numbers=("NWC", "WIO", "NWC"),
         precision=jax.lax.Precision.HIGHEST,  # the default on TPU and GPU is coarser than float32
     )
-    return jnp.square(spectrum[..., :_BINS]) + jnp.square(spectrum[..., _BINS:])
+    bins = basis.shape[1] // 2
+    return jnp.square(spectrum[..., :bins]) + jnp.square(spectrum[..., bins:])
+
+
+def kaldi_fbank_input(waves, lengths=None, window="povey", scale=1.0):
+    """Kaldi's filter-bank features minus their mean over time: ([N, 1 + L // 160, 80], valid frames [N]).
+
+    25-ms frames every 10 ms that lie wholly inside the utterance (one under 25 ms is filled up with zeros), mean
+    removed, pre-emphasis 0.97, `window` "povey" or "hamming", power spectrum of 512 points, 80 mel bins over 20–8000 Hz,
+    natural logarithm, no dither. `scale` multiplies the waves, which matters for the floor of the logarithm alone.
+    """
+    lengths = jnp.full(waves.shape[0], waves.shape[1]) if lengths is None else lengths
+    frames = 1 + jnp.maximum(lengths - WINDOW, 0) // HOP
+    padded = jnp.pad(_silent_behind(waves, lengths), ((0, 0), (0, WINDOW)))
+    power = _power_spectrum(padded, _kaldi_basis(window)) * scale**2
+    mel = jnp.dot(power, _kaldi_mel_basis(), precision=jax.lax.Precision.HIGHEST)
+    return _centred(jnp.log(jnp.maximum(mel, jnp.finfo(jnp.float32).eps)), frames), frames
+
+
+def speechbrain_fbank_input(waves, lengths=None):
+    """speechbrain's filter-bank features (its `Fbank`, then its sentence normalisation): ([N, T, 80], valid frames [N]).
+
+    Frames of 400 points under a periodic Hamming window, centred, silence beyond the ends; decibels, at most 80 below
+    the utterance's loudest bin, minus their mean over time.
+    """
+    lengths = jnp.full(waves.shape[0], waves.shape[1]) if lengths is None else lengths
+    frames = frame_count(lengths)
+    padded = jnp.pad(_silent_behind(waves, lengths), ((0, 0), (_REACH, _REACH)))
+    power = _power_spectrum(padded, _speechbrain_basis())
+    mel = jnp.dot(power, _speechbrain_mel_basis(), precision=jax.lax.Precision.HIGHEST)
+    decibels = 10 * jnp.log10(jnp.maximum(mel, 1e-10))
+    valid = (jnp.arange(mel.shape[1]) < frames[:, None])[:, :, None]
+    loudest = jnp.where(valid, decibels, -jnp.inf).max(axis=(1, 2), keepdims=True)
+    return _centred(jnp.maximum(decibels, loudest - 80), frames), frames
+
+
+def _silent_behind(waves, lengths):
+    """Waves [N, L] float32 with zeros behind each utterance's end."""
+    return waves.astype(jnp.float32) * (jnp.arange(waves.shape[1]) < lengths[:, None])
+
+
+def _centred(x, frames):
+    """x [N, T, F] minus its mean over the valid frames of each utterance; zero behind them."""
+    mean, _, valid = _moments_over_time(x, frames)
+    return (x - mean) * valid
+
+
+def log_mel_input(waves, lengths=None):
+    """What networks trained here take: (`normalized_log_mel` of `mel_power` [N, T, 80], valid frames [N])."""
+    lengths = jnp.full(waves.shape[0], waves.shape[1]) if lengths is None else lengths
+    frames = frame_count(lengths)
+    return normalized_log_mel(mel_power(waves, lengths), frames), frames
+
+
+# Front ends by the name that a model file has: (waves float [N, L] in [-1, 1], lengths [N]) → (input [N, T, 80], valid
+# frames [N]). Frames behind an utterance's own are zero or masked by the network.
+FRONT_ENDS = {
+    "log_mel": log_mel_input,
+    "kaldi_fbank": kaldi_fbank_input,  # of 3D-Speaker
+    "wespeaker_fbank": functools.partial(kaldi_fbank_input, window="hamming", scale=32768.0),
+    "speechbrain_fbank": speechbrain_fbank_input,
+}
 
 
 @functools.cache
@@ -144,3 +205,41 @@ def _mel_basis():
         sr=SAMPLE_RATE, n_fft=FFT_LENGTH, n_mels=MEL_BINS, fmin=0.0, fmax=SAMPLE_RATE / 2, htk=True, norm=None
     )
     return np.ascontiguousarray(filters.T[:_BINS], dtype=np.float32)
+
+
+@functools.cache
+def _kaldi_basis(window):
+    """Removal of the mean, pre-emphasis, window and Fourier basis of a frame in one matrix, float32 [400, 512]."""
+    shape = {"povey": np.hanning(WINDOW) ** 0.85, "hamming": np.hamming(WINDOW)}[window]
+    emphasis = np.eye(WINDOW) - 0.97 * np.eye(WINDOW, k=-1)
+    emphasis[0, 0] -= 0.97  # the first sample is its own predecessor
+    prepared = (shape[:, None] * emphasis) @ (np.eye(WINDOW) - 1 / WINDOW)
+    angle = 2 * np.pi / FFT_LENGTH * np.outer(np.arange(WINDOW), np.arange(_BINS))
+    return (prepared.T @ np.concatenate([np.cos(angle), np.sin(angle)], axis=1)).astype(np.float32)
+
+
+@functools.cache
+def _kaldi_mel_basis():
+    """Kaldi's mel filters, triangles on the mel axis, float32 [256, 80]."""
+    mel = 1127 * np.log1p(np.arange(_BINS) * SAMPLE_RATE / FFT_LENGTH / 700)
+    edges = np.linspace(1127 * np.log1p(20 / 700), 1127 * np.log1p(SAMPLE_RATE / 2 / 700), MEL_BINS + 2)
+    rising = (mel[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - mel[:, None]) / (edges[2:] - edges[1:-1])
+    return np.maximum(np.minimum(rising, falling), 0).astype(np.float32)
+
+
+@functools.cache
+def _speechbrain_basis():
+    """Fourier basis of 400 points under the periodic Hamming window, float32 [400, 400]."""
+    window = 0.54 - 0.46 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
+    angle = 2 * np.pi / WINDOW * np.outer(np.arange(WINDOW), np.arange(WINDOW // 2))
+    return (window[:, None] * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)).astype(np.float32)
+
+
+@functools.cache
+def _speechbrain_mel_basis():
+    """speechbrain's mel filters, float32 [200, 80]: triangles in hertz, each falling as steeply as it rises."""
+    mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MEL_BINS + 2)
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    distance = np.abs(np.arange(WINDOW // 2)[:, None] * SAMPLE_RATE / WINDOW - hertz[1:-1])
+    return np.maximum(1 - distance / np.diff(hertz)[:-1], 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""DET curves and score histograms as matplotlib figures, and the look that all our pictures share.
+"""DET curves, score histograms and maps of embeddings as matplotlib figures, and the look that all pictures share.
 
 Colours are Okabe and Ito's (two darkened, to be readable as text), which colour-blind readers can tell apart, and never
 the only difference: lines also differ in style and carry names.
@@ -14,7 +14,7 @@ from matplotlib import patheffects
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 
-from memo_jax.scoring import eer_point, error_rates, min_dcf
+from memo_jax.scoring import eer_point, error_rates, min_dcf_point
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#007E5B", "#A3457E", "#B07A00"
 COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, "#444444"]
@@ -54,9 +54,9 @@ def det_figure(
     title: str = "Detection error trade-off",
     p_target: float = 0.05,
 ) -> Figure:
-    """DET curves: miss against false-alarm rate on normal-deviate axes in percent, equal error rates as dots.
+    """DET curves: miss against false-alarm rate on normal-deviate axes in percent.
 
-    The legend lists the systems from worst to best with EER and minimum detection cost at `p_target`.
+    Dots mark equal error rates, diamonds where the detection cost at `p_target` is least. The legend lists the systems from worst to best with EER and minimum detection cost at `p_target`.
 
     Raises:
       ValueError: naming the system, when its scores cannot make a curve (see `scoring.error_rates`).
@@ -67,7 +67,7 @@ def det_figure(
     for name, (scores, target) in systems.items():
         try:
             rates, equal = error_rates(scores, target), eer_point(scores, target).value
-            curves.append((equal, name, rates, min_dcf(scores, target, p_target)))
+            curves.append((equal, name, rates, min_dcf_point(scores, target, p_target)))
         except ValueError as error:
             raise ValueError(f"system {name!r}: {error}") from None
     looks = {name: (COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i, name in enumerate(systems)}
@@ -82,10 +82,14 @@ def det_figure(
         for equal, name, rates, cost in curves:
             color, dashes = looks[name]
             x, y = _thinned(*ndtri(np.clip([rates.fpr, rates.fnr], 1e-9, 1 - 1e-9)))
-            text = f"{name}\nEER {100 * equal:.2f} %,  minDCF({p_target:g}) {cost:.3f}"
+            text = f"{name}\nEER {100 * equal:.2f} %,  minDCF({p_target:g}) {cost.value:.3f}"
             ax.plot(x, y, color=color, linestyle=dashes, linewidth=1.8, label=text)
             if 0 < equal < 1:
                 ax.plot(*[ndtri(equal)] * 2, "o", color=color, markersize=7, markeredgecolor="white", zorder=4)
+            at = np.searchsorted(rates.thresholds, cost.threshold)
+            if 0 < rates.fpr[at] < 1 and 0 < rates.fnr[at] < 1:
+                ax.plot(*ndtri([rates.fpr[at], rates.fnr[at]]), "D", color=color, markersize=6, markeredgecolor="white",
+                        zorder=4)
         ticks = _det_ticks(low, high)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_ticks(ndtri(np.array(ticks) / 100), [f"{tick:g}" for tick in ticks])
@@ -93,6 +97,8 @@ def det_figure(
         ax.set_xlabel("False-alarm rate: nontarget trials accepted (%)")
         ax.set_ylabel("Miss rate: target trials rejected (%)")
         ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=12)
+        ax.annotate(f"● equal error    ◆ least cost at a prior of {p_target:g}", (0.02, 0.02), xycoords="axes fraction",
+                    fontsize=8, color=MUTED, path_effects=HALO)
         legend = figure.legend(loc="outside right upper", handlelength=2.6, labelspacing=1.1, fontsize=9.5,
                                title="Worst to best", alignment="left")
         for line, text in zip(legend.get_lines(), legend.get_texts()):
@@ -168,4 +174,32 @@ def score_histogram_figure(
         ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=2.4)
         ax.grid(axis="x", visible=False)
         ax.margins(x=0.01)
+    return figure
+
+
+def embedding_map_figure(
+    points, speakers, *, title: str = "Map of the embeddings", names_of_most: int = 40
+) -> Figure:
+    """Points [N, 2], coloured by speaker; each speaker's name stands at the middle of his points where they are few.
+
+    Speakers differ in colour and mark; with more than 60 of them, some share both.
+    """
+    points, speakers = np.asarray(points), np.asarray(speakers)
+    kinds = list(dict.fromkeys(speakers.tolist()))
+    palette = matplotlib.colormaps["tab20"].colors[::2] + matplotlib.colormaps["tab20"].colors[1::2]
+    marks = "os^DvP"
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 6.6), layout="constrained")
+        ax = figure.subplots()
+        for number, kind in enumerate(kinds):
+            mine = points[speakers == kind]
+            color, mark = palette[number % len(palette)], marks[number // len(palette) % len(marks)]
+            ax.plot(*mine.T, mark, color=color, markersize=5, alpha=0.85, markeredgecolor="white", markeredgewidth=0.4)
+            if len(kinds) <= names_of_most:
+                ax.annotate(str(kind), np.median(mine, axis=0), fontsize=7.5, color=INK, ha="center", va="center",
+                            path_effects=HALO, zorder=5)
+        ax.set(xticks=[], yticks=[])
+        ax.grid(False)
+        ax.spines[["left", "bottom"]].set_visible(False)
+        ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=12)
     return figure

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from memo_jax import __version__
 from memo_jax.archives import TarStream
-from memo_jax.audio import SAMPLE_RATE, AudioError
+from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech
 from memo_jax.log import Progress
 from memo_jax.parallel import results
 from memo_jax.plan import planned, reasons, say
@@ -173,7 +173,7 @@ def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds
         for index, item in enumerate(recordings):
             try:
                 samples = read_recording(item, max_seconds=max_seconds, spool=spool and (spool[0], spool[1][index]))
-                _check_speech(item.source, samples, min_seconds)
+                check_speech(item.source, samples, min_seconds)
             except AudioError as error:
                 _check_inputs([*inputs, item.root] if item.extent else inputs)
                 left_out.append((item.source, error.reason))
@@ -197,13 +197,6 @@ def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds
     finally:
         if spool:
             os.unlink(spool[0])
-
-
-def _check_speech(source, samples, min_seconds):
-    if len(samples) < min_seconds * SAMPLE_RATE:
-        raise AudioError(source, f"shorter than {min_seconds:g} s: {len(samples) / SAMPLE_RATE:.3f} s")
-    if samples.min() == samples.max():
-        raise AudioError(source, "silence: all samples are equal")
 
 
 def _check_inputs(inputs):

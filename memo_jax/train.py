@@ -17,6 +17,7 @@ from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training
 from memo_jax.gate import GateRule
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.models import Branch, build_backbone
+from memo_jax.models.ecapa import FORMS
 from memo_jax.models.heads import DINOHead
 from memo_jax.step import LossWeights, Recipe, train_step
 
@@ -24,9 +25,9 @@ from memo_jax.step import LossWeights, Recipe, train_step
 # it is the same one its fingerprint tells.
 FREE_ON_RESUME = ("checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.")
 POSITIVE = (
-    "log_every_steps", "model.embedding_dim", "model.resnet_base_channels", "model.head_hidden",
-    "model.head_bottleneck", "model.prototypes", "loss.student_temp", "loss.contrastive_temperature", "teacher.temp",
-    "teacher.end_temp",
+    "log_every_steps", "model.embedding_dim", "model.resnet_base_channels", "model.campplus_growth",
+    "model.campplus_channels", "model.head_hidden", "model.head_bottleneck", "model.prototypes", "loss.student_temp",
+    "loss.contrastive_temperature", "teacher.temp", "teacher.end_temp",
 )
 FRACTIONS = ("loss.center_momentum", "teacher.momentum", "teacher.end_momentum", "optimizer.sgd_momentum")
 
@@ -48,6 +49,11 @@ def check_ranges(config) -> None:
         raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
     if len(blocks) != 4 or min(blocks) < 1:
         raise ValueError(f"model.resnet_blocks is {blocks}: give four numbers of blocks, each at least 1")
+    layers = config.model.campplus_layers
+    if len(layers) != 3 or min(layers) < 1:
+        raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
+    if config.model.ecapa_form not in FORMS:
+        raise ValueError(f"model.ecapa_form is {config.model.ecapa_form!r}: choose {' or '.join(FORMS)}")
 
 
 def build_branches(config) -> dict[str, Branch]:
@@ -62,8 +68,15 @@ def build_branches(config) -> dict[str, Branch]:
         raise ValueError(f"model.dtype {model.dtype!r}: choose float32 or bfloat16")
     dtype = jnp.dtype(model.dtype)
     arguments = {
-        "ecapa": {"channels": tuple(model.ecapa_channels)},
+        "ecapa": {
+            "channels": tuple(model.ecapa_channels), "form": model.ecapa_form,
+            "embedding_norm": model.ecapa_embedding_norm,
+        },
         "resnet": {"base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks)},
+        "campplus": {
+            "layers": tuple(model.campplus_layers), "growth": model.campplus_growth,
+            "stem_channels": model.campplus_channels,
+        },
     }
     crosses = len(names) > 1 and config.loss.cross != 0 and config.loss.cross_head == "cross"
     head = DINOHead(model.prototypes, model.head_hidden, model.head_bottleneck, dtype)

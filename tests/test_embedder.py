@@ -1,140 +1,189 @@
-"""Recordings of any length in batches: order, padding and what is read."""
+"""The Python API as a user has it: paths, arrays and lists in, embeddings, decisions and people out; bad input."""
 
-import functools
+import dataclasses
+import subprocess
+import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import soundfile
+import tiny
 
-from memo_jax import embedder, features
-from memo_jax.embedder import apply_to_recordings, bucket_length, embedding_function, log_mel_statistics
-from memo_jax.models import Branch, build_backbone
-from memo_jax.models.heads import DINOHead
+import memo_jax
+from memo_jax.audio import AudioError, read_audio
+from memo_jax.embedder import DEFAULT_THRESHOLD, Embedder
+from memo_jax.embedding_file import OtherModelError, read_embeddings
+from memo_jax.model_file import ModelFileError, write_model
 
-RATE = features.SAMPLE_RATE
-
-
-class Counted(list):
-    """Recordings that count how often each was read."""
-
-    def __init__(self, waves):
-        super().__init__(waves)
-        self.reads = [0] * len(waves)
-
-    def __getitem__(self, index):
-        self.reads[index] += 1
-        return super().__getitem__(index)
-
-
-class WithLengths(Counted):
-    """Recordings that know their lengths, as `data.Utterances` does."""
-
-    @property
-    def lengths(self):
-        return np.array([len(wave) for wave in self])
-
-
-def waves_of(seconds, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(-9000, 9000, int(RATE * s)).astype(np.int16) for s in seconds]
-
-
-def sums(waves, lengths):
-    """Row: sum of the samples, length; so an error of order, padding or length shows."""
-    return np.stack([np.sum(waves, axis=1, dtype=np.float64), lengths], axis=1)
-
-
-SECONDS = [0.5, 3.1, 1.0, 9.3, 0.01, 1.001, 30.0, 2.9, 1.0] + [0.7] * 80
-
-
-def test_rows_come_in_the_order_of_the_recordings_whatever_their_batches():
-    waves = waves_of(SECONDS)
-    wanted = [[wave.sum(dtype=np.int64), len(wave)] for wave in waves]
-    np.testing.assert_array_equal(apply_to_recordings(sums, waves, quiet=True), wanted)
-    rows = [6, 0, 3, 3, 88]
-    np.testing.assert_array_equal(apply_to_recordings(sums, waves, rows, quiet=True), [wanted[row] for row in rows])
-
-
-def test_recordings_that_know_their_lengths_are_read_once_and_others_not_at_all():
-    waves = WithLengths(waves_of(SECONDS))
-    rows = np.array([1, 4, 6])
-    got = apply_to_recordings(sums, waves, rows, quiet=True)
-    np.testing.assert_array_equal(got[:, 1], waves.lengths[rows])
-    assert [waves.reads[row] for row in rows] == [1, 1, 1] and sum(waves.reads) == 3
-
-
-def test_batches_are_few_in_shape_and_bounded_in_size():
-    """A thousand lengths make one shape a bucket, and no batch holds more than about a minute of padded speech."""
-    shapes = []
-
-    def recorded(waves, lengths):
-        shapes.append(waves.shape)
-        assert (lengths >= 1).all() and (lengths <= waves.shape[1]).all()
-        return lengths[:, None]
-
-    waves = [np.ones(n, np.int16) for n in np.random.default_rng(0).integers(1, 20 * RATE, 300)]
-    apply_to_recordings(recorded, waves, quiet=True)
-    lengths = {length for _, length in shapes}
-    assert len(set(shapes)) == len(lengths) <= 11
-    assert max(rows * length for rows, length in shapes) <= 1.5 * embedder.BATCH_SECONDS * RATE
-
-
-def test_a_bucket_holds_its_recording_with_little_room_to_spare():
-    """Not shorter than the recording, a whole number of hops, beyond a second at most about 1.42 times as long."""
-    for samples in [1, RATE - 1, RATE, RATE + 1, *np.random.default_rng(0).integers(1, 10**7, 500)]:
-        length = bucket_length(int(samples))
-        assert samples <= length and length % features.HOP == 0
-        assert length == RATE or length <= 1.42 * samples + 2 * features.HOP
-        assert bucket_length(length) == length
+RATE = 16000
 
 
 @pytest.fixture(scope="module")
-def network():
-    """An untrained ResNet of two channels, and its variables."""
-    backbone = build_backbone("resnet", embedding_dim=8, base_channels=2, blocks=(1, 1, 1, 1))
-    branch = Branch(backbone, DINOHead(8, 8, 8), ("self",))
-    options = {"xla_backend_optimization_level": 0}
-    initial = jax.jit(functools.partial(branch.init, train=True), compiler_options=options)
-    return branch, initial(jax.random.key(0), jnp.zeros((2, 32, 80)))
+def embedder():
+    return memo_jax.Embedder.load(tiny.model_file())
 
 
-def test_a_recording_has_one_embedding_alone_or_padded_in_company(network):
-    """Within 1e-5 of the norm. Alone is without any padding: the bucket is exactly its length."""
-    function = embedding_function(*network)
-    waves = waves_of([1.0, 0.62, 0.3])
-    together = apply_to_recordings(function, waves, quiet=True)
-    for wave, embedding in zip(waves, together):
-        alone = np.asarray(function(wave[None], np.array([len(wave)], np.int32)))[0]
-        assert np.abs(alone - embedding).max() <= 1e-5 * np.linalg.norm(alone)
-    assert np.linalg.norm(together[0] - together[1]) > 1e-3 * np.linalg.norm(together[0])
+@pytest.fixture(scope="module")
+def corpus():
+    return tiny.material().corpus
 
 
-def test_a_second_evaluation_compiles_nothing(network):
-    """New weights of the same network, as every evaluation of a training run brings."""
-    compiled = []
-    branch, variables = network
-    waves = waves_of([1.0, 0.8])
-    apply_to_recordings(embedding_function(branch, variables), waves, quiet=True)
-    variables = jax.tree.map(lambda leaf: 1.01 * leaf, variables)
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
-    )
-    try:
-        again = Branch(branch.backbone, branch.head, ("self",))
-        apply_to_recordings(embedding_function(again, variables), waves, quiet=True)
-        assert not compiled
-        jax.jit(lambda x: x * 3 + len(compiled))(jnp.ones(7))
-        assert compiled, "the listener hears of compilations"
-    finally:
-        jax.monitoring.clear_event_listeners()
+def test_importing_the_package_imports_nothing_heavy_until_the_embedder_is_asked_for():
+    code = "import sys, memo_jax; print('jax' in sys.modules); memo_jax.Embedder; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+    with pytest.raises(AttributeError, match="Embeder"):
+        memo_jax.Embeder
 
 
-def test_log_mel_statistics_are_those_of_the_recording_without_its_padding():
-    """Mean and deviation over its own frames, computed here in float64 from the definition of the log-mel."""
-    waves = waves_of([1.0, 0.5])
-    got = apply_to_recordings(log_mel_statistics, waves, quiet=True)
-    for wave, row in zip(waves, got):
-        power = np.asarray(features.mel_power(jnp.asarray(wave[None], jnp.float32) / 32768))[0]
-        log_mel = np.log(power.astype(np.float64) + 1e-6)
-        np.testing.assert_allclose(row, np.concatenate([log_mel.mean(axis=0), log_mel.std(axis=0)]), atol=2e-3)
+def test_a_recording_has_one_embedding_however_it_is_given(embedder, corpus):
+    """Path, text, floats, integers, at another rate, stereo, alone or in a list; 1e-4 of the norm for what is 16 bit."""
+    path = corpus / "s0" / "0.wav"
+    samples, rate = soundfile.read(path)
+    wanted = embedder.embed(path)
+    assert wanted.shape == (embedder.dimension,) == (8,) and wanted.dtype == np.float32
+    integers = read_audio(path)
+    others = [str(path), (samples, rate), (samples.astype(np.float32), rate), (integers, rate),
+              (np.stack([samples, samples], axis=1), rate), (jax.numpy.asarray(samples), rate)]
+    for other in others:
+        np.testing.assert_allclose(embedder.embed(other), wanted, atol=1e-4 * np.linalg.norm(wanted))
+    many = embedder.embed([*others, corpus / "s1" / "0.wav"])
+    assert many.shape == (7, 8)
+    np.testing.assert_allclose(many[:6], np.tile(wanted, (6, 1)), atol=1e-4 * np.linalg.norm(wanted))
+    np.testing.assert_allclose(embedder.embed(samples, rate), wanted, atol=1e-4 * np.linalg.norm(wanted))
+    np.testing.assert_allclose(embedder.embed([samples, samples], rate)[1], wanted, atol=1e-4 * np.linalg.norm(wanted))
+    assert embedder.embed([]).shape == (0, 8)
+
+
+def test_another_rate_gives_nearly_the_same(embedder):
+    """8 kHz loses what lies above 4 kHz, so a tone below it is compared; 48 kHz loses nothing."""
+    time = np.arange(48000) / 48000
+    tone = 0.3 * np.sin(2 * np.pi * 440 * time) + 0.1 * np.sin(2 * np.pi * 1320 * time)
+    one, other = embedder.embed([(tone, 48000), (tone[::3], 16000)])
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
+
+
+def test_verify_is_a_cosine_against_the_threshold_of_the_model(embedder, corpus):
+    a, b = corpus / "s0" / "0.wav", corpus / "s1" / "0.wav"
+    one, other = embedder.embed([a, b])
+    cosine = one @ other / np.linalg.norm(one) / np.linalg.norm(other)
+    score, decision, threshold = embedder.verify(a, b)
+    assert score == pytest.approx(cosine, abs=1e-5) and threshold == 0.4 and decision == (score >= 0.4)
+    assert embedder.threshold_source == "a list"
+    assert not embedder.verify(a, b, threshold=cosine + 0.001).decision
+    assert embedder.verify(a, b, threshold=cosine - 0.001).decision
+    same = embedder.verify(a, soundfile.read(a)[0], RATE)
+    assert same.decision and same.score == pytest.approx(1, abs=1e-4) and same.score <= 1
+
+
+def test_without_a_tuned_threshold_the_default_is_taken_and_said(tmp_path):
+    path = write_model(tmp_path / "model", dataclasses.replace(tiny.untrained_model(), decision=None))
+    loaded = Embedder.load(path)
+    assert loaded.threshold == DEFAULT_THRESHOLD
+    assert "not tuned" in loaded.threshold_source and "--save-threshold" in loaded.threshold_source
+
+
+def test_people_are_enrolled_kept_in_a_file_and_found_again(corpus, tmp_path):
+    gallery = tmp_path / "people.npz"
+    first = Embedder.load(tiny.model_file(), gallery=gallery)
+    first.enroll("Ada", [corpus / "s0" / "0.wav", corpus / "s0" / "1.wav"])
+    first.enroll("Jürgen M", corpus / "s4" / "0.wav")
+    second = Embedder.load(tiny.model_file(), gallery=gallery)
+    assert second.gallery.names == ["Ada", "Jürgen M"]
+    found = second.identify(corpus / "s4" / "0.wav")
+    assert (found.name, found.nearest) == ("Jürgen M", "Jürgen M") and found.score == pytest.approx(1, abs=1e-4)
+    assert second.identify(corpus / "s4" / "0.wav", threshold=1.1)[::3] == (None, "Jürgen M")
+    ada = read_embeddings(gallery).embeddings[0]
+    units = [row / np.linalg.norm(row) for row in first.embed([corpus / "s0" / "0.wav", corpus / "s0" / "1.wav"])]
+    np.testing.assert_allclose(ada, sum(units) / np.linalg.norm(sum(units)), atol=1e-6)
+
+    before = gallery.read_bytes()
+    with pytest.raises(ValueError, match="'Ada' is enrolled already"):
+        second.enroll("Ada", corpus / "s1" / "0.wav")
+    for name, recordings in (("", [corpus / "s1" / "0.wav"]), ("Bob", []), ("Bob", [corpus / "none.wav"])):
+        with pytest.raises(ValueError):
+            second.enroll(name, recordings)
+    assert gallery.read_bytes() == before and second.gallery.names == ["Ada", "Jürgen M"]
+    second.gallery.remove("Ada")
+    assert second.identify(corpus / "s0" / "0.wav").nearest == "Jürgen M"
+    with pytest.raises(ValueError, match="nobody is enrolled as 'Ada'"):
+        second.gallery.remove("Ada")
+
+
+def test_nobody_enrolled_and_a_gallery_that_cannot_be_written(embedder, corpus, tmp_path):
+    with pytest.raises(ValueError, match="nobody is enrolled yet"):
+        embedder.identify(corpus / "s0" / "0.wav")
+    broken = Embedder.load(tiny.model_file(), gallery=tmp_path / "no folder" / "people.npz")
+    with pytest.raises(OSError, match="no folder"):
+        broken.enroll("Ada", corpus / "s0" / "0.wav")
+    assert not broken.gallery.names
+
+
+def test_a_gallery_of_another_model_is_refused(corpus, tmp_path):
+    gallery = tmp_path / "people.npz"
+    Embedder.load(tiny.model_file(), gallery=gallery).enroll("Ada", corpus / "s0" / "0.wav")
+    model = tiny.untrained_model()
+    other = dataclasses.replace(model, variables=jax.tree.map(lambda leaf: leaf * np.float32(1.5), model.variables))
+    path = write_model(tmp_path / "other", other)
+    with pytest.raises(OtherModelError, match="people.npz and the model in use are of different models"):
+        Embedder.load(path, gallery=gallery)
+
+
+def noise(seconds, **options):
+    return options.get("level", 0.1) * np.random.default_rng(0).normal(size=round(seconds * RATE))
+
+
+NAN = noise(1.0)
+NAN[5000] = np.nan
+
+
+@pytest.mark.parametrize(("samples", "rate", "message"), [
+    (noise(1), None, "needs its rate"),
+    (noise(1), 0, "sample rate out of range: 0 Hz"),
+    (noise(0), RATE, "no samples"),
+    (noise(0.01), RATE, "shorter than 0.5 s: 0.010 s"),
+    (np.zeros(RATE), RATE, "silence"),
+    (NAN, RATE, "NaN or infinite"),
+    (1e5 * noise(1), RATE, "samples out of range"),
+    (np.ones(RATE, complex), RATE, "wrong type: complex128"),
+    (np.arange(RATE), RATE, "wrong type: int64"),
+    (np.zeros((2, 3, 4)), RATE, r"wrong shape: \[2, 3, 4\]"),
+    (np.zeros((2, RATE)), RATE, r"wrong shape: \[2, 16000\], expected \[samples\] or \[samples, channels\]"),
+])
+def test_arrays_that_are_no_speech_are_told_with_their_place(samples, rate, message, embedder):
+    with pytest.raises(ValueError, match=f"recording 1.*{message}"):
+        embedder.embed([(noise(1), RATE), samples if rate is None else (samples, rate)])
+
+
+def test_clipped_arrays_and_others_beyond_full_scale_are_taken(embedder):
+    assert np.isfinite(embedder.embed(noise(1, level=2.0), RATE)).all()
+
+
+def test_files_that_cannot_be_used_are_named(embedder, tmp_path):
+    (tmp_path / "text.wav").write_text("no sound")
+    with pytest.raises(AudioError, match="text.wav: not readable as audio"):
+        embedder.verify(tmp_path / "text.wav", tmp_path / "text.wav")
+    with pytest.raises(AudioError, match="none.wav: no such file"):
+        embedder.embed([tmp_path / "none.wav"])
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone: no such workdir or model file"):
+        Embedder.load(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="is not the workdir of a run"):
+        Embedder.load(tmp_path)
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(ModelFileError, match="not a model file"):
+        Embedder.load(tmp_path / "text")
+    with pytest.raises(ValueError, match="holds one network"):
+        Embedder.load(tiny.model_file(), branch="ecapa")
+
+
+def test_an_hour_is_embedded_in_windows(embedder):
+    """Its embedding is the mean of the windows', each as the window has alone."""
+    second = (3000 * np.sin(np.arange(RATE) * 0.2)).astype(np.int16)
+    long = np.concatenate([np.tile(second, 100), np.tile(second[::-1] // 2, 100)])
+    got = embedder.embed(long, RATE)
+    halves = embedder.embed([long[: 100 * RATE], long[100 * RATE :]], RATE)
+    np.testing.assert_allclose(got, halves.mean(axis=0), atol=1e-4 * np.linalg.norm(got))

@@ -16,9 +16,9 @@ from memo_jax import scoring
 from memo_jax.checkpoint import saved_steps
 from memo_jax.config import read_config
 from memo_jax.data import Utterances
-from memo_jax.evaluate import load_network
 from memo_jax.log import read_metrics
 from memo_jax.trials import read_trials
+from memo_jax.workdir import workdir_model
 
 ERRORS = ("eer", "min_dcf_0.01", "min_dcf_0.05")
 
@@ -103,7 +103,9 @@ def test_results_name_what_they_are_and_match_the_scores_beside_them(output):
     assert results["eer"] == pytest.approx(100 * scoring.eer(scores, trials.target))
     for p in (0.01, 0.05):
         assert results[f"min_dcf_{p}"] == pytest.approx(scoring.min_dcf(scores, trials.target, p))
-    assert set(ERRORS) == set(results["log_mel_statistics"])
+    assert {*ERRORS, "eer_threshold"} == set(results["log_mel_statistics"])
+    low, high = results["eer_interval"]
+    assert 0 <= low <= results["eer"] <= high <= 100
     for figure in (f"EER {results['eer']:6.2f} %", "log-mel statistics", "45 trials, 5 of them target", "det.png"):
         assert figure in text
 
@@ -139,9 +141,9 @@ def test_step_role_and_branch_choose_the_network(workdir):
     import jax
 
     def kernels(*arguments):
-        variables, step = load_network(workdir, *arguments)[1:]
-        leaves = jax.tree.leaves(variables["params"])
-        return np.concatenate([np.ravel(leaf) for leaf in leaves]), step
+        model = workdir_model(workdir, *arguments)
+        leaves = jax.tree.leaves(model.variables["params"])
+        return np.concatenate([np.ravel(leaf) for leaf in leaves]), model.provenance["step"]
 
     teacher, step = kernels("resnet")
     assert step == 6
@@ -189,7 +191,7 @@ def test_a_trial_list_that_cannot_be_used_is_named(lines, message, tmp_path):
 def test_what_is_not_there_is_named(workdir, tmp_path):
     for place, named in (
         ({"workdir": tmp_path}, f"{tmp_path} is not the workdir of a run"),
-        ({"workdir": tmp_path / "gone"}, f"{tmp_path / 'gone'} is not the workdir of a run"),
+        ({"workdir": tmp_path / "gone"}, f"{tmp_path / 'gone'}: no such workdir or model file"),
         ({"data": tmp_path}, f"{tmp_path} is not a dataset"),
         ({"trials": tmp_path / "gone.txt"}, f"{tmp_path / 'gone.txt'}: No such file"),
     ):

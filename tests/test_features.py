@@ -35,6 +35,12 @@ def test_mel_power_is_librosas(samples):
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
+def test_mel_filters_are_librosas():
+    theirs = librosa.filters.mel(sr=16000, n_fft=512, n_mels=80, fmin=0.0, fmax=8000.0, htk=True, norm=None)
+    np.testing.assert_array_equal(features._mel_basis(), theirs.T[:256])
+    assert theirs[:, 256].max() < 1e-12  # the bin that is left out
+
+
 @jax.jit
 def all_features(waves, lengths):
     power = features.mel_power(waves, lengths)

@@ -42,6 +42,9 @@ def get_config():
     config.model.ecapa_channels = (16, 16, 16, 16, 48)
     config.model.resnet_base_channels = 2
     config.model.resnet_blocks = (1, 1, 1, 1)
+    config.model.campplus_layers = (1, 1, 1)
+    config.model.campplus_growth = 4
+    config.model.campplus_channels = 8
     config.model.head_hidden = 32
     config.model.head_bottleneck = 16
     config.model.prototypes = 64
@@ -137,6 +140,31 @@ def train_arguments(workdir: Path, *arguments: str) -> list[str]:
     settings += [text for text in arguments if not text.startswith("--")]
     command = ["train", f"--config={material().config}", f"--workdir={workdir}", *flags]
     return command + [f"--config.{text}" for text in settings]
+
+
+@functools.cache
+def untrained_model():
+    """A ResNet of two channels as it is before training, with a decision threshold: enough to try all but its use."""
+    import jax
+    import jax.numpy as jnp
+
+    from memo_jax.model_file import Decision, model_of_backbone
+    from memo_jax.models import build_backbone
+
+    backbone = build_backbone("resnet", embedding_dim=8, base_channels=2, blocks=(1, 1, 1, 1))
+    options = {"xla_backend_optimization_level": 0}
+    variables = jax.jit(backbone.init, compiler_options=options)(jax.random.key(0), jnp.zeros((2, 32, 80)))
+    variables = jax.tree.map(np.asarray, variables)
+    decision = Decision(0.4, 20.0, -8.0, "a list")
+    return model_of_backbone(backbone, variables, provenance={"said": "größer"}, decision=decision)
+
+
+@functools.cache
+def model_file() -> Path:
+    """A model file of `untrained_model`: only to be read."""
+    from memo_jax.model_file import write_model
+
+    return write_model(temporary_folder() / "model.safetensors", untrained_model())
 
 
 @functools.cache

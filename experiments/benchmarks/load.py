@@ -10,7 +10,7 @@ augmentation and log-mel: the same work as ours.
 An utterance gives 2 crops of 4 s and 4 of 2 s. Every library has one thread. Rates are per CPU-second of all processes
 of a loader, so that other work on the machine changes them little; wall time is beside them. Each loader is compared at
 the number of workers that suits it best. Files are in the operating system's
-memory: a disk must deliver about 32 kB for each second of an utterance. Needs torch (`pip install 'memo-jax[benchmark]'`)
+memory: a disk must deliver about 32 kB for each second of an utterance. Needs torch (`pip install 'memo-jax[torch]'`)
 but for --ours-only.
 """
 
@@ -208,7 +208,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if not options.ours_only and importlib.util.find_spec("torch") is None:
-        print("load.py compares with PyTorch, which is not installed: pip install 'memo-jax[benchmark]' (or pip install "
+        print("load.py compares with PyTorch, which is not installed: pip install 'memo-jax[torch]' (or pip install "
               "torch), or measure ours alone with --ours-only", file=sys.stderr)
         return 2
     from synthetic import cuts, utterance_lengths, write_dataset

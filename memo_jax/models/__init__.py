@@ -6,11 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memo_jax.models.campplus import CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN
 from memo_jax.models.heads import DINOHead
 from memo_jax.models.resnet import ResNet34
 
-BACKBONES = {"ecapa": ECAPATDNN, "resnet": ResNet34}
+BACKBONES = {"ecapa": ECAPATDNN, "resnet": ResNet34, "campplus": CAMPPlus}
 
 
 class Branch(nn.Module):

@@ -1,4 +1,4 @@
-"""ECAPA-TDNN (Desplanques et al., Interspeech 2020) in the form that speechbrain and the MeMo authors use."""
+"""ECAPA-TDNN (Desplanques et al., Interspeech 2020) in the forms of speechbrain, also the MeMo authors', and wespeaker."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memo_jax.models.layers import BatchNorm, TimeConv, bias_uniform, mean_time, torch_uniform, valid_frames
+from memo_jax.models.layers import (
+    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, torch_uniform, valid_frames,
+)
+
+FORMS = ("speechbrain", "wespeaker")
 
 
 class ConvReluNorm(nn.Module):
@@ -16,32 +20,47 @@ class ConvReluNorm(nn.Module):
     kernel_size: int = 1
     dilation: int = 1
     dtype: jnp.dtype = jnp.float32
+    padding: str = "reflect"
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        x = TimeConv(self.features, self.kernel_size, self.dilation, self.dtype, name="conv")(x, lengths)
+        x = TimeConv(
+            self.features, self.kernel_size, self.dilation, self.dtype, padding=self.padding, name="conv"
+        )(x, lengths)
         return BatchNorm(name="norm")(jax.nn.relu(x), train)
 
 
 class Res2Block(nn.Module):
-    """Res2 convolution: the first chunk passes; each further one is convolved with what the last one gave."""
+    """Res2 convolution: one chunk passes; each other one is convolved with what the one before it gave.
+
+    The first chunk passes in speechbrain's form, the last one in wespeaker's.
+    """
 
     features: int
     kernel_size: int
     dilation: int
     scale: int = 8
     dtype: jnp.dtype = jnp.float32
+    form: str = "speechbrain"
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        first, *rest = jnp.split(x, self.scale, axis=-1)
-        outputs = [first]
-        for i, chunk in enumerate(rest):
+        chunks = jnp.split(x, self.scale, axis=-1)
+        passed = chunks.pop(0 if self.form == "speechbrain" else -1)
+        outputs = []
+        for i, chunk in enumerate(chunks):
             conv = ConvReluNorm(
-                self.features // self.scale, self.kernel_size, self.dilation, self.dtype, name=f"chunk_{i}"
+                self.features // self.scale, self.kernel_size, self.dilation, self.dtype, padding_of(self.form),
+                name=f"chunk_{i}",
             )
-            outputs.append(conv(chunk if i == 0 else chunk + outputs[-1], lengths, train))
+            outputs.append(conv(chunk + outputs[-1] if outputs else chunk, lengths, train))
+        outputs.insert(0 if self.form == "speechbrain" else len(outputs), passed)
         return jnp.concatenate(outputs, axis=-1)
+
+
+def padding_of(form: str) -> str:
+    """Returns what stands beyond an utterance's ends in that form of the network."""
+    return "reflect" if form == "speechbrain" else "zeros"
 
 
 class SqueezeExcitation(nn.Module):
@@ -66,6 +85,7 @@ class SERes2Block(nn.Module):
     scale: int = 8
     se_bottleneck: int = 128
     dtype: jnp.dtype = jnp.float32
+    form: str = "speechbrain"
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
@@ -73,43 +93,56 @@ class SERes2Block(nn.Module):
         if x.shape[-1] != self.features:
             residual = TimeConv(self.features, dtype=self.dtype, name="shortcut")(x, lengths)
         x = ConvReluNorm(self.features, dtype=self.dtype, name="reduce")(x, lengths, train)
-        x = Res2Block(self.features, self.kernel_size, self.dilation, self.scale, self.dtype, name="res2")(
+        x = Res2Block(self.features, self.kernel_size, self.dilation, self.scale, self.dtype, self.form, name="res2")(
             x, lengths, train
         )
         x = ConvReluNorm(self.features, dtype=self.dtype, name="expand")(x, lengths, train)
         return SqueezeExcitation(self.se_bottleneck, self.dtype, name="se")(x, lengths) + residual
 
 
-def weighted_statistics(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def weighted_statistics(x: jax.Array, weights: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
     """Returns mean and deviation [N, C] of x [N, T, C] under weights that sum to one over time (two passes)."""
     mean = (weights * x).sum(axis=1)
     variance = (weights * jnp.square(x - mean[:, None, :])).sum(axis=1)
-    return mean, jnp.sqrt(jnp.maximum(variance, 1e-12))
+    return mean, jnp.sqrt(jnp.maximum(variance, floor))
 
 
 class AttentiveStatistics(nn.Module):
-    """Attentive statistics pooling with global context: [N, T, C] → [N, 2C] in float32."""
+    """Attentive statistics pooling, with global context or without: [N, T, C] → [N, 2C] in float32."""
 
     bottleneck: int = 128
     dtype: jnp.dtype = jnp.float32
+    form: str = "speechbrain"
+    global_context: bool = True
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
         channels, frames = x.shape[-1], x.shape[1]
         x32 = x.astype(jnp.float32)
-        if lengths is None:
-            valid, uniform = None, jnp.full((1, frames, 1), 1.0 / frames)
+        valid = None if lengths is None else valid_frames(lengths, frames)[:, :, None]
+        floor = 1e-12 if self.form == "speechbrain" else 1e-7
+        if self.global_context:
+            context = self.context(x32, lengths, valid, floor)[:, None, :]
+            hidden = ContextConv(self.bottleneck, dtype=self.dtype, name="hidden")(x, context)
         else:
-            valid = valid_frames(lengths, frames)[:, :, None]
-            uniform = valid / lengths[:, None, None].astype(jnp.float32)
-        mean, std = weighted_statistics(x32, uniform)
-        context = jnp.concatenate([mean, std], axis=-1)[:, None, :]
-        hidden = ContextConv(self.bottleneck, dtype=self.dtype, name="hidden")(x, context)
-        hidden = jnp.tanh(BatchNorm(name="norm")(jax.nn.relu(hidden), train))
-        scores = TimeConv(channels, dtype=self.dtype, name="attention")(hidden).astype(jnp.float32)
+            hidden = TimeConv(self.bottleneck, dtype=self.dtype, name="hidden")(x)
+        if self.form == "speechbrain":
+            hidden = BatchNorm(name="norm")(jax.nn.relu(hidden), train)
+        scores = TimeConv(channels, dtype=self.dtype, name="attention")(jnp.tanh(hidden)).astype(jnp.float32)
         if valid is not None:
             scores = jnp.where(valid, scores, -jnp.inf)
-        return jnp.concatenate(weighted_statistics(x32, jax.nn.softmax(scores, axis=1)), axis=-1)
+        return jnp.concatenate(weighted_statistics(x32, jax.nn.softmax(scores, axis=1), floor), axis=-1)
+
+    def context(self, x, lengths, valid, floor):
+        """Returns the mean and deviation over time, [N, 2C], that every frame's weight is computed with."""
+        if self.form == "wespeaker":
+            mean, variance = mean_and_variance_time(x, lengths)
+            return jnp.concatenate([mean, jnp.sqrt(variance + floor)], axis=-1)
+        if lengths is None:
+            uniform = jnp.full((1, x.shape[1], 1), 1.0 / x.shape[1])
+        else:
+            uniform = valid / lengths[:, None, None].astype(jnp.float32)
+        return jnp.concatenate(weighted_statistics(x, uniform, floor), axis=-1)
 
 
 class ContextConv(nn.Module):
@@ -132,6 +165,12 @@ class ECAPATDNN(nn.Module):
 
     `channels` are those of the first convolution, of the SE-Res2 blocks and of the aggregation. `lengths` [N], in
     frames, makes an utterance padded inside a batch give what it gives alone (evaluation only).
+
+    `form` is that of speechbrain or of wespeaker, which pads by zeros, passes the last chunk of a Res2 block, and has no
+    batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192). `global_context=False`
+    computes attention from single frames; `embedding_norm` ends with a batch norm.
+
+    Raises ValueError for an unknown form.
     """
 
     channels: Sequence[int] = (512, 512, 512, 512, 1536)
@@ -142,24 +181,34 @@ class ECAPATDNN(nn.Module):
     se_bottleneck: int = 128
     attention_bottleneck: int = 128
     dtype: jnp.dtype = jnp.float32
+    form: str = "speechbrain"
+    global_context: bool = True
+    embedding_norm: bool = False
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        x = ConvReluNorm(self.channels[0], self.kernel_sizes[0], self.dilations[0], self.dtype, name="stem")(
-            x, lengths, train
-        )
+        if self.form not in FORMS:
+            raise ValueError(f"unknown form of ECAPA-TDNN {self.form!r}: choose one of {', '.join(FORMS)}")
+        x = ConvReluNorm(
+            self.channels[0], self.kernel_sizes[0], self.dilations[0], self.dtype, padding_of(self.form), name="stem"
+        )(x, lengths, train)
         outputs = []
         for i, (width, kernel_size, dilation) in enumerate(
             zip(self.channels[1:-1], self.kernel_sizes[1:], self.dilations[1:], strict=True)
         ):
             block = SERes2Block(
-                width, kernel_size, dilation, self.scale, self.se_bottleneck, self.dtype, name=f"block_{i}"
+                width, kernel_size, dilation, self.scale, self.se_bottleneck, self.dtype, self.form, name=f"block_{i}"
             )
             x = block(x, lengths, train)
             outputs.append(x)
-        x = ConvReluNorm(self.channels[-1], dtype=self.dtype, name="aggregate")(
-            jnp.concatenate(outputs, axis=-1), lengths, train
-        )
-        pooled = AttentiveStatistics(self.attention_bottleneck, self.dtype, name="pool")(x, lengths, train)
+        x = jnp.concatenate(outputs, axis=-1)
+        if self.form == "speechbrain":
+            x = ConvReluNorm(self.channels[-1], dtype=self.dtype, name="aggregate")(x, lengths, train)
+        else:
+            x = jax.nn.relu(TimeConv(self.channels[-1], dtype=self.dtype, name="aggregate")(x))
+        pooled = AttentiveStatistics(
+            self.attention_bottleneck, self.dtype, self.form, self.global_context, name="pool"
+        )(x, lengths, train)
         pooled = BatchNorm(name="pool_norm")(pooled, train)
-        return TimeConv(self.embedding_dim, name="embedding")(pooled[:, None, :])[:, 0, :]
+        embedding = TimeConv(self.embedding_dim, name="embedding")(pooled[:, None, :])[:, 0, :]
+        return BatchNorm(name="embedding_norm")(embedding, train) if self.embedding_norm else embedding

@@ -46,6 +46,11 @@ def reflect_pad_time(x: jax.Array, pad: int, lengths: jax.Array | None) -> jax.A
     return jnp.take_along_axis(x, index[:, :, None], axis=1)
 
 
+def strided_lengths(lengths: jax.Array | None, stride: int) -> jax.Array | None:
+    """Returns how many frames a 'same' convolution with this stride leaves of each length."""
+    return None if lengths is None else (lengths - 1) // stride + 1
+
+
 def mean_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """Returns the mean [N, ...] of x [N, T, ...] over the frames of each utterance."""
     if lengths is None:
@@ -55,28 +60,49 @@ def mean_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     return (mask_time(x, lengths).astype(jnp.float32).sum(axis=1) / count).astype(x.dtype)
 
 
+def mean_and_variance_time(x: jax.Array, lengths: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and unbiased variance [N, ...] of x [N, T, ...] over the frames of each utterance, float32."""
+    x = x.astype(jnp.float32)
+    mean = mean_time(x, lengths)
+    count = x.shape[1] if lengths is None else lengths.reshape((-1,) + (1,) * (x.ndim - 2)).astype(jnp.float32)
+    return mean, mean_time(jnp.square(x - mean[:, None]), lengths) * (count / jnp.maximum(count - 1, 1))
+
+
 class TimeConv(nn.Module):
-    """Convolution over time, 'same' length, [N, T, C] → [N, T, features]; mirrored at the utterance's ends."""
+    """Convolution over time, 'same' length, [N, T, C] → [N, T', features], T' = ⌈T / stride⌉.
+
+    At an utterance's ends the input is mirrored (`padding="reflect"`) or zero (`padding="zeros"`).
+    """
 
     features: int
     kernel_size: int = 1
     dilation: int = 1
     dtype: jnp.dtype = jnp.float32
+    stride: int = 1
+    padding: str = "reflect"
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = torch_uniform
+    bias_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         channels = x.shape[-1]
-        kernel = self.param("kernel", torch_uniform, (self.kernel_size, channels, self.features))
-        bias = self.param("bias", bias_uniform(self.kernel_size * channels), (self.features,))
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        kernel = self.param("kernel", self.kernel_init, (self.kernel_size, channels, self.features))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.kernel_size == 1:
-            return x @ kernel[0] + bias
-        pad = self.dilation * (self.kernel_size - 1) // 2
-        x = reflect_pad_time(x, pad, lengths)
-        out = jax.lax.conv_general_dilated(
-            x, kernel, (1,), "VALID", rhs_dilation=(self.dilation,), dimension_numbers=("NWC", "WIO", "NWC")
-        )
-        return out + bias
+            out = x[:, :: self.stride] @ kernel[0]
+        else:
+            pad = self.dilation * (self.kernel_size - 1) // 2
+            if self.padding == "reflect":
+                x, pad = reflect_pad_time(x, pad, lengths), 0
+            out = jax.lax.conv_general_dilated(
+                mask_time(x, lengths) if pad else x, kernel, (self.stride,), ((pad, pad),),
+                rhs_dilation=(self.dilation,), dimension_numbers=("NWC", "WIO", "NWC"),
+            )
+        if self.use_bias:
+            init = self.bias_init or bias_uniform(self.kernel_size * channels)
+            out = out + self.param("bias", init, (self.features,)).astype(self.dtype)
+        return out
 
 
 class PlaneConv(nn.Module):

@@ -1,0 +1,91 @@
+"""Recordings of any length through a function of batches: buckets of similar length, masks, windows of long ones."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from memo_jax import features
+from memo_jax.log import progress
+
+SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
+BUCKET_GROWTH = 2**0.5  # few shapes to compile, and less than a sixth of the frames are padding on average
+BATCH_SECONDS = 64.0  # of padded speech in a batch: enough to fill the cores, little enough for any machine
+LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
+
+WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
+
+
+def bucket_length(samples: int) -> int:
+    """Returns the padded length, in samples, of an utterance of that length."""
+    length = SHORTEST_BUCKET
+    while length < samples:
+        length = -(-int(length * BUCKET_GROWTH) // features.HOP) * features.HOP
+    return length
+
+
+def windows(wave: np.ndarray) -> list[np.ndarray]:
+    """Returns a recording in as few windows of equal length as none is longer than LONGEST_SECONDS; mostly one."""
+    count = -(-len(wave) // round(LONGEST_SECONDS * features.SAMPLE_RATE))
+    return np.array_split(wave, max(count, 1))
+
+
+def apply_to_recordings(
+    function: WaveFunction, waves: Sequence[np.ndarray], rows: Iterable[int] | None = None, label: str = "embedding",
+    quiet: bool = False,
+) -> np.ndarray:
+    """Returns what `function` gives for full recordings, [N, D] float32 in their order.
+
+    Args:
+      function: of int16 waves [N, L], padded with zeros, and their lengths [N].
+      waves: int16 arrays [L], at least one sample each; each is read once, and few are in memory at a time.
+      rows: which of them; all by default.
+      quiet: show no progress.
+    """
+    rows = list(range(len(waves)) if rows is None else rows)
+    stream = apply_to_stream(function, ((position, waves[row]) for position, row in enumerate(rows)))
+    found = dict(progress(stream, len(rows), label, "recording", active=not quiet))
+    return np.stack([found[position] for position in range(len(rows))])
+
+
+def apply_to_stream(
+    function: WaveFunction, waves: Iterable[tuple[int, np.ndarray]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (key, row float32 [D]) for every (key, int16 wave [L]), not in their order.
+
+    Recordings wait in buckets of similar length until a batch is full, so memory stays bounded however many there are.
+    A recording longer than LONGEST_SECONDS gives the mean of its windows' rows.
+    """
+    waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
+    compiled: dict[int, int] = {}  # rows of the batches of a length: one shape each
+    unfinished: dict[int, list[np.ndarray]] = {}
+    parts: dict[int, int] = {}
+
+    def run(length):
+        batch = waiting.pop(length)
+        size = compiled.setdefault(length, min(_full(length), 1 << (len(batch) - 1).bit_length()))
+        # A batch that is not full is filled with one-sample recordings, so that each length compiles once.
+        padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)
+        for i, (_, wave) in enumerate(batch):
+            padded[i, : len(wave)], true[i] = wave, len(wave)
+        result = np.asarray(function(padded, true), np.float32)
+        for (key, _), row in zip(batch, result):
+            done = unfinished.setdefault(key, [])
+            done.append(row)
+            if len(done) == parts[key]:
+                yield key, np.mean(unfinished.pop(key), axis=0) if parts.pop(key) > 1 else row
+
+    for key, wave in waves:
+        cut = windows(wave)
+        parts[key] = len(cut)
+        for window in cut:
+            length = bucket_length(len(window))
+            waiting.setdefault(length, []).append((key, window))
+            if len(waiting[length]) == _full(length):
+                yield from run(length)
+    for length in sorted(waiting):
+        yield from run(length)
+
+
+def _full(length: int) -> int:
+    """How many recordings of a padded length make a full batch."""
+    return max(1, round(BATCH_SECONDS * features.SAMPLE_RATE / length))

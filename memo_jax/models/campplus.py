@@ -1,0 +1,151 @@
+"""CAM++ (Wang et al., Interspeech 2023): a densely connected TDNN with context-aware masking, in 3D-Speaker's form."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from memo_jax.models.layers import (
+    BatchNorm, PlaneConv, TimeConv, mask_time, mean_and_variance_time, mean_time, strided_lengths,
+)
+from memo_jax.models.resnet import BasicBlock
+
+SEGMENT = 100  # frames whose mean is one part of the context
+
+# The reference draws the convolutions over time so, and their biases are zero.
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+zeros = nn.initializers.zeros
+
+
+def segment_means(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Returns the means [N, S, C] of x [N, T, C] over segments of 100 frames, an utterance's last over what is left."""
+    frames = x.shape[1]
+    segments = -(-frames // SEGMENT)
+    x = jnp.pad(mask_time(x, lengths), ((0, 0), (0, segments * SEGMENT - frames), (0, 0)))
+    last = jnp.full((1,), frames) if lengths is None else lengths
+    count = jnp.clip(last[:, None] - SEGMENT * jnp.arange(segments), 1, SEGMENT).astype(jnp.float32)
+    sums = x.reshape(x.shape[0], segments, SEGMENT, x.shape[-1]).astype(jnp.float32).sum(axis=2)
+    return (sums / count[:, :, None]).astype(x.dtype)
+
+
+class FrontEnd(nn.Module):
+    """Residual convolutions over time and frequency that divide the mel bins by eight: [N, T, F] → [N, T, 4·F]."""
+
+    features: int = 32
+    blocks: Sequence[int] = (2, 2)
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, lengths=None, train=False):
+        x = mask_time(x, lengths)[..., None]
+        x = PlaneConv(self.features, dtype=self.dtype, name="stem")(x)
+        x = mask_time(jax.nn.relu(BatchNorm(name="stem_norm")(x, train)), lengths)
+        for stage, count in enumerate(self.blocks):
+            for i in range(count):
+                strides = (1, 2 if i == 0 else 1)
+                x, _ = BasicBlock(self.features, strides, self.dtype, name=f"stage_{stage}_block_{i}")(
+                    x, lengths, train
+                )
+        x = PlaneConv(self.features, 3, (1, 2), self.dtype, name="reduce")(x)
+        x = mask_time(jax.nn.relu(BatchNorm(name="reduce_norm")(x, train)), lengths)
+        return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1], -1)  # channel-major
+
+
+class ContextAwareMasking(nn.Module):
+    """Convolution over time, each output scaled by a gate computed from the utterance's and the segment's mean."""
+
+    features: int
+    kernel_size: int
+    dilation: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, lengths=None):
+        frames, channels = x.shape[1:]
+        local = TimeConv(
+            self.features, self.kernel_size, self.dilation, self.dtype, padding="zeros", use_bias=False,
+            kernel_init=he_normal, name="local",
+        )(x, lengths)
+        # The context is constant within a segment, so the gate is computed once for each.
+        context = mean_time(x, lengths)[:, None] + segment_means(x, lengths)
+        for name, width, activation in (
+            ("squeeze", channels // 2, jax.nn.relu), ("excite", self.features, jax.nn.sigmoid)
+        ):
+            conv = TimeConv(width, dtype=self.dtype, kernel_init=he_normal, bias_init=zeros, name=name)
+            context = activation(conv(context))
+        return local * jnp.repeat(context, SEGMENT, axis=1)[:, :frames]
+
+
+class DenseLayer(nn.Module):
+    """BN, ReLU, 1×1 convolution, BN, ReLU, context-aware masking: what a layer of a dense block adds to its input."""
+
+    growth: int
+    bottleneck: int
+    kernel_size: int
+    dilation: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, lengths=None, train=False):
+        x = NormReluConv(self.bottleneck, self.dtype, name="reduce")(x, train)
+        x = jax.nn.relu(BatchNorm(name="norm")(x, train))
+        return ContextAwareMasking(self.growth, self.kernel_size, self.dilation, self.dtype, name="masking")(x, lengths)
+
+
+class NormReluConv(nn.Module):
+    """Batch norm, ReLU, 1×1 convolution without bias."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = jax.nn.relu(BatchNorm(name="norm")(x, train))
+        return TimeConv(self.features, dtype=self.dtype, use_bias=False, kernel_init=he_normal, name="conv")(x)
+
+
+class CAMPPlus(nn.Module):
+    """CAM++: log-mel [N, T, F] → embedding [N, embedding_dim] float32; 7,176,224 parameters by default.
+
+    `layers` are those of the three dense blocks, `growth` what each adds, four times that its bottleneck. `lengths` [N]
+    in frames as in ECAPA. The last batch norm has no affine part.
+    """
+
+    embedding_dim: int = 512
+    layers: Sequence[int] = (12, 24, 16)
+    growth: int = 32
+    stem_channels: int = 128
+    plane_channels: int = 32
+    plane_blocks: Sequence[int] = (2, 2)
+    dilations: Sequence[int] = (1, 2, 2)
+    kernel_size: int = 3
+    bottleneck: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, lengths=None, train=False):
+        x = FrontEnd(self.plane_channels, self.plane_blocks, self.dtype, name="front_end")(x, lengths, train)
+        x = TimeConv(
+            self.stem_channels, 5, dtype=self.dtype, stride=2, padding="zeros", use_bias=False, kernel_init=he_normal,
+            name="stem",
+        )(x, lengths)
+        lengths = strided_lengths(lengths, 2)
+        x = jax.nn.relu(BatchNorm(name="stem_norm")(x, train))
+        for block, (count, dilation) in enumerate(zip(self.layers, self.dilations, strict=True)):
+            for i in range(count):
+                layer = DenseLayer(
+                    self.growth, self.bottleneck * self.growth, self.kernel_size, dilation, self.dtype,
+                    name=f"block_{block}_layer_{i}",
+                )
+                x = jnp.concatenate([x, layer(x, lengths, train)], axis=-1)
+            x = NormReluConv(x.shape[-1] // 2, self.dtype, name=f"transit_{block}")(x, train)
+        x = jax.nn.relu(BatchNorm(name="norm")(x, train))
+        mean, variance = mean_and_variance_time(x, lengths)
+        # The root has no gradient at 0, where a channel that ReLU keeps shut is: there it is taken as 0.
+        varies = variance > 0
+        deviation = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
+        embedding = TimeConv(self.embedding_dim, use_bias=False, kernel_init=he_normal, name="embedding")(
+            jnp.concatenate([mean, deviation], axis=-1)[:, None]
+        )[:, 0]
+        return BatchNorm(affine=False, name="embedding_norm")(embedding, train)
