@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import soundfile
 import tiny
 
 from memo_jax import collapse
@@ -34,7 +35,7 @@ def reference(tmp_path_factory):
     """The workdir of an uninterrupted run of 12 steps, with checkpoints at 8 and 12 and the gate closing after 7."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
     status, text = tiny.train_here(workdir)
-    assert status == 0, text
+    assert status == 0 and "augmentation: no bank of noise or rooms; other utterances are added as babble\n" in text, text
     return workdir
 
 
@@ -69,6 +70,39 @@ def test_labels_never_reach_training_and_a_seed_decides_all(reference, tmp_path)
     assert tiny.train_here(tmp_path / "run", f"data.train={dataset}")[0] == 0
     assert_same_state(tmp_path / "run", reference)
     assert rows_without_times(tmp_path / "run") == rows_without_times(reference)
+
+
+def test_a_run_with_banks_repeats_itself_and_keeps_them_as_int16_on_the_device(tmp_path, monkeypatch):
+    """Twice the same three steps with noise and rooms, whose number the run announces."""
+    rng = np.random.default_rng(0)
+    for kind, seconds in (("noise", 1.0), ("rirs", 0.1)):
+        (tmp_path / kind).mkdir()
+        for number in range(3):
+            decay = np.exp(-np.arange(int(16000 * seconds)) / 200) if kind == "rirs" else 0.2
+            soundfile.write(tmp_path / kind / f"{number}.wav", 0.9 * decay * rng.uniform(-1, 1, int(16000 * seconds)), 16000)
+    placed, replicate = {}, training.sharding.replicate
+
+    def watched(mesh, tree):
+        result = replicate(mesh, tree)
+        if isinstance(tree, dict) and "noise" in tree:
+            placed.update(result)
+        return result
+
+    monkeypatch.setattr(training.sharding, "replicate", watched)
+    for name in ("one", "two"):
+        status, text = tiny.train_here(
+            tmp_path / name, "total_steps=3", f"augment.noise={tmp_path / 'noise'}",
+            f"augment.rirs={tmp_path / 'rirs'}", "augment.bank_megabytes=0.1", "augment.clean=0.0")
+        assert status == 0 and "augmentation: 6 noise, 3 rir" in text, text
+    assert isinstance(placed["noise"], jax.Array) and placed["noise"].dtype == np.int16
+    assert_same_state(tmp_path / "one", tmp_path / "two")
+    assert rows_without_times(tmp_path / "one") == rows_without_times(tmp_path / "two")
+
+
+def test_training_without_any_augmentation_is_announced(tmp_path):
+    """No bank, and no babble from the batch either (`reference` is the run with babble)."""
+    status, text = tiny.train_here(tmp_path / "none", "total_steps=1", "augment.babble_from_batch=False")
+    assert status == 0 and "augmentation: no bank of noise or rooms\n" in text
 
 
 def test_another_seed_is_another_run(reference, tmp_path):
