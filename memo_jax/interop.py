@@ -125,7 +125,7 @@ def backbone_of(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> 
         return build_backbone(
             "resnet", base_channels=size("conv1.weight", 0, 32), embedding_dim=size("seg_1.weight", 0, 256),
             blocks=tuple(count(rf"layer{stage}\.(\d+)\.") for stage in range(1, 5)),
-            second_embedding=prefix + "seg_2.weight" in tensors,
+            second_embedding=prefix + "seg_2.weight" in tensors, pool_epsilon=1e-8 if kind == "3dspeaker" else 1e-7,
         )
     if backbone == "campplus":
         growth = size("xvector.block1.tdnnd1.cam_layer.linear_local.weight", 0, 32)
@@ -295,7 +295,12 @@ def without_gains(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def branch_to_torch(variables: Any, backbone: str) -> dict[str, np.ndarray]:
-    """Returns a branch's variables as {Speaker-net name: array}; the weight norms' gains, all one, are included."""
+    """Returns a branch's variables as {Speaker-net name: array}; the weight norms' gains, all one, are included.
+
+    Raises ValueError for an ECAPA-TDNN in wespeaker's form, which Speaker-net does not have.
+    """
+    if "kernel" in variables["params"]["backbone"].get("aggregate", ()):
+        raise ValueError("speaker-net has no ecapa in wespeaker's form")
     tensors = to_torch(variables, branch_torch_name(backbone))
     gains = {
         name.replace("weight_v", "weight_g"): np.ones((directions.shape[0], 1), np.float32)

@@ -4,12 +4,16 @@ import re
 import shlex
 import shutil
 
+import jax
 import numpy as np
 import pytest
 import soundfile
 import tiny
+from safetensors.numpy import save_file
 
+from memo_jax import interop
 from memo_jax.config import load_config
+from memo_jax.models import build_backbone
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -36,6 +40,15 @@ def shrinking(config_file):
     return [f"--config.{key}={value}" for key, value in own.items()]
 
 
+def torch_resnet():
+    """A small ResNet by the names of PyTorch."""
+    module = build_backbone("resnet", base_channels=2, blocks=(1, 1, 1, 1), embedding_dim=16)
+    random = np.random.default_rng(0)
+    shapes = interop.shapes_of(module)
+    variables = jax.tree.map(lambda x: random.uniform(0.1, 0.2, x.shape).astype(np.float32), shapes)
+    return interop.backbone_to_torch(variables, "wespeaker", "resnet")
+
+
 @pytest.fixture
 def folder_of_a_reader(tmp_path, monkeypatch):
     """A folder with recordings, trials, MUSAN and RIRS_NOISES in miniature, in which the commands are typed."""
@@ -49,6 +62,7 @@ def folder_of_a_reader(tmp_path, monkeypatch):
         (tmp_path / bank).mkdir(parents=True)
         soundfile.write(tmp_path / bank / "1.wav", 0.1 * rng.standard_normal(16000), 16000)
     (tmp_path / "configs").symlink_to(tiny.ROOT / "configs")
+    save_file(torch_resnet(), tmp_path / "resnet34.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,8 +77,10 @@ def test_every_memo_jax_command_runs_and_writes_what_is_said(folder_of_a_reader)
             assert status == 0, text
             ran.append(arguments[0])
             said += text
+    trained = ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval"]
+    converted = ["convert", "eval", "convert", "convert"]
     used = ["embed", "verify", "enroll", "identify", "embed"] + ["score"] * 3 + ["export", "report"]
-    assert ran == ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval", "train"] + used
+    assert ran == [*trained, *converted, "train", *used]
     assert "EER" in said and "log-mel statistics" in said
     for workdir in ("runs/small", "runs/memo", "runs/longer"):
         assert (folder_of_a_reader / workdir / "checkpoints" / "3").is_dir()
@@ -81,7 +97,7 @@ def test_the_python_example_runs(folder_of_a_reader):
 
 
 def test_other_commands_are_the_makefiles_and_pips():
-    """`make demo`, `make test` and `pip install .` have tests of their own, which need no network."""
+    """`make demo`, `make test`, `make parity` and `pip install .` have tests of their own, which need no network."""
     makefile = (tiny.ROOT / "Makefile").read_text()
     for program, *arguments in commands(README):
         if program != "memo-jax":

@@ -21,6 +21,7 @@ from memo_jax.data import open_utterances
 from memo_jax.gate import GateRule, initial_gate
 from memo_jax.log import read_metrics
 from memo_jax.state import TrainState
+from memo_jax.workdir import workdir_model
 
 TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
 
@@ -202,6 +203,8 @@ def test_a_workdir_belongs_to_its_data(reference, tmp_path):
         (["model.branches=xvector"], "unknown backbone 'xvector': choose one of ecapa, resnet"),
         (["model.branches=ecapa", "model.ecapa_channels=16,16"], "model.ecapa_channels is (16, 16)"),
         (["model.resnet_blocks=1,1"], "model.resnet_blocks is (1, 1)"),
+        (["model.campplus_layers=1,0,1"], "model.campplus_layers is (1, 0, 1)"),
+        (["model.ecapa_form=kaldi"], "model.ecapa_form is 'kaldi': choose speechbrain or wespeaker"),
         (["model.prototypes=0"], "model.prototypes is 0"),
         (["model.dtype=float16"], "choose float32 or bfloat16"),
         (["teacher.momentum=1.5"], "teacher.momentum is 1.5"),
@@ -228,6 +231,22 @@ def test_a_config_file_that_is_none_is_refused(tmp_path):
             (tmp_path / name).write_text(content)
         status, text = tiny.here("train", "--config", tmp_path / name, "--workdir", tmp_path / "run")
         assert status == 2 and name in text and message in text
+
+
+def test_any_two_backbones_learn_together(tmp_path):
+    """CAM++ and wespeaker's ECAPA-TDNN: each moves, learns from the other, and is found again in the workdir."""
+    status, text = tiny.train_here(
+        tmp_path / "run", "model.branches=ecapa,campplus", "model.ecapa_form=wespeaker",
+        "model.ecapa_embedding_norm=true", "total_steps=3", "checkpoint.every_steps=3",
+    )
+    assert status == 0, text
+    losses = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    for name in ("ecapa", "campplus"):
+        assert all(np.isfinite(row[f"loss/cross/{name}"]) and row[f"loss/cross/{name}"] > 0 for row in losses)
+        model, untrained = (workdir_model(tmp_path / "run", name, "student", step) for step in (3, 0))
+        assert model.backbone == name and model.arguments.get("form") in (None, "wespeaker")
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), model.variables, untrained.variables)
+        assert all(jax.tree.leaves(moved["batch_stats"])) and np.mean(jax.tree.leaves(moved["params"])) > 0.9
 
 
 def test_durations_may_be_epochs(tmp_path):

@@ -42,6 +42,9 @@ def get_config():
     config.model.ecapa_channels = (16, 16, 16, 16, 48)
     config.model.resnet_base_channels = 2
     config.model.resnet_blocks = (1, 1, 1, 1)
+    config.model.campplus_layers = (1, 1, 1)
+    config.model.campplus_growth = 4
+    config.model.campplus_channels = 8
     config.model.head_hidden = 32
     config.model.head_bottleneck = 16
     config.model.prototypes = 64

@@ -32,10 +32,12 @@ class BasicBlock(nn.Module):
 class TemporalStatistics(nn.Module):
     """Mean and deviation over time of [N, T, F, C], flattened channel-major: [N, 2·C·F] float32 (TSTP)."""
 
+    epsilon: float = 1e-7  # added to the variance before the root
+
     @nn.compact
     def __call__(self, x, lengths=None):
         mean, variance = mean_and_variance_time(x, lengths)
-        statistics = (mean, jnp.sqrt(variance + 1e-7))
+        statistics = (mean, jnp.sqrt(variance + self.epsilon))
         return jnp.concatenate([s.transpose(0, 2, 1).reshape(s.shape[0], -1) for s in statistics], axis=-1)
 
 
@@ -43,7 +45,7 @@ class ResNet34(nn.Module):
     """ResNet34: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32.
 
     1,988,656 parameters by default, 6,634,336 at base width 32. `second_embedding` adds ReLU, batch norm without affine
-    and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets. `lengths` [N] in frames as in ECAPA.
+    and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets. 3D-Speaker's `pool_epsilon` is 1e-8. `lengths` [N] in frames as in ECAPA.
     """
 
     base_channels: int = 16
@@ -51,6 +53,7 @@ class ResNet34(nn.Module):
     blocks: Sequence[int] = (3, 4, 6, 3)
     dtype: jnp.dtype = jnp.float32
     second_embedding: bool = False
+    pool_epsilon: float = 1e-7
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
@@ -63,7 +66,7 @@ class ResNet34(nn.Module):
                 width, name = self.base_channels * 2**stage, f"stage_{stage}_block_{i}"
                 block = BasicBlock(width, (stride, stride), self.dtype, name=name)
                 x, lengths = block(x, lengths, train)
-        pooled = TemporalStatistics(name="pool")(x, lengths)
+        pooled = TemporalStatistics(self.pool_epsilon, name="pool")(x, lengths)
         embedding = Linear(self.embedding_dim, name="embedding")(pooled)
         if self.second_embedding:
             embedding = BatchNorm(affine=False, name="embedding_norm")(jax.nn.relu(embedding), train)
