@@ -375,10 +375,10 @@ def _check_data_state(data: dict | None, folder) -> None:
     if saved == now:
         return
     if any(state != data["states"][0] for state in data["states"]):
-        raise ValueError(f"{folder}: each of {saved} processes saved a data position of its own, and there are {now} now: "
-                         f"resume with {saved}")
-    warnings.warn(f"{folder}: the number of processes was {saved} and is {now} now; the data goes on at the same position, "
-                  "shared out anew", stacklevel=4)
+        raise ValueError(f"{folder}: each of {saved} processes saved a data position of its own, and there are {now} "
+                         f"now: resume with {saved}")
+    warnings.warn(f"{folder}: the number of processes was {saved} and is {now} now; the data goes on at the same "
+                  "position, shared out anew", stacklevel=4)
 
 
 def _data_state(states: list[dict]):

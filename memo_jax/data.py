@@ -51,8 +51,8 @@ class Utterances:
     def fill(self, index: int, crops: list[np.ndarray], starts: list[float]) -> None:
         """Fills each crop, int16 [L], with a part of an utterance, reading only the segments that the crops touch.
 
-        A crop begins at the fraction `start` in [0, 1) of the places where it fits. An utterance shorter than the crop is
-        repeated, from the fraction `start` of its samples on. Raises OSError like `utterances[index]`.
+        A crop begins at the fraction `start` in [0, 1) of the places where it fits. An utterance shorter than the crop
+        is repeated, from the fraction `start` of its samples on. Raises OSError like `utterances[index]`.
         """
         samples, size = int(self.lengths[index]), self._shards.segment_samples
         places, needed = [], set()
@@ -226,11 +226,11 @@ class TrainingBatches(grain.DatasetIterator):
             self._reader = iter(self._read_ahead())
         try:
             batch = next(self._reader)
-        except Exception as error:  # the reader may go on behind what it could not read; another call tries that again
+        except Exception as error:  # the reader would go on behind what it could not read: another call must not
             self._close_reader()
             if isinstance(error, RuntimeError) and self._workers:  # as grain tells of a worker that ended by itself
-                raise OSError(f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps for want of "
-                              f"memory: try fewer workers ({error})") from error
+                raise OSError(f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps for want "
+                              f"of memory: try fewer workers ({error})") from error
             raise
         self._step += 1
         return batch

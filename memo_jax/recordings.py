@@ -22,8 +22,8 @@ class Recording(NamedTuple):
     """An utterance to be: `name` in the dataset, `speaker` ("" unknown), and where it is.
 
     It is the file `path` below the folder `root`; or the file `path` in the archive `root`, with its extent there; or,
-    with the root "|", the output of the command `path`; or, with a root of `tfds_audio.tfds_input`, its example number
-    `path`. With a span, it is what lies between these seconds of it.
+    with the root "|", the output of the command `path`; or, with a root of `tfds_audio.tfds_input`, its example
+    number `path`. With a span, it is what lies between these seconds of it.
     """
 
     name: str

@@ -100,14 +100,16 @@ def _opened(text):
         raise ValueError(f"{name} has the splits {', '.join(splits)}: name one, as in --tfds {name}:{splits[0]}")
     audio = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Audio)]
     if len(audio) != 1:
-        raise ValueError(f"{name} has {len(audio)} Audio features among {', '.join(builder.info.features)}; expected one")
+        raise ValueError(f"{name} has {len(audio)} Audio features among {', '.join(builder.info.features)}; expected "
+                         "one")
     return tfds, builder, split, audio[0]
 
 
 def _examples(tfds, builder, split, decoders=None):
     """Examples as dicts of numpy arrays, file after file."""
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False, add_tfds_id=False)
-    return builder.as_dataset(split=split, read_config=config, decoders=decoders, shuffle_files=False).as_numpy_iterator()
+    dataset = builder.as_dataset(split=split, read_config=config, decoders=decoders, shuffle_files=False)
+    return dataset.as_numpy_iterator()
 
 
 @functools.lru_cache(maxsize=1)

@@ -53,7 +53,8 @@ def data_dir(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tensorflow_datasets")
     build("spoken", tfds.features.Audio(sample_rate=16000),
-          lambda split, number: {"audio": samples_of(split, number), "id": f"{split}-{9 - number}", "speaker_id": number % 2})
+          lambda split, number: {"audio": samples_of(split, number), "id": f"{split}-{9 - number}",
+                                 "speaker_id": number % 2})
     build("nameless", tfds.features.Audio(sample_rate=8000, dtype=np.float32, shape=(None, 2)),
           lambda split, number: {"audio": np.stack([samples_of(split, 1)[:8000]] * 2, 1) / np.float32(32768)})
     build("silent", None, lambda split, number: {"text": "no sound"})
@@ -111,8 +112,8 @@ def without_tensorflow(tmp_path):
 
 def test_without_tensorflow_the_extra_is_named(without_tensorflow, tmp_path):
     folder, environment = without_tensorflow
-    command = [sys.executable, "-m", "memo_jax", "prepare", "--tfds=librispeech:test_clean", "--output", tmp_path / "set"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = ["prepare", "--tfds=librispeech:test_clean", "--output", tmp_path / "set"]
+    done = subprocess.run([sys.executable, "-m", "memo_jax", *command], env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "pip install 'memo-jax[tfds]'" in done.stderr and (folder / "asked").exists()
 
 

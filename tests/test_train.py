@@ -35,7 +35,8 @@ def reference(tmp_path_factory):
     """The workdir of an uninterrupted run of 12 steps, with checkpoints at 8 and 12 and the gate closing after 7."""
     workdir = tmp_path_factory.mktemp("reference") / "run"
     status, text = tiny.train_here(workdir)
-    assert status == 0 and "augmentation: no bank of noise or rooms; other utterances are added as babble\n" in text, text
+    assert status == 0, text
+    assert "augmentation: no bank of noise or rooms; other utterances are added as babble\n" in text
     return workdir
 
 
@@ -79,7 +80,8 @@ def test_a_run_with_banks_repeats_itself_and_keeps_them_as_int16_on_the_device(t
         (tmp_path / kind).mkdir()
         for number in range(3):
             decay = np.exp(-np.arange(int(16000 * seconds)) / 200) if kind == "rirs" else 0.2
-            soundfile.write(tmp_path / kind / f"{number}.wav", 0.9 * decay * rng.uniform(-1, 1, int(16000 * seconds)), 16000)
+            sound = 0.9 * decay * rng.uniform(-1, 1, int(16000 * seconds))
+            soundfile.write(tmp_path / kind / f"{number}.wav", sound, 16000)
     placed, replicate = {}, training.sharding.replicate
 
     def watched(mesh, tree):

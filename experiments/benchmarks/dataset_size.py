@@ -3,8 +3,8 @@
     python experiments/benchmarks/dataset_size.py [--json]
 
 The records are small, since their number is in question. A fresh process opens each dataset, takes a first batch, and
-then batches until every shard has been open. Memory is what that process holds (resident set), less what it holds before
-it opens the dataset.
+then batches until every shard has been open. Memory is what that process holds (resident set), less what it holds
+before it opens the dataset.
 """
 
 import argparse

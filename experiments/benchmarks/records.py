@@ -108,7 +108,8 @@ def read_recordings(folder: Path, count: int) -> list:
 def table(results: dict) -> str:
     """The results for people."""
     lines = [f"{results['hours']:.2f} hours of {results['sound']}, {results['utterances']} utterances", "",
-             "| record | options | MB an hour | read a second a core | written a second a core |", "|---|---|---|---|---|"]
+             "| record | options | MB an hour | read a second a core | written a second a core |",
+             "|---|---|---|---|---|"]
     for row in results["formats"]:
         lines.append(f"| {row['content']} | {row['options'].replace(',', ', ')} | {row['megabytes_per_hour']:.1f} "
                      f"| {row['reads_per_second_per_core']:,.0f} | {row['writes_per_second_per_core']:,.0f} |")
