@@ -108,8 +108,8 @@ class NormReluConv(nn.Module):
 class CAMPPlus(nn.Module):
     """CAM++: log-mel [N, T, F] → embedding [N, embedding_dim] float32; 7,176,224 parameters by default.
 
-    `layers` are those of the three dense blocks, `growth` what each adds, four times that its bottleneck. `lengths` [N]
-    in frames as in ECAPA. The last batch norm has no affine part.
+    `layers` are those of the three dense blocks; each adds `growth` channels, and its inner width is `bottleneck` times
+    that. `lengths` [N] in frames as in ECAPA. The last batch norm has no affine part.
     """
 
     embedding_dim: int = 512
