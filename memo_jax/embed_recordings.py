@@ -184,7 +184,8 @@ def _decoded(sources, todo, min_seconds) -> Iterator[tuple[int, np.ndarray | Non
 
 def summary(report: dict) -> str:
     """Returns what `embed_recordings` did in the form that a person reads."""
-    text = f"{report['recordings']:,} embeddings of {report['dimension']} numbers, {report['seconds'] / 3600:.2f} h of audio"
+    text = f"{report['recordings']:,} embeddings of {report['dimension']} numbers"
     if report["left_out"]:
-        text += f"; left out {len(report['left_out']):,} recordings, see {Path(report['output']).with_suffix('.left_out.tsv')}"
+        listed = Path(report["output"]).with_suffix(".left_out.tsv")
+        text += f"; left out {len(report['left_out']):,} recordings, see {listed}"
     return f"{text}\n{report['output']}"

@@ -79,10 +79,10 @@ class Embedder:
         cls, path: str | os.PathLike, *, branch: str | None = None, role: str | None = None, step: int | None = None,
         gallery: str | os.PathLike | None = None,
     ) -> "Embedder":
-        """Loads the network of a training workdir, a model file (exported, or converted from PyTorch weights) or artifact.
+        """Loads the network of a training workdir, or what was exported, or converted from PyTorch weights.
 
         Args:
-          path: workdir, or a file that `memo-jax export` (not .onnx) or `memo-jax convert` wrote.
+          path: workdir, or a file that `memo-jax export` or `memo-jax convert` wrote.
           branch: of a workdir: which backbone; "ecapa" by default, or the only one.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
@@ -179,7 +179,8 @@ class Embedder:
 def _is_one(recordings) -> bool:
     """Whether this is one recording and not a list of them."""
     if isinstance(recordings, tuple):
-        return len(recordings) == 2 and np.ndim(recordings[1]) == 0 and not isinstance(recordings[1], (str, os.PathLike))
+        second = recordings[1] if len(recordings) == 2 else None  # the rate of (array, rate)
+        return np.ndim(second) == 0 and not isinstance(second, (str, os.PathLike, type(None)))
     return isinstance(recordings, (str, os.PathLike)) or not isinstance(recordings, Iterable) or (
         hasattr(recordings, "__array__"))
 
@@ -196,7 +197,7 @@ def load_model(
             raise FileNotFoundError(f"{path}: no such workdir or model file")
         given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
         if given:
-            raise ValueError(f"{path} is a model file, which holds one network: a {given[0]} can be chosen in a workdir")
+            raise ValueError(f"{path} is a model file, which holds one network: choose a {given[0]} in a workdir")
         if zipfile.is_zipfile(path):
             from memo_jax.export import read_artifact
 

@@ -56,7 +56,8 @@ def det_figure(
 ) -> Figure:
     """DET curves: miss against false-alarm rate on normal-deviate axes in percent.
 
-    Dots mark equal error rates, diamonds where the detection cost at `p_target` is least. The legend lists the systems from worst to best with EER and minimum detection cost at `p_target`.
+    Dots mark equal error rates, diamonds where the detection cost at `p_target` is least. The legend lists the systems
+    from worst to best with both.
 
     Raises:
       ValueError: naming the system, when its scores cannot make a curve (see `scoring.error_rates`).

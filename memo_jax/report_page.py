@@ -20,6 +20,7 @@ from memo_jax.figures import det_figure, embedding_map_figure, score_histogram_f
 from memo_jax.files import write_text
 from memo_jax.log import read_metrics
 from memo_jax.models import parameter_count
+from memo_jax.page_template import PAGE, SCRIPT, STYLE_SHEET
 from memo_jax.report import gate_closing_step, learning_curve_figure
 from memo_jax.score import P_TARGETS, eer_interval, error_report
 from memo_jax.trials import speaker_folder
@@ -27,7 +28,7 @@ from memo_jax.workdir import workdir_model
 
 HARDEST = 6  # trials of each kind
 CLIP_SECONDS = 8.0  # of a recording that can be listened to
-MAP_SPEAKERS, MAP_RECORDINGS = 40, 1500  # most on the map: more would be no map
+MAP_SPEAKERS, MAP_RECORDINGS = 60, 1500  # most on the map: more would be no map
 
 
 @dataclasses.dataclass
@@ -104,7 +105,7 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
     sections = [
         ("run", "What was trained on what", facts_table(run_facts(workdir, config, rows))),
         ("curves", "Learning curves", picture(
-            learning_curve_figure(rows, title="Learning curves", references=references),
+            learning_curve_figure(rows, title=name, references=references),
             "Losses, error rates, entropies and schedules over the steps of training")),
     ]
     if tested is None:
@@ -160,11 +161,14 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
         banks.append("babble of the batch")
     facts["Augmentation"] = ", ".join(banks) or "none"
     weights = config.loss
-    facts["Losses"] = (f"self-distillation × {weights.self:g}, cross-distillation × {weights.cross:g} "
-                       f"({weights.cross_head} head), contrastive × {weights.contrastive:g} while the gate is open; "
-                       f"{config.model.prototypes:,} prototypes")
-    closed = gate_closing_step(rows)
-    facts["Gate"] = f"rule “{g.rule}”, " + (f"closed at step {closed:,}" if closed is not None else "not closed")
+    losses = [f"self-distillation × {weights.self:g}"]
+    if len(config.model.branches) > 1 and weights.cross:
+        losses.append(f"cross-distillation × {weights.cross:g} ({weights.cross_head} head)")
+    if g.rule != "never" and weights.contrastive:
+        losses.append(f"contrastive × {weights.contrastive:g} while the gate is open")
+        closed = gate_closing_step(rows)
+        facts["Gate"] = f"rule “{g.rule}”, " + (f"closed at step {closed:,}" if closed is not None else "not closed")
+    facts["Losses"] = f"{', '.join(losses)}; {config.model.prototypes:,} prototypes"
     optimizer = config.optimizer
     facts["Optimiser"] = (f"{optimizer.name}, learning rate {optimizer.learning_rate:g} at a batch of 256; teacher "
                           f"momentum {config.teacher.momentum:g} to {config.teacher.end_momentum:g}")
@@ -199,7 +203,7 @@ def test_section(tested: Tested, data, trials) -> str:
     said = (f"<p>{len(target):,} trials of {html.escape(Path(trials).name)} over {len(evaluation.rows):,} recordings "
             f"of {html.escape(str(data))}, {int(target.sum()):,} of them target trials. The intervals are by bootstrap "
             "over speakers. The log-mel statistics show what room and microphone alone give away.</p>")
-    det = det_figure({name: (scores, target) for name, scores in tested.scores.items()}, title="Detection error trade-off")
+    det = det_figure({name: (scores, target) for name, scores in tested.scores.items()})
     pictures = [picture(det, "DET curves of all systems")]
     for name, scores in tested.scores.items():
         thresholds = {}
@@ -214,7 +218,7 @@ def test_section(tested: Tested, data, trials) -> str:
 
 
 def map_section(tested: Tested) -> str:
-    """Returns the map of the best branch's embeddings: neighbours stay neighbours, distances further away say little."""
+    """Returns the map of the best branch's embeddings, with what can be read off it."""
     evaluation = tested.evaluation
     names = [evaluation.utterances.names[row] for row in evaluation.rows]
     table = evaluation.speakers()
@@ -280,7 +284,7 @@ def _clip_cell(evaluation: TrialEvaluation, position: int, clips: dict[int, str]
     if row not in clips:
         clips[row] = _sound(evaluation.utterances, row)
     name = html.escape(evaluation.utterances.names[row])
-    return f'<td><code>{name}</code><audio controls preload="none" src="{clips[row]}"></audio></td>'
+    return f'<td><code>{name}</code><audio controls preload="metadata" src="{clips[row]}"></audio></td>'
 
 
 def _sound(utterances: Utterances, row: int) -> str:
@@ -303,59 +307,6 @@ def picture(figure: Figure, description: str) -> str:
 
 def facts_table(facts: Mapping[str, str]) -> str:
     """Returns names and texts as a table."""
-    rows = (f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items())
-    return f"<table class=facts><tbody>{''.join(rows)}</tbody></table>"
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>{name}</h1><p>{step}</p><div class="cards">{cards}</div><nav>{links}</nav></header>
-<main>{body}</main>
-<footer>Written by memo-jax {version}. This page holds all it shows.</footer>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-STYLE_SHEET = """
-:root { --ink: #222; --muted: #6b6b6b; --line: #e3e3e3; --blue: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: #f5f6f7; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-header, main, footer { max-width: 1180px; margin: 0 auto; padding: 0 24px; }
-header { padding-top: 32px; }
-h1 { margin: 0; font-size: 30px; } header p { margin: 2px 0 18px; color: var(--muted); }
-.cards { display: flex; flex-wrap: wrap; gap: 12px; }
-.card { flex: 1 1 170px; padding: 14px 16px; background: #fff; border: 1px solid var(--line); border-radius: 10px;
-  border-top: 4px solid var(--blue); display: flex; flex-direction: column; }
-.card.plain { border-top-color: #b9b9b9; }
-.card b { font-size: 25px; line-height: 1.2; } .card span { color: var(--ink); } .card small { color: var(--muted); }
-nav { display: flex; flex-wrap: wrap; gap: 4px 20px; padding: 16px 0 4px; }
-nav a { color: var(--blue); text-decoration: none; } nav a:hover { text-decoration: underline; }
-section { margin: 18px 0; padding: 20px 24px 24px; background: #fff; border: 1px solid var(--line); border-radius: 10px; }
-h2 { margin: 0 0 12px; font-size: 20px; } h3 { margin: 22px 0 8px; font-size: 16px; } p { max-width: 75ch; }
-figure { margin: 14px 0 0; } img { display: block; max-width: 100%; height: auto; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 14px; }
-table { border-collapse: collapse; width: 100%; } th, td { padding: 7px 12px 7px 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); } th { font-weight: 600; }
-.facts th { width: 150px; color: var(--muted); font-weight: 500; }
-.rates td, .rates thead th { text-align: right; font-variant-numeric: tabular-nums; } .rates thead th:first-child { text-align: left; }
-.rates thead th { color: var(--muted); font-weight: 500; }
-.trials td { vertical-align: middle; } .score { width: 90px; font-size: 18px; font-variant-numeric: tabular-nums; }
-.score small { display: block; font-size: 12px; color: var(--muted); }
-code { font-size: 13px; overflow-wrap: anywhere; } audio { display: block; width: 100%; max-width: 380px; height: 34px; margin-top: 4px; }
-.note { padding: 10px 14px; background: #fff8e6; border-left: 4px solid #b07a00; }
-footer { padding: 8px 24px 40px; color: var(--muted); font-size: 13px; }
-"""
-
-SCRIPT = """
-const players = [...document.querySelectorAll("audio")];
-for (const one of players)
-  one.addEventListener("play", () => players.forEach(other => other !== one && other.pause()));
-"""
+    rows = ((html.escape(name), html.escape(text)) for name, text in facts.items())
+    lines = "".join(f"<tr><th scope=row>{name}</th><td>{text}</td></tr>" for name, text in rows)
+    return f"<table class=facts><tbody>{lines}</tbody></table>"

@@ -9,7 +9,9 @@ import tiny
 import memo_jax
 from memo_jax import cli
 
-COMMANDS = ("prepare", "train", "eval")
+COMMANDS = (
+    "prepare", "train", "eval", "embed", "verify", "enroll", "identify", "report", "export", "score", "convert",
+)
 HEAVY = (
     "jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "numpy", "scipy", "librosa",
     "ml_collections",

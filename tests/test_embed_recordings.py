@@ -164,7 +164,7 @@ def test_a_disk_that_takes_nothing_is_named(size, corpus, tmp_path):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
-    """Interrupted after 8 of 20 recordings: these are not read again, and the result is that of an uninterrupted run."""
+    """Interrupted after 8 of 20 recordings: these are not read again, and the result is the same."""
     embed(tmp_path / "whole.npz", corpus)
     embedder, read = Embedder.load(tiny.model_file()), []
     apply = module.apply_to_stream

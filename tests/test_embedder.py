@@ -38,7 +38,7 @@ def test_importing_the_package_imports_nothing_heavy_until_the_embedder_is_asked
 
 
 def test_a_recording_has_one_embedding_however_it_is_given(embedder, corpus):
-    """Path, text, floats, integers, at another rate, stereo, alone or in a list; 1e-4 of the norm for what is 16 bit."""
+    """Path, text, floats, integers, stereo, alone or in a list; 1e-4 of the norm for what is 16 bit."""
     path = corpus / "s0" / "0.wav"
     samples, rate = soundfile.read(path)
     wanted = embedder.embed(path)

@@ -16,6 +16,9 @@ from memo_jax import scoring
 from memo_jax.checkpoint import saved_steps
 from memo_jax.config import read_config
 from memo_jax.data import Utterances
+from memo_jax.embedder import DEFAULT_THRESHOLD, Embedder
+from memo_jax.evaluate import Crops
+from memo_jax.features import SAMPLE_RATE
 from memo_jax.log import read_metrics
 from memo_jax.trials import read_trials
 from memo_jax.workdir import workdir_model
@@ -153,6 +156,59 @@ def test_step_role_and_branch_choose_the_network(workdir):
         for other in networks[:i]:
             assert not np.array_equal(one, other)
     np.testing.assert_array_equal(networks[3], kernels("resnet", "student", 0)[0])
+
+
+def test_a_saved_threshold_stays_with_its_network(workdir, tmp_path):
+    """Tuned for the ECAPA teacher of a step: others keep the default, an export takes it along."""
+    run = shutil.copytree(workdir, tmp_path / "run")
+    assert Embedder.load(run).threshold == DEFAULT_THRESHOLD
+    status, text = evaluate(tmp_path / "out", "--save-threshold", workdir=run)
+    assert status == 0 and "is kept with the model" in text, text
+    results = results_of(tmp_path / "out")
+    tuned = Embedder.load(run)
+    assert tuned.threshold == results["saved_threshold"] == results["eer_threshold"]
+    assert "45 trials of trials.txt" in tuned.threshold_source
+    assert tuned.model.decision.scale > 0 or results["eer"] > 50
+    for other in ({"branch": "resnet"}, {"role": "student"}, {"step": 4}):
+        assert Embedder.load(run, **other).threshold == DEFAULT_THRESHOLD
+    corpus = tiny.material().corpus
+    status, text = tiny.here("verify", corpus / "s0" / "0.wav", corpus / "s0" / "1.wav", "--model", run)
+    assert status in (0, 1) and "of trials.txt" in text and "not tuned" not in text
+    assert tiny.here("export", "--model", run, "--output", tmp_path / "a.safetensors")[0] == 0
+    assert Embedder.load(tmp_path / "a.safetensors").threshold == tuned.threshold
+
+    status, text = evaluate(tmp_path / "out", "--save-threshold", "min_dcf_0.01", workdir=tmp_path / "a.safetensors")
+    assert status == 0 and results_of(tmp_path / "out")["eer"] == results["eer"], text
+    again = Embedder.load(tmp_path / "a.safetensors")
+    assert again.threshold == results_of(tmp_path / "out")["saved_threshold"]
+    assert "min_dcf_0.01" in again.threshold_source
+    assert again.fingerprint == tuned.fingerprint == results["fingerprint"]
+    (run / "decisions.json").write_text("{")
+    with pytest.raises(ValueError, match="decisions.json: damaged"):
+        Embedder.load(run)
+
+
+def test_a_workdir_its_export_and_embed_give_what_eval_scored(workdir, output, tmp_path):
+    """The cosines in scores.txt are those of `embed` and `score`."""
+    assert tiny.here("embed", tiny.material().dataset, "--model", workdir, "--output", tmp_path / "e.npz")[0] == 0
+    status, text = tiny.here("score", "--embeddings", tmp_path / "e.npz", "--trials", tiny.material().trials, "--json",
+                             "--scores", tmp_path / "scores.txt")
+    assert status == 0, text
+    found, results = json.loads(text), results_of(output[0])
+    assert found["models"] == [results["fingerprint"]]
+    scores = [np.loadtxt(path, usecols=0) for path in (tmp_path / "scores.txt", output[0] / "scores.txt")]
+    np.testing.assert_allclose(*scores, atol=1e-4)
+
+
+def test_crops_are_spread_evenly_and_scored_in_pairs(workdir, tmp_path):
+    crops = [Crops([np.arange(100_000, dtype=np.int32)], i, 3, 2.0)[0] for i in range(3)]
+    assert [crop[0] for crop in crops] == [0, 34_000, 68_000] and {len(crop) for crop in crops} == {32_000}
+    np.testing.assert_array_equal(Crops([np.arange(3)], 0, 1, 8 / SAMPLE_RATE)[0], [0, 1, 2, 0, 1, 2, 0, 1])
+    status, text = evaluate(tmp_path / "crops", "--crops", "2", "--crop-seconds", "0.5")
+    assert status == 0, text
+    whole = evaluate(tmp_path / "whole")
+    assert whole[0] == 0 and results_of(tmp_path / "crops")["crops"] == 2
+    assert (tmp_path / "crops" / "scores.txt").read_text() != (tmp_path / "whole" / "scores.txt").read_text()
 
 
 def test_only_the_recordings_of_the_trials_are_read(workdir, tmp_path, monkeypatch):

@@ -50,7 +50,8 @@ def in_another_process(code, *arguments):
 
 def test_the_program_runs_with_jax_alone_for_any_batch_and_length(exported):
     model = tiny.untrained_model()
-    for got, (count, samples) in zip(in_another_process(WITH_JAX_ALONE, exported[1]), ((1, 8000), (3, 24000)), strict=True):
+    found = in_another_process(WITH_JAX_ALONE, exported[1])
+    for got, (count, samples) in zip(found, ((1, 8000), (3, 24000)), strict=True):
         waves = 0.1 * np.random.default_rng(samples).normal(size=(count, samples)).astype(np.float32)
         wanted = np.asarray(model.embed_waves(waves, np.full(count, samples - 80, np.int32)))
         assert got.shape == (count, 8)

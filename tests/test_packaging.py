@@ -15,7 +15,10 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 # Distributions whose module has another name than theirs, normalised.
 MODULE_NAMES = {"tensorflow-datasets": "tensorflow_datasets", "orbax-checkpoint": "orbax",
-                "ml-collections": "ml_collections", "array-record": "array_record", "absl-py": "absl"}
+                "ml-collections": "ml_collections", "array-record": "array_record", "absl-py": "absl",
+                "scikit-learn": "sklearn"}
+# Imported where they are needed alone, with a message for those who lack them: each is an extra of its name.
+OPTIONAL = {"torch"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,9 @@ def test_the_library_imports_only_what_it_declares(setup_cfg):
     declared = {MODULE_NAMES.get(name.replace("_", "-"), name) for name in declared} | {"memo_jax"}
     imported = modules_imported_below(ROOT / "memo_jax")
     assert "jax" in imported
-    undeclared = {name: file for name, file in imported.items() if name not in declared | set(sys.stdlib_module_names)}
+    assert OPTIONAL <= set(setup_cfg["options.extras_require"])
+    known = declared | OPTIONAL | set(sys.stdlib_module_names)
+    undeclared = {name: file for name, file in imported.items() if name not in known}
     assert not undeclared
 
 

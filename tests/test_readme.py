@@ -77,12 +77,23 @@ def test_every_memo_jax_command_runs_and_writes_what_is_said(folder_of_a_reader)
             assert status == 0, text
             ran.append(arguments[0])
             said += text
-    assert ran == ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval", "convert", "eval", "convert", "convert", "train"]
+    trained = ["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval"]
+    converted = ["convert", "eval", "convert", "convert"]
+    used = ["embed", "verify", "enroll", "identify", "embed"] + ["score"] * 3 + ["export", "report"]
+    assert ran == [*trained, *converted, "train", *used]
     assert "EER" in said and "log-mel statistics" in said
     for workdir in ("runs/small", "runs/memo", "runs/longer"):
         assert (folder_of_a_reader / workdir / "checkpoints" / "3").is_dir()
     for name in re.findall(r"`(\w+\.(?:json|jsonl|tsv|txt|png))`", README):
         assert list(folder_of_a_reader.rglob(name)), f"{name} is in the README, but no command has written it"
+
+
+def test_the_python_example_runs(folder_of_a_reader):
+    """On an untrained network, which the example does not mind."""
+    shutil.copy(tiny.model_file(), "model")
+    example, = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    exec(example.replace('"runs/small"', '"model"'), names := {})
+    assert names["embedder"].gallery.names == ["Ada"] and -1 <= names["score"] <= 1
 
 
 def test_other_commands_are_the_makefiles_and_pips():

@@ -1,16 +1,14 @@
 """`memo-jax score` as it is typed, on embeddings of any program, against scikit-learn and scipy."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
 import tiny
-from scipy.optimize import brentq
 from scipy.interpolate import interp1d
+from scipy.optimize import brentq
 from sklearn.metrics import log_loss, roc_curve
 
-from memo_jax import scoring
 from memo_jax.embedding_file import Embeddings, write_embeddings
 from memo_jax.trials import read_trials, trial_pairs
 
@@ -33,7 +31,8 @@ def folder(tmp_path_factory):
         rows = centers[speakers] + spread * rng.normal(size=(len(names), DIMENSION)) + 0.5
         write_embeddings(folder / f"{system}.npz", Embeddings(names, rows, system))
         others = [f"other/{i}.wav" for i in range(40)]
-        write_embeddings(folder / f"{system} cohort.npz", Embeddings(others, rng.normal(size=(40, DIMENSION)) + 0.5, system))
+        cohort = rng.normal(size=(40, DIMENSION)) + 0.5
+        write_embeddings(folder / f"{system} cohort.npz", Embeddings(others, cohort, system))
     for list_name, parity in (("trials.txt", 0), ("tuning.txt", 1)):
         pairs = [(i, j) for i in range(len(names)) for j in range(i) if (i + j) % 2 == parity]
         lines = [f"{int(speakers[i] == speakers[j])} {names[i]} {names[j]}\n" for i, j in pairs]
@@ -44,7 +43,8 @@ def folder(tmp_path_factory):
 def score(folder, *arguments, embeddings=("one.npz",)):
     """Runs the command with --json; returns what it printed."""
     files = [text for name in embeddings for text in ("--embeddings", folder / name)]
-    status, text = tiny.here("score", *files, "--trials", folder / "trials.txt", "--json", "--replicates", 50, *arguments)
+    options = ("--trials", folder / "trials.txt", "--json", "--replicates", 50)
+    status, text = tiny.here("score", *files, *options, *arguments)
     assert status == 0, text
     return json.loads(text)
 
@@ -105,7 +105,8 @@ def test_mean_subtraction_and_as_norm_use_the_cohort(folder):
     units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     nearest = -np.sort(-units @ (cohort / np.linalg.norm(cohort, axis=1, keepdims=True)).T, axis=1)[:, :10]
     normal = [(scores - nearest[side].mean(axis=1)) / nearest[side].std(axis=1) for side in pairs.T]
-    assert_rates(score(folder, "--cohort", folder / "one cohort.npz", "--as-norm", "10"), np.mean(normal, axis=0), target)
+    found = score(folder, "--cohort", folder / "one cohort.npz", "--as-norm", "10")
+    assert_rates(found, np.mean(normal, axis=0), target)
 
 
 def test_several_files_are_averaged(folder):
@@ -172,7 +173,8 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
         (("--embeddings", folder / "gone.npz"), "gone.npz: no such file"),
         (("--speakers", tmp_path / "gone"), "gone: No such file"),
     ):
-        status, text = tiny.here("score", "--embeddings", folder / "one.npz", "--trials", folder / "trials.txt", *arguments)
+        needed = ("--embeddings", folder / "one.npz", "--trials", folder / "trials.txt")
+        status, text = tiny.here("score", *needed, *arguments)
         assert status == 2 and message in text, text
     for content, message in (("", "the trial list is empty"), ("1 id00/0.wav\n", "2 fields"),
                              ("1 id00/0.wav id00/1.wav\n", "no nontarget trial")):
