@@ -61,7 +61,7 @@ def _sources_of(path: Path, given) -> Iterator[Source]:
 
         utterances = open_utterances(path)
         yield from (Source(name, _reader(utterances.__getitem__, row)) for row, name in enumerate(utterances.names))
-    elif is_compressed_tar(path) and path.is_file():
+    elif path.is_file() and is_archive_name(path) and is_compressed_tar(path):
         raise ValueError(f"{path} is a compressed tar, whose recordings cannot be read one by one: make a dataset of it "
                          "with memo-jax prepare, or unpack it")
     elif path.is_dir() or (path.is_file() and is_archive_name(path)):

@@ -118,7 +118,9 @@ class PlaneConv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", torch_uniform, shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        if self.kernel_size == 1:  # as a matrix product, whose gradient XLA computes several times faster on a CPU
+        # As a matrix product, whose gradient XLA computes several times faster on a CPU. Of a length that is a symbol, as
+        # in export, JAX could not prove that the slice has as many frames as a convolution leaves.
+        if self.kernel_size == 1 and isinstance(x.shape[1], int):
             return x[:, :: self.strides[0], :: self.strides[1]] @ kernel[0, 0]
         pad = self.kernel_size // 2
         return jax.lax.conv_general_dilated(
