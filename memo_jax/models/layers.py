@@ -159,41 +159,26 @@ def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: f
 
 
 def _normalize(x, scale, bias, epsilon):
-    lanes, count = _wide_rows(x).astype(jnp.float32), x.size // x.shape[-1]
-    mean = _channel_sum(lanes, x) / count
-    centered = lanes - _per_lane(mean, x)
-    var = _channel_sum(jnp.square(centered), x) / count
+    axes = tuple(range(x.ndim - 1))
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(axes)
+    centered = x32 - mean
+    var = jnp.square(centered).mean(axes)
     inverse = jax.lax.rsqrt(var + epsilon)
     # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
-    out = centered * _per_lane(inverse * scale, x) + _per_lane(bias, x)
-    return (out.astype(x.dtype).reshape(x.shape), mean, var), (x, scale, mean, inverse)
+    out = centered * (inverse * scale) + bias
+    return (out.astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
 def _normalize_gradients(residuals, gradients):
     x, scale, mean, inverse = residuals
-    gradient = _wide_rows(gradients[0]).astype(jnp.float32)
-    normalized = (_wide_rows(x).astype(jnp.float32) - _per_lane(mean, x)) * _per_lane(inverse, x)
-    of_bias, of_scale = _channel_sum(gradient, x), _channel_sum(gradient * normalized, x)
+    axes = tuple(range(x.ndim - 1))
+    gradient = gradients[0].astype(jnp.float32)
+    normalized = (x.astype(jnp.float32) - mean) * inverse
+    of_bias, of_scale = gradient.sum(axes), (gradient * normalized).sum(axes)
     count = x.size // x.shape[-1]
-    of_x = gradient - _per_lane(of_bias / count, x) - normalized * _per_lane(of_scale / count, x)
-    of_x = of_x * _per_lane(inverse * scale, x)
-    return of_x.astype(x.dtype).reshape(x.shape), of_scale, of_bias, None
-
-
-# With eight or sixteen channels, loops over the last axis are too short to be vectorised: frequency joins them.
-def _wide_rows(x):
-    """[N, T, F, C] → [N·T, F·C], [..., C] → [rows, C]."""
-    return x.reshape(-1, x.shape[-2] * x.shape[-1]) if x.ndim == 4 else x.reshape(-1, x.shape[-1])
-
-
-def _per_lane(of_channels, x):
-    """Values [C] as the lanes of `_wide_rows(x)` have them."""
-    return jnp.tile(of_channels, x.shape[-2]) if x.ndim == 4 else of_channels
-
-
-def _channel_sum(lanes, x):
-    """The sum [C] over all else."""
-    return lanes.sum(axis=0).reshape(-1, x.shape[-1]).sum(axis=0)
+    of_x = (inverse * scale) * (gradient - of_bias / count - normalized * (of_scale / count))
+    return of_x.astype(x.dtype), of_scale, of_bias, None
 
 
 normalized_batch.defvjp(_normalize, _normalize_gradients)
