@@ -61,10 +61,10 @@ def test_load_says_what_to_install_where_torch_is_missing(tmp_path):
     environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), environment["PYTHONPATH"]))
     done = run("load.py", "--json", *LOAD, environment=environment)
     assert done.returncode == 2 and done.stdout == ""
-    assert "memo-jax[benchmark]" in done.stderr and "--ours-only" in done.stderr
+    assert "memo-jax[torch]" in done.stderr and "--ours-only" in done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install '.[benchmark]'")
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install '.[torch]'")
 def test_load_compares_with_pytorch():
     results = printed_json(run("load.py", "--json", *LOAD))
     assert results["ratio"] == pytest.approx(
