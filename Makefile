@@ -19,7 +19,7 @@ help:
 	@echo "make test-tfds                 run the tests that need TensorFlow, in an environment of their own"
 	@echo "make parity                    compare with the PyTorch networks, in an environment of its own, $(PARITY)"
 	@echo "make install                   only make the environment in $(VENV)"
-	@echo "make clean                     remove $(VENV), $(PARITY), demo_output and caches"
+	@echo "make clean                     remove $(VENV), $(PARITY), $(TFDS), demo_output and caches"
 	@echo "PYTHON=python3.12              before any of them: which Python (3.11 or newer) makes $(VENV)"
 
 demo: $(INSTALLED)
@@ -34,6 +34,7 @@ test-tfds: $(TFDS)/installed
 		--deselect tests/test_tfds_audio.py::test_nothing_else_imports_tensorflow
 
 $(TFDS)/installed: setup.cfg pyproject.toml
+	@echo "Making $(TFDS) with TensorFlow; a few minutes the first time."
 	@$(PYTHON) -m venv $(TFDS)
 	@$(TFDS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tfds]'
 	@touch $@

@@ -2,8 +2,8 @@
 
     memo-jax train --config configs/small.py --workdir runs/small --config.data.train=DATASET …
 
-The first 600 steps took 2,643 CPU-seconds, evaluations and compilation included. What they reached is in
-experiments/README.md; the run has not been taken to its end yet.
+A step takes about 4.3 CPU-seconds. What the first steps of a run reached is in experiments/README.md; none has been
+taken to its end yet.
 """
 
 import base

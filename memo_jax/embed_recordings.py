@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ from memo_jax.files import write_text
 from memo_jax.log import Progress
 from memo_jax.recordings import find_recordings, read_recording
 
-LONGEST_SECONDS = 4 * 3600.0  # longer recordings are left out, as in a dataset
 AHEAD = 8  # recordings that are decoded before they are needed
 SAVE_SECONDS = 120.0  # how often the embeddings so far are saved, so that an interrupted run can go on
 
@@ -65,8 +63,7 @@ def _sources_of(path: Path, given) -> Iterator[Source]:
         raise ValueError(f"{path} is a compressed tar, whose recordings cannot be read one by one: make a dataset of it "
                          "with memo-jax prepare, or unpack it")
     elif path.is_dir() or (path.is_file() and is_archive_name(path)):
-        read = functools.partial(read_recording, max_seconds=LONGEST_SECONDS)
-        yield from (Source(found.name, _reader(read, found)) for found in find_recordings([path])[0])
+        yield from (Source(found.name, _reader(read_recording, found)) for found in find_recordings([path])[0])
     elif path.exists():
         yield Source(os.fspath(given), _reader(read_audio, path))
     else:

@@ -112,7 +112,8 @@ def _power_spectrum(padded, basis):
     """Power spectrum [N, T, B] of windows of 400 samples every 160, from padded waves [N, L + 400].
 
     A strided convolution over blocks of 80 samples with the windowed Fourier basis [400, 2B] (cosines, then sines): the
-    framing costs no gather and nothing is complex. As fast as a real FFT on CPU (within a tenth), and made of matrix products on TPU.
+    framing costs no gather and nothing is complex. As fast as a real FFT on CPU (within a tenth), and made of matrix
+    products on TPU.
     """
     block_count = padded.shape[1] // _BLOCK
     blocks = padded[:, : block_count * _BLOCK].reshape(padded.shape[0], block_count, _BLOCK)

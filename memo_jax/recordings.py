@@ -122,7 +122,7 @@ def _place(recording):
     return recording.extent.number if is_streamed(recording) else None
 
 
-def read_recording(recording: Recording, *, max_seconds: float, spool: tuple[str, int] | None = None):
+def read_recording(recording: Recording, *, max_seconds: float = 4 * 3600, spool: tuple[str, int] | None = None):
     """The samples of a recording, int16 [L] at 16 kHz; `spool` is the file and offset where a streamed one was copied.
 
     Raises:

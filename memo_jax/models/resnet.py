@@ -45,7 +45,8 @@ class ResNet34(nn.Module):
     """ResNet34: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32.
 
     1,988,656 parameters by default, 6,634,336 at base width 32. `second_embedding` adds ReLU, batch norm without affine
-    and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets. 3D-Speaker's `pool_epsilon` is 1e-8. `lengths` [N] in frames as in ECAPA.
+    and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets. 3D-Speaker's `pool_epsilon` is 1e-8.
+    `lengths` [N] in frames as in ECAPA.
     """
 
     base_channels: int = 16
