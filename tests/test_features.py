@@ -1,7 +1,8 @@
-"""The front end agrees with librosa, and an utterance's features do not depend on what it is batched with."""
+"""Front ends agree with librosa and Kaldi, and an utterance's features do not depend on what it is batched with."""
 
 import jax
 import jax.export
+import kaldi_native_fbank
 import librosa
 import numpy as np
 import pytest
@@ -100,3 +101,40 @@ def test_features_export_with_any_batch_and_length():
     waves, lengths = np.stack([speech_like(1500, 0), speech_like(1500, 1)]), np.array([1500, 900], np.int32)
     for ours, expected in zip(exported.call(waves, lengths), all_features(waves, lengths)):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def kaldi_features(wave, window):
+    """Kaldi's filter-bank features minus their mean over time, by kaldi-native-fbank."""
+    options = kaldi_native_fbank.FbankOptions()
+    options.frame_opts.dither = 0.0
+    options.frame_opts.window_type = window
+    options.mel_opts.num_bins = 80
+    extractor = kaldi_native_fbank.OnlineFbank(options)
+    extractor.accept_waveform(16000, wave.tolist())
+    extractor.input_finished()
+    frames = np.stack([extractor.get_frame(i) for i in range(extractor.num_frames_ready)])
+    return frames - frames.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("front_end", "window", "scale"), [("kaldi_fbank", "povey", 1), ("wespeaker_fbank", "hamming", 32768)]
+)
+def test_kaldi_front_end_is_kaldis_also_in_a_padded_batch(front_end, window, scale):
+    lengths = np.array([24_000, 16_037, 4_001], np.int32)
+    waves = np.stack([0.2 * speech_like(24_000, seed) for seed in range(3)])  # padding is other sound, not zeros
+    ours, frames = jax.jit(features.FRONT_ENDS[front_end])(waves, lengths)
+    for row, count, length, wave in zip(np.asarray(ours), frames, lengths, waves):
+        expected = kaldi_features(scale * wave[:length], window)
+        assert count == len(expected)
+        np.testing.assert_allclose(row[:count], expected, atol=5e-4)
+        assert not row[count:].any()
+
+
+@pytest.mark.parametrize("front_end", ["kaldi_fbank", "wespeaker_fbank"])
+def test_kaldi_front_end_of_silence_and_of_less_than_a_frame_is_finite(front_end):
+    """Kaldi has no frame of a recording under 25 ms; ours fills one up with zeros."""
+    waves, lengths = np.zeros((2, 3200), np.float32), np.array([3200, 100], np.int32)
+    waves[1] = speech_like(3200)
+    ours, frames = jax.jit(features.FRONT_ENDS[front_end])(waves, lengths)
+    assert frames.tolist() == [18, 1]
+    np.testing.assert_allclose(ours, 0, atol=1e-5)  # a single frame is its own mean
