@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from memo_jax.scoring import WeightedEer, eer
+
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]  # (scores, target, weights) -> lower is better
 
 
@@ -86,10 +88,8 @@ def _replicates(metric, systems, target, speaker_pairs, replicates, seed) -> np.
         raise ValueError("the bootstrap over speakers needs trials of at least 2 speakers")
     first, second = numbers.reshape(pairs.shape).T
     second = np.where(first == second, len(speakers), second)  # the extra slot of `drawn` holds 1
-    prepared = []
-    for scores in systems:  # sort once, so that the metric need not
-        order = np.argsort(np.asarray(scores))
-        prepared.append((np.asarray(scores)[order], target[order], first[order], second[order]))
+    evaluated = [_evaluator(metric, np.asarray(scores), target, first, second) for scores in systems]
+    kinds = [(first[kind], second[kind]) for kind in (target, ~target)]
     rng = np.random.default_rng(seed)
     drawn = np.ones(len(speakers) + 1)
     values = np.empty((replicates, len(systems)))
@@ -97,14 +97,28 @@ def _replicates(metric, systems, target, speaker_pairs, replicates, seed) -> np.
         for _ in range(1000):
             draw = rng.integers(len(speakers), size=len(speakers))
             drawn[:-1] = np.bincount(draw, minlength=len(speakers))
-            weights = drawn[first] * drawn[second]
-            if np.any(weights[target]) and np.any(weights[~target]):
+            if all(_any_weight(drawn, *kind) for kind in kinds):
                 break
         else:
             raise ValueError("1000 draws of speakers in a row had no target or no nontarget trial: too few speakers")
-        for column, (scores, labels, one, other) in enumerate(prepared):
-            row[column] = metric(scores, labels, drawn[one] * drawn[other])
+        row[:] = [value(drawn) for value in evaluated]
     return values
+
+
+def _evaluator(metric, scores, target, first, second) -> Callable[[np.ndarray], float]:
+    """The metric as a function of how often each speaker was drawn; trials are sorted once for all draws."""
+    if metric is eer:  # ten times as fast as by the metric itself, and equal
+        rate = WeightedEer(scores, target)
+        (a, b), (c, d) = ((first[rows], second[rows]) for rows in (rate.targets, rate.nontargets))
+        return lambda drawn: rate(drawn[a] * drawn[b], drawn[c] * drawn[d])
+    rows = np.argsort(scores)
+    scores, target, first, second = scores[rows], target[rows], first[rows], second[rows]
+    return lambda drawn: metric(scores, target, drawn[first] * drawn[second])
+
+
+def _any_weight(drawn, first, second) -> bool:
+    """Whether a trial of these pairs has weight; mostly the first few tell."""
+    return any(np.any(drawn[first[i : i + 1024]] * drawn[second[i : i + 1024]]) for i in range(0, len(first), 1024))
 
 
 def _percentiles(values, level) -> Interval:

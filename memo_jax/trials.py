@@ -1,6 +1,9 @@
 """Trial lists: pairs of recordings, each a target (same speaker) or a nontarget trial."""
 
+import collections
 import dataclasses
+import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 
@@ -26,7 +29,21 @@ class Trials:
     @property
     def recordings(self) -> list[str]:
         """Every recording the trials need, once, in order of first appearance (enrol sides first)."""
-        return list(dict.fromkeys(self.enrol + self.test))
+        return self._numbered[0]
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """The two recordings of every trial: int [N, 2] into `recordings`."""
+        return self._numbered[1]
+
+    @functools.cached_property
+    def _numbered(self) -> tuple[list[str], np.ndarray]:
+        # Names are looked up once for all purposes: half a million trials spend most of their time on it.
+        numbers = collections.defaultdict()
+        numbers.default_factory = numbers.__len__
+        sides = map(numbers.__getitem__, itertools.chain(self.enrol, self.test))
+        pairs = np.fromiter(sides, np.int64, 2 * len(self)).reshape(2, len(self)).T
+        return list(numbers), np.ascontiguousarray(pairs)
 
 
 def read_trials(path: str | os.PathLike) -> Trials:
@@ -104,7 +121,7 @@ def trial_pairs(trials: Trials, names: Sequence[str]) -> np.ndarray:
             f"{shown}. Names in the list must equal those of the data (a path relative to the prepared folder), but "
             "for the extension."
         )
-    return _looked_up(trials, rows)
+    return np.array([rows[name] for name in trials.recordings])[trials.pairs]
 
 
 def _rows(trials: Trials, names: Sequence[str]) -> dict[str, int]:
@@ -129,12 +146,6 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0] if is_audio_name(name) else name
 
 
-def _looked_up(trials: Trials, numbers: Mapping[str, int]) -> np.ndarray:
-    """The numbers of both recordings of every trial, int [N, 2]."""
-    sides = (np.fromiter(map(numbers.__getitem__, side), np.int64, len(side)) for side in (trials.enrol, trials.test))
-    return np.stack(list(sides), axis=1)
-
-
 def speaker_folder(name: str) -> str:
     """The speaker as VoxCeleb and most corpora write it: the first folder of a recording's name."""
     speaker, slash, _ = name.partition("/")
@@ -152,14 +163,14 @@ def speaker_pairs(trials: Trials, speaker_of: Callable[[str], str] | Mapping[str
     Raises:
       ValueError: when a recording has no speaker, or speakers contradict the label of a trial.
     """
-    numbers, of_recording = {}, {}
+    numbers, of_recording = {}, []
     for name in trials.recordings:
         try:
             speaker = speaker_of(name) if callable(speaker_of) else speaker_of[name]
         except KeyError:
             raise ValueError(f"the table of speakers lacks the recording {name!r}") from None
-        of_recording[name] = numbers.setdefault(speaker, len(numbers))
-    pairs = _looked_up(trials, of_recording)
+        of_recording.append(numbers.setdefault(speaker, len(numbers)))
+    pairs = np.array(of_recording)[trials.pairs]
     wrong = np.flatnonzero((pairs[:, 0] == pairs[:, 1]) != trials.target)
     if wrong.size:
         first = wrong[0]

@@ -57,6 +57,21 @@ def test_weights_follow_the_drawn_speakers():
         np.testing.assert_array_equal(weights, np.where(target, one, one * other))
 
 
+@pytest.mark.parametrize("decimals", [1, 16], ids=["ties", "no ties"])
+def test_the_eer_is_that_of_the_metric_under_the_same_weights(decimals):
+    """The quick way of the equal error rate and the way that serves every metric give the same numbers, bit by bit."""
+    scores, target, pairs = population(3)
+    worse = scores + np.random.default_rng(0).normal(size=len(scores))
+    scores, other = np.round(scores, decimals), np.round(worse, decimals)
+
+    def slowly(scores, target, weights):
+        return eer(scores, target, weights)
+
+    assert bootstrap_interval(eer, scores, target, pairs) == bootstrap_interval(slowly, scores, target, pairs)
+    quick, slow = (paired_bootstrap(metric, scores, other, target, pairs, replicates=100) for metric in (eer, slowly))
+    assert quick == slow
+
+
 def test_coverage():
     """Over populations drawn afresh, 95 % intervals hold the true rate most of the time; trial-wise ones would not.
 
@@ -109,5 +124,8 @@ def test_impossible_requests_are_refused():
         bootstrap_interval(eer, scores, target, pairs, replicates=0)
     with pytest.raises(ValueError, match="level=95"):
         bootstrap_interval(eer, scores, target, pairs, replicates=2, level=95)
+    only_targets = np.arange(2.0), [True, True], np.array([[0, 0], [1, 1]])
+    with pytest.raises(ValueError, match="need nontarget trials as well"):
+        bootstrap_interval(eer, *only_targets, replicates=2)
     with pytest.raises(ValueError, match="too few speakers"):
-        bootstrap_interval(eer, np.arange(2.0), [True, True], np.array([[0, 0], [1, 1]]), replicates=2)
+        bootstrap_interval(lambda s, t, w: 0.0, *only_targets, replicates=2)
