@@ -1,15 +1,18 @@
 """Recordings of any length through a function of batches: buckets of similar length, masks, windows of long ones."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from memo_jax import features
 from memo_jax.log import progress
 
 SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
-BUCKET_GROWTH = 2**0.5  # few shapes to compile, and less than a sixth of the frames are padding on average
-BATCH_SECONDS = 64.0  # of padded speech in a batch: enough to fill the cores, little enough for any machine
+BUCKET_GROWTH = 2**0.25  # few shapes to compile, and less than a tenth of the frames are padding on average
+CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches, where products are slower
+BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
 LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
 
 WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
@@ -57,12 +60,16 @@ def apply_to_stream(
     """
     waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
     compiled: dict[int, int] = {}  # rows of the batches of a length: one shape each
+    seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
     unfinished: dict[int, list[np.ndarray]] = {}
     parts: dict[int, int] = {}
 
+    def full(length):
+        return max(1, round(seconds * features.SAMPLE_RATE / length))
+
     def run(length):
         batch = waiting.pop(length)
-        size = compiled.setdefault(length, min(_full(length), 1 << (len(batch) - 1).bit_length()))
+        size = compiled.setdefault(length, min(full(length), 1 << (len(batch) - 1).bit_length()))
         # A batch that is not full is filled with one-sample recordings, so that each length compiles once.
         padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)
         for i, (_, wave) in enumerate(batch):
@@ -80,12 +87,12 @@ def apply_to_stream(
         for window in cut:
             length = bucket_length(len(window))
             waiting.setdefault(length, []).append((key, window))
-            if len(waiting[length]) == _full(length):
+            if len(waiting[length]) == full(length):
                 yield from run(length)
-    for length in sorted(waiting):
-        yield from run(length)
-
-
-def _full(length: int) -> int:
-    """How many recordings of a padded length make a full batch."""
-    return max(1, round(BATCH_SECONDS * features.SAMPLE_RATE / length))
+    lengths = sorted(waiting)
+    for length, longer in itertools.zip_longest(lengths, lengths[1:]):
+        # What is left at the end joins the next longer, where there is room and not too much padding: one batch less.
+        if longer and longer <= 2 * length and len(waiting[length]) + len(waiting[longer]) <= full(longer):
+            waiting[longer].extend(waiting.pop(length))
+        else:
+            yield from run(length)

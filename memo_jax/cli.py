@@ -231,6 +231,7 @@ def run_train(options) -> None:
 def run_eval(options) -> None:
     """memo-jax eval"""
     keep_compiled_programs()
+    keep_freed_memory()
     from memo_jax.evaluate import evaluate, summary
 
     results = evaluate(
@@ -245,6 +246,7 @@ def run_eval(options) -> None:
 def load_embedder(options, gallery=None):
     """Returns the Embedder that the options of a command choose."""
     keep_compiled_programs()
+    keep_freed_memory()
     from memo_jax.embedder import Embedder
 
     return Embedder.load(options.model, branch=options.branch, role=options.role, step=options.step, gallery=gallery)
@@ -355,10 +357,10 @@ def keep_compiled_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what a step frees for the next one, where a CPU trains.
+    """Makes glibc keep what a step or a batch frees for the next one, where a CPU trains or embeds.
 
-    XLA allocates a step's temporary memory anew each time. Handed back to the system in between, it costs a page fault
-    for every 4 KiB: a fifth of the time of a small step.
+    XLA allocates temporary memory anew each time. Handed back to the system in between, it costs a page fault for every
+    4 KiB: a fifth of the time of a small step.
     """
     import ctypes
 

@@ -134,7 +134,7 @@ class Embedder:
         Raises:
           AudioError: see `embed`.
         """
-        one, other = unit_norm(np.stack([self.embed(recording, rate) for recording in (a, b)]))
+        one, other = unit_norm(self.embed([a, b], rate))
         threshold = self.threshold if threshold is None else threshold
         score = float(np.clip(one @ other, -1, 1))
         return Verification(score, score >= threshold, threshold)

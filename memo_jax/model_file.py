@@ -114,6 +114,7 @@ def _embed_integers(backbone, front_end, variables, waves, lengths):
 
 def embedding_function(backbone: nn.Module, variables, front_end: str = "log_mel"):
     """Returns the compiled function from int16 waves [N, L], lengths [N] to embeddings [N, D] in evaluation mode."""
+    variables = jax.device_put(variables)  # once: arrays of NumPy would travel to the device at every call
     return functools.partial(_embed_integers, backbone, front_end, variables)
 
 
