@@ -10,7 +10,8 @@ from memo_jax import features
 from memo_jax.log import progress
 
 SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
-BUCKET_GROWTH = 2**0.25  # few shapes to compile, and less than a tenth of the frames are padding on average
+BUCKET_GROWTH = 2**0.125  # of full batches: a twentieth of the frames is padding on average
+LAST_GROWTH = 2**0.5  # of those that recordings left at the end share: few shapes, so that a few recordings compile little
 CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches, where products are slower
 BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
 LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
@@ -18,11 +19,11 @@ LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows wit
 WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
 
 
-def bucket_length(samples: int) -> int:
-    """Returns the padded length, in samples, of an utterance of that length."""
+def bucket_length(samples: int, growth: float = BUCKET_GROWTH) -> int:
+    """Returns the padded length, in samples, of an utterance of that length; lengths grow by that factor."""
     length = SHORTEST_BUCKET
     while length < samples:
-        length = -(-int(length * BUCKET_GROWTH) // features.HOP) * features.HOP
+        length = -(-int(length * growth) // features.HOP) * features.HOP
     return length
 
 
@@ -55,23 +56,19 @@ def apply_to_stream(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (key, row float32 [D]) for every (key, int16 wave [L]), not in their order.
 
-    Recordings wait in buckets of similar length until a batch is full, so memory stays bounded however many there are.
-    A recording longer than LONGEST_SECONDS gives the mean of its windows' rows.
+    Recordings wait in buckets of similar length until a batch is full, so memory stays bounded however many there are;
+    those left at the end share a few batches. A recording longer than LONGEST_SECONDS gives the mean of its windows' rows.
     """
-    waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
-    compiled: dict[int, int] = {}  # rows of the batches of a length: one shape each
     seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
+    waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
     unfinished: dict[int, list[np.ndarray]] = {}
     parts: dict[int, int] = {}
 
     def full(length):
         return max(1, round(seconds * features.SAMPLE_RATE / length))
 
-    def run(length):
-        batch = waiting.pop(length)
-        size = compiled.setdefault(length, min(full(length), 1 << (len(batch) - 1).bit_length()))
-        # A batch that is not full is filled with one-sample recordings, so that each length compiles once.
-        padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)
+    def run(length, batch, size):
+        padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)  # room left: one-sample recordings
         for i, (_, wave) in enumerate(batch):
             padded[i, : len(wave)], true[i] = wave, len(wave)
         result = np.asarray(function(padded, true), np.float32)
@@ -88,11 +85,16 @@ def apply_to_stream(
             length = bucket_length(len(window))
             waiting.setdefault(length, []).append((key, window))
             if len(waiting[length]) == full(length):
-                yield from run(length)
-    lengths = sorted(waiting)
+                yield from run(length, waiting.pop(length), full(length))
+    left: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for key, window in itertools.chain.from_iterable(waiting.values()):
+        left.setdefault(bucket_length(len(window), LAST_GROWTH), []).append((key, window))
+    lengths = sorted(left)
     for length, longer in itertools.zip_longest(lengths, lengths[1:]):
-        # What is left at the end joins the next longer, where there is room and not too much padding: one batch less.
-        if longer and longer <= 2 * length and len(waiting[length]) + len(waiting[longer]) <= full(longer):
-            waiting[longer].extend(waiting.pop(length))
-        else:
-            yield from run(length)
+        batches = [left[length][i : i + full(length)] for i in range(0, len(left[length]), full(length))]
+        # The last joins the next longer length where it has room there: one shape less.
+        if longer and longer <= 2 * length and len(batches[-1]) + len(left[longer]) <= full(longer):
+            left[longer].extend(batches.pop())
+        size = min(full(length), 1 << (len(batches[0]) - 1).bit_length()) if batches else 0
+        for batch in batches:
+            yield from run(length, batch, size)
