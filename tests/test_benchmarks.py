@@ -1,4 +1,4 @@
-"""Every benchmark of the loader runs, at a size that measures nothing, and prints what it says it prints."""
+"""Every benchmark of the loader and of embedding runs, at a size that measures nothing, and prints what it says it prints."""
 
 import importlib.util
 import json
@@ -73,3 +73,21 @@ def test_load_compares_with_pytorch():
     assert all(row["per_second_per_core"] > 0 for row in results["rows"])
     table = run("load.py", "--workers=0", *LOAD)
     assert table.returncode == 0 and "ours / theirs, per core" in table.stdout
+
+
+EMBED = ("--width=16", "--utterances=3", "--seconds=1", "--runs=2", "--json")
+
+
+def test_embed_ours_only():
+    results = printed_json(run("embed.py", "--ours-only", *EMBED))
+    assert results["recordings"] == 3 and len(results["seconds"]["ours"]) == 2
+    assert results["audio_seconds_per_second"]["ours"] > 0 and 0 < results["fraction_of_peak"] < 1
+    assert "ratio" not in results
+
+
+def test_embed_says_what_to_install_where_the_networks_are_missing():
+    if importlib.util.find_spec("speakerlab"):
+        pytest.skip("they are there")
+    done = run("embed.py", *EMBED)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "speakerlab-slim" in done.stderr and "--ours-only" in done.stderr

@@ -1,0 +1,29 @@
+"""The benchmark of embedding, in miniature: it compares with the living network and both give the same embeddings."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_it_prints_its_numbers_and_the_same_embeddings():
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiments" / "benchmarks" / "embed.py", "--width=16", "--utterances=6", "--seconds=1",
+         "--runs=2", "--batch-size=4", "--json"],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["min_cosine"] > 0.99999 and results["max_relative_difference"] < 1e-4
+    assert 0.9 < results["min_cosine_batched"] < 0.99999  # padding reaches into the convolutions there
+    for key in ("ratio", "ratio_batched"):
+        low, high = results[f"{key}_spread"]
+        assert 0 < low <= results[key] <= high
+    assert results["audio_seconds_per_second"]["ours"] == pytest.approx(
+        results["audio_seconds"] / (sum(results["seconds"]["ours"]) / 2)
+    )
