@@ -11,8 +11,8 @@ from memo_jax.log import progress
 
 SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
 BUCKET_GROWTH = 2**0.125  # of full batches: a twentieth of the frames is padding on average
-LAST_GROWTH = 2**0.5  # of those that recordings left at the end share: few shapes, so that a few recordings compile little
-CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches, where products are slower
+LAST_GROWTH = 2**0.5  # of those that recordings left at the end share: few shapes, so few recordings compile little
+CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches
 BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
 LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
 
@@ -57,7 +57,7 @@ def apply_to_stream(
     """Yields (key, row float32 [D]) for every (key, int16 wave [L]), not in their order.
 
     Recordings wait in buckets of similar length until a batch is full, so memory stays bounded however many there are;
-    those left at the end share a few batches. A recording longer than LONGEST_SECONDS gives the mean of its windows' rows.
+    those left at the end share a few batches. One longer than LONGEST_SECONDS gives the mean of its windows' rows.
     """
     seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
     waiting: dict[int, list[tuple[int, np.ndarray]]] = {}

@@ -201,7 +201,7 @@ def _fourier_basis():
 def _mel_basis():
     """Mel filters, float32 [256, 80]: triangles in hertz between points that are even on the HTK mel scale, peak 1.
 
-    Bit by bit those of `librosa.filters.mel(sr=16000, n_fft=512, n_mels=80, htk=True, norm=None)`, as a test makes sure.
+    Bit by bit those of `librosa.filters.mel(sr=16000, n_fft=512, n_mels=80, htk=True, norm=None)`, as a test shows.
     librosa itself takes two seconds to import, as long as all the rest of a first embedding.
     """
     mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MEL_BINS + 2)
