@@ -63,6 +63,7 @@ def apply_to_stream(
     waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
     unfinished: dict[int, list[np.ndarray]] = {}
     parts: dict[int, int] = {}
+    compiled: set[int] = set()  # lengths that had a full batch
 
     def full(length):
         return max(1, round(seconds * features.SAMPLE_RATE / length))
@@ -85,16 +86,20 @@ def apply_to_stream(
             length = bucket_length(len(window))
             waiting.setdefault(length, []).append((key, window))
             if len(waiting[length]) == full(length):
+                compiled.add(length)
                 yield from run(length, waiting.pop(length), full(length))
     left: dict[int, list[tuple[int, np.ndarray]]] = {}
     for key, window in itertools.chain.from_iterable(waiting.values()):
-        left.setdefault(bucket_length(len(window), LAST_GROWTH), []).append((key, window))
+        known = (length for length in compiled if length >= len(window))
+        left.setdefault(min([bucket_length(len(window), LAST_GROWTH), *known]), []).append((key, window))
     lengths = sorted(left)
     for length, longer in itertools.zip_longest(lengths, lengths[1:]):
         batches = [left[length][i : i + full(length)] for i in range(0, len(left[length]), full(length))]
         # The last joins the next longer length where it has room there: one shape less.
         if longer and longer <= 2 * length and len(batches[-1]) + len(left[longer]) <= full(longer):
             left[longer].extend(batches.pop())
-        size = min(full(length), 1 << (len(batches[0]) - 1).bit_length()) if batches else 0
+        size = full(length)
+        if batches and length not in compiled:
+            size = min(size, 1 << (len(batches[0]) - 1).bit_length())
         for batch in batches:
             yield from run(length, batch, size)
