@@ -1,21 +1,26 @@
 """The command `memo-jax`: parses, calls one function, prints."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 NO = 1  # the answer is no: another speaker, nobody known, some recordings left out
 USAGE_ERROR = 2
 STOPPED = 3
+TERMINATED = 75  # as sysexits.h numbers what may be tried again
+LOST = 76
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line; returns its exit status.
 
     0: done (verify: one speaker; identify: somebody known). 1: verify: different speakers, identify: nobody known,
-    embed: some recordings were left out. 2: bad input. 3: training stopped because of its numbers. 130: interrupted.
+    embed: some recordings were left out. 2: bad input. 3: training stopped because of its numbers. 75: SIGTERM ended
+    training, with a checkpoint. 76: another process of the training is lost. 130: interrupted.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -29,12 +34,28 @@ def main(arguments: list[str] | None = None) -> int:
     options.overrides = overrides
     try:
         return options.run(options) or 0
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        return report_error(error)
+
+
+def report_error(error: BaseException, of_lost_process: bool = False) -> int:
+    """Says what was wrong and returns the exit status for it; an error that is a fault of the program shows its trace."""
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
         print("memo-jax: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    if kind == "StopRequested":
+        print(f"memo-jax: {error}", file=sys.stderr)
+        return TERMINATED
+    if of_lost_process:
+        print(f"memo-jax: error: another process is lost, so this one ends, too; start the same command again in all to "
+              f"go on from the last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
+        return LOST
+    if isinstance(error, (ValueError, OSError, ImportError)):
         print(f"memo-jax: error: {error_text(error)}", file=sys.stderr)
-        return STOPPED if type(error).__name__ == "TrainingStopped" else USAGE_ERROR
+        return STOPPED if kind == "TrainingStopped" else USAGE_ERROR
+    traceback.print_exception(error)
+    return 1
 
 
 def error_text(error: Exception) -> str:
@@ -80,6 +101,12 @@ def build_parser() -> argparse.ArgumentParser:
                        help="Python file with get_config(); change keys with --config.KEY=VALUE")
     train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints")
     train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
+    train.add_argument("--distributed", action="store_true",
+                       help="together with the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job")
+    train.add_argument("--coordinator", metavar="HOST:PORT",
+                       help="instead, with the next two: where process 0 listens for the others")
+    train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="how many processes")
+    train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="which one this is, from 0")
 
     def choose_network(added):
         added.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
@@ -223,9 +250,27 @@ def run_train(options) -> None:
     config = load_config(options.config, options.overrides)
     keep_compiled_programs()
     keep_freed_memory()
-    from memo_jax.train import train
+    place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
+    with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
+        from memo_jax.train import train
 
-    train(config, options.workdir, stop_at_step=options.stop_at_step)
+        train(config, options.workdir, stop_at_step=options.stop_at_step)
+
+
+@contextlib.contextmanager
+def joined(**place):
+    """Within it, this process trains with others; an error ends it and so, soon, the others."""
+    from memo_jax import processes
+
+    processes.join(**place)
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "StopRequested":  # that of all processes
+            processes.leave()
+            raise
+        processes.leave_at_once(report_error(error, processes.is_of_lost_process(error)))
+    processes.leave()
 
 
 def run_eval(options) -> None:

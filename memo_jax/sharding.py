@@ -8,10 +8,14 @@ DATA_AXIS = "data"
 
 
 def data_mesh(devices=None) -> Mesh:
-    """Returns a mesh of all (or the given) devices along one axis, over which batches are split."""
-    devices = jax.devices() if devices is None else devices
+    """Returns a mesh of all (or the given) devices along one axis, over which batches are split.
+
+    The devices of a process follow each other, so that its rows of a batch do, too, and a batch is the same whoever
+    reads which part of it.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     # Explicit axes, the default, refuse products over a sharded axis such as NT-Xent's z zᵀ.
-    return jax.make_mesh((len(devices),), (DATA_AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -33,3 +37,14 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Arra
 def replicate(mesh: Mesh, tree):
     """Returns a pytree of host arrays held whole by every device."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x)), tree)
+
+
+def on_one_device(tree):
+    """Returns a pytree of replicated arrays as one device of this process holds it, for programs it runs alone."""
+    return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), tree)
+
+
+def parts_here(x) -> list:
+    """Returns the parts of an array that this process holds, each once; a host array is the one part of itself."""
+    return list({str(shard.index): shard.data for shard in x.addressable_shards}.values()) \
+        if isinstance(x, jax.Array) else [x]

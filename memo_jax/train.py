@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import memo_jax
-from memo_jax import augment, config as configs, features, optim, sharding, state as states
+from memo_jax import augment, config as configs, features, optim, processes, sharding, state as states
 from memo_jax.checkpoint import Checkpointer, load_extra
 from memo_jax.collapse import CollapseWatch, check_finite
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
@@ -212,6 +213,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
       ValueError: a config that cannot work, or a workdir made with another one.
       TrainingStopped: losses are not finite, or the run has collapsed.
       OSError: the dataset, a bank or the workdir cannot be read or written.
+      StopRequested: SIGTERM came, to any of the processes; the state has been saved.
     """
     workdir = Path(workdir)
     if not config.data.train:
@@ -229,9 +231,15 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {mesh.size} devices")
     first = jax.process_index() == 0
     banks = load_banks(config)
+    processes.check_agreement({
+        "the config": configs.config_to_json(config),
+        "the dataset": utterances.fingerprint,
+        "the version of memo-jax": memo_jax.__version__,
+    } | {f"the bank of {name}": str(zlib.crc32(rows)) for name, rows in banks.items()})
     check_same_run(workdir, config)
 
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(processes.StopRequest())
         batches = training_batches(
             utterances, batch_size=config.data.batch_size, global_crops=config.data.global_crops,
             global_seconds=config.data.global_seconds, local_crops=config.data.local_crops,
@@ -259,7 +267,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
         extra = {"fingerprint": utterances.fingerprint, "version": memo_jax.__version__}
         banks = sharding.replicate(mesh, banks)
-        key = jax.device_put(jax.random.key(config.seed + 1), sharding.replicated(mesh))
+        key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=sharding.replicated(mesh))()
         step_function = jitted_step(config, recipe, mesh)
         watch = CollapseWatch(config.collapse, config.model.prototypes)
         last: dict[str, float] = {}
@@ -291,9 +299,9 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 log.write(number, last | evaluated | times)
 
         def evaluate(number):
-            """Returns {"eer/…": percent} of the current state."""
+            """Returns {"eer/…": percent} of the current teachers. Each process computes it: none waits long for another."""
             nonlocal mark
-            result = evaluation(recipe, state)
+            result = evaluation(recipe, {name: sharding.on_one_device(of) for name, of in state.teacher.items()})
             mark = time.perf_counter()
             shown.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
             return result
@@ -307,7 +315,8 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 read(*pending)
                 write(pending[0], {})
             pending = (number, metrics)
-            saves = number % save_every == 0 or number == end
+            stops = stop.reached(number)
+            saves = number % save_every == 0 or number == end or stops
             evaluates = evaluation is not None and (number % evaluate_every == 0 or number == end)
             if saves or evaluates:
                 # Checked first, so that a state that is not finite is never saved.
@@ -317,11 +326,16 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 write(number, evaluate(number) if evaluates else {})
                 if saves:
                     checkpoints.save(number, state, batches, extra)
+            if stops and number < total:
+                checkpoints.wait()
+                raise processes.StopRequested(
+                    f"SIGTERM: stopped after step {number}, which is saved; the same command goes on from there"
+                )
     return last
 
 
 def load_evaluation(config):
-    """Returns a function (recipe, state) → {"eer/…": percent} for the config's trial list, or None."""
+    """Returns a function (recipe, teachers) → {"eer/…": percent} for the config's trial list, or None."""
     if not config.evaluation.trials:
         if config.evaluation.data:
             raise ValueError("evaluation.data is set but evaluation.trials is not: give a trial list of its recordings")
@@ -332,10 +346,8 @@ def load_evaluation(config):
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
     trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
 
-    def evaluation(recipe, state):
-        return {
-            f"eer/{name}": 100 * trials.eer(recipe.branches[name], state.teacher[name]) for name in recipe.branches
-        }
+    def evaluation(recipe, teachers):
+        return {f"eer/{name}": 100 * trials.eer(branch, teachers[name]) for name, branch in recipe.branches.items()}
 
     return evaluation
 
@@ -352,8 +364,9 @@ def announcement(
     lines = [
         f"{len(utterances)} utterances, {epoch_steps} steps an epoch, {total} steps in all"
         + (f", resumed after step {begin}" if begin else ""),
-        f"branches {', '.join(recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-        f"gate rule {recipe.gate_rule.name}",
+        f"branches {', '.join(recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
+        + f", gate rule {recipe.gate_rule.name}",
         f"augmentation: {bank_text}",
     ]
     return "\n".join(lines)
