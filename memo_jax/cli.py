@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "=" not in text:
             parser.error(f"{text} has no value: write {text}=VALUE")
     unknown = [text for text in rest if not text.startswith("--config.")]
-    if unknown or (overrides and options.command != "train"):
+    if unknown or (overrides and options.command not in ("train", "plan")):
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
     try:
@@ -107,6 +107,15 @@ def build_parser() -> argparse.ArgumentParser:
                        help="instead, with the next two: where process 0 listens for the others")
     train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="how many processes")
     train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="which one this is, from 0")
+
+    plan = command("plan", run_plan, "tell what training would need and cost on a TPU pod, without one")
+    plan.add_argument("--config", required=True, metavar="FILE",
+                      help="as for train; change keys with --config.KEY=VALUE")
+    plan.add_argument("--topology", required=True, metavar="NAME",
+                      help="generation and chips along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4")
+    plan.add_argument("--utterances", type=int, metavar="N",
+                      help="of an epoch (default: those of data.train, or of VoxCeleb2)")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     def choose_network(added):
         added.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
@@ -271,6 +280,19 @@ def joined(**place):
             raise
         processes.leave_at_once(report_error(error, processes.is_of_lost_process(error)))
     processes.leave()
+
+
+def run_plan(options) -> int:
+    """memo-jax plan"""
+    from memo_jax.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU that is planned for is not here
+    from memo_jax.pod_plan import plan, summary
+
+    result = plan(config, options.topology, options.utterances)
+    print(json.dumps(result, indent=2) if options.json else summary(result))
+    return 0 if result["fits"] else NO
 
 
 def run_eval(options) -> None:

@@ -159,17 +159,28 @@ def jitted_step(config, recipe: Recipe, mesh):
     )
 
 
-def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
-    """Returns the state before the first step, which the config's seed alone decides."""
-    make = functools.partial(
+def state_maker(recipe: Recipe):
+    """Returns the function key → state before the first step."""
+    return functools.partial(
         states.initial_state, branches=recipe.branches, mels=features.MEL_BINS, optimizer=recipe.optimizer,
         rule=recipe.gate_rule,
     )
+
+
+def abstract_state(config, recipe: Recipe, mesh) -> states.TrainState:
+    """Returns shapes, types and shardings of the state, for devices that need not exist."""
+    whole = sharding.replicated(mesh)
+    shapes = jax.eval_shape(state_maker(recipe), jax.random.key(config.seed))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+
+
+def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
+    """Returns the state before the first step, which the config's seed alone decides."""
     options = {} if mesh is None else {"out_shardings": sharding.replicated(mesh)}
     if jax.default_backend() == "cpu":
         # It runs once: optimising hundreds of small kernels for it would take several times as long as it saves.
         options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(make, **options)(jax.random.key(config.seed))
+    return jax.jit(state_maker(recipe), **options)(jax.random.key(config.seed))
 
 
 def check_same_run(workdir: Path, config) -> None:
