@@ -35,11 +35,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options) or 0
     except (Exception, KeyboardInterrupt) as error:
-        return report_error(error)
+        status = reported(error)
+        if status is None:
+            raise
+        return status
 
 
-def report_error(error: BaseException, of_lost_process: bool = False) -> int:
-    """Says what was wrong and returns the exit status for it; an error that is a fault of the program shows its trace."""
+def reported(error: BaseException) -> int | None:
+    """Says what was wrong and returns the exit status for it, or None for an error that is a fault of the program."""
     kind = type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         print("memo-jax: interrupted", file=sys.stderr)
@@ -47,15 +50,10 @@ def report_error(error: BaseException, of_lost_process: bool = False) -> int:
     if kind == "StopRequested":
         print(f"memo-jax: {error}", file=sys.stderr)
         return TERMINATED
-    if of_lost_process:
-        print(f"memo-jax: error: another process is lost, so this one ends, too; start the same command again in all to "
-              f"go on from the last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
-        return LOST
     if isinstance(error, (ValueError, OSError, ImportError)):
         print(f"memo-jax: error: {error_text(error)}", file=sys.stderr)
         return STOPPED if kind == "TrainingStopped" else USAGE_ERROR
-    traceback.print_exception(error)
-    return 1
+    return None
 
 
 def error_text(error: Exception) -> str:
@@ -274,11 +272,19 @@ def joined(**place):
     processes.join(**place)
     try:
         yield
+    except processes.StopRequested:  # in all of them
+        processes.leave()
+        raise
     except BaseException as error:
-        if type(error).__name__ == "StopRequested":  # that of all processes
-            processes.leave()
-            raise
-        processes.leave_at_once(report_error(error, processes.is_of_lost_process(error)))
+        if processes.is_of_lost_process(error):
+            print(f"memo-jax: error: another process is lost, so this one ends, too; start the same command again in all "
+                  f"to go on from the last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
+            status = LOST
+        else:
+            status = reported(error)
+        if status is None:
+            traceback.print_exception(error)
+        processes.leave_at_once(1 if status is None else status)
     processes.leave()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 import time
 import zlib
 from pathlib import Path
@@ -226,6 +227,8 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
       OSError: the dataset, a bank or the workdir cannot be read or written.
       StopRequested: SIGTERM came, to any of the processes; the state has been saved.
     """
+    if re.match(r"[a-z][a-z0-9]*:/", str(workdir)):
+        raise ValueError(f"{workdir} is no path of the file system: mount the bucket, and give a folder in it")
     workdir = Path(workdir)
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")

@@ -7,6 +7,7 @@ has the real ones on several devices.
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -200,3 +201,63 @@ def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
     assert status == 0 and f"resumed after step {SAVED}" in text
     assert_same_losses(workdir, runs.folder / "alone")
     assert time.monotonic() - begin < 240
+
+
+def test_sigterm_to_a_process_that_trains_alone_saves_and_ends_it(runs, monkeypatch):
+    """With the same status, and as exactly gone on with; the handler of before is back."""
+    patch_for_tests(monkeypatch.setattr)
+    reached, before = processes.StopRequest.reached, signal.getsignal(signal.SIGTERM)
+
+    def with_signal(self, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reached(self, step)
+
+    workdir = runs.folder / "alone-stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.StopRequest, "reached", with_signal)
+        status, text = tiny.here(*command(workdir))
+    assert status == 75 and "SIGTERM: stopped after step 5, which is saved" in text
+    assert saved_steps(workdir)[-1] == 5 and signal.getsignal(signal.SIGTERM) is before
+    status, text = tiny.here(*command(workdir))
+    assert status == 0 and "resumed after step 5" in text
+    whole, resumed = state(runs.folder / "alone", STEPS), state(workdir, STEPS)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, resumed[name], err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--coordinator=localhost:1234", "--num_processes=2", "--process_id=2"], "--process_id is 2: must be 0 to 1"),
+    (["--coordinator=localhost", "--num-processes=2", "--process-id=1"], "give host and port, such as 10.0.0.1:1234"),
+])
+def test_places_among_the_processes_that_cannot_be_are_refused(flags, message, tmp_path):
+    status, text = tiny.here(*command(tmp_path / "run"), *flags)
+    assert status == 2 and message in text and not (tmp_path / "run").exists()
+
+
+def test_a_workdir_in_a_bucket_is_refused():
+    status, text = tiny.here(*command("gs://bucket/run"))
+    assert status == 2 and "is no path of the file system" in text and not os.path.exists("gs:")
+
+
+def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
+    done = tiny.memo_jax(*command(tmp_path / "run", "--distributed"), "--num_processes=2")
+    assert done.returncode == 2 and "give --coordinator, --process_id" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_differs_between_processes_is_named_in_all(monkeypatch):
+    """Two processes whose config is the same and whose bank is not."""
+    from memo_jax.processes import multihost_utils
+
+    def gathered(mine):
+        theirs = mine.copy()
+        theirs[1] += 1
+        return np.stack([mine, theirs])
+
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    with pytest.raises(ValueError, match="the bank of noise differs between the processes: that of process 1"):
+        processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
+    processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
