@@ -19,13 +19,22 @@ def data_mesh(devices=None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole: the train state, the banks."""
+    """Returns the sharding of what every device holds whole: the banks, and most of the train state."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays whose first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def split_longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns the sharding of an array whose longest axis that the devices can share evenly is split over them."""
+    axes = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
+    if not axes:
+        return replicated(mesh)
+    longest = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*(DATA_AXIS if axis == longest else None for axis in range(len(shape)))))
 
 
 def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

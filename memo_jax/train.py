@@ -25,7 +25,9 @@ from memo_jax.step import LossWeights, Recipe, train_step
 
 # Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; that
 # it is the same one its fingerprint tells.
-FREE_ON_RESUME = ("checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.")
+FREE_ON_RESUME = (
+    "checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.", "split_above_megabytes",
+)
 POSITIVE = (
     "log_every_steps", "model.embedding_dim", "model.resnet_base_channels", "model.campplus_growth",
     "model.campplus_channels", "model.head_hidden", "model.head_bottleneck", "model.prototypes", "loss.student_temp",
@@ -154,10 +156,9 @@ def load_banks(config) -> dict[str, np.ndarray]:
 def jitted_step(config, recipe: Recipe, mesh):
     """Returns the compiled-once train step (state, batch, banks, key) → (state, metrics); the state is donated."""
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    state = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
-    return jax.jit(
-        step, in_shardings=(whole, split, whole, whole), out_shardings=(whole, whole), donate_argnums=0
-    )
+    return jax.jit(step, in_shardings=(state, split, whole, whole), out_shardings=(state, whole), donate_argnums=0)
 
 
 def state_maker(recipe: Recipe):
@@ -169,15 +170,27 @@ def state_maker(recipe: Recipe):
 
 
 def abstract_state(config, recipe: Recipe, mesh) -> states.TrainState:
-    """Returns shapes, types and shardings of the state, for devices that need not exist."""
-    whole = sharding.replicated(mesh)
+    """Returns shapes, types and shardings of the state, for devices that need not exist.
+
+    Large prototypes, of which a step uses one head's at a time, and what the optimiser keeps of large parameters, which
+    it uses once a step, are split over the devices. All else is held whole by each.
+    """
+    large = config.split_above_megabytes * 1e6 or float("inf")
+
+    def placed(path, x):
+        splits = (path[0].name == "opt_state" or optim.is_prototypes(path)) and x.size * x.dtype.itemsize >= large
+        held = sharding.split_longest_axis(mesh, x.shape) if splits else sharding.replicated(mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held)
+
     shapes = jax.eval_shape(state_maker(recipe), jax.random.key(config.seed))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
+    return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
 def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
     """Returns the state before the first step, which the config's seed alone decides."""
-    options = {} if mesh is None else {"out_shardings": sharding.replicated(mesh)}
+    options = {}
+    if mesh is not None:
+        options["out_shardings"] = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     if jax.default_backend() == "cpu":
         # It runs once: optimising hundreds of small kernels for it would take several times as long as it saves.
         options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

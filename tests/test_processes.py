@@ -113,7 +113,8 @@ def start(count, *commands, signals=(), slow=False, record=None):
 
 
 def command(workdir, *settings):
-    return tiny.train_arguments(workdir, "data.local_crops=0", "log_every_steps=1", *settings)
+    """Of a run with one kind of crop, whose prototypes and momenta the processes share, as they do with large ones."""
+    return tiny.train_arguments(workdir, "data.local_crops=0", "log_every_steps=1", "split_above_megabytes=0.001", *settings)
 
 
 def losses(workdir):
