@@ -277,8 +277,8 @@ def joined(**place):
         raise
     except BaseException as error:
         if processes.is_of_lost_process(error):
-            print(f"memo-jax: error: another process is lost, so this one ends, too; start the same command again in all "
-                  f"to go on from the last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
+            print("memo-jax: error: another process is lost, so this one ends, too; start the same command again in "
+                  f"all to go on from the last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
             status = LOST
         else:
             status = reported(error)

@@ -104,8 +104,8 @@ def compile_only_devices(topology: str) -> tuple[Chip, list]:
     """Returns the kind of chip and the devices, for compilation only, of a topology such as "v5e:4x4"."""
     generation, _, shape = topology.partition(":")
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(f"topology {topology!r}: give a generation ({', '.join(CHIPS)}) and the chips along each axis, "
-                         "such as v5e:4x4 or v5p:2x2x4")
+        raise ValueError(f"topology {topology!r}: give a generation ({', '.join(CHIPS)}) and the chips along each axis, such "
+                         "as v5e:4x4 or v5p:2x2x4")
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError("planning for a TPU needs its compiler, libtpu: pip install 'memo-jax[tpu-plan]'")
     # The compiler alone: it need not ask around for a TPU, nor be the only one that uses it.
@@ -150,8 +150,10 @@ def _nothing_from_the_cache():
 def _banks(augment, whole):
     banks = {}
     for kind, folder, dtype, seconds in (
-        ("noise", augment.noise, np.int16, augment.bank_seconds), ("music", augment.music, np.int16, augment.bank_seconds),
-        ("speech", augment.speech, np.int16, augment.bank_seconds), ("rir", augment.rirs, np.float32, augment.rir_seconds),
+        ("noise", augment.noise, np.int16, augment.bank_seconds),
+        ("music", augment.music, np.int16, augment.bank_seconds),
+        ("speech", augment.speech, np.int16, augment.bank_seconds),
+        ("rir", augment.rirs, np.float32, augment.rir_seconds),
     ):
         if folder:
             length = round(seconds * SAMPLE_RATE)
@@ -217,10 +219,12 @@ def estimated_cycles(text: str) -> int:
             instruction = INSTRUCTION.match(line)
             kind = instruction and instruction[2]
             if kind == "while":
-                body, condition = re.search(r"body=%?([\w.\-]+)", line)[1], re.search(r"condition=%?([\w.\-]+)", line)[1]
+                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
                 total += of(body) * _trips(computations.get(condition, ()))
             elif kind == "conditional":
-                named = re.search(r"branch_computations=\{(.*?)\}|true_computation=(\S+), false_computation=(\S+)", line)
+                named = re.search(
+                    r"branch_computations=\{(.*?)\}|true_computation=(\S+), false_computation=(\S+)", line
+                )
                 total += max(of(branch.strip(" %,")) for branch in ",".join(filter(None, named.groups())).split(","))
             elif kind == "call":
                 total += of(re.search(r"to_apply=%?([\w.\-]+)", line)[1])
@@ -258,7 +262,7 @@ def advice(result: dict, config, chip: Chip) -> list[str]:
     chips, per_chip, lines = result["chips"], result["batch_size"] // result["chips"], []
     if not result["fits"]:
         most = int(per_chip * chip.memory / result["hbm_bytes"])
-        lines.append(f"{result['hbm_bytes'] / 2**30:.1f} GiB a chip are needed and {chip.memory / 2**30:.0f} are there: "
+        lines.append(f"{result['hbm_bytes'] / 2**30:.1f} GiB a chip are needed, {chip.memory / 2**30:.0f} are there: "
                      f"try --config.data.batch_size={max(most, 1) * chips} ({max(most, 1)} utterances a chip), or as "
                      "many utterances on more chips")
     if config.model.dtype != "bfloat16":
@@ -278,7 +282,8 @@ def summary(result: dict) -> str:
         + ("fits" if result["fits"] else "DOES NOT FIT"),
     ]
     if result["flops"] is not None:
-        moved = ", ".join(f"{count} {kind} {size / 1e6:.1f} MB" for kind, (count, size) in result["collectives"].items())
+        kinds = result["collectives"].items()
+        moved = ", ".join(f"{count} {kind} {size / 1e6:.1f} MB" for kind, (count, size) in kinds)
         lines += [
             f"                      arguments {result['argument_bytes'] / gib:.2f}, temporary "
             f"{result['temporary_bytes'] / gib:.2f}, headroom "

@@ -40,7 +40,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if not missing and not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id is {process_id}: must be 0 to {num_processes - 1}, of {num_processes} processes")
+        raise ValueError(f"--process_id is {process_id}: must be 0 to {num_processes - 1}, as --num_processes says")
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(f"--coordinator is {coordinator!r}: give host and port, such as 10.0.0.1:1234")
     try:

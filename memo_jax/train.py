@@ -326,7 +326,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 log.write(number, last | evaluated | times)
 
         def evaluate(number):
-            """Returns {"eer/…": percent} of the current teachers. Each process computes it: none waits long for another."""
+            """Returns {"eer/…": percent} of the teachers. Each process computes it, so none waits for another."""
             nonlocal mark
             result = evaluation(recipe, {name: sharding.on_one_device(of) for name, of in state.teacher.items()})
             mark = time.perf_counter()

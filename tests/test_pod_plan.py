@@ -51,7 +51,7 @@ ENTRY %main (x: f32[8], y: bf16[4,16]) -> f32[8] {
 
 
 def test_collectives_and_cycles_of_a_program():
-    """A collective that appears twice is one; a loop counts by its trips, of branches the dearest, no fusion's inside."""
+    """A collective that appears twice is one; a loop counts by its trips, of branches the dearest, no inside of fusions."""
     assert pod_plan.collectives(PROGRAM) == {"all-reduce": (1, 8 * 4 + 4 * 16 * 2), "all-gather": (1, 16 * 4)}
     assert pod_plan.estimated_cycles(PROGRAM) == 7000 + 5 * 10 + 300
 
@@ -71,7 +71,8 @@ def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
     test_processes.patch_for_tests(monkeypatch.setattr)
     monkeypatch.setattr(training, "build_front_end", lambda config: with_bank)
     plans = []
-    for settings in (("data.batch_size=64",), ("data.batch_size=128", "augment.noise=musan", "augment.bank_megabytes=50")):
+    bank = ("augment.noise=musan", "augment.bank_megabytes=50")
+    for settings in (("data.batch_size=64",), ("data.batch_size=128", *bank)):
         status, text = tiny.here(*arguments(*settings), "--topology=v5e:4x4", "--utterances=1280", "--json")
         plans.append(json.loads(text[text.index("{"):]))
         assert status == 0

@@ -102,7 +102,8 @@ def start(count, *commands, signals=(), slow=False, record=None):
     code = [sys.executable, "-c", PROCESS, os.path.dirname(__file__), json.dumps(plan)]
     environment = tiny.environment() | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
     running = [
-        subprocess.Popen([*code, str(index)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen([*code, str(index)], env=environment, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
         for index in range(count)
     ]
     results = []
@@ -114,7 +115,8 @@ def start(count, *commands, signals=(), slow=False, record=None):
 
 def command(workdir, *settings):
     """Of a run with one kind of crop, whose prototypes and momenta the processes share, as they do with large ones."""
-    return tiny.train_arguments(workdir, "data.local_crops=0", "log_every_steps=1", "split_above_megabytes=0.001", *settings)
+    settings = ("data.local_crops=0", "log_every_steps=1", "split_above_megabytes=0.001", *settings)
+    return tiny.train_arguments(workdir, *settings)
 
 
 def losses(workdir):

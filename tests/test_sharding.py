@@ -95,13 +95,14 @@ def test_batch_is_split_and_so_are_large_prototypes_and_what_the_optimiser_keeps
     assert all(parts == [whole] * 4 for name, (whole, *parts) in report["bytes"].items() if name not in split)
     large = {name for name, (whole, *_) in report["bytes"].items()
              if whole >= 2000 and (".opt_state" in name or "prototypes" in name)}
-    assert split == large and sum("prototypes" in name for name in split) == 4 * 3, "of four heads: student, teacher, momentum"
+    assert split == large
+    assert sum("prototypes" in name for name in split) == 4 * 3, "of four heads: student, teacher, momentum"
     assert any("kernel" in name for name in split)
 
 
 def test_four_devices_equal_one(both):
-    """Augmentation (babble is from other devices), batch norm, NT-Xent and centres are of the whole batch, and the state
-    is one state however it is held.
+    """Augmentation (babble is from other devices), batch norm, NT-Xent and centres are of the whole batch, and the
+    state is one state however it is held.
 
     Were one of them of a device's own two utterances, statistics and losses would be other ones. Sums in another order
     leave float32 noise: 1e-5 of a loss at the first step, ten times that at the third, as training amplifies it.
