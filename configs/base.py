@@ -116,4 +116,6 @@ def get_config() -> ConfigDict:
     collapse.min_embedding_std = 0.01  # of the spread of uniform embeddings
 
     config.log_every_steps = 10  # rows of metrics.jsonl
+    # Prototypes and what the optimiser keeps of a parameter are split over the devices from this size on; 0: never.
+    config.split_above_megabytes = 4.0
     return config

@@ -1,21 +1,26 @@
 """The command `memo-jax`: parses, calls one function, prints."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 NO = 1  # the answer is no: another speaker, nobody known, some recordings left out
 USAGE_ERROR = 2
 STOPPED = 3
+TERMINATED = 75  # as sysexits.h numbers what may be tried again
+LOST = 76
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line; returns its exit status.
 
     0: done (verify: one speaker; identify: somebody known). 1: verify: different speakers, identify: nobody known,
-    embed: some recordings were left out. 2: bad input. 3: training stopped because of its numbers. 130: interrupted.
+    embed: some recordings were left out. 2: bad input. 3: training stopped because of its numbers. 75: SIGTERM ended
+    training, with a checkpoint. 76: another process of the training is lost. 130: interrupted.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -24,17 +29,31 @@ def main(arguments: list[str] | None = None) -> int:
         if "=" not in text:
             parser.error(f"{text} has no value: write {text}=VALUE")
     unknown = [text for text in rest if not text.startswith("--config.")]
-    if unknown or (overrides and options.command != "train"):
+    if unknown or (overrides and options.command not in ("train", "plan")):
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
     try:
         return options.run(options) or 0
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        status = reported(error)
+        if status is None:
+            raise
+        return status
+
+
+def reported(error: BaseException) -> int | None:
+    """Says what was wrong and returns the exit status for it, or None for an error that is a fault of the program."""
+    kind = type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
         print("memo-jax: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    if kind == "StopRequested":
+        print(f"memo-jax: {error}", file=sys.stderr)
+        return TERMINATED
+    if isinstance(error, (ValueError, OSError, ImportError)):
         print(f"memo-jax: error: {error_text(error)}", file=sys.stderr)
-        return STOPPED if type(error).__name__ == "TrainingStopped" else USAGE_ERROR
+        return STOPPED if kind == "TrainingStopped" else USAGE_ERROR
+    return None
 
 
 def error_text(error: Exception) -> str:
@@ -80,6 +99,21 @@ def build_parser() -> argparse.ArgumentParser:
                        help="Python file with get_config(); change keys with --config.KEY=VALUE")
     train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints")
     train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
+    train.add_argument("--distributed", action="store_true",
+                       help="together with the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job")
+    train.add_argument("--coordinator", metavar="HOST:PORT",
+                       help="instead, with the next two: where process 0 listens for the others")
+    train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="how many processes")
+    train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="which one this is, from 0")
+
+    plan = command("plan", run_plan, "tell what training would need and cost on a TPU pod, without one")
+    plan.add_argument("--config", required=True, metavar="FILE",
+                      help="as for train; change keys with --config.KEY=VALUE")
+    plan.add_argument("--topology", required=True, metavar="NAME",
+                      help="generation and chips along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4")
+    plan.add_argument("--utterances", type=int, metavar="N",
+                      help="of an epoch (default: those of data.train, or of VoxCeleb2)")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     def choose_network(added):
         added.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
@@ -223,9 +257,48 @@ def run_train(options) -> None:
     config = load_config(options.config, options.overrides)
     keep_compiled_programs()
     keep_freed_memory()
-    from memo_jax.train import train
+    place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
+    with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
+        from memo_jax.train import train
 
-    train(config, options.workdir, stop_at_step=options.stop_at_step)
+        train(config, options.workdir, stop_at_step=options.stop_at_step)
+
+
+@contextlib.contextmanager
+def joined(**place):
+    """Within it, this process trains with others; an error ends it and so, soon, the others."""
+    from memo_jax import processes
+
+    processes.join(**place)
+    try:
+        yield
+    except processes.StopRequested:  # in all of them
+        processes.leave()
+        raise
+    except BaseException as error:
+        if processes.is_of_lost_process(error):
+            print("memo-jax: error: another process is lost, so this one ends, too; start the same command again in "
+                  f"all to go on from the last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
+            status = LOST
+        else:
+            status = reported(error)
+        if status is None:
+            traceback.print_exception(error)
+        processes.leave_at_once(1 if status is None else status)
+    processes.leave()
+
+
+def run_plan(options) -> int:
+    """memo-jax plan"""
+    from memo_jax.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU that is planned for is not here
+    from memo_jax.pod_plan import plan, summary
+
+    result = plan(config, options.topology, options.utterances)
+    print(json.dumps(result, indent=2) if options.json else summary(result))
+    return 0 if result["fits"] else NO
 
 
 def run_eval(options) -> None:

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 
+from memo_jax.sharding import parts_here
 from memo_jax.state import TrainState
 
 TO_TRY = (
@@ -60,5 +61,5 @@ def check_finite(step: int, state: TrainState) -> None:
     """Raises TrainingStopped when a state must not be kept. (A gate that has seen no window yet holds an infinity.)"""
     # On the host, where the state goes to be saved anyway: a compiled check would take longer to compile than to run.
     leaves = jax.tree.leaves((state.student, state.teacher, state.center, state.opt_state))
-    if not all(np.isfinite(leaf).all() for leaf in jax.device_get(leaves)):
+    if not all(np.isfinite(part).all() for part in jax.device_get([part for x in leaves for part in parts_here(x)])):
         raise TrainingStopped(f"step {step}: the updated parameters are not finite. {TO_TRY}")

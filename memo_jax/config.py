@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 # Keys that configs of earlier versions lack, with what those versions did.
 LATER_KEYS = {
     "model.ecapa_form": "speechbrain", "model.ecapa_embedding_norm": False, "model.campplus_layers": (12, 24, 16),
-    "model.campplus_growth": 32, "model.campplus_channels": 128,
+    "model.campplus_growth": 32, "model.campplus_channels": 128, "split_above_megabytes": 0.0,
 }
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
 
@@ -110,9 +110,10 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
 def _with_later_keys(config: ConfigDict) -> ConfigDict:
     with config.unlocked():
         for key, value in LATER_KEYS.items():
-            group, _, name = key.partition(".")
-            if "branches" in config.get(group, {}) and name not in config[group]:
-                config[group][name] = value
+            group, _, name = key.rpartition(".")
+            holder = config.get(group, {}) if group else config
+            if "branches" in config.get("model", {}) and name not in holder:
+                holder[name] = value
     return config
 
 

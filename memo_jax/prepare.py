@@ -14,7 +14,7 @@ from memo_jax.archives import TarStream
 from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech
 from memo_jax.log import Progress
 from memo_jax.parallel import results
-from memo_jax.plan import planned, reasons, say
+from memo_jax.prepare_plan import planned, reasons, say
 from memo_jax.recordings import find_recordings, input_kind, is_streamed, read_recording
 from memo_jax.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
 from memo_jax.tfds_audio import is_tfds_input

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import re
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import memo_jax
-from memo_jax import augment, config as configs, features, optim, sharding, state as states
+from memo_jax import augment, config as configs, features, optim, processes, sharding, state as states
 from memo_jax.checkpoint import Checkpointer, load_extra
 from memo_jax.collapse import CollapseWatch, check_finite
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
@@ -23,7 +25,9 @@ from memo_jax.step import LossWeights, Recipe, train_step
 
 # Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; that
 # it is the same one its fingerprint tells.
-FREE_ON_RESUME = ("checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.")
+FREE_ON_RESUME = (
+    "checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.", "split_above_megabytes",
+)
 POSITIVE = (
     "log_every_steps", "model.embedding_dim", "model.resnet_base_channels", "model.campplus_growth",
     "model.campplus_channels", "model.head_hidden", "model.head_bottleneck", "model.prototypes", "loss.student_temp",
@@ -152,23 +156,45 @@ def load_banks(config) -> dict[str, np.ndarray]:
 def jitted_step(config, recipe: Recipe, mesh):
     """Returns the compiled-once train step (state, batch, banks, key) → (state, metrics); the state is donated."""
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    state = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
-    return jax.jit(
-        step, in_shardings=(whole, split, whole, whole), out_shardings=(whole, whole), donate_argnums=0
+    return jax.jit(step, in_shardings=(state, split, whole, whole), out_shardings=(state, whole), donate_argnums=0)
+
+
+def state_maker(recipe: Recipe):
+    """Returns the function key → state before the first step."""
+    return functools.partial(
+        states.initial_state, branches=recipe.branches, mels=features.MEL_BINS, optimizer=recipe.optimizer,
+        rule=recipe.gate_rule,
     )
+
+
+def abstract_state(config, recipe: Recipe, mesh) -> states.TrainState:
+    """Returns shapes, types and shardings of the state, for devices that need not exist.
+
+    Large prototypes, of which a step uses one head's at a time, and what the optimiser keeps of large parameters, which
+    it uses once a step, are split over the devices. All else is held whole by each.
+    """
+    large = config.split_above_megabytes * 1e6 or float("inf")
+
+    def placed(path, x):
+        splits = (path[0].name == "opt_state" or optim.is_prototypes(path)) and x.size * x.dtype.itemsize >= large
+        held = sharding.split_longest_axis(mesh, x.shape) if splits else sharding.replicated(mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held)
+
+    shapes = jax.eval_shape(state_maker(recipe), jax.random.key(config.seed))
+    return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
 def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
     """Returns the state before the first step, which the config's seed alone decides."""
-    make = functools.partial(
-        states.initial_state, branches=recipe.branches, mels=features.MEL_BINS, optimizer=recipe.optimizer,
-        rule=recipe.gate_rule,
-    )
-    options = {} if mesh is None else {"out_shardings": sharding.replicated(mesh)}
+    options = {}
+    if mesh is not None:
+        options["out_shardings"] = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     if jax.default_backend() == "cpu":
         # It runs once: optimising hundreds of small kernels for it would take several times as long as it saves.
         options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(make, **options)(jax.random.key(config.seed))
+    return jax.jit(state_maker(recipe), **options)(jax.random.key(config.seed))
 
 
 def check_same_run(workdir: Path, config) -> None:
@@ -212,7 +238,10 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
       ValueError: a config that cannot work, or a workdir made with another one.
       TrainingStopped: losses are not finite, or the run has collapsed.
       OSError: the dataset, a bank or the workdir cannot be read or written.
+      StopRequested: SIGTERM came, to any of the processes; the state has been saved.
     """
+    if re.match(r"[a-z][a-z0-9]*:/", str(workdir)):
+        raise ValueError(f"{workdir} is no path of the file system: mount the bucket, and give a folder in it")
     workdir = Path(workdir)
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
@@ -229,9 +258,15 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {mesh.size} devices")
     first = jax.process_index() == 0
     banks = load_banks(config)
+    processes.check_agreement({
+        "the config": configs.config_to_json(config),
+        "the dataset": utterances.fingerprint,
+        "the version of memo-jax": memo_jax.__version__,
+    } | {f"the bank of {name}": str(zlib.crc32(rows)) for name, rows in banks.items()})
     check_same_run(workdir, config)
 
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(processes.StopRequest())
         batches = training_batches(
             utterances, batch_size=config.data.batch_size, global_crops=config.data.global_crops,
             global_seconds=config.data.global_seconds, local_crops=config.data.local_crops,
@@ -259,7 +294,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
         extra = {"fingerprint": utterances.fingerprint, "version": memo_jax.__version__}
         banks = sharding.replicate(mesh, banks)
-        key = jax.device_put(jax.random.key(config.seed + 1), sharding.replicated(mesh))
+        key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=sharding.replicated(mesh))()
         step_function = jitted_step(config, recipe, mesh)
         watch = CollapseWatch(config.collapse, config.model.prototypes)
         last: dict[str, float] = {}
@@ -291,9 +326,9 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 log.write(number, last | evaluated | times)
 
         def evaluate(number):
-            """Returns {"eer/…": percent} of the current state."""
+            """Returns {"eer/…": percent} of the teachers. Each process computes it, so none waits for another."""
             nonlocal mark
-            result = evaluation(recipe, state)
+            result = evaluation(recipe, {name: sharding.on_one_device(of) for name, of in state.teacher.items()})
             mark = time.perf_counter()
             shown.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
             return result
@@ -307,7 +342,8 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 read(*pending)
                 write(pending[0], {})
             pending = (number, metrics)
-            saves = number % save_every == 0 or number == end
+            stops = stop.reached(number)
+            saves = number % save_every == 0 or number == end or stops
             evaluates = evaluation is not None and (number % evaluate_every == 0 or number == end)
             if saves or evaluates:
                 # Checked first, so that a state that is not finite is never saved.
@@ -317,11 +353,16 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 write(number, evaluate(number) if evaluates else {})
                 if saves:
                     checkpoints.save(number, state, batches, extra)
+            if stops and number < total:
+                checkpoints.wait()
+                raise processes.StopRequested(
+                    f"SIGTERM: stopped after step {number}, which is saved; the same command goes on from there"
+                )
     return last
 
 
 def load_evaluation(config):
-    """Returns a function (recipe, state) → {"eer/…": percent} for the config's trial list, or None."""
+    """Returns a function (recipe, teachers) → {"eer/…": percent} for the config's trial list, or None."""
     if not config.evaluation.trials:
         if config.evaluation.data:
             raise ValueError("evaluation.data is set but evaluation.trials is not: give a trial list of its recordings")
@@ -332,10 +373,8 @@ def load_evaluation(config):
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
     trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
 
-    def evaluation(recipe, state):
-        return {
-            f"eer/{name}": 100 * trials.eer(recipe.branches[name], state.teacher[name]) for name in recipe.branches
-        }
+    def evaluation(recipe, teachers):
+        return {f"eer/{name}": 100 * trials.eer(branch, teachers[name]) for name, branch in recipe.branches.items()}
 
     return evaluation
 
@@ -352,8 +391,9 @@ def announcement(
     lines = [
         f"{len(utterances)} utterances, {epoch_steps} steps an epoch, {total} steps in all"
         + (f", resumed after step {begin}" if begin else ""),
-        f"branches {', '.join(recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-        f"gate rule {recipe.gate_rule.name}",
+        f"branches {', '.join(recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
+        + f", gate rule {recipe.gate_rule.name}",
         f"augmentation: {bank_text}",
     ]
     return "\n".join(lines)

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -375,63 +374,6 @@ def test_restored_arrays_take_the_shardings_asked_for(tmp_path):
     process = run_python(SHARDED, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-
-
-TWO_PROCESSES = """
-import sys, warnings, jax, numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-index, port, dataset, workdir = int(sys.argv[1]), *sys.argv[2:]
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"localhost:{port}", 2, index)
-from memo_jax.checkpoint import Checkpointer
-from memo_jax.data import training_batches
-
-whole = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), P())
-state = {"x": jax.make_array_from_callback((3,), whole, lambda _: np.arange(3.0, dtype=np.float32))}
-batches = training_batches(dataset, batch_size=4, seed=0, global_seconds=0.05, local_crops=0, process_index=index,
-                           process_count=2)
-with Checkpointer(workdir, asynchronous=False) as checkpointer, warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    checkpointer.restore(state, batches)
-    print(*(warning.message for warning in caught if "processes" in str(warning.message)))
-    rows = [next(batches)["global"] for _ in range(3)]
-    checkpointer.save(5, state, batches)
-np.save(f"{workdir}/rows{index}.npy", rows)
-batches.close()
-"""
-
-
-def test_another_number_of_processes_goes_on_at_the_same_position_with_a_warning(tmp_path):
-    """One process takes two batches, two processes the next three, one the rest: together the batches of one run."""
-    from memo_jax.data import training_batches
-    from memo_jax.records import ShardWriter, write_metadata
-
-    dataset, workdir = tmp_path / "set", tmp_path / "run"
-    dataset.mkdir()
-    writer = ShardWriter(dataset / "shard")
-    for number in range(10):
-        writer.write(f"{number}", "", np.arange(1000 * number, 1000 * number + 2000).astype(np.int16))
-    write_metadata(dataset, [writer.close()], {"fingerprint": "ten"})
-    options = {"batch_size": 4, "seed": 0, "global_seconds": 0.05, "local_crops": 0}
-    alone = [batch["global"] for batch in itertools.islice(training_batches(dataset, **options), 7)]
-
-    state = {"x": jnp.arange(3.0)}
-    batches = training_batches(dataset, **options)
-    list(itertools.islice(batches, 2))
-    with Checkpointer(workdir) as checkpointer:
-        checkpointer.save(2, state, batches)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [run_python(TWO_PROCESSES, index, port, dataset, workdir) for index in range(2)]
-    results = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], results
-    assert all("processes was 1 and is 2 now" in printed for printed, _ in results)
-    rows = np.concatenate([np.load(workdir / f"rows{index}.npy") for index in range(2)], axis=1)
-    np.testing.assert_array_equal(rows, alone[2:5])
-    with Checkpointer(workdir) as checkpointer, pytest.warns(UserWarning, match="processes was 2 and is 1 now"):
-        checkpointer.restore(state, batches)
-    np.testing.assert_array_equal([next(batches)["global"] for _ in range(2)], alone[5:])
 
 
 def test_positions_that_differ_between_processes_need_their_number(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from memo_jax import cli
 
 COMMANDS = (
     "prepare", "train", "eval", "embed", "verify", "enroll", "identify", "report", "export", "score", "convert",
+    "plan",
 )
 HEAVY = (
     "jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "numpy", "scipy", "librosa",

@@ -11,7 +11,7 @@ import soundfile
 import tiny
 from safetensors.numpy import save_file
 
-from memo_jax import interop
+from memo_jax import cli, interop
 from memo_jax.config import load_config
 from memo_jax.models import build_backbone
 
@@ -106,6 +106,26 @@ def test_other_commands_are_the_makefiles_and_pips():
         if program != "memo-jax":
             known = f"\n{arguments[0]}:" in makefile if program == "make" else arguments == ["install", "."]
             assert program in ("make", "pip") and known
+
+
+def test_commands_for_pods_are_understood(monkeypatch):
+    """Those of the blocks that no test can run, and of the JobSet: options, config and its keys are known."""
+    monkeypatch.chdir(tiny.ROOT)
+    yaml = pytest.importorskip("yaml")
+    manifest = yaml.safe_load((tiny.ROOT / "experiments" / "jobset.yaml").read_text(encoding="utf-8"))
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container, = job["template"]["spec"]["containers"]
+    assert job["completions"] == job["parallelism"] == 4 and container["resources"]["limits"]["google.com/tpu"] == 4
+    found = [[*container["command"], *container["args"]]]
+    for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
+        found += [shlex.split(part) for part in re.findall(r"memo-jax (?:train|plan) [^\"\n]+", block)]
+    assert [words[1] for words in found] == ["train"] * 5 + ["plan"]
+    for _, *words in found:
+        options, overrides = cli.build_parser().parse_known_args(words)
+        assert all(text.startswith("--config.") for text in overrides), overrides
+        config = load_config(options.config.removeprefix("/app/"), overrides)
+        assert options.command == "plan" or options.distributed or options.coordinator
+        assert config.data.batch_size % 16 == 0 or options.coordinator
 
 
 def test_config_keys_that_the_readme_names_exist():

@@ -26,6 +26,7 @@ config = configs.load_config("configs/base.py", [
     "--config.model.prototypes=64",
     "--config.optimizer.warmup_epochs=0", "--config.optimizer.freeze_prototypes_epochs=0", "--config.augment.clean=0",
     "--config.gate.window_epochs=-1", "--config.gate.window_steps=2", "--config.teacher.momentum=0.9",
+    "--config.split_above_megabytes=0.002",
 ])
 # Shallow, for the sake of compile time; every kind of layer is there.
 backbones = {
@@ -56,10 +57,13 @@ for count in (4, 1):
         losses.append({name: float(x) for name, x in metrics.items()})
     leaves = jax.tree.leaves(state)
     if count == 4:
-        report["replicated"] = all(leaf.sharding.is_fully_replicated for leaf in leaves)
+        report["bytes"] = {
+            jax.tree_util.keystr(path): [leaf.nbytes, *(shard.data.nbytes for shard in leaf.addressable_shards)]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        }
         report["copies_equal"] = all(
             np.array_equal(leaf.addressable_shards[0].data, shard.data)
-            for leaf in leaves for shard in leaf.addressable_shards
+            for leaf in leaves if leaf.sharding.is_fully_replicated for shard in leaf.addressable_shards
         )
         report["state_devices"] = len(leaves[0].sharding.device_set)
     report[f"metrics{count}"] = losses
@@ -81,15 +85,24 @@ def both(tmp_path_factory):
         return json.loads(str(file["report"])), {name: file[name] for name in file.files if name != "report"}
 
 
-def test_batch_is_split_and_state_is_held_whole(both):
+def test_batch_is_split_and_so_are_large_prototypes_and_what_the_optimiser_keeps_of_large_parameters(both):
+    """All else is held whole, and the same, by each device."""
     report, _ = both
     assert report["devices"] == report["state_devices"] == 4
     assert report["rows"] == [[0, 2], [2, 2], [4, 2], [6, 2]]
-    assert report["replicated"] and report["copies_equal"]
+    assert report["copies_equal"]
+    split = {name for name, (whole, *parts) in report["bytes"].items() if parts == [whole / 4] * 4}
+    assert all(parts == [whole] * 4 for name, (whole, *parts) in report["bytes"].items() if name not in split)
+    large = {name for name, (whole, *_) in report["bytes"].items()
+             if whole >= 2000 and (".opt_state" in name or "prototypes" in name)}
+    assert split == large
+    assert sum("prototypes" in name for name in split) == 4 * 3, "of four heads: student, teacher, momentum"
+    assert any("kernel" in name for name in split)
 
 
 def test_four_devices_equal_one(both):
-    """Augmentation (babble is from other devices), batch norm, NT-Xent and centres are of the whole batch.
+    """Augmentation (babble is from other devices), batch norm, NT-Xent and centres are of the whole batch, and the
+    state is one state however it is held.
 
     Were one of them of a device's own two utterances, statistics and losses would be other ones. Sums in another order
     leave float32 noise: 1e-5 of a loss at the first step, ten times that at the third, as training amplifies it.

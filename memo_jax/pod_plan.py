@@ -1,0 +1,300 @@
+"""What training costs on a TPU pod that one does not have: the train step, compiled ahead of time for a topology.
+
+Memory, FLOPs and collectives are those of the compiled program. Its time is an estimate: the cycles that XLA's own cost
+model has written beside each operation, and for collectives, which it leaves out, their bytes over the links' speed.
+"""
+
+import contextlib
+import importlib.util
+import os
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+
+from memo_jax import config as configs, sharding
+from memo_jax.audio import SAMPLE_RATE
+from memo_jax.banks import MEGABYTE
+from memo_jax.data import open_utterances, steps_per_epoch
+from memo_jax.train import abstract_state, build_recipe, jitted_step
+
+VOXCELEB2 = 1_092_009  # utterances of its development part
+
+
+class Chip(NamedTuple):
+    """Of a TPU generation: peak of bfloat16 products (FLOP/s), memory (bytes), links (bytes/s), clock (Hz).
+
+    From the pages of Cloud TPU; the clock is what makes the peak of the matrix units.
+    """
+
+    peak: float
+    memory: float
+    links: float
+    clock: float
+
+
+CHIPS = {
+    "v4": Chip(275e12, 32 * 2**30, 300e9, 1.05e9),
+    "v5e": Chip(197e12, 16 * 2**30, 200e9, 1.5e9),
+    "v5p": Chip(459e12, 95 * 2**30, 600e9, 1.75e9),
+    "v6e": Chip(918e12, 32 * 2**30, 400e9, 1.75e9),
+}
+OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+MEASURED = (
+    "fits", "hbm_bytes", "argument_bytes", "temporary_bytes", "flops", "collective_bytes", "collectives",
+    "seconds_per_step", "collective_seconds", "utilisation", "utterances_per_second", "hours", "chip_hours",
+)
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def plan(config, topology: str, utterances: int | None = None) -> dict:
+    """Compiles the config's train step for a topology and returns what it needs and costs.
+
+    Args:
+      config: of the run; `data.batch_size` is that of all chips. A folder of augmentation recordings counts as a bank
+        of `augment.bank_megabytes`, and nothing in it is read.
+      topology: "v5e:4x4": generation and chips along each axis.
+      utterances: of an epoch; by default those of `data.train` or, without one, of VoxCeleb2.
+
+    Returns:
+      `fits`, `hbm_bytes` (per chip: `argument_bytes`, `temporary_bytes` and the program) of `hbm_limit_bytes`; per chip
+      and step `flops`, `collective_bytes`, `collectives` {kind: [number, bytes]}, `seconds_per_step` (of which
+      `collective_seconds`), `utilisation` of the peak, `utterances_per_second` of all chips; `steps`, `hours` and
+      `chip_hours` of the run; `compile_seconds`; `advice`, what to change. What a program that does not fit cannot tell
+      is None.
+
+    Raises:
+      ValueError: no such topology, or a batch that its chips cannot share.
+      ImportError: libtpu is not installed.
+    """
+    chip, devices = compile_only_devices(topology)
+    batch = config.data.batch_size
+    if batch % len(devices):
+        raise ValueError(f"data.batch_size {batch} is not a multiple of the {len(devices)} chips of {topology}")
+    if utterances is None:
+        utterances = len(open_utterances(config.data.train)) if config.data.train else VOXCELEB2
+    epoch_steps = steps_per_epoch(utterances, batch)
+    mesh = sharding.data_mesh(devices)
+    lowered = lowered_step(config, build_recipe(config, epoch_steps), mesh)
+    steps = configs.duration_in_steps(config, "total", epoch_steps)
+    result = {
+        "topology": topology, "chips": len(devices), "batch_size": batch, "dtype": config.model.dtype, "steps": steps,
+        "hbm_limit_bytes": int(chip.memory),
+    }
+    begin = time.perf_counter()
+    try:
+        with _nothing_from_the_cache():
+            compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        used = OUT_OF_MEMORY.search(str(error))
+        if not used:
+            raise
+        measured = dict.fromkeys(MEASURED) | {"fits": False, "hbm_bytes": int(float(used[1]) * UNITS[used[2]])}
+    else:
+        measured = _measured(compiled, chip, len(devices), batch, steps)
+    result |= measured | {"compile_seconds": time.perf_counter() - begin}
+    return result | {"advice": advice(result, config, chip)}
+
+
+def compile_only_devices(topology: str) -> tuple[Chip, list]:
+    """Returns the kind of chip and the devices, for compilation only, of a topology such as "v5e:4x4"."""
+    generation, _, shape = topology.partition(":")
+    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ValueError(f"topology {topology!r}: give a generation ({', '.join(CHIPS)}) and the chips along each axis, such "
+                         "as v5e:4x4 or v5p:2x2x4")
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("planning for a TPU needs its compiler, libtpu: pip install 'memo-jax[tpu-plan]'")
+    # The compiler alone: it need not ask around for a TPU, nor be the only one that uses it.
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_WORKER_ID", "0")):
+        os.environ.setdefault(name, value)
+    try:
+        return CHIPS[generation], topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
+
+
+def lowered_step(config, recipe, mesh):
+    """Returns the train step, traced for a mesh of devices that need not exist."""
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    data, shapes = config.data, {}
+    for kind in ("global", "local"):
+        count, seconds = data[f"{kind}_crops"], data[f"{kind}_seconds"]
+        if count:
+            shapes[kind] = (data.batch_size, count, round(seconds * SAMPLE_RATE))
+    batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jitted_step(config, recipe, mesh).lower(
+        abstract_state(config, recipe, mesh), batch, _banks(config.augment, whole),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+    )
+
+
+@contextlib.contextmanager
+def _nothing_from_the_cache():
+    """Programs for devices that are not here cannot be read back from it, and how long compiling takes is asked for."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # so that the setting is looked at again
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", kept)
+        compilation_cache.reset_cache()
+
+
+def _banks(augment, whole):
+    banks = {}
+    for kind, folder, dtype, seconds in (
+        ("noise", augment.noise, np.int16, augment.bank_seconds),
+        ("music", augment.music, np.int16, augment.bank_seconds),
+        ("speech", augment.speech, np.int16, augment.bank_seconds),
+        ("rir", augment.rirs, np.float32, augment.rir_seconds),
+    ):
+        if folder:
+            length = round(seconds * SAMPLE_RATE)
+            rows = int(augment.bank_megabytes * MEGABYTE // (length * np.dtype(dtype).itemsize))
+            banks[kind] = jax.ShapeDtypeStruct((max(rows, 1), length), dtype, sharding=whole)
+    return banks
+
+
+def _measured(compiled, chip: Chip, chips: int, batch: int, steps: int) -> dict:
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    temporary = memory.temp_size_in_bytes + kept
+    total = memory.argument_size_in_bytes + temporary + memory.generated_code_size_in_bytes
+    moved = collectives(text)
+    # A ring sends each part of what it reduces around twice, of what it gathers once.
+    traffic = sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in moved.items())
+    collective_seconds = traffic * (chips - 1) / chips / chip.links
+    seconds = estimated_cycles(text) / chip.clock + collective_seconds
+    flops, hours = float(compiled.cost_analysis()["flops"]), steps * seconds / 3600
+    return dict(zip(MEASURED, (
+        total <= chip.memory, total, memory.argument_size_in_bytes, temporary, flops,
+        sum(size for _, size in moved.values()), {kind: list(of) for kind, of in moved.items()}, seconds,
+        collective_seconds, flops / chip.peak / seconds, batch / seconds, hours, hours * chips,
+    ), strict=True))
+
+
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][a-z\-]*)\(")
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Returns {kind: (number, bytes)} of a compiled program's collectives, bytes of what a chip gets out of them."""
+    found, seen = {}, set()
+    for line in text.splitlines():
+        instruction = INSTRUCTION.match(line)
+        kind = instruction and instruction[2].removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        channel = re.search(r"channel_id=(\d+)", line)
+        if channel and channel[1] in seen:  # a copy of it inside a fusion that overlaps it with other work
+            continue
+        seen.add(channel and channel[1])
+        sizes = [_array_bytes(*array) for array in ARRAY.findall(instruction[1])]
+        size = max(sizes) if instruction[2].endswith("-start") and kind != "all-reduce" else sum(sizes)
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + size)
+    return found
+
+
+def _array_bytes(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return int(np.prod([int(size) for size in shape.split(",") if size], dtype=np.int64)) * bits // 8
+
+
+def estimated_cycles(text: str) -> int:
+    """Returns the cycles of a compiled program by XLA's cost model: loops by their trips, of branches the dearest."""
+    computations, entry = _computations(text)
+
+    def of(name):
+        total = 0
+        for line in computations.get(name, ()):
+            instruction = INSTRUCTION.match(line)
+            kind = instruction and instruction[2]
+            if kind == "while":
+                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
+                total += of(body) * _trips(computations.get(condition, ()))
+            elif kind == "conditional":
+                named = re.search(
+                    r"branch_computations=\{(.*?)\}|true_computation=(\S+), false_computation=(\S+)", line
+                )
+                total += max(of(branch.strip(" %,")) for branch in ",".join(filter(None, named.groups())).split(","))
+            elif kind == "call":
+                total += of(re.search(r"to_apply=%?([\w.\-]+)", line)[1])
+            else:
+                estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+                total += int(estimate[1]) if estimate else 0
+        return total
+
+    return of(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    computations, name, entry = {}, None, None
+    for line in text.splitlines():
+        begin = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if begin:
+            name = begin[2]
+            computations[name] = []
+            entry = name if begin[1] else entry
+        elif line.startswith("}"):
+            name = None
+        elif name:
+            computations[name].append(line)
+    return computations, entry
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop runs that counts from 0 up to a constant; 1 where its condition is another."""
+    constants = [int(found[1]) for line in condition if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", line))]
+    return constants[0] if len(constants) == 1 and any("direction=LT" in line for line in condition) else 1
+
+
+def advice(result: dict, config, chip: Chip) -> list[str]:
+    """Returns what to change in a config for what was measured of it; empty when nothing."""
+    chips, per_chip, lines = result["chips"], result["batch_size"] // result["chips"], []
+    if not result["fits"]:
+        most = int(per_chip * chip.memory / result["hbm_bytes"])
+        lines.append(f"{result['hbm_bytes'] / 2**30:.1f} GiB a chip are needed, {chip.memory / 2**30:.0f} are there: "
+                     f"try --config.data.batch_size={max(most, 1) * chips} ({max(most, 1)} utterances a chip), or as "
+                     "many utterances on more chips")
+    if config.model.dtype != "bfloat16":
+        lines.append("--config.model.dtype=bfloat16 halves the memory of activations and is what the peak is of")
+    if per_chip < 8 and result["fits"]:
+        lines.append(f"only {per_chip} utterances a chip: a larger batch, or fewer chips, would use them better")
+    return lines
+
+
+def summary(result: dict) -> str:
+    """Returns the plan as people read it."""
+    gib = 2**30
+    lines = [
+        f"{result['topology']}: {result['chips']} chips, {result['batch_size']} utterances a step "
+        f"({result['batch_size'] // result['chips']} a chip), {result['dtype']}",
+        f"  memory a chip       {result['hbm_bytes'] / gib:.2f} of {result['hbm_limit_bytes'] / gib:.0f} GiB: "
+        + ("fits" if result["fits"] else "DOES NOT FIT"),
+    ]
+    if result["flops"] is not None:
+        kinds = result["collectives"].items()
+        moved = ", ".join(f"{count} {kind} {size / 1e6:.1f} MB" for kind, (count, size) in kinds)
+        lines += [
+            f"                      arguments {result['argument_bytes'] / gib:.2f}, temporary "
+            f"{result['temporary_bytes'] / gib:.2f}, headroom "
+            f"{(result['hbm_limit_bytes'] - result['hbm_bytes']) / gib:.2f} GiB",
+            f"  computation a chip  {result['flops'] / 1e12:.4g} TFLOP a step",
+            f"  collectives         {moved or 'none'}",
+            f"  time (estimate)     {result['seconds_per_step']:.4g} s a step, of which collectives "
+            f"{result['collective_seconds']:.2g} s; {100 * result['utilisation']:.1f} % of the peak, "
+            f"{result['utterances_per_second']:,.0f} utterances a second",
+            f"  the whole run       {result['steps']:,} steps: {result['hours']:,.1f} hours, "
+            f"{result['chip_hours']:,.0f} chip hours",
+        ]
+    lines.append(f"  compiled in         {result['compile_seconds']:.0f} s")
+    return "\n".join(lines + [f"  {line}" for line in result["advice"]])

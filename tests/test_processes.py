@@ -1,0 +1,266 @@
+"""Training in several real processes over gloo: as one process does it, stopped, killed, and gone on in other numbers.
+
+All runs are of a network of one layer and a front end as small, since what is tested is around them: `test_sharding.py`
+has the real ones on several devices.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from memo_jax import processes
+from memo_jax import train as training
+from memo_jax.checkpoint import load_raw, saved_steps
+from memo_jax.data import TrainingBatches
+from memo_jax.log import read_metrics
+
+STEPS, SAVED, KILLED_AT = 12, 8, 10  # of the config: all, the last checkpoint but one
+GONE = {76, -6}  # `cli.LOST`; SIGABRT, where jax ends the process itself
+
+# A process of a training; plans are JSON: what happens in which process at which step, and the command lines to run.
+PROCESS = """
+import json, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import test_processes
+from memo_jax import cli, processes
+plan, index = json.loads(sys.argv[2]), int(sys.argv[3])
+test_processes.patch_for_tests(setattr, record=plan["record"] and f"{plan['record']}{index}.npy")
+reached = processes.StopRequest.reached
+
+def with_events(self, step):
+    signals = [number for number, of, at in plan["signals"] if of == index and at == step]
+    for number in signals:
+        os.kill(os.getpid(), number)
+    if plan["slow"]:
+        time.sleep(0.2)
+    return reached(self, step)
+
+leave, processes.leave = processes.leave, lambda: None
+for number, arguments in enumerate(plan["commands"]):
+    if number == 1:
+        processes.join = lambda **_: None
+    if number == len(plan["commands"]) - 1:
+        processes.leave, processes.StopRequest.reached = leave, with_events
+    status = cli.main([*arguments, f"--coordinator=localhost:{plan['port']}", f"--process_id={index}",
+                       f"--num_processes={plan['processes']}"])
+sys.exit(status)
+"""
+
+
+class Layer(nn.Module):
+    """A backbone that compiles in no time, with batch norm and one matrix."""
+
+    embedding_dim: int
+
+    @nn.compact
+    def __call__(self, x, lengths=None, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(jnp.abs(x).mean(axis=1))
+        return nn.Dense(self.embedding_dim)(x)
+
+
+def front_end(key, batch, banks):
+    """Crops as frames, each with noise, and with the crop of the utterance before it in the batch."""
+    x = batch["global"].astype(jnp.float32) / 3000
+    x = x + 0.1 * jax.random.normal(key, x.shape) + 0.1 * jnp.roll(x, 1, axis=0)
+    return (x.reshape(*x.shape[:2], -1, 80),)
+
+
+def patch_for_tests(set_attribute, record=None):
+    """Makes training use these, and keep what it read of every batch in a file."""
+    set_attribute(training, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
+    set_attribute(training, "build_front_end", lambda config: front_end)
+    following, kept = TrainingBatches.__next__, []
+
+    def kept_batch(self):
+        kept.append(following(self)["global"])
+        np.save(record, kept)
+        return {"global": kept[-1]}
+
+    if record:
+        set_attribute(TrainingBatches, "__next__", kept_batch)
+
+
+def start(count, *commands, signals=(), slow=False, record=None):
+    """Runs command lines in `count` processes; returns status, text and end time of each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        plan = {"port": free.getsockname()[1], "processes": count, "signals": signals, "slow": slow,
+                "record": record and str(record), "commands": commands}
+    code = [sys.executable, "-c", PROCESS, os.path.dirname(__file__), json.dumps(plan)]
+    environment = tiny.environment() | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
+    running = [
+        subprocess.Popen([*code, str(index)], env=environment, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
+        for index in range(count)
+    ]
+    results = []
+    for process in running:
+        text, _ = process.communicate(timeout=300)
+        results.append((process.returncode, text))
+    return results
+
+
+def command(workdir, *settings):
+    """Of a run with one kind of crop, whose prototypes and momenta the processes share, as they do with large ones."""
+    settings = ("data.local_crops=0", "log_every_steps=1", "split_above_megabytes=0.001", *settings)
+    return tiny.train_arguments(workdir, *settings)
+
+
+def losses(workdir):
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step once, in order: one process writes"
+    return np.array([row["loss"] for row in rows])
+
+
+def assert_same_losses(one, other):
+    """Float32 noise: 1e-6 at the first step, which training then amplifies; another crop makes 1e-2 at once."""
+    one, other = losses(one), losses(other)
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-6)
+    np.testing.assert_allclose(one, other, rtol=2e-4)
+
+
+def state(workdir, step):
+    return {jax.tree_util.keystr(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(load_raw(workdir, step)[0])}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run by one process; by two; by two of which one is sent SIGTERM; and that one gone on with."""
+    folder = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch_for_tests(patch.setattr, record=folder / "alone.npy")
+        status, text = tiny.here(*command(folder / "alone"))
+    assert status == 0, text
+    two = start(2, command(folder / "two"), command(folder / "stopped"), signals=[(15, 1, 5)], slow=True,
+                record=folder / "two")
+    stopped_at = saved_steps(folder / "stopped")[-1]
+    shutil.copytree(folder / "stopped", folder / "resumed")
+    resumed = start(2, command(folder / "resumed"))
+    return SimpleNamespace(folder=folder, two=two, stopped_at=stopped_at, resumed=resumed)
+
+
+def test_two_processes_train_as_one_does(runs):
+    """The losses are those of one process, to float32 noise; so are the batches, of which each reads its half. One
+    process alone talks."""
+    assert [status for status, _ in runs.two] == [75, 75], runs.two
+    assert_same_losses(runs.folder / "two", runs.folder / "alone")
+    alone = np.load(runs.folder / "alone.npy")
+    halves = [np.load(runs.folder / f"two{index}.npy")[:STEPS] for index in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), alone)
+    assert len(np.unique(alone[:tiny.STEPS_PER_EPOCH].reshape(-1, alone.shape[-1]), axis=0)) == \
+        2 * tiny.SPEAKERS * tiny.UTTERANCES, "each utterance once in an epoch"
+    (_, first), (_, second) = runs.two
+    assert "on 2 cpu device(s) of 2 processes" in first and "training: 12/12 step" in first
+    assert "training" not in second and "utterances" not in second
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step_with_a_checkpoint(runs):
+    """Both say at which step and end with a status of its own; gone on with, the run ends as if it had not been
+    stopped, bit for bit."""
+    assert 5 <= runs.stopped_at < STEPS
+    for status, text in runs.two:
+        assert status == 75 and f"SIGTERM: stopped after step {runs.stopped_at}, which is saved" in text
+    assert [status for status, _ in runs.resumed] == [0, 0], runs.resumed
+    assert f"resumed after step {runs.stopped_at}" in runs.resumed[0][1]
+    whole, resumed = (state(runs.folder / name, STEPS) for name in ("two", "resumed"))
+    assert whole.keys() == resumed.keys() and len(whole) > 20
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, resumed[name], err_msg=name, strict=True)
+    np.testing.assert_array_equal(losses(runs.folder / "resumed"), losses(runs.folder / "two"))
+
+
+def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
+    """Four go on where two were; SIGKILL of one ends the others, with an error, within a minute. One process goes on
+    from the last checkpoint, and the losses are those of one that did it all."""
+    workdir = shutil.copytree(runs.folder / "two", runs.folder / "four")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    (workdir / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp").mkdir()  # half-written, never to be chosen
+    begin = time.monotonic()
+    results = start(4, command(workdir), signals=[(9, 2, KILLED_AT)])
+    assert results[2][0] == -9, results[2]
+    assert all(status in GONE for status, _ in results[:2] + results[3:]), results
+    assert any("another process is lost, so this one ends, too" in text for _, text in results) or all(
+        "another task died" in text for _, text in results[:2] + results[3:]), results
+    assert f"resumed after step {SAVED}" in results[0][1] and "processes was 2 and is 4 now" in results[0][1]
+    assert saved_steps(workdir)[-1] == SAVED
+    with pytest.MonkeyPatch.context() as patch:
+        patch_for_tests(patch.setattr)
+        with pytest.warns(UserWarning, match="processes was 2 and is 1 now"):
+            status, text = tiny.here(*command(workdir))
+    assert status == 0 and f"resumed after step {SAVED}" in text
+    assert_same_losses(workdir, runs.folder / "alone")
+    assert time.monotonic() - begin < 240
+
+
+def test_sigterm_to_a_process_that_trains_alone_saves_and_ends_it(runs, monkeypatch):
+    """With the same status, and as exactly gone on with; the handler of before is back."""
+    patch_for_tests(monkeypatch.setattr)
+    reached, before = processes.StopRequest.reached, signal.getsignal(signal.SIGTERM)
+
+    def with_signal(self, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reached(self, step)
+
+    workdir = runs.folder / "alone-stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.StopRequest, "reached", with_signal)
+        status, text = tiny.here(*command(workdir))
+    assert status == 75 and "SIGTERM: stopped after step 5, which is saved" in text
+    assert saved_steps(workdir)[-1] == 5 and signal.getsignal(signal.SIGTERM) is before
+    status, text = tiny.here(*command(workdir))
+    assert status == 0 and "resumed after step 5" in text
+    whole, resumed = state(runs.folder / "alone", STEPS), state(workdir, STEPS)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, resumed[name], err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--coordinator=localhost:1234", "--num_processes=2", "--process_id=2"], "--process_id is 2: must be 0 to 1"),
+    (["--coordinator=localhost", "--num-processes=2", "--process-id=1"], "give host and port, such as 10.0.0.1:1234"),
+])
+def test_places_among_the_processes_that_cannot_be_are_refused(flags, message, tmp_path):
+    status, text = tiny.here(*command(tmp_path / "run"), *flags)
+    assert status == 2 and message in text and not (tmp_path / "run").exists()
+
+
+def test_a_workdir_in_a_bucket_is_refused():
+    status, text = tiny.here(*command("gs://bucket/run"))
+    assert status == 2 and "is no path of the file system" in text and not os.path.exists("gs:")
+
+
+def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
+    done = tiny.memo_jax(*command(tmp_path / "run", "--distributed"), "--num_processes=2")
+    assert done.returncode == 2 and "give --coordinator, --process_id" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_differs_between_processes_is_named_in_all(monkeypatch):
+    """Two processes whose config is the same and whose bank is not."""
+    from memo_jax.processes import multihost_utils
+
+    def gathered(mine):
+        theirs = mine.copy()
+        theirs[1] += 1
+        return np.stack([mine, theirs])
+
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    with pytest.raises(ValueError, match="the bank of noise differs between the processes: that of process 1"):
+        processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
+    processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
