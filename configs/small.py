@@ -2,8 +2,8 @@
 
     memo-jax train --config configs/small.py --workdir runs/small --config.data.train=DATASET …
 
-A step takes about 4.3 CPU-seconds. What the first steps of a run reached is in experiments/README.md; none has been
-taken to its end yet.
+On one core it takes about 90 minutes (3.6 CPU-seconds a step) and, on speechocean762's training speakers and LibriSpeech's,
+ends at 9.84 % EER on speechocean762's test trials; 900 steps reach 9.87 %. Commands and curve are in experiments/README.md.
 """
 
 import base
