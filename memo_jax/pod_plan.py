@@ -20,7 +20,7 @@ from memo_jax import config as configs, sharding
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.banks import MEGABYTE
 from memo_jax.data import open_utterances, steps_per_epoch
-from memo_jax.train import abstract_state, build_recipe, jitted_step
+from memo_jax.recipe import abstract_state, build_recipe, jitted_step
 
 VOXCELEB2 = 1_092_009  # utterances of its development part
 

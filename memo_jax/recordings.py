@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 from memo_jax import kaldi, tfds_audio
-from memo_jax.archives import Extent, is_archive_name, is_compressed_tar, members, stored_bytes
+from memo_jax.archives import Extent, is_archive_name, members, stored_bytes
 from memo_jax.audio import AudioError, is_audio_name, read_audio
 
 VOXCELEB_SPEAKER = re.compile(r"id\d{5}")

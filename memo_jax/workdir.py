@@ -21,7 +21,7 @@ def workdir_model(
     Step 0 is the untrained network, which the config's seed decides. The branch is "ecapa" by default, or the first.
     Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the run does not have.
     """
-    from memo_jax.train import build_branches, build_recipe, initial_state
+    from memo_jax.recipe import build_branches, build_recipe, initial_state
 
     config = configs.read_config(workdir)
     if config is None:

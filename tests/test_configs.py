@@ -7,10 +7,11 @@ import jax
 import pytest
 import tiny
 
-from memo_jax import features, train as training
+from memo_jax import features
 from memo_jax.config import load_config
 from memo_jax.data import SAMPLE_RATE
 from memo_jax.models import parameter_count
+from memo_jax.recipe import build_front_end, build_recipe
 from memo_jax.state import initial_state, student_params
 from memo_jax.step import train_step
 
@@ -33,7 +34,7 @@ def test_a_full_size_step_fits_together(path):
     """The step of each config, augmentation banks and front end included, traced at full size without computing: the
     state it returns has the shapes of the state it takes, and the networks have the published numbers of parameters."""
     config = load_config(path)
-    recipe = training.build_recipe(config, 1000)
+    recipe = build_recipe(config, 1000)
     state = jax.eval_shape(
         lambda: initial_state(
             jax.random.key(0), recipe.branches, features.MEL_BINS, recipe.optimizer, recipe.gate_rule
@@ -49,7 +50,7 @@ def test_a_full_size_step_fits_together(path):
     bank = jax.ShapeDtypeStruct((3, round(config.augment.bank_seconds * SAMPLE_RATE)), "int16")
     responses = jax.ShapeDtypeStruct((2, round(config.augment.rir_seconds * SAMPLE_RATE)), "float32")
     banks = {"noise": bank, "music": bank, "speech": bank, "rir": responses}
-    step = functools.partial(train_step, recipe=recipe, front_end=training.build_front_end(config))
+    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
     after, metrics = jax.eval_shape(step, state, batch, banks, jax.eval_shape(lambda: jax.random.key(0)))
 
     assert jax.tree.structure(after) == jax.tree.structure(state)
@@ -67,7 +68,7 @@ def test_a_full_size_step_fits_together(path):
 
 def test_the_dino_config_is_memo_without_its_parts():
     memo, dino = (load_config(tiny.ROOT / "configs" / f"{name}_voxceleb2.py") for name in ("memo", "dino"))
-    recipes = [training.build_recipe(config, 1000) for config in (memo, dino)]
+    recipes = [build_recipe(config, 1000) for config in (memo, dino)]
     assert [tuple(recipe.branches) for recipe in recipes] == [("ecapa", "resnet"), ("ecapa",)]
     assert recipes[1].branches["ecapa"].head_names == ("self",) and recipes[1].gate_rule.name == "never"
     for name in ("data", "optimizer", "teacher", "augment"):

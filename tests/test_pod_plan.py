@@ -8,8 +8,7 @@ import pytest
 import test_processes
 import tiny
 
-from memo_jax import pod_plan
-from memo_jax import train as training
+from memo_jax import pod_plan, recipe
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: .[tpu-plan]")
 
@@ -69,7 +68,7 @@ def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
         return (views + (banks["noise"][0, 0] / 32768 if banks else 0),)
 
     test_processes.patch_for_tests(monkeypatch.setattr)
-    monkeypatch.setattr(training, "build_front_end", lambda config: with_bank)
+    monkeypatch.setattr(recipe, "build_front_end", lambda config: with_bank)
     plans = []
     bank = ("augment.noise=musan", "augment.bank_megabytes=50")
     for settings in (("data.batch_size=64",), ("data.batch_size=128", *bank)):

@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import tiny
 
-from memo_jax import processes
-from memo_jax import train as training
+from memo_jax import processes, recipe
 from memo_jax.checkpoint import load_raw, saved_steps
 from memo_jax.data import TrainingBatches
 from memo_jax.log import read_metrics
@@ -80,8 +79,8 @@ def front_end(key, batch, banks):
 
 def patch_for_tests(set_attribute, record=None):
     """Makes training use these, and keep what it read of every batch in a file."""
-    set_attribute(training, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
-    set_attribute(training, "build_front_end", lambda config: front_end)
+    set_attribute(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
+    set_attribute(recipe, "build_front_end", lambda config: front_end)
     following, kept = TrainingBatches.__next__, []
 
     def kept_batch(self):

@@ -16,7 +16,7 @@ STEPS = 3
 SCRIPT = """
 import json, sys
 import jax, numpy as np
-from memo_jax import config as configs, sharding, train
+from memo_jax import config as configs, recipe as recipes, sharding
 from memo_jax.models.ecapa import ECAPATDNN
 from memo_jax.models.resnet import ResNet34
 
@@ -42,10 +42,10 @@ report = {"devices": jax.device_count()}
 arrays = {}
 for count in (4, 1):
     mesh = sharding.data_mesh(jax.devices()[:count])
-    recipe = train.build_recipe(config, epoch_steps=2)
+    recipe = recipes.build_recipe(config, epoch_steps=2)
     recipe = recipe._replace(branches={n: b.clone(backbone=backbones[n]) for n, b in recipe.branches.items()})
-    state = train.initial_state(config, recipe, mesh)
-    step = train.jitted_step(config, recipe, mesh)
+    state = recipes.initial_state(config, recipe, mesh)
+    step = recipes.jitted_step(config, recipe, mesh)
     key = sharding.replicate(mesh, jax.random.key_data(jax.random.key(1)))
     held = sharding.replicate(mesh, banks)
     losses = []

@@ -21,6 +21,7 @@ from memo_jax.config import read_config
 from memo_jax.data import open_utterances
 from memo_jax.gate import GateRule, initial_gate
 from memo_jax.log import read_metrics
+from memo_jax.recipe import build_branches, build_recipe
 from memo_jax.state import TrainState
 from memo_jax.workdir import workdir_model
 
@@ -288,7 +289,7 @@ def test_sizes_and_forms_of_the_config_are_those_of_the_backbones():
         "model.branches=ecapa,campplus", "model.ecapa_form=wespeaker", "model.ecapa_embedding_norm=true",
         "model.campplus_layers=1,2,3",
     )
-    branches = training.build_branches(config)
+    branches = build_branches(config)
     ecapa, campplus = branches["ecapa"].backbone, branches["campplus"].backbone
     assert (ecapa.form, ecapa.embedding_norm) == ("wespeaker", True)
     assert (campplus.layers, campplus.growth, campplus.stem_channels, campplus.embedding_dim) == ((1, 2, 3), 4, 8, 16)
@@ -299,7 +300,7 @@ def test_durations_may_be_epochs(tmp_path):
     assert status == 0 and "5 steps an epoch, 10 steps in all" in text
     warmup = ("optimizer.warmup_epochs=0.4", "optimizer.warmup_steps=-1")
     config = tiny.tiny_config(*warmup, "optimizer.learning_rate=64.0")
-    rates = [float(training.build_recipe(config, 10).schedules.learning_rate(step)) for step in range(5)]
+    rates = [float(build_recipe(config, 10).schedules.learning_rate(step)) for step in range(5)]
     assert rates[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1]) and rates[4] <= 1, "4 steps, peak 64·4/256"
 
 
@@ -419,7 +420,7 @@ def test_what_a_run_reports_is_what_it_used(reference):
     """The rows tell the schedules, and the config beside the checkpoints is the one that was typed."""
     rows = read_metrics(reference)
     config = read_config(reference)
-    recipe = training.build_recipe(config, tiny.STEPS_PER_EPOCH)
+    recipe = build_recipe(config, tiny.STEPS_PER_EPOCH)
     for row in rows:
         for name, schedule in (("lr", recipe.schedules.learning_rate), ("momentum", recipe.schedules.momentum)):
             assert row[name] == pytest.approx(float(schedule(row["step"] - 1)), rel=1e-5)
