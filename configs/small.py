@@ -2,8 +2,9 @@
 
     memo-jax train --config configs/small.py --workdir runs/small --config.data.train=DATASET …
 
-On one core it takes about 90 minutes (3.6 CPU-seconds a step) and, on speechocean762's training speakers and LibriSpeech's,
-ends at 9.84 % EER on speechocean762's test trials; 900 steps reach 9.87 %. Commands and curve are in experiments/README.md.
+On one core it takes about 90 minutes (3.6 CPU-seconds a step). Trained on speechocean762's and LibriSpeech's utterances, it
+ends at 9.84 % EER on speechocean762's test trials; 900 steps reach 9.87 %. Commands and all numbers are in
+experiments/README.md.
 """
 
 import base
