@@ -82,23 +82,27 @@ def student_embeddings(branch: Branch, params, batch_stats, views: Views):
     return tuple(embeddings), batch_stats
 
 
-def student_logits(branch: Branch, params, batch_stats, embeddings):
-    """Returns logits {head: [V, B, K]} of all views, the heads run on global and local views in turn."""
-    outputs = []
+def logits_by_view(branch: Branch, params, batch_stats, embeddings):
+    """Returns logits {head: [V, B, K]} of embeddings, each [V', B, D], and updated batch statistics.
+
+    The layers with batch norm run on each array in turn; all views are compared with the prototypes at once.
+    """
+    units = []
     for embedding in embeddings:
         rows = merge_views(embedding.swapaxes(0, 1))
-        logits, batch_stats = train_mode(branch, "project", params, batch_stats, rows)
-        outputs.append({head: by_view(x, embedding.shape[0]) for head, x in logits.items()})
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs), batch_stats
+        heads, batch_stats = train_mode(branch, "unit_vectors", params, batch_stats, rows)
+        units.append({head: by_view(x, embedding.shape[0]) for head, x in heads.items()})
+    together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *units)
+    return branch.apply({"params": params}, together, method="compare"), batch_stats
 
 
 def teacher_outputs(branch: Branch, variables, features):
     """Returns the teacher's embedding [W, B, D], its logits {head: [W, B, K]} and its updated batch statistics."""
     params, batch_stats = variables["params"], variables["batch_stats"]
     embedding, batch_stats = train_mode(branch, "embed", params, batch_stats, merge_views(features))
-    logits, batch_stats = train_mode(branch, "project", params, batch_stats, embedding)
-    teacher_views = features.shape[1]
-    return by_view(embedding, teacher_views), {h: by_view(x, teacher_views) for h, x in logits.items()}, batch_stats
+    embedding = by_view(embedding, features.shape[1])
+    logits, batch_stats = logits_by_view(branch, params, batch_stats, [embedding])
+    return embedding, logits, batch_stats
 
 
 def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
@@ -127,7 +131,7 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
         )
 
         def distill(head_params, embeddings):
-            logits, new_stats = student_logits(branch, head_params, stats, embeddings)  # noqa: B023
+            logits, new_stats = logits_by_view(branch, head_params, stats, embeddings)  # noqa: B023
             total, terms = 0.0, {}
             for student, teacher, head, weight in distillation_pairs(names, weights):
                 if student == name:  # noqa: B023

@@ -30,7 +30,15 @@ class Branch(nn.Module):
 
     def project(self, embedding: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         """Embedding [N, D] → logits [N, K] of every head."""
-        return {name: head(embedding, train) for name, head in self.heads.items()}
+        return self.compare(self.unit_vectors(embedding, train))
+
+    def unit_vectors(self, embedding: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """Embedding [N, D] → every head's [N, bottleneck] of length one."""
+        return {name: head.unit_vectors(embedding, train) for name, head in self.heads.items()}
+
+    def compare(self, units: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Every head's vectors [..., bottleneck] of length one → logits [..., K]."""
+        return {name: head.cosines(units[name]) for name, head in self.heads.items()}
 
     def __call__(self, x, train=False):
         """Both, for initialisation."""

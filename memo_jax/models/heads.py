@@ -8,6 +8,9 @@ from memo_jax.losses import l2_normalize
 from memo_jax.models.layers import BatchNorm, Linear
 
 
+LENGTH_EPSILON = 1e-12  # the least length of a prototype
+
+
 def cut_normal(key, shape, dtype=jnp.float32):
     """Normal of deviation 0.02 truncated at ±2 (absolute), as the DINO recipes initialise their linears."""
     return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
@@ -31,14 +34,30 @@ class DINOHead(nn.Module):
     bottleneck: int = 256
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, x, train=False):
-        zeros = nn.initializers.zeros
-        for i in range(2):
-            x = Linear(self.hidden, kernel_init=cut_normal, bias_init=zeros, dtype=self.dtype, name=f"linear_{i}")(x)
+    def setup(self):
+        def linear(features, name):
+            return Linear(
+                features, kernel_init=cut_normal, bias_init=nn.initializers.zeros, dtype=self.dtype, name=name
+            )
+
+        self.hidden_layers = [(linear(self.hidden, f"linear_{i}"), BatchNorm(name=f"norm_{i}")) for i in range(2)]
+        self.last_linear = linear(self.bottleneck, "linear_2")
+
+    def unit_vectors(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Embedding [N, D] → float32 [N, bottleneck] of length one, what is compared with the prototypes."""
+        for linear, norm in self.hidden_layers:
             # The references use the exact GELU; JAX defaults to the tanh approximation.
-            x = jax.nn.gelu(BatchNorm(name=f"norm_{i}")(x, train), approximate=False)
-        x = Linear(self.bottleneck, kernel_init=cut_normal, bias_init=zeros, dtype=self.dtype, name="linear_2")(x)
-        x = l2_normalize(x.astype(jnp.float32))
+            x = jax.nn.gelu(norm(linear(x), train), approximate=False)
+        return l2_normalize(self.last_linear(x).astype(jnp.float32))
+
+    @nn.compact
+    def cosines(self, units: jax.Array) -> jax.Array:
+        """Vectors [..., bottleneck] of length one → their cosines with the prototypes, [..., prototypes]."""
         directions = self.param("prototypes", prototype_uniform, (self.bottleneck, self.prototypes))
-        return jnp.matmul(x, l2_normalize(directions, axis=0), precision="highest")
+        # The products are divided by the lengths, not the prototypes: these are larger than everything else here, and
+        # copies of length one, and their gradients, would be as large.
+        inverse = jax.lax.rsqrt(jnp.maximum(jnp.square(directions).sum(axis=0), LENGTH_EPSILON**2))
+        return jnp.matmul(units, directions, precision="highest") * inverse
+
+    def __call__(self, x, train=False):
+        return self.cosines(self.unit_vectors(x, train))
