@@ -1,5 +1,7 @@
 """The losses of MeMo: distillation between views, contrastive on embeddings, the centre. Arrays in, arrays out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,47 @@ def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Ar
     """Returns x / max(‖x‖, epsilon) along an axis, with a finite gradient at zero."""
     squared = jnp.square(x).sum(axis=axis, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def cross_entropy_of_pairs(student_logits: jax.Array, probabilities: jax.Array, temperature: float) -> jax.Array:
+    """Returns −⟨p_i, log_softmax(s_v / temperature)⟩, the mean over the batch and over all pairs of views i and v ≠ i.
+
+    `student_logits` s are [V, B, K], `probabilities` p [W, B, K], W ≤ V; no gradient flows into the latter. Nothing of
+    size pairs × B × K is made, and the gradient, written out, keeps nothing of size V × B × K beside the logits.
+    """
+    return _cross_entropy_and_residuals(student_logits, probabilities, temperature)[0]
+
+
+def _partners(views, teacher_views):
+    """How many teacher views each student view is compared with, [V], and the number of pairs."""
+    return jnp.where(jnp.arange(views) < teacher_views, teacher_views - 1, teacher_views), teacher_views * (views - 1)
+
+
+def _cross_entropy_and_residuals(student_logits, probabilities, temperature):
+    (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
+    partners, pairs = _partners(views, teacher_views)
+    # The cross-entropy is logsumexp(s) − ⟨p, s⟩, and the views are summed before the product.
+    logsumexp = jax.nn.logsumexp(student_logits / temperature, axis=-1)
+    others = student_logits.sum(axis=0) - student_logits[:teacher_views]
+    total = jnp.vdot(partners, logsumexp.sum(axis=-1)) - jnp.vdot(probabilities, others) / temperature
+    return total / (pairs * batch), (student_logits, probabilities, logsumexp)
+
+
+def _cross_entropy_gradient(temperature, residuals, gradient):
+    student_logits, probabilities, logsumexp = residuals
+    (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
+    partners, pairs = _partners(views, teacher_views)
+    everybody = probabilities.sum(axis=0)
+    others = jnp.concatenate([
+        everybody - probabilities, jnp.broadcast_to(everybody, (views - teacher_views, *everybody.shape))
+    ])
+    student = jnp.exp(student_logits / temperature - logsumexp[:, :, None])
+    scale = gradient / (temperature * pairs * batch)
+    return scale * (partners[:, None, None] * student - others), None
+
+
+cross_entropy_of_pairs.defvjp(_cross_entropy_and_residuals, _cross_entropy_gradient)
 
 
 def distillation(
@@ -31,19 +74,9 @@ def distillation(
       `mean_teacher_entropy` (entropy of the teacher's mean distribution), all in nats: with K prototypes, collapse
       shows as a teacher entropy of ln K (uniform) or as a mean-teacher entropy of 0 (one prototype for everybody).
     """
-    views, teacher_views = student_logits.shape[0], teacher_logits.shape[0]
-    batch = student_logits.shape[1]
     teacher = jax.lax.stop_gradient(jax.nn.log_softmax((teacher_logits - center) / teacher_temp, axis=-1))
     probabilities = jnp.exp(teacher)
-    student = student_logits / student_temp
-    # Cross-entropy is logsumexp(student) − ⟨teacher, student⟩; with the student's views summed before the product
-    # nothing of size pairs × B × K is made.
-    logsumexp = jax.nn.logsumexp(student, axis=-1).sum(axis=-1)  # [V]
-    partners = jnp.where(jnp.arange(views) < teacher_views, teacher_views - 1, teacher_views)
-    other_views = student.sum(axis=0) - student[:teacher_views]  # [W, B, K]
-    total = jnp.vdot(partners, logsumexp) - jnp.vdot(probabilities, other_views)
-    pairs = teacher_views * (views - 1)
-    loss = total / (pairs * batch)
+    loss = cross_entropy_of_pairs(student_logits, probabilities, student_temp)
     entropy = -(probabilities * teacher).sum(axis=-1).mean()
     mean = probabilities.mean(axis=(0, 1))
     indicators = {
