@@ -1,0 +1,211 @@
+"""Where a training step's time goes: each part compiled by itself, beside the limit that this machine sets it.
+
+    python experiments/benchmarks/step_parts.py [--config FILE] [--batch-size 4] [--runs 3] [--json] [--config.KEY=VALUE …]
+
+A part's limit is the longer of its FLOPs over the best rate of a float32 matrix product here, and the bytes of its
+arguments and results over the best rate of a copy (read and written). FLOPs are XLA's own count before optimisation;
+what a part keeps between forward and backward is not in the bytes, so that a part may never reach its limit. Each
+time is the median of the runs in CPU-seconds, which other work on the machine disturbs least, on the cores that the
+process may use. The parts add up to more than `step`, where the compiler sees all of them at once.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from memo_jax import augment, config as configs, features, losses, recipe as recipes, sharding
+from memo_jax.log import progress
+from memo_jax.step import logits_by_view, student_embeddings, teacher_outputs, train_step_on_features
+
+AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
+SECONDS_OF_BANKS = 6.0
+
+
+def example_batch(config, seed=0):
+    """Returns int16 crops of noise of the config's numbers and lengths."""
+    data, rng = config.data, np.random.default_rng(seed)
+    shapes = {
+        "global": (data.global_crops, data.global_seconds), "local": (data.local_crops, data.local_seconds)
+    }
+    return {
+        kind: rng.integers(-3000, 3000, (data.batch_size, count, round(seconds * 16000)), dtype=np.int16)
+        for kind, (count, seconds) in shapes.items() if count
+    }
+
+
+def example_banks(seed=0):
+    """Returns banks of noise, music and rooms as small as fit a benchmark."""
+    rng = np.random.default_rng(seed)
+    noises = {kind: rng.integers(-3000, 3000, (32, round(SECONDS_OF_BANKS * 16000)), dtype=np.int16)
+              for kind in ("noise", "music")}
+    decay = np.exp(-np.arange(8000) / 800)
+    return noises | {"rir": (rng.normal(size=(32, 8000)) * decay).astype(np.float32)}
+
+
+def parts_of(config):
+    """Returns {name of a part: (function, its arguments)}, the whole step last."""
+    recipe, mesh = recipes.build_recipe(config, 1000), sharding.data_mesh(jax.devices()[:1])
+    state = recipes.initial_state(config, recipe, mesh)
+    batch, banks, key = example_batch(config), example_banks(), jax.random.key(1)
+    crops = [x.reshape(-1, x.shape[-1]).astype(np.float32) / 32768 for x in batch.values()]
+    counts = [x.shape[1] for x in batch.values()]
+    views = jax.jit(recipes.build_front_end(config))(key, batch, banks)
+
+    parts = {
+        "augmentation": (
+            lambda key, crops, banks: [augment.augment(key, x, banks, views=n)
+                                       for x, n in zip(crops, counts, strict=True)],
+            (key, crops, banks),
+        ),
+        "log-mel": (lambda crops: [features.normalized_log_mel(features.mel_power(x)) for x in crops], (crops,)),
+    }
+    teacher_logits, logits = {}, {}
+    for name, branch in recipe.branches.items():
+        params, stats = state.student[name]["params"], state.student[name]["batch_stats"]
+
+        def embed(params, stats, views, branch=branch):
+            return student_embeddings(branch, params, stats, views)
+
+        def train_backbone(params, stats, views, gradients, embed=embed):
+            _, vjp, stats = jax.vjp(lambda p: embed(p, stats, views), params, has_aux=True)
+            return vjp(gradients), stats
+
+        def project(params, stats, embeddings, branch=branch):
+            return logits_by_view(branch, params, stats, embeddings)
+
+        def train_heads(params, stats, embeddings, gradients, project=project):
+            _, vjp, stats = jax.vjp(lambda p, e: project(p, stats, e), params, embeddings, has_aux=True)
+            return vjp(gradients), stats
+
+        heads = {key: value for key, value in params.items() if key != "backbone"}
+        head_stats = {key: value for key, value in stats.items() if key != "backbone"}
+        backbone, backbone_stats = {"backbone": params["backbone"]}, {"backbone": stats["backbone"]}
+        embeddings, _ = jax.jit(embed)(backbone, backbone_stats, views)
+        logits[name], _ = jax.jit(project)(heads, head_stats, embeddings)
+        _, teacher_logits[name], _ = jax.jit(lambda v, x, b=branch: teacher_outputs(b, v, x))(
+            state.teacher[name], views[0]
+        )
+        parts |= {
+            f"{name}, forward": (embed, (backbone, backbone_stats, views)),
+            f"{name}, forward and backward": (train_backbone, (backbone, backbone_stats, views, embeddings)),
+            f"{name}, teacher's forward": (embed, (backbone, backbone_stats, views[:1])),
+            f"{name}'s heads, forward": (project, (heads, head_stats, embeddings)),
+            f"{name}'s heads, forward and backward": (train_heads, (heads, head_stats, embeddings, logits[name])),
+        }
+
+    def distill(logits, teacher_logits, centers):
+        return sum(
+            losses.distillation(logits[a][head], teacher_logits[b][head], centers[b][head], 0.1, 0.04)[0]
+            for a in logits for b in logits for head in ["self" if a == b else config.loss.cross_head]
+            if a == b or config.loss.cross
+        )
+
+    parts["distillation losses, forward and backward"] = (
+        jax.grad(distill), (logits, teacher_logits, state.center)
+    )
+    parameters = {name: state.student[name]["params"] for name in recipe.branches}
+    averages = {name: state.teacher[name]["params"] for name in recipe.branches}
+
+    def update(gradients, opt_state, parameters, averages):
+        updates, opt_state = recipe.optimizer.update(gradients, opt_state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        return jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), parameters, opt_state
+
+    parts["optimiser and moving average"] = (update, (averages, state.opt_state, parameters, averages))
+    parts["step, from log-mel"] = (
+        lambda state, views: train_step_on_features(state, views, recipe), (state, views)
+    )
+    return parts
+
+
+def best_seconds(call, runs=8):
+    """Returns the least CPU-seconds of several calls, after one that is not counted."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(runs):
+        begin = time.process_time()
+        jax.block_until_ready(call())
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def machine_limits(size=2048, megabytes=256):
+    """Returns FLOP and bytes that a CPU-second has at best: of a matrix product, and of a copy, read and written."""
+    square = jnp.ones((size, size))
+    product = jax.jit(lambda x: x @ x)
+    source = np.ones(megabytes * 2**18, np.float32)
+    target = np.empty_like(source)
+    return (2 * size**3 / best_seconds(lambda: product(square)),
+            2 * source.nbytes / best_seconds(lambda: np.copyto(target, source)))
+
+
+def measured(name, function, arguments, runs, peak, bandwidth):
+    """Returns what a part takes, and what it would at its limit."""
+    begin = time.process_time()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    compile_seconds = time.process_time() - begin
+    shapes = jax.eval_shape(function, *arguments)
+    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, shapes)) if hasattr(x, "dtype")
+                and not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+    times = []
+    for i in range(runs + 1):
+        begin = time.process_time()
+        jax.block_until_ready(compiled(*arguments))
+        if i:
+            times.append(time.process_time() - begin)
+    flops, seconds = float(compiled.cost_analysis().get("flops", 0)), statistics.median(times)
+    limit = max(flops / peak, moved / bandwidth)
+    return {
+        "part": name, "cpu_seconds": seconds, "gigaflops": flops / 1e9, "gigabytes": moved / 1e9,
+        "bound_by": "products" if flops / peak > moved / bandwidth else "memory", "limit_seconds": limit,
+        "of_limit": limit / seconds, "temporary_gigabytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "compile_cpu_seconds": compile_seconds,
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=AUTHORS, help="default: the authors' sizes")
+    parser.add_argument("--batch-size", type=int, default=4, help="default: 4")
+    parser.add_argument("--runs", type=int, default=3, help="of each part, after one that is not counted (default: 3)")
+    parser.add_argument("--parts", default="", help="only those whose name has this in it")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main(arguments=None) -> dict:
+    """Measures and prints."""
+    options, overrides = build_parser().parse_known_args(arguments)
+    config = configs.load_config(options.config, overrides + [f"--config.data.batch_size={options.batch_size}"])
+    peak, bandwidth = machine_limits()
+    parts = {name: part for name, part in parts_of(config).items() if options.parts in name}
+    if not options.json:
+        print(f"a CPU-second does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
+        print("| part | CPU-seconds | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|")
+    rows = []
+    for name in progress(list(parts), label="measure", unit="part"):
+        row = measured(name, *parts[name], options.runs, peak, bandwidth)
+        rows.append(row)
+        if not options.json:
+            print(f"| {name} | {row['cpu_seconds']:.3f} | {row['gigaflops']:.1f} | {row['gigabytes']:.2f} "
+                  f"| {row['limit_seconds']:.3f} ({row['bound_by']}) | {row['of_limit']:.0%} "
+                  f"| {row['temporary_gigabytes']:.2f} |", flush=True)
+    result = {
+        "batch_size": options.batch_size, "peak_gigaflops": peak / 1e9, "gigabytes_per_second": bandwidth / 1e9,
+        "parts": rows,
+    }
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return result
+
+
+if __name__ == "__main__":
+    main()
