@@ -158,12 +158,27 @@ def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: f
     return _normalize(x, scale, bias, epsilon)[0]
 
 
+def channel_sums(x: jax.Array) -> jax.Array:
+    """Returns the sums [C] of x [..., C] over all axes but the last."""
+
+    def in_wide_rows(x):
+        # Many sums at once, each of few numbers, which is three times as fast and rounds less than XLA's own order. The
+        # barrier keeps it from joining both sums again.
+        return jax.lax.optimization_barrier(x.reshape(-1, *x.shape[-2:]).sum(axis=0)).sum(axis=0)
+
+    def in_its_own_order(x):
+        return x.sum(axis=tuple(range(x.ndim - 1)))
+
+    if x.ndim < 3:
+        return in_its_own_order(x)
+    return jax.lax.platform_dependent(x, cpu=in_wide_rows, default=in_its_own_order)
+
+
 def _normalize(x, scale, bias, epsilon):
-    axes = tuple(range(x.ndim - 1))
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(axes)
+    x32, count = x.astype(jnp.float32), x.size // x.shape[-1]
+    mean = channel_sums(x32) / count
     centered = x32 - mean
-    var = jnp.square(centered).mean(axes)
+    var = channel_sums(jnp.square(centered)) / count
     inverse = jax.lax.rsqrt(var + epsilon)
     # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
     out = centered * (inverse * scale) + bias
@@ -172,10 +187,9 @@ def _normalize(x, scale, bias, epsilon):
 
 def _normalize_gradients(residuals, gradients):
     x, scale, mean, inverse = residuals
-    axes = tuple(range(x.ndim - 1))
     gradient = gradients[0].astype(jnp.float32)
     normalized = (x.astype(jnp.float32) - mean) * inverse
-    of_bias, of_scale = gradient.sum(axes), (gradient * normalized).sum(axes)
+    of_bias, of_scale = channel_sums(gradient), channel_sums(gradient * normalized)
     count = x.size // x.shape[-1]
     of_x = (inverse * scale) * (gradient - of_bias / count - normalized * (of_scale / count))
     return of_x.astype(x.dtype), of_scale, of_bias, None
