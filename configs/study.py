@@ -1,0 +1,44 @@
+"""The study's MeMo: configs/small.py made so cheap that many of its variants can be trained on one core.
+
+    python experiments/run.py --config configs/study.py --data DATASET … (see experiments/README.md)
+
+Shorter crops, smaller batches, a narrower ResNet, and schedules for 200 steps.
+"""
+
+import small
+
+
+def get_config():
+    """Returns a MeMo of 200 cheap steps, which rows of the ablation change."""
+    config = small.get_config()
+    config.total_steps = 200
+
+    config.data.batch_size = 24
+    config.data.global_seconds = 1.0
+    config.data.local_seconds = 0.6
+
+    config.model.resnet_base_channels = 4
+    config.model.campplus_layers = (2, 3, 2)
+    config.model.campplus_growth = 16
+    config.model.campplus_channels = 64
+    config.model.campplus_plane_channels = 4
+
+    config.optimizer.warmup_steps = 15
+    config.optimizer.freeze_prototypes_epochs = -1.0
+    config.optimizer.freeze_prototypes_steps = 20
+    config.teacher.temp_warmup_epochs = 1
+
+    config.gate.rule = "plateau"
+    config.gate.smoothing = 0.95
+    config.gate.window_steps = 25
+    config.gate.min_steps = 50
+    config.gate.min_improvement = 0.05
+    config.gate.min_alignment = 0.2  # the cosine stays above 0 throughout
+    config.gate.stop_epochs = -1.0
+    config.gate.stop_steps = 100
+
+    config.checkpoint.every_steps = 40
+    config.checkpoint.keep = 1
+    config.evaluation.every_steps = 40
+    config.collapse.patience_steps = 150
+    return config

@@ -1,0 +1,195 @@
+"""From the results of runs to the study's table: means over seeds, intervals over speakers, paired tests."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import ablation
+import numpy as np
+import study_figures
+
+from memo_jax import confidence, scoring
+from memo_jax.files import write_text
+from memo_jax.log import progress
+from memo_jax.trials import read_trials, speaker_pairs
+
+RESULT_FILE = "result.json"
+TABLE_FILE = "results.md"
+BUDGETS = {"steps": "Equal number of steps", "time": "Equal time"}
+
+
+class Run(NamedTuple):
+    """A run that is done: its folder, which keeps the scores, and its result."""
+
+    folder: Path
+    result: dict
+
+
+def read_results(output: Path) -> list[Run]:
+    """Returns all runs that are done, in the table's order. ValueError names a damaged file."""
+    found = []
+    for path in output.glob(f"*/*/seed-*/{RESULT_FILE}"):
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            place = list(BUDGETS).index(result["budget"]), list(ablation.ROWS).index(result["row"]), result["seed"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: not the result of a run of this study ({error})") from None
+        found.append((place, Run(path.parent, result)))
+    return [run for _, run in sorted(found, key=lambda one: one[0])]
+
+
+def runs_by_row(runs: list[Run], budget: str) -> dict[str, list[Run]]:
+    """Returns {row: its runs, one a seed}. At equal time, the reference's are those at equal steps: its time counts."""
+    of_budget = {}
+    for run in runs:
+        borrowed = budget == "time" and run.result["row"] == ablation.REFERENCE
+        if run.result["budget"] == ("steps" if borrowed else budget):
+            of_budget.setdefault(run.result["row"], []).append(run)
+    return of_budget if set(of_budget) != {ablation.REFERENCE} or budget == "steps" else {}
+
+
+def cost_of_row(output: Path, row: str) -> float | None:
+    """Returns the CPU-seconds a step of a row at equal steps, the median over its seeds; None where there is none."""
+    runs = runs_by_row(read_results(output), "steps").get(row, [])
+    costs = [run.result["cpu_seconds_a_step"] for run in runs if run.result["cpu_seconds_a_step"]]
+    return statistics.median(costs) if costs else None
+
+
+def main_branch(result: dict) -> str:
+    """Returns the branch whose teacher is reported: the ECAPA-TDNN, or the only one."""
+    return "ecapa" if "ecapa" in result["branches"] else result["branches"][0]
+
+
+class Scores:
+    """The scores of runs on one trial list, of the reported branch, each read once."""
+
+    def __init__(self, output: Path, name: str):
+        self.name = name
+        self.trials = read_trials(output / "trials" / f"{name}.txt")
+        try:
+            self.pairs = speaker_pairs(self.trials)
+        except ValueError:  # the names do not tell who speaks
+            self.pairs = None
+        self._of_run = {}
+
+    def of_runs(self, runs: list[Run]) -> np.ndarray:
+        """Returns the scores [runs, trials]; ValueError when a file is not of this list."""
+        return np.stack([self._read(run) for run in runs])
+
+    def _read(self, run: Run) -> np.ndarray:
+        path = run.folder / "test" / self.name / main_branch(run.result) / "scores.txt"
+        if path not in self._of_run:
+            rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+            if [row[1:] for row in rows] != [list(pair) for pair in zip(self.trials.enrol, self.trials.test)]:
+                raise ValueError(f"{path}: not the scores of the trials in {self.name}.txt")
+            self._of_run[path] = np.array([float(row[0]) for row in rows])
+        return self._of_run[path]
+
+
+def collect(output: Path, results: Path, replicates: int = 1000) -> str:
+    """Writes the results of all runs, one JSON each, the table and the plots into `results`; returns the table."""
+    runs = read_results(output)
+    if not runs:
+        raise ValueError(f"{output} holds no result yet")
+    results.mkdir(parents=True, exist_ok=True)
+    for _, result in runs:
+        name = f"{result['budget']}-{result['row']}-seed-{result['seed']}.json"
+        write_text(results / name, json.dumps(result, indent=1) + "\n")
+    names = list(dict.fromkeys(name for run in runs for name in run.result["tests"]))
+    scores = {name: Scores(output, name) for name in names}
+    budgets = {budget: rows for budget in BUDGETS if (rows := runs_by_row(runs, budget))}
+    work = [(budget, row, name) for budget, rows in budgets.items() for row in rows for name in names]
+    cells = {
+        (budget, row, name): rate_cells(budgets[budget], row, scores[name], replicates)
+        for budget, row, name in progress(work, label="bootstrap", unit="cell")
+    }
+    parts = [f"### {BUDGETS[budget]}\n\n{table(budget, rows, names, cells)}" for budget, rows in budgets.items()]
+    text = "\n\n".join([*parts, legend(runs, names, replicates)]) + "\n"
+    write_text(results / TABLE_FILE, text)
+    study_figures.plot_all({b: {row: [r.result for r in of] for row, of in rows.items()}
+                            for b, rows in budgets.items()}, results)
+    return text
+
+
+def table(budget: str, rows: dict[str, list[Run]], names: list[str], cells: dict) -> str:
+    """Returns the table of one budget in Markdown."""
+    head = ["system", "seeds", "steps", "CPU-min", "gate closes"]
+    head += [text for name in names for text in (f"{name}, EER %", "minDCF", "against", "other branch, EER %")]
+    lines = [head, ["---"] * len(head)]
+    for row, runs in rows.items():
+        results = [run.result for run in runs]
+        cost = [result["cpu_seconds"] / 60 for result in results if result["cpu_seconds"]]
+        closed = [result["gate"]["closed_at"] for result in results]
+        line = [
+            ablation.ROWS[row].title, str(len(runs)), spread([result["steps"] for result in results], 0),
+            f"{statistics.mean(cost):.1f}" if cost else "–",
+            ", ".join("–" if step is None else str(step) for step in closed) if any(s is not None for s in closed)
+            else "–",
+        ]
+        lines.append(line + [text for name in names for text in cells[budget, row, name]])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rate_cells(rows: dict[str, list[Run]], row: str, scores: Scores, replicates: int) -> list[str]:
+    """Returns what the table says of a row on one trial list: EER, minDCF, comparison, EER of the other branch."""
+    runs = {run.result["seed"]: run for run in rows[row] if scores.name in run.result["tests"]}
+    if not runs:
+        return ["collapsed" if rows[row][0].result["status"] == "collapsed" else "–", "–", "–", "–"]
+    tested = [run.result["tests"][scores.name] for run in runs.values()]
+    branches = [main_branch(run.result) for run in runs.values()]
+    own = [test[branch] for test, branch in zip(tested, branches)]
+    others = [rates["eer"] for test, branch in zip(tested, branches) for b, rates in test.items() if b != branch]
+    rate = spread([rates["eer"] for rates in own], 2)
+    if scores.pairs is not None:
+        low, high = confidence.bootstrap_interval(
+            scoring.eer, scores.of_runs(list(runs.values())), scores.trials.target, scores.pairs, replicates=replicates
+        )
+        rate += f" ({100 * low:.1f}–{100 * high:.1f})"
+    cost = spread([rates["min_dcf_0.05"] for rates in own], 3)
+    return [rate, cost, comparison(rows, row, runs, scores, replicates), spread(others, 2) if others else "–"]
+
+
+def comparison(rows: dict[str, list[Run]], row: str, runs: dict[int, Run], scores: Scores, replicates: int) -> str:
+    """Returns the difference of EER to the row that this one is compared with, over the seeds that both have."""
+    against = ablation.ROWS[row].against
+    other = {run.result["seed"]: run for run in rows.get(against, []) if scores.name in run.result["tests"]}
+    seeds = sorted(runs.keys() & other.keys())
+    if not seeds or scores.pairs is None:
+        return "–"
+    found = confidence.paired_bootstrap(
+        scoring.eer, scores.of_runs([runs[seed] for seed in seeds]), scores.of_runs([other[seed] for seed in seeds]),
+        scores.trials.target, scores.pairs, replicates=replicates,
+    )
+    low, high = (100 * end for end in found.interval)
+    # One-sided in whichever direction the difference points, so that a worse row is as visible as a better one.
+    p = min(found.p_value, 1 + 1 / (1 + replicates) - found.p_value)
+    return f"{100 * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p = {p:.2g}, {against}"
+
+
+def spread(values: list[float], decimals: int) -> str:
+    """Returns "mean ± deviation" over seeds, the mean alone of a single one or of equal numbers."""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    if len(values) < 2 or min(values) == max(values):
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def legend(runs: list[Run], names: list[str], replicates: int) -> str:
+    """Returns what the table's numbers mean, with the baseline of each trial list and what the runs were made with."""
+    lines = [
+        f"EER of the ECAPA-TDNN's teacher (of the only branch where there is no other): mean ± standard deviation over "
+        f"seeds; in brackets the 95 % interval of that mean over speakers ({replicates} bootstrap replicates). minDCF at a "
+        "prior of 0.05. Against: difference in EER, percent points, to the row named, negative is better; its interval and "
+        "the one-sided p of the paired bootstrap over speakers, not corrected for the number of comparisons. CPU-min: of "
+        "the steps alone, without compilation and evaluation. Gate closes: the first step without the contrastive loss, "
+        "by seed; – where it stayed open or never was."
+    ]
+    for name in names:
+        rates = next(
+            branch["log_mel_statistics"]["eer"] for run in runs for branch in run.result["tests"].get(name, {}).values()
+        )
+        lines.append(f"Log-mel statistics on {name}: {rates:.2f} % EER.")
+    commits = sorted({str(run.result["commit"]) for run in runs})
+    lines.append(f"Runs: {len(runs)}; commits: {', '.join(commits)}.")
+    return "\n\n".join(lines)
