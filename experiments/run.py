@@ -76,10 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--followed-recordings", type=int, default=300, metavar="N",
                         help="of the first test, by whose trials runs are followed; 0: all (default: %(default)s)")
     parser.add_argument("--replicates", type=int, default=1000, metavar="N", help="of the bootstrap over speakers")
-    parser.add_argument("--train-command", metavar="TEXT", default=shlex.join([sys.executable, "-m", "memo_jax", "train"]),
-                        help="what trains, such as \"srun memo-jax train --distributed\" (default: memo-jax train here)")
+    here = shlex.join([sys.executable, "-m", "memo_jax", "train"])
+    parser.add_argument("--train-command", metavar="TEXT", default=here,
+                        help="such as \"srun memo-jax train --distributed\" (default: memo-jax train here)")
     parser.add_argument("--take-over", action="store_true",
-                        help="take over the runs of processes on other machines: only when you know that these have ended")
+                        help="take over the runs of processes on other machines, when you know that these have ended")
     parser.add_argument("--collect-only", action="store_true", help="run nothing, collect what there is")
     return parser
 

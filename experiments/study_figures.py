@@ -49,9 +49,9 @@ def plot_all(by_budget: Mapping[str, Rows], folder: Path) -> list[Path]:
     return [save_figure(figure, folder / name) for name, figure in pictures.items() if figure is not None]
 
 
-def main_eer(result: dict) -> str:
-    """Returns the name of the metric that follows the reported branch."""
-    return "eer/ecapa" if "ecapa" in result["branches"] else f"eer/{result['branches'][0]}"
+def main_branch(result: dict) -> str:
+    """Returns the branch whose teacher is reported: the ECAPA-TDNN, or the only one."""
+    return "ecapa" if "ecapa" in result["branches"] else result["branches"][0]
 
 
 def curve(results: Sequence[dict], name: str | None = None, each: float | None = None) -> Curve | None:
@@ -59,7 +59,7 @@ def curve(results: Sequence[dict], name: str | None = None, each: float | None =
 
     Without a name it is the EER of the reported branch.
     """
-    found = [dict(map(tuple, values)) for one in results if (values := one["curves"].get(name or main_eer(one)))]
+    found = [dict(map(tuple, values)) for one in results if (values := one["curves"].get(name or f"eer/{main_branch(one)}"))]
     if not found:
         return None
     steps = sorted(set.intersection(*(set(one) for one in found)))
@@ -91,8 +91,9 @@ def eer_figure(rows: Rows, in_minutes: bool = False) -> Figure | None:
                     continue
                 reference = name == ablation.REFERENCE
                 color = INK if reference else COLORS[number % 5]
-                ax.plot(found.steps, found.mean, color=color, linewidth=2.2 if reference else 1.6, marker="o",
-                        markersize=3.2, linestyle="-" if reference else DASHES[number % 4], zorder=4 if reference else 3)
+                dashes, width, order = ("-", 2.2, 4) if reference else (DASHES[number % 4], 1.6, 3)
+                ax.plot(found.steps, found.mean, color=color, linewidth=width, marker="o", markersize=3.2,
+                        linestyle=dashes, zorder=order)
                 low, high = found.mean - found.deviation, found.mean + found.deviation
                 ax.fill_between(found.steps, low, high, color=color, alpha=0.14, linewidth=0)
                 labels.append((found.mean[-1], f"{SHORT.get(name, name)}  {found.mean[-1]:.1f}", color))
@@ -124,7 +125,7 @@ def gate_figure(rows: Rows) -> Figure | None:
             for number, name in enumerate(names):
                 color, mark = COLORS[number % 6] if name != ablation.REFERENCE else INK, "os^DvPX"[number]
                 points = [
-                    (closing_point(one), one["tests"][test]["ecapa"]["eer"]) for one in rows[name]
+                    (closing_point(one), one["tests"][test][main_branch(one)]["eer"]) for one in rows[name]
                     if test in one["tests"]
                 ]
                 if not points:

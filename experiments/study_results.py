@@ -8,6 +8,7 @@ from typing import NamedTuple
 import ablation
 import numpy as np
 import study_figures
+from study_figures import main_branch
 
 from memo_jax import confidence, scoring
 from memo_jax.files import write_text
@@ -54,11 +55,6 @@ def cost_of_row(output: Path, row: str) -> float | None:
     runs = runs_by_row(read_results(output), "steps").get(row, [])
     costs = [run.result["cpu_seconds_a_step"] for run in runs if run.result["cpu_seconds_a_step"]]
     return statistics.median(costs) if costs else None
-
-
-def main_branch(result: dict) -> str:
-    """Returns the branch whose teacher is reported: the ECAPA-TDNN, or the only one."""
-    return "ecapa" if "ecapa" in result["branches"] else result["branches"][0]
 
 
 class Scores:
@@ -178,12 +174,12 @@ def spread(values: list[float], decimals: int) -> str:
 def legend(runs: list[Run], names: list[str], replicates: int) -> str:
     """Returns what the table's numbers mean, with the baseline of each trial list and what the runs were made with."""
     lines = [
-        f"EER of the ECAPA-TDNN's teacher (of the only branch where there is no other): mean ± standard deviation over "
-        f"seeds; in brackets the 95 % interval of that mean over speakers ({replicates} bootstrap replicates). minDCF at a "
-        "prior of 0.05. Against: difference in EER, percent points, to the row named, negative is better; its interval and "
-        "the one-sided p of the paired bootstrap over speakers, not corrected for the number of comparisons. CPU-min: of "
-        "the steps alone, without compilation and evaluation. Gate closes: the first step without the contrastive loss, "
-        "by seed; – where it stayed open or never was."
+        "EER of the ECAPA-TDNN's teacher (of the only branch where there is no other): mean ± standard deviation over "
+        f"seeds; in brackets the 95 % interval of that mean over speakers ({replicates} replicates of the bootstrap). "
+        "minDCF at a prior of 0.05. Against: difference of EER in percent points to the row named, over the seeds that "
+        "both have, negative is better; its interval, and the one-sided p of the paired bootstrap over speakers, not "
+        "corrected for the number of comparisons. CPU-min: of the steps alone, without compilation and evaluation. "
+        "Gate closes: the first step without the contrastive loss, by seed; – where it stayed open or never was."
     ]
     for name in names:
         rates = next(
