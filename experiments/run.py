@@ -193,8 +193,9 @@ def time_overrides(options, row: str, texts: list[str]) -> list[str]:
         finally:
             beside.unlink()
     steps = json.loads(path.read_text(encoding="utf-8"))["total_steps"]
-    every = max(round(config.evaluation.every_steps * steps / config.total_steps), 1)
-    return [f"total_steps={steps}", f"evaluation.every_steps={every}"]
+    every = config.evaluation.every_steps
+    longer = [f"evaluation.every_steps={max(round(every * steps / config.total_steps), 1)}"] if every > 0 else []
+    return [f"total_steps={steps}", *longer]
 
 
 def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: Path) -> str | None:

@@ -153,14 +153,16 @@ def comparison(rows: dict[str, list[Run]], row: str, runs: dict[int, Run], score
     seeds = sorted(runs.keys() & other.keys())
     if not seeds or scores.pairs is None:
         return "–"
-    found = confidence.paired_bootstrap(
-        scoring.eer, scores.of_runs([runs[seed] for seed in seeds]), scores.of_runs([other[seed] for seed in seeds]),
-        scores.trials.target, scores.pairs, replicates=replicates,
-    )
-    low, high = (100 * end for end in found.interval)
+    systems = [scores.of_runs([of[seed] for seed in seeds]) for of in (runs, other)]
+    rates = [np.mean([scoring.eer(run, scores.trials.target) for run in system]) for system in systems]
     # One-sided in whichever direction the difference points, so that a worse row is as visible as a better one.
-    p = min(found.p_value, 1 + 1 / (1 + replicates) - found.p_value)
-    return f"{100 * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p = {p:.2g}, {against}"
+    sign = 1 if rates[0] <= rates[1] else -1
+    found = confidence.paired_bootstrap(
+        scoring.eer, *systems[::sign], scores.trials.target, scores.pairs, replicates=replicates
+    )
+    low, high = sorted(100 * sign * end for end in found.interval)
+    return (f"{100 * sign * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p = {found.p_value:.2g}, "
+            f"{against}")
 
 
 def spread(values: list[float], decimals: int) -> str:
