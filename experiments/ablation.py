@@ -13,53 +13,55 @@ class Row(NamedTuple):
     Attributes:
       title: what the table calls it.
       overrides: "key=value" texts that change the study's config.
-      against: the row it is compared with, which differs in the one idea that the title names; None for none.
+      against: the rows it is compared with: the one that lacks the idea that the title names, and the plain one.
       main: run with at least three seeds.
     """
 
     title: str
     overrides: tuple[str, ...]
-    against: str | None
+    against: tuple[str, ...]
     main: bool = False
 
 
 ROWS = {
     "dino-ecapa": Row(
-        "DINO, ECAPA-TDNN alone", ("model.branches=ecapa", "loss.cross=0", *DISTILLATION_ALONE), None, True
+        "DINO, ECAPA-TDNN alone", ("model.branches=ecapa", "loss.cross=0", *DISTILLATION_ALONE), (), True
     ),
     "dino-resnet": Row(
-        "DINO, ResNet alone", ("model.branches=resnet", "loss.cross=0", *DISTILLATION_ALONE), "dino-ecapa"
+        "DINO, ResNet alone", ("model.branches=resnet", "loss.cross=0", *DISTILLATION_ALONE), ("dino-ecapa",)
     ),
     "two-branches": Row(
-        "+ second branch, no cross-distillation", ("loss.cross=0", *DISTILLATION_ALONE), "dino-ecapa"
+        "+ second branch, no cross-distillation", ("loss.cross=0", *DISTILLATION_ALONE), ("dino-ecapa",)
     ),
     "shared-head": Row(
-        "+ cross-distillation, shared head", ("loss.cross_head=self", *DISTILLATION_ALONE), "two-branches"
+        "+ cross-distillation, shared head", ("loss.cross_head=self", *DISTILLATION_ALONE), ("two-branches",)
     ),
-    "multi-head": Row("+ split heads (Multi-Head)", DISTILLATION_ALONE, "shared-head", True),
-    "memo-always": Row("+ contrastive, always on", ("gate.rule=always",), "multi-head", True),
-    "memo-step": Row("+ contrastive, stopped at a fixed step", ("gate.rule=step",), "memo-always", True),
-    "memo-plateau": Row("+ contrastive, stopped at its plateau (MeMo)", ("gate.rule=plateau",), "memo-always", True),
+    "multi-head": Row("+ split heads (Multi-Head)", DISTILLATION_ALONE, ("shared-head", "dino-ecapa"), True),
+    "memo-always": Row("+ contrastive, always on", ("gate.rule=always",), ("multi-head", "dino-ecapa"), True),
+    "memo-step": Row("+ contrastive, stopped at a fixed step", ("gate.rule=step",), ("memo-always",), True),
+    "memo-plateau": Row(
+        "+ contrastive, stopped at its plateau (MeMo)", ("gate.rule=plateau",), ("memo-always", "dino-ecapa"), True
+    ),
     "memo-conflict": Row(
-        "+ contrastive, stopped when gradients conflict", ("gate.rule=conflict",), "memo-always", True
+        "+ contrastive, stopped when gradients conflict", ("gate.rule=conflict",), ("memo-always", "memo-step", "memo-plateau"), True
     ),
     "memo-step-early": Row(
-        "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=50"), "memo-step"
+        "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=50"), ("memo-step",)
     ),
     "memo-step-late": Row(
-        "the same, at one and a half of it", ("gate.rule=step", "gate.stop_steps=150"), "memo-step"
+        "the same, at one and a half of it", ("gate.rule=step", "gate.stop_steps=150"), ("memo-step",)
     ),
     "memo-campplus": Row(
-        "MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), "memo-plateau"
+        "MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), ("memo-plateau",)
     ),
     "contrastive-alone": Row(
         "contrastive alone (NT-Xent, ECAPA-TDNN)",
-        ("model.branches=ecapa", "loss.self=0", "loss.cross=0", "gate.rule=always"), "memo-plateau", True,
+        ("model.branches=ecapa", "loss.self=0", "loss.cross=0", "gate.rule=always"), ("memo-plateau",), True,
     ),
     "no-augmentation": Row(
         "MeMo without augmentation",
         ("augment.noise=", "augment.music=", "augment.speech=", "augment.rirs=", "augment.babble_from_batch=false"),
-        "memo-plateau",
+        ("memo-plateau",),
     ),
 }
 

@@ -239,7 +239,7 @@ def run_result(row: str, seed: int, budget: str, folder: Path, status: str, test
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     steps, each = rows[-1]["step"], cpu_seconds_a_step(rows)
     return {
-        "row": row, "title": ablation.ROWS[row].title, "against": ablation.ROWS[row].against, "seed": seed,
+        "row": row, "title": ablation.ROWS[row].title, "against": list(ablation.ROWS[row].against), "seed": seed,
         "budget": budget, "overrides": list(ablation.ROWS[row].overrides), "status": status,
         "total_steps": config["total_steps"], "steps": steps,
         "cpu_seconds_a_step": each, "cpu_seconds": each and each * steps,

@@ -30,6 +30,9 @@ SHORT = {
 }
 
 
+LINES = (*COLORS[:5], "#7F4F24")
+
+
 class Curve(NamedTuple):
     """Mean and standard deviation over seeds of one metric, at the steps that all seeds have."""
 
@@ -75,72 +78,73 @@ def eer_figure(rows: Rows, in_minutes: bool = False) -> Figure | None:
     if not panels:
         return None
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.9 * len(panels), 4.3), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1)
+        figure = Figure(figsize=(5.4 * len(panels), 4.8), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.08, wspace=0.03)
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        highest, furthest = 0.0, 0.0
-        drawn = []
+        lows, highs, ends, labels = [], [], [], []
         for ax, (title, names) in zip(axes, panels):
-            labels = []
-            shown = [*names, ablation.REFERENCE] if ablation.REFERENCE in rows else names
-            for number, name in enumerate(shown):
-                of_row = rows[name]
-                each = np.mean([one["cpu_seconds_a_step"] or 0 for one in of_row]) / 60 if in_minutes else None
-                found = curve(of_row, each=each)
+            labels.append([])
+            for number, name in enumerate([*names, *({ablation.REFERENCE} & rows.keys())]):
+                each = np.mean([one["cpu_seconds_a_step"] or 0 for one in rows[name]]) / 60 if in_minutes else None
+                found = curve(rows[name], each=each)
                 if found is None:
                     continue
-                reference = name == ablation.REFERENCE
-                color = INK if reference else COLORS[number % 5]
-                dashes, width, order = ("-", 2.2, 4) if reference else (DASHES[number % 4], 1.6, 3)
+                of_reference = name == ablation.REFERENCE
+                color = INK if of_reference else LINES[number]
+                dashes, width, order = ("-", 2.4, 4) if of_reference else (DASHES[number % 4], 1.6, 3)
                 ax.plot(found.steps, found.mean, color=color, linewidth=width, marker="o", markersize=3.2,
                         linestyle=dashes, zorder=order)
                 low, high = found.mean - found.deviation, found.mean + found.deviation
                 ax.fill_between(found.steps, low, high, color=color, alpha=0.14, linewidth=0)
-                labels.append((found.mean[-1], f"{SHORT.get(name, name)}  {found.mean[-1]:.1f}", color))
-                highest, furthest = max(highest, high.max()), max(furthest, found.steps[-1])
+                labels[-1].append((found.mean[-1], f"{SHORT.get(name, name)}  {found.mean[-1]:.1f}", color))
+                lows, highs, ends = [*lows, low.min()], [*highs, high.max()], [*ends, found.steps[-1]]
             ax.set_title(title, loc="left", fontsize=11, weight="bold", pad=8)
             ax.set_xlabel("CPU-minutes of training steps" if in_minutes else "step")
             ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-            drawn.append((ax, labels))
         axes[0].set_ylabel("EER of the followed trials (%), lower is better")
-        for ax, labels in drawn:
-            ax.set(ylim=(0, 1.04 * highest), xlim=(0, furthest))
-            label_ends(ax, labels, 1.0)
+        for ax, of_panel in zip(axes, labels):
+            ax.set(ylim=(max(np.floor(min(lows)) - 1, 0), max(highs) + 0.5), xlim=(0, max(ends)))
+            label_ends(ax, of_panel, 1.0, line_height=0.055)
     return figure
 
 
 def gate_figure(rows: Rows) -> Figure | None:
-    """Where the gate closed, and which EER that ended with: a mark for each seed, of each row with both branches."""
-    names = ["multi-head", "memo-step-early", "memo-step", "memo-step-late", "memo-plateau", "memo-conflict",
-             "memo-always"]
-    names = [name for name in names if name in rows]
-    if not any(name not in ("multi-head", "memo-always") for name in names):
+    """The EER at the end against the step at which the contrastive loss stopped: small marks are seeds, large ones means.
+
+    A line joins the rows whose step was fixed beforehand, from never on to never off: is a rule's mark below it?
+    """
+    fixed = [name for name in ("multi-head", "memo-step-early", "memo-step", "memo-step-late", "memo-always")
+             if name in rows]
+    rules = [name for name in (ablation.REFERENCE, "memo-conflict") if name in rows]
+    tests = list(dict.fromkeys(test for name in fixed + rules for one in rows[name] for test in one["tests"]))
+    if not rules or not tests:
         return None
-    tests = list(dict.fromkeys(test for name in names for one in rows[name] for test in one["tests"]))
+    total = max(one["total_steps"] for name in fixed + rules for one in rows[name])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(1.6 + 4.6 * len(tests), 4.4), layout="constrained")
+        figure = Figure(figsize=(1.6 + 4.4 * len(tests), 4.4), layout="constrained")
         axes = figure.subplots(1, len(tests), squeeze=False)[0]
-        total = max(one["total_steps"] for name in names for one in rows[name])
         for ax, test in zip(axes, tests):
-            for number, name in enumerate(names):
-                color, mark = COLORS[number % 6] if name != ablation.REFERENCE else INK, "os^DvPX"[number]
-                points = [
-                    (closing_point(one), one["tests"][test][main_branch(one)]["eer"]) for one in rows[name]
-                    if test in one["tests"]
-                ]
-                if not points:
-                    continue
-                x, y = np.array(points, float).T
-                ax.plot(x, y, mark, color=color, markersize=6, alpha=0.55, markeredgecolor="white", zorder=3)
-                ax.plot(x.mean(), y.mean(), mark, color=color, markersize=10, markeredgecolor="white", zorder=4,
-                        label=f"{SHORT[name]}: {y.mean():.2f} %")
+            means = []
+            looks = [(name, MUTED, "o", "stopped at a fixed step") for name in fixed]
+            looks += [(name, color, mark, SHORT[name]) for name, color, mark in zip(rules, LINES, "sD")]
+            for name, color, mark, said in looks:
+                points = [(closing_point(one), one["tests"][test][main_branch(one)]["eer"]) for one in rows[name]
+                          if test in one["tests"]]
+                if points:
+                    x, y = np.array(points, float).T
+                    ax.plot(x, y, mark, color=color, markersize=5, alpha=0.5, markeredgewidth=0, zorder=3)
+                    ax.plot(x.mean(), y.mean(), mark, color=color, markersize=9, markeredgecolor="white", zorder=4,
+                            label=said if said not in ax.get_legend_handles_labels()[1] else None)
+                    if name in fixed:
+                        means.append((x.mean(), y.mean()))
+            ax.plot(*zip(*sorted(means)), color=MUTED, linewidth=1.2, zorder=2)
             ax.set_title(test, loc="left", fontsize=11, weight="bold", pad=8)
             ax.set_xlabel("step at which the contrastive loss stopped")
             ax.set_xlim(-0.05 * total, 1.05 * total)
             ticks = np.linspace(0, total, 5)
             ax.set_xticks(ticks, ["never on", *(f"{tick:.0f}" for tick in ticks[1:-1]), "never off"])
-            ax.legend(fontsize=8, loc="best", labelspacing=0.7, handletextpad=0.4)
         axes[0].set_ylabel("EER at the end (%), lower is better")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
@@ -165,8 +169,8 @@ def alignment_figure(rows: Rows, source: str = "memo-always") -> Figure | None:
     if not results or curve(results, f"alignment/{results[0]['branches'][0]}") is None:
         return None
     closings = [
-        (SHORT[name], float(np.mean(points)), number) for number, name in
-        enumerate(("memo-step", "memo-plateau", "memo-conflict"))
+        (f"{name.removeprefix('memo-')} rule", float(np.mean(points)), number)
+        for number, name in enumerate(("memo-step", "memo-plateau", "memo-conflict"))
         if (points := [one["gate"]["closed_at"] for one in rows.get(name, []) if one["gate"]["closed_at"] is not None])
     ]
     with matplotlib.rc_context(STYLE):
@@ -199,8 +203,11 @@ def alignment_figure(rows: Rows, source: str = "memo-always") -> Figure | None:
                              xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
                              color=MUTED, path_effects=HALO)
         for place, (name, step, _) in enumerate(sorted(closings, key=lambda one: one[1])):
-            axes[0].annotate(f"{name}, {step:.0f}", (step, 0.97 - 0.09 * place), xycoords=("data", "axes fraction"),
-                             xytext=(4, 0), textcoords="offset points", fontsize=8.5, va="top", path_effects=HALO,
-                             zorder=5)
+            left = step < 0.6 * results[0]["total_steps"]
+            axes[0].annotate(
+                f"{name}, {step:.0f}", (step, 0.97 - 0.09 * place), xycoords=("data", "axes fraction"),
+                xytext=(4 if left else -4, 0), textcoords="offset points", ha="left" if left else "right", va="top",
+                fontsize=8.5, path_effects=HALO, zorder=5,
+            )
         axes[-1].set_xlabel("step")
     return figure

@@ -47,7 +47,9 @@ def runs_by_row(runs: list[Run], budget: str) -> dict[str, list[Run]]:
         borrowed = budget == "time" and run.result["row"] == ablation.REFERENCE
         if run.result["budget"] == ("steps" if borrowed else budget):
             of_budget.setdefault(run.result["row"], []).append(run)
-    return of_budget if set(of_budget) != {ablation.REFERENCE} or budget == "steps" else {}
+    if budget == "time" and set(of_budget) == {ablation.REFERENCE}:
+        return {}
+    return {row: of_budget[row] for row in ablation.ROWS if row in of_budget}
 
 
 def cost_of_row(output: Path, row: str) -> float | None:
@@ -97,10 +99,13 @@ def collect(output: Path, results: Path, replicates: int = 1000) -> str:
     budgets = {budget: rows for budget in BUDGETS if (rows := runs_by_row(runs, budget))}
     work = [(budget, row, name) for budget, rows in budgets.items() for row in rows for name in names]
     cells = {
-        (budget, row, name): rate_cells(budgets[budget], row, scores[name], replicates)
+        (budget, row, name): rate_cells(budget, budgets[budget], row, scores[name], replicates)
         for budget, row, name in progress(work, label="bootstrap", unit="cell")
     }
-    parts = [f"### {BUDGETS[budget]}\n\n{table(budget, rows, names, cells)}" for budget, rows in budgets.items()]
+    parts = [
+        f"### {BUDGETS[budget]}\n\n{table(budget, rows, names, cells)}\n\n{further_table(rows, names)}"
+        for budget, rows in budgets.items()
+    ]
     text = "\n\n".join([*parts, legend(runs, names, replicates)]) + "\n"
     write_text(results / TABLE_FILE, text)
     study_figures.plot_all({b: {row: [r.result for r in of] for row, of in rows.items()}
@@ -110,50 +115,69 @@ def collect(output: Path, results: Path, replicates: int = 1000) -> str:
 
 def table(budget: str, rows: dict[str, list[Run]], names: list[str], cells: dict) -> str:
     """Returns the table of one budget in Markdown."""
-    head = ["system", "seeds", "steps", "CPU-min", "gate closes"]
-    head += [text for name in names for text in (f"{name}, EER %", "minDCF", "against", "other branch, EER %")]
+    head = ["row", "system", "seeds", "steps", "CPU-min", "gate closes"]
+    head += [text for name in names for text in (f"{name}: EER %", "against")]
     lines = [head, ["---"] * len(head)]
     for row, runs in rows.items():
         results = [run.result for run in runs]
         cost = [result["cpu_seconds"] / 60 for result in results if result["cpu_seconds"]]
         closed = [result["gate"]["closed_at"] for result in results]
-        line = [
-            ablation.ROWS[row].title, str(len(runs)), spread([result["steps"] for result in results], 0),
+        lines.append([
+            f"`{row}`", ablation.ROWS[row].title, str(len(runs)), spread([result["steps"] for result in results], 0),
             f"{statistics.mean(cost):.1f}" if cost else "–",
-            ", ".join("–" if step is None else str(step) for step in closed) if any(s is not None for s in closed)
-            else "–",
-        ]
-        lines.append(line + [text for name in names for text in cells[budget, row, name]])
+            "–" if set(closed) == {None} else ", ".join("–" if step is None else str(step) for step in closed),
+            *(text for name in names for text in cells[budget, row, name]),
+        ])
+    return markdown(lines)
+
+
+def further_table(rows: dict[str, list[Run]], names: list[str]) -> str:
+    """Returns the rates of one budget that the table leaves out: minDCF, and the EER of the other branch."""
+    head = ["row"] + [text for name in names for text in (f"{name}: minDCF", "other branch, EER %")]
+    lines = [head, ["---"] * len(head)]
+    for row, runs in rows.items():
+        line = [f"`{row}`"]
+        for name in names:
+            tested = [(main_branch(run.result), run.result["tests"][name]) for run in runs
+                      if name in run.result["tests"]]
+            others = [rates["eer"] for main, test in tested for branch, rates in test.items() if branch != main]
+            line += [spread([test[main]["min_dcf_0.05"] for main, test in tested], 3), spread(others, 2)]
+        lines.append(line)
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Returns the lines of a table in Markdown."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def rate_cells(rows: dict[str, list[Run]], row: str, scores: Scores, replicates: int) -> list[str]:
-    """Returns what the table says of a row on one trial list: EER, minDCF, comparison, EER of the other branch."""
-    runs = {run.result["seed"]: run for run in rows[row] if scores.name in run.result["tests"]}
+def rate_cells(budget: str, rows: dict[str, list[Run]], row: str, scores: Scores, replicates: int) -> list[str]:
+    """Returns what the table says of a row on one trial list: its EER, and how that compares with other rows."""
+    runs = tested_runs(rows, row, scores.name)
     if not runs:
-        return ["collapsed" if rows[row][0].result["status"] == "collapsed" else "–", "–", "–", "–"]
-    tested = [run.result["tests"][scores.name] for run in runs.values()]
-    branches = [main_branch(run.result) for run in runs.values()]
-    own = [test[branch] for test, branch in zip(tested, branches)]
-    others = [rates["eer"] for test, branch in zip(tested, branches) for b, rates in test.items() if b != branch]
-    rate = spread([rates["eer"] for rates in own], 2)
+        return ["collapsed" if rows[row][0].result["status"] == "collapsed" else "–", "–"]
+    rate = spread([run.result["tests"][scores.name][main_branch(run.result)]["eer"] for run in runs.values()], 2)
     if scores.pairs is not None:
         low, high = confidence.bootstrap_interval(
             scoring.eer, scores.of_runs(list(runs.values())), scores.trials.target, scores.pairs, replicates=replicates
         )
         rate += f" ({100 * low:.1f}–{100 * high:.1f})"
-    cost = spread([rates["min_dcf_0.05"] for rates in own], 3)
-    return [rate, cost, comparison(rows, row, runs, scores, replicates), spread(others, 2) if others else "–"]
+    against = ablation.ROWS[row].against if budget == "steps" else {ablation.REFERENCE} - {row}
+    found = [comparison(runs, other, tested_runs(rows, other, scores.name), scores, replicates) for other in against]
+    return [rate, "<br>".join(filter(None, found)) or "–"]
 
 
-def comparison(rows: dict[str, list[Run]], row: str, runs: dict[int, Run], scores: Scores, replicates: int) -> str:
-    """Returns the difference of EER to the row that this one is compared with, over the seeds that both have."""
-    against = ablation.ROWS[row].against
-    other = {run.result["seed"]: run for run in rows.get(against, []) if scores.name in run.result["tests"]}
-    seeds = sorted(runs.keys() & other.keys())
+def tested_runs(rows: dict[str, list[Run]], row: str, name: str) -> dict[int, Run]:
+    """Returns {seed: run} of a row's runs that were tested on a trial list."""
+    return {run.result["seed"]: run for run in rows.get(row, []) if name in run.result["tests"]}
+
+
+def comparison(runs: dict[int, Run], name: str, others: dict[int, Run], scores: Scores, replicates: int) -> str | None:
+    """Returns the difference of EER to the row of that name, over the seeds that both have; None without any."""
+    seeds = sorted(runs.keys() & others.keys())
     if not seeds or scores.pairs is None:
-        return "–"
-    systems = [scores.of_runs([of[seed] for seed in seeds]) for of in (runs, other)]
+        return None
+    systems = [scores.of_runs([of[seed] for seed in seeds]) for of in (runs, others)]
     rates = [np.mean([scoring.eer(run, scores.trials.target) for run in system]) for system in systems]
     # One-sided in whichever direction the difference points, so that a worse row is as visible as a better one.
     sign = 1 if rates[0] <= rates[1] else -1
@@ -161,12 +185,13 @@ def comparison(rows: dict[str, list[Run]], row: str, runs: dict[int, Run], score
         scoring.eer, *systems[::sign], scores.trials.target, scores.pairs, replicates=replicates
     )
     low, high = sorted(100 * sign * end for end in found.interval)
-    return (f"{100 * sign * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p = {found.p_value:.2g}, "
-            f"{against}")
+    return f"`{name}` {100 * sign * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p {found.p_value:.2g}"
 
 
 def spread(values: list[float], decimals: int) -> str:
-    """Returns "mean ± deviation" over seeds, the mean alone of a single one or of equal numbers."""
+    """Returns "mean ± deviation" over seeds, the mean alone of a single one or of equal numbers, – of none."""
+    if not values:
+        return "–"
     mean = f"{statistics.mean(values):.{decimals}f}"
     if len(values) < 2 or min(values) == max(values):
         return mean

@@ -54,11 +54,14 @@ def running_mean(values: np.ndarray, half: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float):
-    """Writes each line's label where the lines end (x, a share of the width), moved apart where two would overlap."""
+def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_height: float = 0.085):
+    """Writes each line's label where the lines end (x, a share of the width), moved apart where two would overlap.
+
+    `labels` are (value, text, colour); `line_height` is that of a line of text, as a share of the panel's height.
+    """
     low, high = ax.get_ylim()
     placed = sorted((float(np.clip((value - low) / (high - low), 0, 1)), text, color) for value, text, color in labels)
-    size = [0.085 * (1 + text.count("\n")) for _, text, _ in placed]
+    size = [line_height * (1 + text.count("\n")) for _, text, _ in placed]
     heights = [height for height, _, _ in placed]
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + (size[i] + size[i - 1]) / 2)

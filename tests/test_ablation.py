@@ -50,8 +50,8 @@ def test_a_step_of_every_row_fits_together(row):
 def test_rows_are_compared_with_rows_of_the_table_that_differ_from_them():
     configs = {name: config_of(name) for name in ablation.ROWS}
     for name, row in ablation.ROWS.items():
-        if row.against is not None:
-            assert config_differences(configs[name], configs[row.against]), name
+        for other in row.against:
+            assert config_differences(configs[name], configs[other]), name
     (heads,) = config_differences(configs["shared-head"], configs["multi-head"])
     assert heads.startswith("loss.cross_head")
     for name in ("step", "plateau", "conflict"):
