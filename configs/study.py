@@ -2,16 +2,16 @@
 
     python experiments/run.py --config configs/study.py --data DATASET … (see experiments/README.md)
 
-Shorter crops, smaller batches, a narrower ResNet, and schedules for 200 steps.
+Shorter crops, smaller batches, a narrower ResNet, and schedules for 300 steps.
 """
 
 import small
 
 
 def get_config():
-    """Returns a MeMo of 200 cheap steps, which rows of the ablation change."""
+    """Returns a MeMo of 300 cheap steps, which rows of the ablation change."""
     config = small.get_config()
-    config.total_steps = 200
+    config.total_steps = 300
 
     config.data.batch_size = 24
     config.data.global_seconds = 1.0
@@ -23,22 +23,22 @@ def get_config():
     config.model.campplus_channels = 64
     config.model.campplus_plane_channels = 4
 
-    config.optimizer.warmup_steps = 15
+    config.optimizer.warmup_steps = 20
     config.optimizer.freeze_prototypes_epochs = -1.0
-    config.optimizer.freeze_prototypes_steps = 20
+    config.optimizer.freeze_prototypes_steps = 30
     config.teacher.temp_warmup_epochs = 1
 
     config.gate.rule = "plateau"
-    config.gate.smoothing = 0.95
-    config.gate.window_steps = 25
-    config.gate.min_steps = 50
-    config.gate.min_improvement = 0.05
-    config.gate.min_alignment = 0.2  # the cosine stays above 0 throughout
+    config.gate.smoothing = 0.97
+    config.gate.window_steps = 40
+    config.gate.min_steps = 100
+    config.gate.min_improvement = 0.03
+    config.gate.min_alignment = 0.2  # at 0 the rule would never close: a longer run stayed above 0.1
     config.gate.stop_epochs = -1.0
-    config.gate.stop_steps = 100
+    config.gate.stop_steps = 150
 
-    config.checkpoint.every_steps = 40
+    config.checkpoint.every_steps = 60
     config.checkpoint.keep = 1
-    config.evaluation.every_steps = 40
-    config.collapse.patience_steps = 150
+    config.evaluation.every_steps = 60
+    config.collapse.patience_steps = 200
     return config

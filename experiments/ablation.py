@@ -46,10 +46,10 @@ ROWS = {
         "+ contrastive, stopped when gradients conflict", ("gate.rule=conflict",), ("memo-always", "memo-step", "memo-plateau"), True
     ),
     "memo-step-early": Row(
-        "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=50"), ("memo-step",)
+        "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=75"), ("memo-step",)
     ),
     "memo-step-late": Row(
-        "the same, at one and a half of it", ("gate.rule=step", "gate.stop_steps=150"), ("memo-step",)
+        "the same, at one and a half of it", ("gate.rule=step", "gate.stop_steps=225"), ("memo-step",)
     ),
     "memo-campplus": Row(
         "MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), ("memo-plateau",)
