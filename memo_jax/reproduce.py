@@ -12,7 +12,7 @@ from memo_jax import config as configs
 from memo_jax.checkpoint import load_raw, saved_steps
 from memo_jax.log import read_metrics
 from memo_jax.provenance import read_run
-from memo_jax.train import FREE_ON_RESUME, TIMES, train
+from memo_jax.train import FREE_ON_RESUME, TIMES, check_same_run, train
 
 RATES = ("eer", "min_dcf_0.01", "min_dcf_0.05")
 MOVABLE = (*FREE_ON_RESUME, "augment.noise", "augment.music", "augment.speech", "augment.rirs")
@@ -25,7 +25,7 @@ def reproduce(
 
     Args:
       run: workdir of a run; every `results.json` of `memo-jax eval` below it is made again, too.
-      output: the new workdir; one that was begun by the same call goes on.
+      output: the new workdir; what an earlier call has made there is used.
       overrides: texts "--config.KEY=VALUE" that say where data, trials and banks are now.
       quiet: show no progress.
 
@@ -52,7 +52,9 @@ def reproduce(
     if learnt:
         raise ValueError(f"that would be another run ({'; '.join(learnt)}): only places and what is watched may change")
     last = old[-1]["step"]
-    train(again, output, stop_at_step=last, quiet=quiet)
+    check_same_run(output, again)
+    if last not in saved_steps(output):  # called once more, it compares what is there
+        train(again, output, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
         "parameters": compare_parameters(run, output), "environment": environment_differences(run, output),
         "evaluations": {}, "output": str(output),
@@ -110,12 +112,14 @@ def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> 
     """Returns {rate of an evaluation: difference} where it is another on the new run."""
     from memo_jax.evaluate import evaluate
 
-    old = json.loads(path.read_text(encoding="utf-8"))
-    data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
-    new = evaluate(
-        output, data, old["trial_list"], output / name, branch=old["branch"], role=old["role"], step=old["step"],
-        crops=old["crops"], replicates=0, quiet=quiet,
-    )
+    old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
+    if not made.exists():
+        data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
+        evaluate(
+            output, data, old["trial_list"], output / name, branch=old["branch"], role=old["role"], step=old["step"],
+            crops=old["crops"], replicates=0, quiet=quiet,
+        )
+    new = json.loads(made.read_text(encoding="utf-8"))
     return {f"{name}: {rate}": abs(new[rate] - old[rate]) for rate in RATES if new[rate] != old[rate]}
 
 

@@ -3,18 +3,20 @@
 import functools
 import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "experiments"))
 import ablation  # noqa: E402
 
-from memo_jax import features  # noqa: E402
+from memo_jax import features, models  # noqa: E402
 from memo_jax.config import config_differences, load_config  # noqa: E402
-from memo_jax.recipe import build_front_end, build_recipe, load_banks  # noqa: E402
+from memo_jax.recipe import build_recipe, load_banks  # noqa: E402
 from memo_jax.state import initial_state  # noqa: E402
-from memo_jax.step import train_step  # noqa: E402
+from memo_jax.step import train_step_on_features  # noqa: E402
 
 STUDY = tiny.ROOT / "configs" / "study.py"
 
@@ -23,20 +25,35 @@ def config_of(row):
     return load_config(STUDY, [f"--config.{text}" for text in ablation.ROWS[row].overrides])
 
 
+class Plain(nn.Module):
+    """A backbone that is quick to trace, in place of the real ones."""
+
+    embedding_dim: int
+
+    @nn.compact
+    def __call__(self, x, lengths=None, train=False):
+        return nn.BatchNorm(not train)(nn.Dense(self.embedding_dim)(x.mean(axis=1)))
+
+
 @pytest.mark.parametrize("row", ablation.ROWS)
-def test_a_step_of_every_row_fits_together(row):
-    """Traced without computing: the state it returns has the shapes of the state it takes; its losses are its idea's."""
+def test_a_step_of_every_row_fits_together(row, monkeypatch):
+    """Traced without computing: the state it returns has the shapes of the state it takes; its losses are its idea's.
+
+    With plain backbones; the real ones have their turn below, and the study's config as a whole in test_configs.py.
+    """
+    monkeypatch.setattr(models, "BACKBONES", dict.fromkeys(
+        models.BACKBONES, lambda embedding_dim, **_: Plain(embedding_dim)
+    ))
     config = config_of(row)
     recipe = build_recipe(config, 185)
     state = jax.eval_shape(lambda: initial_state(
         jax.random.key(0), recipe.branches, features.MEL_BINS, recipe.optimizer, recipe.gate_rule
     ))
-    batch = {
-        kind: jax.ShapeDtypeStruct((4, config.data[f"{kind}_crops"], 4000), "int16") for kind in ("global", "local")
-    }
-    assert load_banks(config) == {}, "rows name no folder of their own"
-    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
-    after, metrics = jax.eval_shape(step, state, batch, {}, jax.eval_shape(lambda: jax.random.key(0)))
+    views = tuple(
+        jax.ShapeDtypeStruct((2, config.data[f"{kind}_crops"], 60, features.MEL_BINS), "float32")
+        for kind in ("global", "local")
+    )
+    after, metrics = jax.eval_shape(functools.partial(train_step_on_features, recipe=recipe), state, views)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
@@ -45,6 +62,19 @@ def test_a_step_of_every_row_fits_together(row):
         "contrastive-alone": {"contrastive"}, "dino-ecapa": {"self"}, "dino-resnet": {"self"}, "two-branches": {"self"},
         "shared-head": {"self", "cross"}, "multi-head": {"self", "cross"},
     }.get(row, {"self", "cross", "contrastive"})
+    heads = ("self", "cross") if "cross" in kinds and row != "shared-head" else ("self",)
+    assert {branch.head_names for branch in recipe.branches.values()} == {heads}
+    assert load_banks(config) == {}, "rows name no folder of their own"
+
+
+def test_the_second_backbones_of_the_rows_are_alike_in_size():
+    branches = {row: build_recipe(config_of(row), 185).branches for row in ("memo-plateau", "memo-campplus")}
+    counts = []
+    for row, name in (("memo-plateau", "resnet"), ("memo-campplus", "campplus")):
+        backbone = branches[row][name].backbone
+        shapes = jax.eval_shape(lambda: backbone.init(jax.random.key(0), jnp.zeros((2, 60, 80))))  # noqa: B023
+        counts.append(models.parameter_count(shapes["params"]))
+    assert 0.5 < counts[0] / counts[1] < 2, counts
 
 
 def test_rows_are_compared_with_rows_of_the_table_that_differ_from_them():

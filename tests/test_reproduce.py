@@ -10,7 +10,7 @@ from memo_jax import config as configs
 from memo_jax.checkpoint import saved_steps
 from memo_jax.data import open_utterances
 from memo_jax.log import read_metrics
-from memo_jax.provenance import RUN_FILE, read_run
+from memo_jax.provenance import RUN_FILE, RunRecord, read_run
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -18,11 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of four steps, stopped once in between, and evaluated into its own folder."""
+    """A run of four steps, evaluated into its own folder."""
     workdir, data = tmp_path_factory.mktemp("run") / "run", tiny.material()
-    for stop in (2, 4):
-        status, text = tiny.train_here(workdir, f"--stop-at-step={stop}", "checkpoint.every_steps=2")
-        assert status == 0, text
+    status, text = tiny.train_here(workdir, "--stop-at-step=4", "checkpoint.every_steps=2")
+    assert status == 0, text
     status, text = tiny.here("eval", "--workdir", workdir, "--data", data.dataset, "--trials", data.trials,
                              "--output", workdir / "test", "--replicates", 0)
     assert status == 0, text
@@ -65,11 +64,10 @@ def test_changed_metrics_are_told_by_name_and_size(run, again, tmp_path):
 
 
 def test_changed_parameters_and_rates_are_told(run, again, tmp_path):
-    """The checkpoints of another seed, and a report that says another rate."""
+    """The parameters of an earlier step, and a report that says another rate."""
     workdir, output = changed(run, tmp_path, again)
-    assert tiny.train_here(tmp_path / "other", "--stop-at-step=4", "checkpoint.every_steps=2", "seed=1")[0] == 0
-    shutil.rmtree(workdir / "checkpoints")
-    shutil.copytree(tmp_path / "other" / "checkpoints", workdir / "checkpoints")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "4")
     results = json.loads((workdir / "test" / "results.json").read_text())
     rate = results["eer"]
     (workdir / "test" / "results.json").write_text(json.dumps(results | {"eer": rate + 3}))
@@ -85,7 +83,7 @@ def test_other_versions_code_data_and_machines_are_warned_of(run, again, tmp_pat
     record["data"]["fingerprint"] = "another"
     record["starts"][-1]["versions"]["jax"] = "0.1"
     record["starts"][-1]["hardware"]["processor"] = "abacus"
-    record["starts"][-1]["commit"] = "0123"
+    record["starts"].append(record["starts"][0] | {"commit": "0123"})
     (workdir / RUN_FILE).write_text(json.dumps(record))
     status, text = tiny.here("reproduce", workdir, "--output", output)
     assert status == 0
@@ -99,11 +97,10 @@ def test_other_versions_code_data_and_machines_are_warned_of(run, again, tmp_pat
     assert status == 2 and f"{workdir / RUN_FILE}: damaged" in text
 
 
-def test_data_may_have_moved_but_nothing_else_may_change(run, tmp_path):
-    moved = shutil.copytree(tiny.material().dataset, tmp_path / "moved")
-    workdir = shutil.copytree(run, tmp_path / "run")
-    shutil.rmtree(workdir / "test")
-    status, text = tiny.here("reproduce", workdir, f"--config.data.train={moved}")
+def test_data_may_have_moved_but_nothing_else_may_change(run, again, tmp_path):
+    workdir, output = changed(run, tmp_path, again)
+    output.rename(tmp_path / "run-again")
+    status, text = tiny.here("reproduce", workdir, f"--config.data.train={tmp_path / 'moved'}")
     assert status == 0 and f"{tmp_path / 'run-again'}: 4 rows" in text, text
     status, text = tiny.here("reproduce", workdir, "--output", tmp_path / "new", "--config.seed=5")
     assert status == 2 and "another run (seed: 0 → 5)" in text and not (tmp_path / "new").exists()
@@ -119,15 +116,27 @@ def test_data_may_have_moved_but_nothing_else_may_change(run, tmp_path):
     assert status == 2 and "is the run itself" in text
 
 
-def test_a_run_keeps_what_it_was_made_with_for_every_start(run):
-    record = read_run(run)
-    data = tiny.material().dataset
+def test_a_run_keeps_what_it_was_made_with(run):
+    record, data = read_run(run), tiny.material().dataset
     assert record["seed"] == 0
     assert record["data"]["fingerprint"] == open_utterances(data).fingerprint and record["data"]["utterances"] == 20
-    assert [(start["first_step"], start["last_step"]) for start in record["starts"]] == [(1, 2), (3, 4)]
-    for start in record["starts"]:
-        assert start["versions"].keys() >= {"python", "memo-jax", "jax", "jaxlib", "flax", "numpy"}
-        assert "unknown" not in start["versions"].values()
-        assert start["hardware"]["cores"] >= 1 and start["hardware"]["devices"] == 1
-        assert start["hardware"]["platform"] == "cpu" and start["cpu_seconds"] > 0 and start["command"]
-        assert start["commit"] is None or len(start["commit"].removesuffix("+changes")) == 40
+    (start,) = record["starts"]
+    assert start["versions"].keys() >= {"python", "memo-jax", "jax", "jaxlib", "flax", "numpy"}
+    assert "unknown" not in start["versions"].values()
+    assert start["hardware"]["cores"] >= 1 and start["hardware"]["devices"] == 1
+    assert start["hardware"]["platform"] == "cpu" and start["cpu_seconds"] > 0 and start["command"]
+    assert start["commit"] is None or len(start["commit"].removesuffix("+changes")) == 40
+    assert (start["first_step"], start["last_step"]) == (1, 4)
+
+
+def test_every_start_is_kept_unless_the_run_begins_anew(tmp_path):
+    for begin, end in ((0, 3), (3, None), (3, 8)):
+        record = RunRecord(tmp_path, seed=1, data={}, begin=begin)
+        if end:
+            record.end(end)
+    starts = read_run(tmp_path)["starts"]
+    assert [(start["first_step"], start.get("last_step")) for start in starts] == [(1, 3), (4, None), (4, 8)]
+    RunRecord(tmp_path, seed=1, data={}, begin=0)
+    assert len(read_run(tmp_path)["starts"]) == 1
+    RunRecord(tmp_path / "other", seed=1, data={}, begin=0, active=False).end(3)
+    assert not (tmp_path / "other").exists() and read_run(tmp_path / "other") is None
