@@ -101,6 +101,8 @@ def eer_figure(rows: Rows, in_minutes: bool = False) -> Figure | None:
             ax.set_title(title, loc="left", fontsize=11, weight="bold", pad=8)
             ax.set_xlabel("CPU-minutes of training steps" if in_minutes else "step")
             ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if not ends:  # no run was followed
+            return None
         axes[0].set_ylabel("EER of the followed trials (%), lower is better")
         for ax, of_panel in zip(axes, labels):
             ax.set(ylim=(max(np.floor(min(lows)) - 1, 0), max(highs) + 0.5), xlim=(0, max(ends)))

@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -19,7 +21,9 @@ import study_figures  # noqa: E402
 import study_results  # noqa: E402
 
 from memo_jax.checkpoint import saved_steps  # noqa: E402
+from memo_jax.config import load_config  # noqa: E402
 from memo_jax.log import read_metrics  # noqa: E402
+from memo_jax.provenance import RunRecord  # noqa: E402
 from memo_jax.scoring import eer  # noqa: E402
 from memo_jax.trials import read_trials  # noqa: E402
 
@@ -81,19 +85,54 @@ def test_two_rows_are_run_resumed_tested_and_collected(here, tmp_path, capsys):
     assert other["gate"]["closed_at"] == 3 and {len(v) for k, v in other["curves"].items() if "alignment/" in k} == {3}
     assert str(tmp_path) not in (folder / "result.json").read_text(), "results are for others to read"
 
-    assert f"| contrastive | 1 | 6 | " in text and text.rstrip().endswith(f"commits: {result['commit']}.")
+    assert "| contrastive | 1 | 6 | " in text and text.rstrip().endswith(f"commits: {result['commit']}.")
     collected = output / "collected"
     assert (collected / "steps-dino-resnet-seed-0.json").exists() and (collected / "results.md").read_text() in text
     followed = read_trials(output / "trials" / "tiny-followed-6.txt")
     assert len(followed.recordings) == 6 and 0 < len(followed) < len(target)
 
     assert study.main(arguments(output)) == 0 and len(here.ran) == 5
-    assert study.main(arguments(output, "--rows", "dino-resnet", "--budget", "time")) == 0
-    longer = json.loads((output / "time" / "dino-resnet" / "seed-0" / "result.json").read_text())
-    wanted = round(6 * other["cpu_seconds_a_step"] / result["cpu_seconds_a_step"])
-    assert longer["steps"] == longer["total_steps"] == wanted
-    table = capsys.readouterr().out
-    assert table.index("### Equal number of steps") < table.index("### Equal time") < table.rindex("| contrastive |")
+    (output / "trials" / "tiny.txt").write_text("1 a b\n")
+    assert study.main(arguments(output)) == 2 and "is not the list that" in capsys.readouterr().err
+
+
+def test_wrong_input_is_named(tmp_path, capsys):
+    data = tiny.material()
+    good = arguments(tmp_path / "study")
+    for wrong, said in (
+        (["--rows", "memo"], "no row memo: choose of dino-ecapa"), (["--test", "a"], "--test a: expected NAME=DATASET"),
+        (["--test", f"a={data.dataset}:nowhere.txt"], "nowhere.txt is no file"),
+        (["--test", f"a=nowhere:{data.trials}"], "nowhere is no folder"), (["--seeds", "a"], "invalid literal"),
+        (["--budget", "time"], "no result at equal steps of dino-ecapa, memo-plateau"),
+    ):
+        assert study.main(good + wrong) == 2 and said in capsys.readouterr().err
+    assert study.main(["--output", str(tmp_path)]) == 2 and "give --data and at least one --test" in (
+        capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        study.main([*good, "--rowz=a"])
+
+
+def test_a_collapse_is_a_result_and_a_failure_is_told_and_left_to_others(tmp_path, monkeypatch, capsys):
+    """Training that ends with 3 is written down; with another status the run stays free and the queue goes on."""
+    monkeypatch.setattr(ablation, "ROWS", SMALL_ROWS)
+    statuses = [3, 9]
+
+    def child(command):
+        folder = Path(command[command.index("--workdir") + 1])
+        (folder / "config.json").write_text(json.dumps({
+            "total_steps": 6, "gate": {"rule": "never", "min_alignment": 0.0}, "model": {"branches": {
+                "__tuple__": ["resnet"]}},
+        }))
+        (folder / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "gate/closed_at": -1.0}\n')
+        RunRecord(folder, seed=0, data={"fingerprint": "f", "utterances": 20, "banks": {}}, begin=0)
+        return statuses.pop(0)
+
+    monkeypatch.setattr(study, "child", child)
+    assert study.main(arguments(tmp_path)) == 1
+    said = capsys.readouterr()
+    assert "memo-plateau, seed 0, equal steps: training ended with 9" in said.err
+    assert "| `dino-resnet` | plain | 1 | 2 | – | – |" in said.out, "collapsed, so there is no rate"
+    assert claims.take(tmp_path / "steps" / ablation.REFERENCE / "seed-0") is not None
 
 
 # ------------------------------------------------------------------------------------------------- claims
@@ -146,14 +185,14 @@ def test_a_run_of_another_machine_is_taken_over_only_when_told(tmp_path):
 
 def test_training_ends_with_the_runner_that_is_killed():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import run; run.child([sys.executable, '-c', sys.argv[2]])"
-    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(200)"
     command = [sys.executable, "-c", code, str(tiny.ROOT / "experiments"), sleeper]
     runner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=tiny.environment())
-    pid = int(runner.stdout.readline())
+    runner.stdout.readline()
     runner.kill()
     runner.wait()
-    assert runner.stdout.read() == "", "the pipe ends with the last that holds it"
-    assert not Path(f"/proc/{pid}").exists()
+    began = time.monotonic()
+    assert runner.stdout.read() == "" and time.monotonic() - began < 60, "the pipe ends with the last that holds it"
 
 
 # -------------------------------------------------------------------------------------- table and plots
@@ -220,3 +259,88 @@ def made_up_study(output):
     }
     found["time", "dino-ecapa", 0] = write_result(output, "dino-ecapa", 0, 18, "time", 0.5, trials)
     return found, trials
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """(folder, scores, trials, table) of a study whose results are made up, collected."""
+    output = tmp_path_factory.mktemp("made") / "study"
+    found, trials = made_up_study(output)
+    return output, found, trials, study_results.collect(output, output / "collected", replicates=40)
+
+
+def row_of(table, row):
+    """The cells of a row of the first table of a budget."""
+    (line,) = re.findall(rf"^\| `{row}` \| \D.*$", table, re.MULTILINE)
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table_has_means_over_seeds_intervals_comparisons_and_costs(made_up):
+    _, scores, trials, text = made_up
+    equal_steps, equal_time = text.split("### Equal time")
+    rates = {row: [100 * eer(scores["steps", row, seed], trials.target) for seed in seeds]
+             for row, seeds in SEEDS.items()}
+    for row, of_row in rates.items():
+        name, title, seeds, steps, minutes, closes, one, against, *_ = row_of(equal_steps, row)
+        assert title == ablation.ROWS[row].title and int(seeds) == len(of_row) and steps == "200"
+        spread = f" ± {np.std(of_row, ddof=1):.2f}" if len(of_row) > 1 else ""
+        mean, low, high = re.fullmatch(rf"([\d.]+){spread} \(([\d.]+)–([\d.]+)\)", one).groups()
+        assert mean == f"{np.mean(of_row):.2f}" and float(low) < np.mean(of_row) < float(high)
+        compared = re.findall(r"`([\w-]+)` ([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\), p ([\d.]+)", against)
+        assert [found[0] for found in compared] == list(ablation.ROWS[row].against)
+        for other, difference, low, high, p in compared:
+            both = min(len(of_row), len(rates[other]))
+            wanted = np.mean(of_row[:both]) - np.mean(rates[other][:both])
+            assert float(difference) == pytest.approx(wanted, abs=0.006)
+            assert float(low) <= float(difference) <= float(high) and 0 < float(p) <= 1
+    assert row_of(equal_steps, "dino-ecapa")[4] == "1.7" and row_of(equal_steps, "memo-step")[4] == "4.2"
+    assert row_of(equal_steps, ablation.REFERENCE)[5] == "125, 150, 175" and row_of(equal_steps, "multi-head")[5] == "–"
+    assert row_of(equal_time, "dino-ecapa")[7].startswith(f"`{ablation.REFERENCE}` +"), "compared with MeMo, and worse"
+    assert row_of(equal_time, ablation.REFERENCE)[6] == row_of(equal_steps, ablation.REFERENCE)[6], "the same runs"
+    assert "Log-mel statistics on one: 14.65 % EER." in text
+
+
+def test_plots_are_drawn_with_bands_closings_and_agreement(made_up):
+    output, *_ = made_up
+    collected = output / "collected"
+    for name in ("eer_steps.png", "eer_time.png", "gate.png", "alignment.png"):
+        assert (collected / name).stat().st_size > 10_000
+    assert len(list(collected.glob("*.json"))) == sum(map(len, SEEDS.values())) + 1
+    rows = study_results.runs_by_row(study_results.read_results(output), "steps")
+    rows = {row: [run.result for run in runs] for row, runs in rows.items()}
+    found = study_figures.curve(rows["multi-head"])
+    values = np.array([[value for _, value in one["curves"]["eer/ecapa"]] for one in rows["multi-head"]])
+    assert found.steps.tolist() == [0, 40, 80, 120, 160, 200]
+    np.testing.assert_allclose(found.mean, values.mean(axis=0))
+    np.testing.assert_allclose(found.deviation, values.std(axis=0, ddof=1))
+    (first, *_) = study_figures.eer_figure(rows).axes
+    assert len(first.lines) == len(first.collections) == 7, "a line and a band a row"
+    places = {name: [study_figures.closing_point(one) for one in rows[name]] for name in rows}
+    assert places["multi-head"] == [0] * 3 and places["memo-always"] == [200] * 3
+    assert places["memo-conflict"] == [70, 74, 78]
+
+
+def test_equal_time_gives_each_row_the_steps_that_its_cost_allows(made_up):
+    """As many as the reference's time holds, the same for all seeds, whatever is measured later."""
+    output, *_ = made_up
+    assert study_results.cost_of_row(output, "dino-ecapa") == 0.5
+    options = study.build_parser().parse_args(["--output", str(output)])
+    texts = ["total_steps=200", "evaluation.every_steps=40"]
+    longer = study.time_overrides(options, "dino-ecapa", texts)
+    assert longer == ["total_steps=500", "evaluation.every_steps=100"]
+    load_config(options.config, [f"--config.{text}" for text in texts + longer])
+    write_result(output, "dino-ecapa", 3, 18, cost=50.0, trials=read_trials(output / "trials" / "one.txt"))
+    write_result(output, "dino-ecapa", 4, 18, cost=50.0, trials=read_trials(output / "trials" / "one.txt"))
+    assert study.time_overrides(options, "dino-ecapa", texts) == longer
+
+
+def test_scores_of_other_trials_and_damaged_results_are_refused(made_up, tmp_path):
+    output = shutil.copytree(made_up[0], tmp_path / "study")
+    scores = output / "steps" / "dino-ecapa" / "seed-0" / "test" / "one" / "ecapa" / "scores.txt"
+    scores.write_text("".join(scores.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=f"{scores}: not the scores of the trials in one.txt"):
+        study_results.collect(output, tmp_path / "collected", replicates=2)
+    damaged = output / "steps" / "dino-ecapa" / "seed-0" / "result.json"
+    damaged.write_text("{")
+    with pytest.raises(ValueError, match=f"{damaged}: not the result of a run"):
+        study_results.collect(output, tmp_path / "collected", replicates=2)
