@@ -54,9 +54,13 @@ def _latest(folder: Path) -> tuple[int, dict | None]:
 
 def _add(folder: Path, number: int, content: dict) -> bool:
     """Writes a claim; False where somebody else was first."""
-    path = folder / f"claim-{number}"
-    beside = folder / f".claim.{socket.gethostname()}.{os.getpid()}"
-    beside.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return write_once(folder / f"claim-{number}", json.dumps(content) + "\n")
+
+
+def write_once(path: Path, text: str) -> bool:
+    """Writes a file whole, if there is none of its name; False where somebody else was first."""
+    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
     try:
         os.link(beside, path)
         return True

@@ -161,41 +161,30 @@ def run_folder(output: Path, budget: str, row: str, seed: int) -> Path:
 
 
 def overrides_of(options, row: str, seed: int, tests: dict, followed: Path) -> list[str]:
-    """Returns the "key=value" texts of a run: those of all runs, then the row's, then its length."""
+    """Returns the "key=value" texts of a run: paths and seed, the row's, the command's, its length."""
     dataset, _ = next(iter(tests.values()))
     common = [
         f"seed={seed}", f"data.train={options.data}", f"evaluation.data={dataset}", f"evaluation.trials={followed}",
         *(f"augment.{kind}={getattr(options, kind)}" for kind in ("noise", "music", "speech", "rirs")),
-        *options.overrides,
     ]
-    texts = common + list(ablation.ROWS[row].overrides)
+    texts = [*common, *ablation.ROWS[row].overrides, *options.overrides]
     return texts + time_overrides(options, row, texts) if options.budget == "time" else texts
 
 
 def time_overrides(options, row: str, texts: list[str]) -> list[str]:
-    """Returns the overrides that give a row the time of the reference; evaluations stay as many. ValueError without
-    measured costs."""
+    """Returns the overrides that give a row the time of the reference; evaluations stay as many."""
     path = options.output / "time" / row / "steps.json"
-    config = load_config(options.config, [f"--config.{text}" for text in texts])
     if not path.exists():
-        costs = {name: study_results.cost_of_row(options.output, name) for name in (row, ablation.REFERENCE)}
-        missing = [name for name, cost in costs.items() if cost is None]
-        if missing:
-            raise ValueError(f"no result at equal steps of {', '.join(missing)} in {options.output}: run those first")
-        steps = round(config.total_steps * costs[ablation.REFERENCE] / costs[row])
+        steps, factor = study_results.steps_at_equal_time(options.output, row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps({"total_steps": steps, "cpu_seconds_a_step": costs}) + "\n", encoding="utf-8")
-        try:
-            os.link(beside, path)  # whoever is first decides for all seeds
-        except FileExistsError:
-            pass
-        finally:
-            beside.unlink()
-    steps = json.loads(path.read_text(encoding="utf-8"))["total_steps"]
-    every = config.evaluation.every_steps
-    longer = [f"evaluation.every_steps={max(round(every * steps / config.total_steps), 1)}"] if every > 0 else []
-    return [f"total_steps={steps}", *longer]
+        # Whoever is first decides for all seeds, whatever is measured later.
+        claims.write_once(path, json.dumps({"total_steps": steps, "factor": factor}) + "\n")
+    length = json.loads(path.read_text(encoding="utf-8"))
+    evaluation = load_config(options.config, [f"--config.{text}" for text in texts]).evaluation
+    unit = "steps" if evaluation.every_steps > 0 else "epochs"
+    every = evaluation[f"every_{unit}"] * length["factor"]
+    every = max(round(every), 1) if unit == "steps" else every
+    return [f"total_steps={length['total_steps']}", "total_epochs=-1", f"evaluation.every_{unit}={every}"]
 
 
 def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: Path) -> str | None:
@@ -241,7 +230,7 @@ def run_result(row: str, seed: int, budget: str, folder: Path, status: str, test
     return {
         "row": row, "title": ablation.ROWS[row].title, "against": list(ablation.ROWS[row].against), "seed": seed,
         "budget": budget, "overrides": list(ablation.ROWS[row].overrides), "status": status,
-        "total_steps": config["total_steps"], "steps": steps,
+        "total_steps": max(config["total_steps"], steps), "steps": steps,
         "cpu_seconds_a_step": each, "cpu_seconds": each and each * steps,
         "cpu_seconds_with_compilation_and_evaluation": sum(s.get("cpu_seconds", 0) for s in record["starts"]),
         "branches": config["model"]["branches"]["__tuple__"],

@@ -52,11 +52,21 @@ def runs_by_row(runs: list[Run], budget: str) -> dict[str, list[Run]]:
     return {row: of_budget[row] for row in ablation.ROWS if row in of_budget}
 
 
-def cost_of_row(output: Path, row: str) -> float | None:
-    """Returns the CPU-seconds a step of a row at equal steps, the median over its seeds; None where there is none."""
-    runs = runs_by_row(read_results(output), "steps").get(row, [])
-    costs = [run.result["cpu_seconds_a_step"] for run in runs if run.result["cpu_seconds_a_step"]]
-    return statistics.median(costs) if costs else None
+def steps_at_equal_time(output: Path, row: str) -> tuple[int, float]:
+    """Returns how many steps of a row take the time of the reference, and how many times as many that is.
+
+    By the costs of a step at equal steps, the median over seeds. Raises ValueError where these have not been measured.
+    """
+    runs = runs_by_row(read_results(output), "steps")
+    costs = {
+        name: [run.result["cpu_seconds_a_step"] for run in runs.get(name, []) if run.result["cpu_seconds_a_step"]]
+        for name in (row, ablation.REFERENCE)
+    }
+    missing = [name for name, of_row in costs.items() if not of_row]
+    if missing:
+        raise ValueError(f"no result at equal steps of {', '.join(missing)} in {output}: run those first")
+    factor = statistics.median(costs[ablation.REFERENCE]) / statistics.median(costs[row])
+    return round(runs[ablation.REFERENCE][0].result["steps"] * factor), factor
 
 
 class Scores:

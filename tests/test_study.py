@@ -323,12 +323,13 @@ def test_plots_are_drawn_with_bands_closings_and_agreement(made_up):
 def test_equal_time_gives_each_row_the_steps_that_its_cost_allows(made_up):
     """As many as the reference's time holds, the same for all seeds, whatever is measured later."""
     output, *_ = made_up
-    assert study_results.cost_of_row(output, "dino-ecapa") == 0.5
     options = study.build_parser().parse_args(["--output", str(output)])
     texts = ["total_steps=200", "evaluation.every_steps=40"]
     longer = study.time_overrides(options, "dino-ecapa", texts)
-    assert longer == ["total_steps=500", "evaluation.every_steps=100"]
+    assert longer == ["total_steps=500", "total_epochs=-1", "evaluation.every_steps=100"]
     load_config(options.config, [f"--config.{text}" for text in texts + longer])
+    in_epochs = study.time_overrides(options, "dino-ecapa", ["evaluation.every_steps=-1", "evaluation.every_epochs=2"])
+    assert in_epochs[-1] == "evaluation.every_epochs=5.0"
     write_result(output, "dino-ecapa", 3, 18, cost=50.0, trials=read_trials(output / "trials" / "one.txt"))
     write_result(output, "dino-ecapa", 4, 18, cost=50.0, trials=read_trials(output / "trials" / "one.txt"))
     assert study.time_overrides(options, "dino-ecapa", texts) == longer
