@@ -43,7 +43,8 @@ ROWS = {
         "+ contrastive, stopped at its plateau (MeMo)", ("gate.rule=plateau",), ("memo-always", "dino-ecapa"), True
     ),
     "memo-conflict": Row(
-        "+ contrastive, stopped when gradients conflict", ("gate.rule=conflict",), ("memo-always", "memo-step", "memo-plateau"), True
+        "+ contrastive, stopped when gradients conflict", ("gate.rule=conflict",),
+        ("memo-always", "memo-step", "memo-plateau"), True,
     ),
     "memo-step-early": Row(
         "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=75"), ("memo-step",)

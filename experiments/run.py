@@ -35,7 +35,8 @@ STOPPED = 3  # how `memo-jax train` ends where the numbers are wrong: a result, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 when every run is done or somebody else's, 1 when some failed, 2 on bad input."""
+    """Runs the command line; returns 0 when every run is done or somebody else's, 1 when some failed, 2 on bad input.
+    """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if not (text.startswith("--config.") and "=" in text)]

@@ -62,7 +62,8 @@ def curve(results: Sequence[dict], name: str | None = None, each: float | None =
 
     Without a name it is the EER of the reported branch.
     """
-    found = [dict(map(tuple, values)) for one in results if (values := one["curves"].get(name or f"eer/{main_branch(one)}"))]
+    named = [one["curves"].get(name or f"eer/{main_branch(one)}") for one in results]
+    found = [dict(map(tuple, values)) for values in named if values]
     if not found:
         return None
     steps = sorted(set.intersection(*(set(one) for one in found)))
@@ -111,7 +112,7 @@ def eer_figure(rows: Rows, in_minutes: bool = False) -> Figure | None:
 
 
 def gate_figure(rows: Rows) -> Figure | None:
-    """The EER at the end against the step at which the contrastive loss stopped: small marks are seeds, large ones means.
+    """The EER at the end against the step at which the contrastive loss stopped; small marks are seeds, large are means.
 
     A line joins the rows whose step was fixed beforehand, from never on to never off: is a rule's mark below it?
     """

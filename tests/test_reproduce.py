@@ -1,4 +1,4 @@
-"""A run made again: bit-identical by the same seed, told apart where anything differs. Also: what a run keeps of itself."""
+"""A run made again: bit-identical by the same seed, told apart where anything differs. And what a run says of itself."""
 
 import json
 import shutil
