@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-# Without the contrastive loss a quick teacher runs away from its student: plain distillation wants a slower one.
+# Plain distillation wants a slower teacher than contrastive learning does.
 DISTILLATION_ALONE = ("gate.rule=never", "teacher.momentum=0.99")
 REFERENCE = "memo-plateau"  # whose cost at an equal number of steps is the time that others get at equal time
 
