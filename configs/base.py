@@ -51,6 +51,7 @@ def get_config() -> ConfigDict:
     model.campplus_layers = (12, 24, 16)  # layers of each dense block of a CAM++
     model.campplus_growth = 32  # channels that each of them adds; inside, it has four times as many
     model.campplus_channels = 128  # of its first convolution over time
+    model.campplus_plane_channels = 32  # of the convolutions over time and frequency before it
     model.head_hidden = 2048  # width of the two hidden layers of a projection head
     model.head_bottleneck = 256  # width of the unit vector that is compared with the prototypes
     model.prototypes = 65536  # K, the outputs of a head

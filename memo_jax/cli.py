@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "=" not in text:
             parser.error(f"{text} has no value: write {text}=VALUE")
     unknown = [text for text in rest if not text.startswith("--config.")]
-    if unknown or (overrides and options.command not in ("train", "plan")):
+    if unknown or (overrides and options.command not in ("train", "plan", "reproduce")):
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
     try:
@@ -78,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    def add_json(added):
+        added.add_argument("--json", action="store_true", help="print JSON instead of text")
+
     prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check one")
     prepare.add_argument("--input", action="append", type=Path, metavar="PATH",
                          help="folder of recordings, zip or tar, Kaldi folder, or shards of wespeaker; may be given "
@@ -106,6 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="how many processes")
     train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="which one this is, from 0")
 
+    reproduce = command("reproduce", run_reproduce, "make a run again from its config, and compare")
+    reproduce.add_argument("workdir", type=Path, metavar="RUN",
+                           help="of the run; where its data have moved, say so with --config.data.train=DATASET …")
+    reproduce.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
+    add_json(reproduce)
+
     plan = command("plan", run_plan, "tell what training would need and cost on a TPU pod, without one")
     plan.add_argument("--config", required=True, metavar="FILE",
                       help="as for train; change keys with --config.KEY=VALUE")
@@ -113,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="generation and chips along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4")
     plan.add_argument("--utterances", type=int, metavar="N",
                       help="of an epoch (default: those of data.train, or of VoxCeleb2)")
-    plan.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_json(plan)
 
     def choose_network(added):
         added.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
@@ -126,9 +135,6 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--model", required=True, type=Path, metavar="MODEL",
                            help="workdir of a training run, or a model file")
         choose_network(added)
-
-    def add_json(added):
-        added.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     def add_threshold(added):
         added.add_argument("--threshold", type=float, metavar="COSINE",
@@ -286,6 +292,19 @@ def joined(**place):
             traceback.print_exception(error)
         processes.leave_at_once(1 if status is None else status)
     processes.leave()
+
+
+def run_reproduce(options) -> int:
+    """memo-jax reproduce"""
+    keep_compiled_programs()
+    keep_freed_memory()
+    from memo_jax.reproduce import reproduce, summary
+
+    workdir = options.workdir.resolve()
+    output = options.output or workdir.with_name(f"{workdir.name}-again")
+    found = reproduce(options.workdir, output, options.overrides)
+    print(json.dumps(found, indent=2) if options.json else summary(options.workdir, found))
+    return 0 if found["identical"] else NO
 
 
 def run_plan(options) -> int:

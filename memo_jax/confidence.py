@@ -41,12 +41,14 @@ def bootstrap_interval(
 
     Args:
       metric: (scores, target, weights) -> number: `eer`, `cllr`, `lambda s, t, w: min_dcf(s, t, 0.01, weights=w)`, ….
-      scores: [N]; target: bool [N].
+      scores: [N], or [R, N] of R runs of one system (its seeds): then the interval of their mean metric, which says how
+        sure it is for other speakers and not for other seeds.
+      target: bool [N].
       speaker_pairs: int [N, 2], the two speakers of each trial (`scoring.speaker_pairs`).
 
     Source: the subsets bootstrap of Bolle, Ratha and Pankanti, "Error analysis of pattern recognition systems", 2004.
     """
-    values = _replicates(metric, [scores], target, speaker_pairs, replicates, seed)[:, 0]
+    values = _replicates(metric, [*np.atleast_2d(scores)], target, speaker_pairs, replicates, seed).mean(axis=1)
     return _percentiles(values, level)
 
 
@@ -65,13 +67,14 @@ def paired_bootstrap(
 
     What makes a draw of speakers hard makes it hard for both systems, so the difference is known better than either
     metric. `p_value` is one-sided, (1 + replicates in which A is not better) / (1 + replicates): when it is small, A is
-    better. Arguments as `bootstrap_interval`.
+    better. Arguments as `bootstrap_interval`: of several runs of a system, the mean metric counts.
     """
-    target = np.asarray(target, bool)
-    values = _replicates(metric, [scores_a, scores_b], target, speaker_pairs, replicates, seed)
-    ones = np.ones(len(target))
-    difference = metric(np.asarray(scores_a), target, ones) - metric(np.asarray(scores_b), target, ones)
-    differences = values[:, 0] - values[:, 1]
+    target, ones = np.asarray(target, bool), np.ones(len(target))
+    runs_a, runs_b = np.atleast_2d(scores_a), np.atleast_2d(scores_b)
+    values = _replicates(metric, [*runs_a, *runs_b], target, speaker_pairs, replicates, seed)
+    mean_a, mean_b = (np.mean([metric(run, target, ones) for run in runs]) for runs in (runs_a, runs_b))
+    difference = mean_a - mean_b
+    differences = values[:, : len(runs_a)].mean(axis=1) - values[:, len(runs_a) :].mean(axis=1)
     p_value = (1 + np.sum(differences >= 0)) / (1 + replicates)
     return Comparison(float(difference), _percentiles(differences, level), float(p_value))
 

@@ -20,7 +20,8 @@ CONFIG_FILE = "config.json"
 # Keys that configs of earlier versions lack, with what those versions did.
 LATER_KEYS = {
     "model.ecapa_form": "speechbrain", "model.ecapa_embedding_norm": False, "model.campplus_layers": (12, 24, 16),
-    "model.campplus_growth": 32, "model.campplus_channels": 128, "split_above_megabytes": 0.0,
+    "model.campplus_growth": 32, "model.campplus_channels": 128, "model.campplus_plane_channels": 32,
+    "split_above_megabytes": 0.0,
 }
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
 
@@ -49,7 +50,7 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
     path, argument = _file_and_argument(str(path))
     config = _run_get_config(path, argument)
     for text in overrides:
-        _apply_override(config, text, path)
+        _apply_override(config, text, path.name)
     for key, (_, _, field) in _fields(config).items():
         if isinstance(field, FieldReference):
             try:
@@ -57,6 +58,15 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
             except config_dict.RequiredValueError:
                 raise ValueError(f"{path}: config.{key} has no value; give one: --config.{key}=…") from None
     return config.lock()
+
+
+def with_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
+    """Returns a locked copy of a config with overrides applied; the texts and errors are those of `load_config`."""
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        for text in overrides:
+            _apply_override(changed, text, "the config")
+    return changed.lock()
 
 
 def config_to_json(config: ConfigDict) -> str:
@@ -237,7 +247,7 @@ def _value(field):
     return field.get() if isinstance(field, FieldReference) else field
 
 
-def _apply_override(config: ConfigDict, text: str, path: Path) -> None:
+def _apply_override(config: ConfigDict, text: str, source: str) -> None:
     key, equals, value = text.removeprefix("--config.").partition("=")
     if not text.startswith("--config.") or not equals or not key:
         raise ValueError(f"{text!r} is not of the form --config.key=value")
@@ -246,7 +256,7 @@ def _apply_override(config: ConfigDict, text: str, path: Path) -> None:
         inside = [known for known in fields if known.startswith(key + ".")]
         hint = "it is a group; its keys are " if inside else "nearest: "
         hint += ", ".join(inside or _nearest(key, list(fields)))
-        raise ValueError(f"{path.name} has no key config.{key} to set; {hint}")
+        raise ValueError(f"{source} has no key config.{key} to set; {hint}")
     group, name, field = fields[key]
     optional = isinstance(field, FieldReference)
     old = field if not optional else None if field.empty() else field.get()

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib import patheffects
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 
@@ -41,6 +42,35 @@ def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def running_mean(values: np.ndarray, half: int) -> np.ndarray:
+    """Centred mean over 2·half+1 values, over fewer at the ends; the values themselves when half is 0."""
+    if half == 0:
+        return values
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    middle = np.arange(len(values))
+    low, high = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_height: float = 0.085):
+    """Writes each line's label where the lines end (x, a share of the width), moved apart where two would overlap.
+
+    `labels` are (value, text, colour); `line_height` is that of a line of text, as a share of the panel's height.
+    """
+    low, high = ax.get_ylim()
+    placed = sorted((float(np.clip((value - low) / (high - low), 0, 1)), text, color) for value, text, color in labels)
+    size = [line_height * (1 + text.count("\n")) for _, text, _ in placed]
+    heights = [height for height, _, _ in placed]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + (size[i] + size[i - 1]) / 2)
+    heights[-1] = min(heights[-1], 1.0)
+    for i in range(len(heights) - 2, -1, -1):
+        heights[i] = min(heights[i], heights[i + 1] - (size[i] + size[i + 1]) / 2)
+    for height, (_, text, color) in zip(heights, placed):
+        ax.annotate(text, (x, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
+                    fontsize=8.5, color=color, va="center", linespacing=1.15, path_effects=HALO)
 
 
 PERCENT_TICKS = np.array(

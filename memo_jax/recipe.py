@@ -15,8 +15,8 @@ from memo_jax.step import LossWeights, Recipe, train_step
 
 POSITIVE = (
     "log_every_steps", "model.embedding_dim", "model.resnet_base_channels", "model.campplus_growth",
-    "model.campplus_channels", "model.head_hidden", "model.head_bottleneck", "model.prototypes", "loss.student_temp",
-    "loss.contrastive_temperature", "teacher.temp", "teacher.end_temp",
+    "model.campplus_channels", "model.campplus_plane_channels", "model.head_hidden", "model.head_bottleneck",
+    "model.prototypes", "loss.student_temp", "loss.contrastive_temperature", "teacher.temp", "teacher.end_temp",
 )
 FRACTIONS = ("loss.center_momentum", "teacher.momentum", "teacher.end_momentum", "optimizer.sgd_momentum")
 
@@ -64,7 +64,7 @@ def build_branches(config) -> dict[str, Branch]:
         "resnet": {"base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks)},
         "campplus": {
             "layers": tuple(model.campplus_layers), "growth": model.campplus_growth,
-            "stem_channels": model.campplus_channels,
+            "stem_channels": model.campplus_channels, "plane_channels": model.campplus_plane_channels,
         },
     }
     crosses = len(names) > 1 and config.loss.cross != 0 and config.loss.cross_head == "cross"

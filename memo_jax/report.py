@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from memo_jax.figures import (
-    COLORS, DASHES, HALO, INK, MUTED, STYLE, det_figure, save_figure, score_histogram_figure,
+    COLORS, DASHES, HALO, INK, MUTED, STYLE, det_figure, label_ends, running_mean, save_figure, score_histogram_figure,
 )
 from memo_jax.log import read_metrics
 
@@ -219,7 +219,7 @@ def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str]
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ends = max(one.steps[-1] for one in found)
-    _label_ends(ax, labels, ends / ax.get_xlim()[1] if panel.while_open else 1.0)
+    label_ends(ax, labels, ends / ax.get_xlim()[1] if panel.while_open else 1.0)
 
 
 def _look(name: str, number: int, branches: list[str]) -> tuple[str, str, object]:
@@ -233,29 +233,3 @@ def _look(name: str, number: int, branches: list[str]) -> tuple[str, str, object
         return branch, COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
     said = branch if head in ("", "contrastive") else f"{branch} {head}"
     return said, COLORS[branches.index(branch.split("-")[0]) % len(COLORS)], DASHES[1] if head == "cross" else "-"
-
-
-def running_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """Centred mean over 2·half+1 values, over fewer at the ends; the values themselves when half is 0."""
-    if half == 0:
-        return values
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    middle = np.arange(len(values))
-    low, high = np.maximum(middle - half, 0), np.minimum(middle + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
-
-
-def _label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float):
-    """Writes each line's label where the lines end (x, a share of the width), moved apart where two would overlap."""
-    low, high = ax.get_ylim()
-    placed = sorted((float(np.clip((value - low) / (high - low), 0, 1)), text, color) for value, text, color in labels)
-    size = [0.085 * (1 + text.count("\n")) for _, text, _ in placed]
-    heights = [height for height, _, _ in placed]
-    for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + (size[i] + size[i - 1]) / 2)
-    heights[-1] = min(heights[-1], 1.0)
-    for i in range(len(heights) - 2, -1, -1):
-        heights[i] = min(heights[i], heights[i + 1] - (size[i] + size[i + 1]) / 2)
-    for height, (_, text, color) in zip(heights, placed):
-        ax.annotate(text, (x, height), xycoords="axes fraction", xytext=(6, 0), textcoords="offset points",
-                    fontsize=8.5, color=color, va="center", linespacing=1.15, path_effects=HALO)

@@ -15,6 +15,7 @@ from memo_jax.checkpoint import Checkpointer, load_extra
 from memo_jax.collapse import CollapseWatch, check_finite
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
 from memo_jax.log import MetricsLog, Progress
+from memo_jax.provenance import RunRecord
 from memo_jax.recipe import build_recipe, initial_state, jitted_step, load_banks
 from memo_jax.step import Recipe
 
@@ -23,6 +24,9 @@ from memo_jax.step import Recipe
 FREE_ON_RESUME = (
     "checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.", "split_above_megabytes",
 )
+
+
+TIMES = ("seconds_per_step", "utterances_per_second", "cpu_seconds")  # what a row says of the machine's speed
 
 
 def check_same_run(workdir: Path, config) -> None:
@@ -58,7 +62,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
 
     Args:
       config: a config with all keys of configs/base.py.
-      workdir: folder of the run: config.json, metrics.jsonl, tensorboard/, checkpoints.
+      workdir: folder of the run: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
       quiet: show no progress.
 
@@ -90,7 +94,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         "the config": configs.config_to_json(config),
         "the dataset": utterances.fingerprint,
         "the version of memo-jax": memo_jax.__version__,
-    } | {f"the bank of {name}": str(zlib.crc32(rows)) for name, rows in banks.items()})
+    } | {f"the bank of {name}": str(bank_summary(rows)) for name, rows in banks.items()})
     check_same_run(workdir, config)
 
     with contextlib.ExitStack() as stack:
@@ -120,6 +124,11 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         shown.write(announcement(config, utterances, banks, recipe, begin, total, epoch_steps))
         if begin >= end:
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
+        made_of = {
+            "train": str(config.data.train), "fingerprint": utterances.fingerprint, "utterances": len(utterances),
+            "banks": {name: bank_summary(rows) for name, rows in banks.items()},
+        }
+        record = RunRecord(workdir, seed=config.seed, data=made_of, begin=begin, active=first and begin < end)
         extra = {"fingerprint": utterances.fingerprint, "version": memo_jax.__version__}
         banks = sharding.replicate(mesh, banks)
         key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=sharding.replicated(mesh))()
@@ -183,10 +192,18 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                     checkpoints.save(number, state, batches, extra)
             if stops and number < total:
                 checkpoints.wait()
+                record.end(number)
                 raise processes.StopRequested(
                     f"SIGTERM: stopped after step {number}, which is saved; the same command goes on from there"
                 )
+        checkpoints.wait()
+        record.end(end)
     return last
+
+
+def bank_summary(rows) -> dict:
+    """Returns how many recordings a bank holds, and a checksum of them."""
+    return {"recordings": len(rows), "checksum": zlib.crc32(rows)}
 
 
 def load_evaluation(config):

@@ -129,3 +129,22 @@ def test_impossible_requests_are_refused():
         bootstrap_interval(eer, *only_targets, replicates=2)
     with pytest.raises(ValueError, match="too few speakers"):
         bootstrap_interval(lambda s, t, w: 0.0, *only_targets, replicates=2)
+
+
+def test_of_several_runs_of_a_system_the_mean_metric_counts():
+    """The interval of two seeds' mean lies where theirs do; copies of a run change nothing; a pair may have other
+    numbers of runs."""
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(12, size=(600, 2))
+    pairs[:200, 1] = pairs[:200, 0]
+    target = pairs[:, 0] == pairs[:, 1]
+    runs = np.where(target, 1.0, 0.0) + rng.normal(0, 0.6, (2, 600))
+    worse = np.where(target, 0.3, 0.0) + rng.normal(0, 0.6, 600)
+    alone = bootstrap_interval(eer, runs[0], target, pairs, replicates=200)
+    assert bootstrap_interval(eer, runs[[0, 0]], target, pairs, replicates=200) == pytest.approx(alone)
+    mean = np.mean([eer(run, target) for run in runs])
+    low, high = bootstrap_interval(eer, runs, target, pairs, replicates=200)
+    assert low < mean < high
+    found = paired_bootstrap(eer, runs, worse, target, pairs, replicates=200)
+    assert found.difference == pytest.approx(mean - eer(worse, target)) and found.p_value < 0.01
+    assert found.interval.low < found.difference < found.interval.high < 0

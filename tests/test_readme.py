@@ -81,10 +81,10 @@ def test_every_memo_jax_command_runs_and_writes_what_is_said(folder_of_a_reader)
             ran.append(arguments[0])
             said += text
     converted = ["convert", "eval", "convert", "convert"]
-    used = ["embed", "verify", "enroll", "identify", "embed"] + ["score"] * 3 + ["export", "report"]
+    used = ["embed", "verify", "enroll", "identify", "embed"] + ["score"] * 3 + ["export", "report", "reproduce"]
     assert ran == (["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval"] + converted
                    + ["prepare"] * 2 + ["train"] + used)
-    assert "EER" in said and "log-mel statistics" in said
+    assert "EER" in said and "log-mel statistics" in said and said.endswith("identical\n")
     for workdir in ("runs/small", "runs/memo", "runs/longer"):
         assert (folder_of_a_reader / workdir / "checkpoints" / "3").is_dir()
     for name in re.findall(r"`(\w+\.(?:json|jsonl|tsv|txt|png))`", README):

@@ -292,7 +292,8 @@ def test_sizes_and_forms_of_the_config_are_those_of_the_backbones():
     branches = build_branches(config)
     ecapa, campplus = branches["ecapa"].backbone, branches["campplus"].backbone
     assert (ecapa.form, ecapa.embedding_norm) == ("wespeaker", True)
-    assert (campplus.layers, campplus.growth, campplus.stem_channels, campplus.embedding_dim) == ((1, 2, 3), 4, 8, 16)
+    assert (campplus.layers, campplus.growth, campplus.embedding_dim) == ((1, 2, 3), 4, 16)
+    assert (campplus.stem_channels, campplus.plane_channels) == (8, 4)
 
 
 def test_durations_may_be_epochs(tmp_path):

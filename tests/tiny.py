@@ -45,6 +45,7 @@ def get_config():
     config.model.campplus_layers = (1, 1, 1)
     config.model.campplus_growth = 4
     config.model.campplus_channels = 8
+    config.model.campplus_plane_channels = 4
     config.model.head_hidden = 32
     config.model.head_bottleneck = 16
     config.model.prototypes = 64

@@ -1,0 +1,156 @@
+"""A run again, from its config: are its numbers the same?"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from memo_jax import config as configs
+from memo_jax.checkpoint import load_raw, saved_steps
+from memo_jax.log import read_metrics
+from memo_jax.provenance import read_run
+from memo_jax.train import FREE_ON_RESUME, TIMES, check_same_run, train
+
+RATES = ("eer", "min_dcf_0.01", "min_dcf_0.05")
+MOVABLE = (*FREE_ON_RESUME, "augment.noise", "augment.music", "augment.speech", "augment.rirs")
+
+
+def reproduce(
+    run: str | os.PathLike, output: str | os.PathLike, overrides: Sequence[str] = (), quiet: bool = False
+) -> dict:
+    """Trains a run again in a new workdir, as far as it has come, evaluates it as it was, and compares.
+
+    Args:
+      run: workdir of a run; every `results.json` of `memo-jax eval` below it is made again, too.
+      output: the new workdir; what an earlier call has made there is used.
+      overrides: texts "--config.KEY=VALUE" that say where data, trials and banks are now.
+      quiet: show no progress.
+
+    Returns:
+      {"identical": bool, "steps": rows compared, "metrics", "parameters", "evaluations": {name: largest difference} of
+      those that differ, "missing": what only one of the runs has, "environment": lines that say what has changed,
+      "output"}.
+
+    Raises:
+      FileNotFoundError: `run` is no workdir.
+      ValueError: it has logged no step, `output` is `run`, or an override changes what is learnt.
+    """
+    run, output = Path(run), Path(output)
+    config = configs.read_config(run)
+    if config is None:
+        raise FileNotFoundError(f"{run} is not the workdir of a run (it has no config.json)")
+    if output.resolve() == run.resolve():
+        raise ValueError(f"{output} is the run itself: give another workdir to make it again in")
+    old = read_metrics(run)
+    if not old or old[-1]["step"] < 1:
+        raise ValueError(f"{run} has logged no step yet, so there is nothing to compare with")
+    again = configs.with_overrides(config, overrides)
+    learnt = [line for line in configs.config_differences(config, again) if not line.startswith(MOVABLE)]
+    if learnt:
+        raise ValueError(f"that would be another run ({'; '.join(learnt)}): only places and what is watched may change")
+    last = old[-1]["step"]
+    check_same_run(output, again)
+    if last not in saved_steps(output):  # called once more, it compares what is there
+        train(again, output, stop_at_step=last, quiet=quiet)
+    found = compare_metrics(old, read_metrics(output)) | {
+        "parameters": compare_parameters(run, output), "environment": environment_differences(run, output),
+        "evaluations": {}, "output": str(output),
+    }
+    for path in sorted(run.rglob("results.json")):
+        if output.resolve() not in path.resolve().parents:
+            name = str(path.parent.relative_to(run))
+            found["evaluations"] |= evaluate_again(path, output, name, again, quiet)
+    found["identical"] = not (found["metrics"] or found["parameters"] or found["evaluations"] or found["missing"])
+    return found
+
+
+def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
+    """Returns "steps" compared, "metrics" {name: largest absolute difference} and "missing" steps and names.
+
+    A run that was interrupted has logged the steps at which it was: rows that only one of the runs has do not count,
+    but the last one must be there.
+    """
+    rows = [{row["step"]: row for row in run} for run in (old, new)]
+    both = sorted(rows[0].keys() & rows[1].keys())
+    metrics, missing = {}, []
+    if old[-1]["step"] not in rows[1]:
+        missing.append(f"step {old[-1]['step']}")
+    for step in both:
+        a, b = (run[step] for run in rows)
+        for name in sorted(a.keys() | b.keys()):
+            if name in TIMES:
+                continue
+            # What is not finite was logged as nothing.
+            if (a.get(name) is None) != (b.get(name) is None):
+                missing.append(f"{name} at step {step}")
+            elif a.get(name) != b.get(name):
+                metrics[name] = max(metrics.get(name, 0.0), abs(a[name] - b[name]))
+    return {"steps": len(both), "metrics": metrics, "missing": missing}
+
+
+def compare_parameters(run: Path, output: Path) -> dict[str, float]:
+    """Returns {part of the state: largest absolute difference} in the latest checkpoint that both have."""
+    steps = set(saved_steps(run)) & set(saved_steps(output))
+    if not steps:
+        return {}
+    states = [load_raw(folder, max(steps))[0] for folder in (run, output)]
+    differences = {}
+    leaves = [jax.tree_util.tree_flatten_with_path(state)[0] for state in states]
+    for (path, a), (_, b) in zip(*leaves, strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        if not np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+            part = str(getattr(path[0], "key", path[0]))
+            size = float(np.max(np.abs(a.astype(np.float64) - b)))
+            differences[part] = max(differences.get(part, 0.0), size)
+    return differences
+
+
+def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> dict[str, float]:
+    """Returns {rate of an evaluation: difference} where it is another on the new run."""
+    from memo_jax.evaluate import evaluate
+
+    old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
+    if not made.exists():
+        data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
+        evaluate(
+            output, data, old["trial_list"], output / name, branch=old["branch"], role=old["role"], step=old["step"],
+            crops=old["crops"], replicates=0, quiet=quiet,
+        )
+    new = json.loads(made.read_text(encoding="utf-8"))
+    return {f"{name}: {rate}": abs(new[rate] - old[rate]) for rate in RATES if new[rate] != old[rate]}
+
+
+def environment_differences(run: Path, output: Path) -> list[str]:
+    """Returns lines that say in what data, versions, commit and hardware of two runs differ."""
+    old, new = read_run(run), read_run(output)
+    if old is None:
+        return [f"{run} says nothing of what it was made with: it is of an earlier version"]
+    lines = []
+    if len({json.dumps([start[key] for key in ("commit", "versions", "hardware")]) for start in old["starts"]}) > 1:
+        lines.append("the run itself was resumed with other versions or on another machine; compared is its last start")
+    then, now = old["starts"][-1], new["starts"][-1]
+    pairs = [("commit", then["commit"], now["commit"])]
+    pairs += [(f"data.{key}", old["data"][key], new["data"][key]) for key in ("fingerprint", "banks")]
+    for group in ("versions", "hardware"):
+        pairs += [(key, then[group].get(key), now[group].get(key)) for key in {**then[group], **now[group]}]
+    return lines + [f"{name}: {a} → {b}" for name, a, b in pairs if a != b]
+
+
+def summary(run, found: dict) -> str:
+    """Returns what was found in the form that a person reads."""
+    lines = [f"warning: {line}" for line in found["environment"]]
+    lines.append(f"{run} again in {found['output']}: {found['steps']} rows of metrics compared")
+    for kind in ("metrics", "parameters", "evaluations"):
+        of_kind = found[kind]
+        if of_kind:
+            worst = max(of_kind, key=of_kind.get)
+            lines.append(f"  {len(of_kind)} {kind} differ, most of all {worst}, by {of_kind[worst]:.4g}")
+        else:
+            lines.append(f"  {kind}: no difference")
+    if found["missing"]:
+        lines.append(f"  only in one of them: {', '.join(found['missing'][:5])}"
+                     + (f" and {len(found['missing']) - 5} more" if len(found["missing"]) > 5 else ""))
+    return "\n".join([*lines, "identical" if found["identical"] else "different"])
