@@ -1,4 +1,4 @@
-"""Every benchmark of the loader and of embedding runs, at a size that measures nothing, and prints what it says it prints."""
+"""Every benchmark runs, at a size that measures nothing, and prints what it says it prints."""
 
 import importlib.util
 import json
@@ -91,3 +91,49 @@ def test_embed_says_what_to_install_where_the_networks_are_missing():
     done = run("embed.py", *EMBED)
     assert done.returncode == 2 and done.stdout == ""
     assert "speakerlab-slim" in done.stderr and "--ours-only" in done.stderr
+
+
+SMALLEST = (
+    "--config.model.ecapa_channels=(8,8,8,8,24)", "--config.model.embedding_dim=8", "--config.model.head_hidden=8",
+    "--config.model.head_bottleneck=4", "--config.model.branches=ecapa", "--config.loss.cross=0.0", "--config.model.prototypes=64",
+)
+
+
+def test_loss():
+    results = printed_json(run("loss.py", "--batch=2", "--prototypes=512", "--runs=1", "--json"))
+    assert results["max_difference"] < 1e-6
+    assert results["ratio"] == results["pairwise"]["cpu_seconds"] / results["ours"]["cpu_seconds"]
+    assert results["memory_ratio"] == results["pairwise"]["temporary_bytes"] / results["ours"]["temporary_bytes"] > 2
+
+
+def test_step_parts():
+    done = run("step_parts.py", "--batch-size=2", "--runs=1", "--parts=ecapa, forward", "--json", *SMALLEST,
+               "--config.data.global_seconds=0.4", "--config.data.local_seconds=0.2")
+    rows = {row["part"]: row for row in printed_json(done)["parts"]}
+    assert set(rows) == {"ecapa, forward", "ecapa, forward and backward"}
+    assert all(row["cpu_seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
+    backward, forward = rows["ecapa, forward and backward"], rows["ecapa, forward"]
+    assert 2 < backward["gigaflops"] / forward["gigaflops"] < 4
+
+
+def test_scaling(tmp_path):
+    """The arguments of a step hold the batch, so its memory grows; the FLOPs of the smallest network do not show."""
+    done = run("scaling.py", "--axes=batch", "--points=2", "--steps=1", "--output", tmp_path, "--json", *SMALLEST,
+               "--config.augment.clean=1.0", "--config.data.local_crops=0", "--config.gate.rule=never")
+    results = printed_json(done)
+    assert [row["batch"] for row in results["rows"]["batch"]] == [4, 8]
+    assert 0 < results["growth"]["batch"]["megabytes"] < 1.5
+    assert json.loads((tmp_path / "scaling.json").read_text()) == results
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_scaling_names_an_axis_that_it_does_not_have():
+    done = run("scaling.py", "--axes=batch,views")
+    assert done.returncode == 1 and "no axis views: choose of batch, prototypes" in done.stderr
+
+
+def test_train_step_says_what_it_needs():
+    if importlib.util.find_spec("speakerlab"):
+        pytest.skip("it is there")
+    done = run("train_step.py", "--json")
+    assert done.returncode == 2 and done.stdout == "" and "make parity" in done.stderr

@@ -10,6 +10,7 @@ process may use. The parts add up to more than `step`, where the compiler sees a
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -49,6 +50,14 @@ def example_banks(seed=0):
     return noises | {"rir": (rng.normal(size=(32, 8000)) * decay).astype(np.float32)}
 
 
+def drawn(function, *arguments, seed=0):
+    """Returns normal numbers in the shapes of what a function would return, which is not run."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(function, *arguments)
+    )
+
+
 def parts_of(config):
     """Returns {name of a part: (function, its arguments)}, the whole step last."""
     recipe, mesh = recipes.build_recipe(config, 1000), sharding.data_mesh(jax.devices()[:1])
@@ -56,7 +65,7 @@ def parts_of(config):
     batch, banks, key = example_batch(config), example_banks(), jax.random.key(1)
     crops = [x.reshape(-1, x.shape[-1]).astype(np.float32) / 32768 for x in batch.values()]
     counts = [x.shape[1] for x in batch.values()]
-    views = jax.jit(recipes.build_front_end(config))(key, batch, banks)
+    views = drawn(recipes.build_front_end(config), key, batch, banks)
 
     parts = {
         "augmentation": (
@@ -87,11 +96,9 @@ def parts_of(config):
         heads = {key: value for key, value in params.items() if key != "backbone"}
         head_stats = {key: value for key, value in stats.items() if key != "backbone"}
         backbone, backbone_stats = {"backbone": params["backbone"]}, {"backbone": stats["backbone"]}
-        embeddings, _ = jax.jit(embed)(backbone, backbone_stats, views)
-        logits[name], _ = jax.jit(project)(heads, head_stats, embeddings)
-        _, teacher_logits[name], _ = jax.jit(lambda v, x, b=branch: teacher_outputs(b, v, x))(
-            state.teacher[name], views[0]
-        )
+        embeddings, _ = drawn(embed, backbone, backbone_stats, views)
+        logits[name], _ = drawn(project, heads, head_stats, embeddings)
+        _, teacher_logits[name], _ = drawn(functools.partial(teacher_outputs, branch), state.teacher[name], views[0])
         parts |= {
             f"{name}, forward": (embed, (backbone, backbone_stats, views)),
             f"{name}, forward and backward": (train_backbone, (backbone, backbone_stats, views, embeddings)),

@@ -17,6 +17,7 @@ the best rate of a matrix product here. Needs the environment of `make parity`.
 
 import argparse
 import ctypes
+import importlib.util
 import json
 import os
 import resource
@@ -276,6 +277,10 @@ def main(arguments=None) -> dict | None:
     options = build_parser().parse_args(arguments)
     if options.worker:
         return work(options)
+    if not importlib.util.find_spec("speakerlab"):
+        print("train_step.py: the PyTorch networks are missing: run it in the environment that `make parity` makes",
+              file=sys.stderr)
+        raise SystemExit(2)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
         theirs = Worker("torch", arguments, weights, options.threads)
