@@ -11,6 +11,7 @@ from memo_jax.gate import GateRule
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.ecapa import FORMS
 from memo_jax.models.heads import DINOHead
+from memo_jax.models.layers import REMATS
 from memo_jax.step import LossWeights, Recipe, train_step
 
 POSITIVE = (
@@ -55,13 +56,18 @@ def build_branches(config) -> dict[str, Branch]:
         raise ValueError(f"loss.cross_head {config.loss.cross_head!r}: choose cross or self")
     if model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype {model.dtype!r}: choose float32 or bfloat16")
+    if model.remat not in REMATS:
+        raise ValueError(f"model.remat {model.remat!r}: choose {', '.join(REMATS)}")
     dtype = jnp.dtype(model.dtype)
     arguments = {
         "ecapa": {
             "channels": tuple(model.ecapa_channels), "form": model.ecapa_form,
-            "embedding_norm": model.ecapa_embedding_norm,
+            "embedding_norm": model.ecapa_embedding_norm, "remat": model.remat,
         },
-        "resnet": {"base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks)},
+        "resnet": {
+            "base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks),
+            "packed": model.resnet_packed, "scan": model.resnet_scan, "remat": model.remat,
+        },
         "campplus": {
             "layers": tuple(model.campplus_layers), "growth": model.campplus_growth,
             "stem_channels": model.campplus_channels,
