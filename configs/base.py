@@ -46,6 +46,9 @@ def get_config() -> ConfigDict:
     model.ecapa_channels = (512, 512, 512, 512, 1536)  # of the stem, the three blocks (multiples of 8), their summary
     model.resnet_base_channels = 16  # of the first stage; each further one has twice as many
     model.resnet_blocks = (3, 4, 6, 3)  # residual blocks of each stage; these make a ResNet34
+    # What the backward pass makes again of the blocks to save memory: none; norms, all but convolutions; blocks, all.
+    model.ecapa_remat = "none"
+    model.resnet_remat = "none"
     model.resnet_packed = False  # for TPUs: neighbouring frequencies side by side fill their lanes; rounding differs
     model.resnet_scan = False  # for TPUs: a loop over the blocks of a stage that are alike compiles sooner
     model.ecapa_form = "speechbrain"  # whose ECAPA-TDNN: speechbrain (and the authors) or wespeaker
@@ -56,8 +59,6 @@ def get_config() -> ConfigDict:
     model.head_hidden = 2048  # width of the two hidden layers of a projection head
     model.head_bottleneck = 256  # width of the unit vector that is compared with the prototypes
     model.prototypes = 65536  # K, the outputs of a head
-    # What the backward pass makes again to save memory: none; norms, norms and activations of the ecapa's and resnet's
-    model.remat = "none"  # blocks from the convolutions' outputs; blocks, all of a block from its input
     model.dtype = "float32"  # compute in float32 or bfloat16; softmaxes, centres, norms and averages stay float32
 
     loss = config.loss = ConfigDict()

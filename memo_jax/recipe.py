@@ -56,17 +56,18 @@ def build_branches(config) -> dict[str, Branch]:
         raise ValueError(f"loss.cross_head {config.loss.cross_head!r}: choose cross or self")
     if model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype {model.dtype!r}: choose float32 or bfloat16")
-    if model.remat not in REMATS:
-        raise ValueError(f"model.remat {model.remat!r}: choose {', '.join(REMATS)}")
+    for key in ("ecapa_remat", "resnet_remat"):
+        if model[key] not in REMATS:
+            raise ValueError(f"model.{key} {model[key]!r}: choose {', '.join(REMATS)}")
     dtype = jnp.dtype(model.dtype)
     arguments = {
         "ecapa": {
             "channels": tuple(model.ecapa_channels), "form": model.ecapa_form,
-            "embedding_norm": model.ecapa_embedding_norm, "remat": model.remat,
+            "embedding_norm": model.ecapa_embedding_norm, "remat": model.ecapa_remat,
         },
         "resnet": {
             "base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks),
-            "packed": model.resnet_packed, "scan": model.resnet_scan, "remat": model.remat,
+            "packed": model.resnet_packed, "scan": model.resnet_scan, "remat": model.resnet_remat,
         },
         "campplus": {
             "layers": tuple(model.campplus_layers), "growth": model.campplus_growth,

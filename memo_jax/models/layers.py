@@ -180,11 +180,10 @@ def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: f
 
 def _normalize(x, scale, bias, epsilon):
     x32 = x.astype(jnp.float32)
-    mean = _channel_mean(x32, scale.size)
+    mean = checkpoint_name(_channel_mean(x32, scale.size), STATISTICS)
     centered = x32 - _side_by_side(mean, x)
     var = _channel_mean(jnp.square(centered), scale.size)
-    inverse = jax.lax.rsqrt(var + epsilon)
-    mean, inverse = checkpoint_name((mean, inverse), STATISTICS)
+    inverse = checkpoint_name(jax.lax.rsqrt(var + epsilon), STATISTICS)
     # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
     out = centered * _side_by_side(inverse * scale, x) + _side_by_side(bias, x)
     return (out.astype(x.dtype), mean, var), (x, scale, mean, inverse)
