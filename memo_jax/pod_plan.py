@@ -95,9 +95,12 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
         if not used:
             raise
         measured = dict.fromkeys(MEASURED) | {"fits": False, "hbm_bytes": int(float(used[1]) * UNITS[used[2]])}
+        compile_seconds = time.perf_counter() - begin
     else:
-        measured = _measured(compiled, chip, len(devices), batch, steps, model_flops(config, epoch_steps) / len(devices))
-    result |= measured | {"compile_seconds": time.perf_counter() - begin}
+        compile_seconds = time.perf_counter() - begin
+        flops = model_flops(config, epoch_steps) / len(devices)
+        measured = _measured(compiled, chip, len(devices), batch, steps, flops)
+    result |= measured | {"compile_seconds": compile_seconds}
     return result | {"advice": advice(result, config, chip)}
 
 

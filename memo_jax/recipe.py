@@ -44,6 +44,9 @@ def check_ranges(config) -> None:
         raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
     if config.model.ecapa_form not in FORMS:
         raise ValueError(f"model.ecapa_form is {config.model.ecapa_form!r}: choose {' or '.join(FORMS)}")
+    for key in ("ecapa_remat", "resnet_remat"):
+        if config.model[key] not in REMATS:
+            raise ValueError(f"model.{key} is {config.model[key]!r}: choose one of {', '.join(REMATS)}")
 
 
 def build_branches(config) -> dict[str, Branch]:
@@ -56,9 +59,6 @@ def build_branches(config) -> dict[str, Branch]:
         raise ValueError(f"loss.cross_head {config.loss.cross_head!r}: choose cross or self")
     if model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype {model.dtype!r}: choose float32 or bfloat16")
-    for key in ("ecapa_remat", "resnet_remat"):
-        if model[key] not in REMATS:
-            raise ValueError(f"model.{key} {model[key]!r}: choose {', '.join(REMATS)}")
     dtype = jnp.dtype(model.dtype)
     arguments = {
         "ecapa": {

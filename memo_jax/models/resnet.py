@@ -62,8 +62,8 @@ class ResNet34(nn.Module):
     and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets. 3D-Speaker's `pool_epsilon` is 1e-8.
     `lengths` [N] in frames as in ECAPA.
 
-    For TPUs, with the same parameters and numbers but for rounding: `packed` holds planes as packed.py says, `scan` loops
-    over the blocks of a stage that are alike, so that they are compiled once, `remat` is that of `run_blocks`.
+    For TPUs, with the same parameters, and but for rounding the same numbers: `packed` holds planes as packed.py says,
+    `scan` loops over a stage's blocks that are alike, so that they are compiled once, `remat` is that of `run_blocks`.
     """
 
     base_channels: int = 16
@@ -86,12 +86,11 @@ class ResNet34(nn.Module):
         x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
         for stage, count in enumerate(self.blocks):
             names = [f"stage_{stage}_block_{i}" for i in range(count)]
-            changing = 0 if stage == 0 else 1  # blocks that halve the plane
-            for names, stride in ((names[:changing], 2), (names[changing:], 1)):
-                width = self.base_channels * 2**stage
+            width, halving = self.base_channels * 2**stage, min(stage, 1)  # blocks that halve the plane
+            for alike, stride in ((names[:halving], 2), (names[halving:], 1)):
                 block = functools.partial(BasicBlock, width, (stride, stride), self.dtype, packed)
-                x = run_blocks(self, block, names, x, lengths, train, scan=self.scan, remat=self.remat)
-                lengths = strided_lengths(lengths, stride if names else 1)
+                x = run_blocks(self, block, alike, x, lengths, train, scan=self.scan, remat=self.remat)
+                lengths = strided_lengths(lengths, stride if alike else 1)
                 packed = width if self.packed else None
         pooled = TemporalStatistics(self.pool_epsilon, packed, name="pool")(x, lengths)
         embedding = Linear(self.embedding_dim, name="embedding")(pooled)
