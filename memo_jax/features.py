@@ -48,9 +48,8 @@ def mel_power(waves, lengths=None):
             "divide int16 samples by 32768"
         )
     waves = waves.astype(jnp.float32)
-    if lengths is None:
-        lengths = jnp.full(waves.shape[0], waves.shape[1])
-    power = _power_spectrum(_reflected_at_length(waves, lengths), _fourier_basis())
+    padded = _reflected(waves) if lengths is None else _reflected_at_length(waves, lengths)
+    power = _power_spectrum(padded, _fourier_basis())
     return jnp.dot(power, _mel_basis(), precision=jax.lax.Precision.HIGHEST)
 
 
@@ -89,6 +88,11 @@ def _moments_over_time(x, frame_lengths):
     mean = (x * valid).sum(axis=1, keepdims=True) / count
     variance = (jnp.square(x - mean) * valid).sum(axis=1, keepdims=True) / count
     return mean, variance, valid
+
+
+def _reflected(waves):
+    """Waves [N, L], all of full length, with 200 samples on either side, reflected at the ends: without a gather."""
+    return jnp.pad(waves, ((0, 0), (_REACH, _REACH)), mode="reflect")
 
 
 def _reflected_at_length(waves, lengths):

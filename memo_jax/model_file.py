@@ -21,7 +21,7 @@ import numpy as np
 
 from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.files import replacing
-from memo_jax.models import BACKBONES, build_backbone
+from memo_jax.models import BACKBONES, LEVERS, build_backbone
 
 FORMAT = 1
 METADATA_KEY = "memo_jax"
@@ -128,7 +128,7 @@ def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **field
     name = next(name for name, kind in BACKBONES.items() if type(backbone) is kind)
     arguments = {
         field.name: getattr(backbone, field.name)
-        for field in dataclasses.fields(backbone) if field.name not in ("parent", "name")
+        for field in dataclasses.fields(backbone) if field.name not in ("parent", "name", *LEVERS)
     }
     return Model(name, {key: _argument(value) for key, value in arguments.items()}, variables, **fields)
 

@@ -11,6 +11,7 @@ from memo_jax.gate import GateRule
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.ecapa import FORMS
 from memo_jax.models.heads import DINOHead
+from memo_jax.models.layers import REMATS
 from memo_jax.step import LossWeights, Recipe, train_step
 
 POSITIVE = (
@@ -43,6 +44,9 @@ def check_ranges(config) -> None:
         raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
     if config.model.ecapa_form not in FORMS:
         raise ValueError(f"model.ecapa_form is {config.model.ecapa_form!r}: choose {' or '.join(FORMS)}")
+    for key in ("ecapa_remat", "resnet_remat"):
+        if config.model[key] not in REMATS:
+            raise ValueError(f"model.{key} is {config.model[key]!r}: choose one of {', '.join(REMATS)}")
 
 
 def build_branches(config) -> dict[str, Branch]:
@@ -59,9 +63,12 @@ def build_branches(config) -> dict[str, Branch]:
     arguments = {
         "ecapa": {
             "channels": tuple(model.ecapa_channels), "form": model.ecapa_form,
-            "embedding_norm": model.ecapa_embedding_norm,
+            "embedding_norm": model.ecapa_embedding_norm, "remat": model.ecapa_remat,
         },
-        "resnet": {"base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks)},
+        "resnet": {
+            "base_channels": model.resnet_base_channels, "blocks": tuple(model.resnet_blocks),
+            "packed": model.resnet_packed, "scan": model.resnet_scan, "remat": model.resnet_remat,
+        },
         "campplus": {
             "layers": tuple(model.campplus_layers), "growth": model.campplus_growth,
             "stem_channels": model.campplus_channels, "plane_channels": model.campplus_plane_channels,

@@ -21,6 +21,7 @@ ECAPA, RESNET = 6_390_720, 1_988_656  # backbones at embedding 256
 HEAD = 22_098_176 - 65_536
 FULL_SIZE = {
     "memo_voxceleb2": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
+    "memo_voxceleb2_tpu": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "dino_voxceleb2": {"ecapa": ECAPA + HEAD},
 }
 

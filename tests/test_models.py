@@ -1,5 +1,7 @@
 """Backbones and heads: sizes, masks, batch statistics, numbers against NumPy."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,6 +76,39 @@ def test_branch_is_one_backbone_and_a_head_for_every_name():
     head = DINOHead(prototypes=24, hidden=16, bottleneck=8)
     one, two = (Branch(ResNet34(4, 16), head, names) for names in (("self",), ("self", "cross")))
     assert count(two, 2, 32, 80) - count(one, 2, 32, 80) == count(head, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "levers"),
+    [
+        ("resnet", {"packed": True, "scan": True, "remat": "norms"}),
+        ("ecapa", {"remat": "blocks"}),
+    ],
+)
+def test_levers_for_speed_and_memory_change_no_number(name, levers):
+    """Same parameters; same embeddings, batch statistics and gradients within float32 rounding."""
+    sizes = TINY[name] | {"resnet": {"blocks": (1, 3, 1, 1)}, "ecapa": {"scale": 2}}[name]
+    plain, pulled = build_backbone(name, **sizes), build_backbone(name, **sizes, **levers)
+    variables = scrambled_variables(plain, 2, 32, 80)
+    shapes = [jax.eval_shape(lambda m=m: m.init(jax.random.key(0), jnp.zeros((2, 32, 80)), train=True))
+              for m in (plain, pulled)]
+    assert shapes[0] == shapes[1]
+    x = np.random.default_rng(0).standard_normal((3, 25, 80)).astype(np.float32)
+
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=quick)
+    def everything(backbone, params, x):
+        def loss(params, x):
+            embedding, updated = backbone.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+            return jnp.sin(embedding).sum(), (embedding, updated)
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    expected, ours = (everything(backbone, variables["params"], x) for backbone in (plain, pulled))
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(b).max(), 1e-2))
 
 
 def test_unknown_backbone_is_refused_with_those_there_are():

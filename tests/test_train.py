@@ -242,6 +242,7 @@ def test_a_workdir_belongs_to_its_data(reference, tmp_path):
         (["model.resnet_blocks=1,1"], "model.resnet_blocks is (1, 1)"),
         (["model.campplus_layers=1,0,1"], "model.campplus_layers is (1, 0, 1)"),
         (["model.ecapa_form=kaldi"], "model.ecapa_form is 'kaldi': choose speechbrain or wespeaker"),
+        (["model.resnet_remat=all"], "model.resnet_remat is 'all': choose one of none, norms, blocks"),
         (["model.prototypes=0"], "model.prototypes is 0"),
         (["model.dtype=float16"], "choose float32 or bfloat16"),
         (["teacher.momentum=1.5"], "teacher.momentum is 1.5"),

@@ -44,7 +44,7 @@ class FrontEnd(nn.Module):
         for stage, count in enumerate(self.blocks):
             for i in range(count):
                 strides = (1, 2 if i == 0 else 1)
-                x, _ = BasicBlock(self.features, strides, self.dtype, name=f"stage_{stage}_block_{i}")(
+                x = BasicBlock(self.features, strides, self.dtype, name=f"stage_{stage}_block_{i}")(
                     x, lengths, train
                 )
         x = PlaneConv(self.features, 3, (1, 2), self.dtype, name="reduce")(x)

@@ -1,5 +1,6 @@
 """ECAPA-TDNN (Desplanques et al., Interspeech 2020) in the forms of speechbrain, also the MeMo authors', and wespeaker."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memo_jax.models.layers import (
-    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, torch_uniform, valid_frames,
+    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, run_blocks, torch_uniform, valid_frames,
 )
 
 FORMS = ("speechbrain", "wespeaker")
@@ -168,7 +169,7 @@ class ECAPATDNN(nn.Module):
 
     `form` is that of speechbrain or of wespeaker, which pads by zeros, passes the last chunk of a Res2 block, and has no
     batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192). `global_context=False`
-    computes attention from single frames; `embedding_norm` ends with a batch norm.
+    computes attention from single frames; `embedding_norm` ends with a batch norm. `remat` is that of `run_blocks`.
 
     Raises ValueError for an unknown form.
     """
@@ -184,6 +185,7 @@ class ECAPATDNN(nn.Module):
     form: str = "speechbrain"
     global_context: bool = True
     embedding_norm: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
@@ -196,10 +198,10 @@ class ECAPATDNN(nn.Module):
         for i, (width, kernel_size, dilation) in enumerate(
             zip(self.channels[1:-1], self.kernel_sizes[1:], self.dilations[1:], strict=True)
         ):
-            block = SERes2Block(
-                width, kernel_size, dilation, self.scale, self.se_bottleneck, self.dtype, self.form, name=f"block_{i}"
+            block = functools.partial(
+                SERes2Block, width, kernel_size, dilation, self.scale, self.se_bottleneck, self.dtype, self.form
             )
-            x = block(x, lengths, train)
+            x = run_blocks(self, block, [f"block_{i}"], x, lengths, train, remat=self.remat)
             outputs.append(x)
         x = jnp.concatenate(outputs, axis=-1)
         if self.form == "speechbrain":

@@ -5,9 +5,20 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from memo_jax.models.packed import packed_convolution
 
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+CONVOLUTION, STATISTICS = "convolution", "statistics"  # what `run_blocks` keeps with remat="norms"
+REMATS = {
+    "none": None,
+    "norms": jax.checkpoint_policies.save_only_these_names(CONVOLUTION, STATISTICS),
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def bias_uniform(fan_in: int):
@@ -102,31 +113,38 @@ class TimeConv(nn.Module):
         if self.use_bias:
             init = self.bias_init or bias_uniform(self.kernel_size * channels)
             out = out + self.param("bias", init, (self.features,)).astype(self.dtype)
-        return out
+        return checkpoint_name(out, CONVOLUTION)
 
 
 class PlaneConv(nn.Module):
-    """Convolution over time and frequency without bias, zero-padded: [N, T, F, C] → [N, T', F', features]."""
+    """Convolution over time and frequency without bias, zero-padded: [N, T, F, C] → [N, T', F', features].
+
+    With `packed_channels`, the C of an input that packed.py describes, the output is packed, too.
+    """
 
     features: int
     kernel_size: int = 3
     strides: Sequence[int] = (1, 1)
     dtype: jnp.dtype = jnp.float32
+    packed_channels: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        shape = (self.kernel_size, self.kernel_size, self.packed_channels or x.shape[-1], self.features)
         kernel = self.param("kernel", torch_uniform, shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.packed_channels:
+            return checkpoint_name(packed_convolution(x, kernel, tuple(self.strides)), CONVOLUTION)
         # As a matrix product, since XLA takes the gradient of a strided 1×1 convolution at 1 GFLOP/s on a CPU. Of a length
         # that is a symbol, as in export, JAX could not prove that the slice has the frames that a convolution leaves.
         if self.kernel_size == 1 and isinstance(x.shape[1], int):
-            return x[:, :: self.strides[0], :: self.strides[1]] @ kernel[0, 0]
+            return checkpoint_name(x[:, :: self.strides[0], :: self.strides[1]] @ kernel[0, 0], CONVOLUTION)
         pad = self.kernel_size // 2
-        return jax.lax.conv_general_dilated(
+        out = jax.lax.conv_general_dilated(
             x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        return checkpoint_name(out, CONVOLUTION)
 
 
 class Linear(nn.Module):
@@ -152,14 +170,16 @@ class Linear(nn.Module):
 def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
     """Returns (normalised x, mean [C], biased variance [C]) of x [..., C]; no gradient flows into the statistics.
 
+    C is the size of scale and bias; a last axis p times as long holds p values of each channel (packed.py).
+
     Statistics are float32, the result has the type of x. The gradient is written out (Ioffe and Szegedy, 2015): two
     sums and one pass over x, which is less than what differentiating the two-pass variance gives.
     """
     return _normalize(x, scale, bias, epsilon)[0]
 
 
-def channel_sums(x: jax.Array) -> jax.Array:
-    """Returns the sums [C] of x [..., C] over all axes but the last."""
+def channel_sums(x: jax.Array, channels: int) -> jax.Array:
+    """Returns the sums [channels] of x [..., p·channels] over all axes but the last, and over the p values of each."""
 
     def in_wide_rows(x):
         # Many sums at once, each of few numbers, which is three times as fast and rounds less than XLA's own order. The
@@ -170,29 +190,38 @@ def channel_sums(x: jax.Array) -> jax.Array:
         return x.sum(axis=tuple(range(x.ndim - 1)))
 
     if x.ndim < 3:
-        return in_its_own_order(x)
-    return jax.lax.platform_dependent(x, cpu=in_wide_rows, default=in_its_own_order)
+        sums = in_its_own_order(x)
+    else:
+        sums = jax.lax.platform_dependent(x, cpu=in_wide_rows, default=in_its_own_order)
+    return sums if sums.size == channels else sums.reshape(-1, channels).sum(axis=0)
 
 
 def _normalize(x, scale, bias, epsilon):
-    x32, count = x.astype(jnp.float32), x.size // x.shape[-1]
-    mean = channel_sums(x32) / count
-    centered = x32 - mean
-    var = channel_sums(jnp.square(centered)) / count
-    inverse = jax.lax.rsqrt(var + epsilon)
+    x32, channels = x.astype(jnp.float32), scale.size
+    count = x.size // channels
+    mean = checkpoint_name(channel_sums(x32, channels) / count, STATISTICS)
+    centered = x32 - _side_by_side(mean, x)
+    var = channel_sums(jnp.square(centered), channels) / count
+    inverse = checkpoint_name(jax.lax.rsqrt(var + epsilon), STATISTICS)
     # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
-    out = centered * (inverse * scale) + bias
+    out = centered * _side_by_side(inverse * scale, x) + _side_by_side(bias, x)
     return (out.astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
 def _normalize_gradients(residuals, gradients):
     x, scale, mean, inverse = residuals
     gradient = gradients[0].astype(jnp.float32)
-    normalized = (x.astype(jnp.float32) - mean) * inverse
-    of_bias, of_scale = channel_sums(gradient), channel_sums(gradient * normalized)
-    count = x.size // x.shape[-1]
-    of_x = (inverse * scale) * (gradient - of_bias / count - normalized * (of_scale / count))
+    normalized = (x.astype(jnp.float32) - _side_by_side(mean, x)) * _side_by_side(inverse, x)
+    of_bias, of_scale = channel_sums(gradient, scale.size), channel_sums(gradient * normalized, scale.size)
+    count = x.size // scale.size
+    centered = gradient - _side_by_side(of_bias / count, x) - normalized * _side_by_side(of_scale / count, x)
+    of_x = _side_by_side(inverse * scale, x) * centered
     return of_x.astype(x.dtype), of_scale, of_bias, None
+
+
+def _side_by_side(values, x):
+    """Returns values [C] as often as x [..., p·C] has them."""
+    return values if values.size == x.shape[-1] else jnp.tile(values, x.shape[-1] // values.size)
 
 
 normalized_batch.defvjp(_normalize, _normalize_gradients)
@@ -208,10 +237,11 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     affine: bool = True
+    packed_channels: int | None = None  # the channels of an input that packed.py describes
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        channels = x.shape[-1]
+        channels = self.packed_channels or x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
         scale, bias = jnp.ones(channels), jnp.zeros(channels)
@@ -220,7 +250,8 @@ class BatchNorm(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (channels,))
         if not train:
             gain = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
-            return ((x - running_mean.value) * gain + bias).astype(x.dtype)
+            mean, gain, bias = (_side_by_side(values, x) for values in (running_mean.value, gain, bias))
+            return ((x - mean) * gain + bias).astype(x.dtype)
         out, mean, var = normalized_batch(x, scale, bias, self.epsilon)
         if not self.is_initializing():
             count = x.size // channels
@@ -228,3 +259,43 @@ class BatchNorm(nn.Module):
             running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
             running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
         return out
+
+
+def run_blocks(
+    parent: nn.Module, block, names: Sequence[str], x: jax.Array, lengths: jax.Array | None, train: bool, *,
+    scan: bool = False, remat: str = "none",
+) -> jax.Array:
+    """Runs blocks (x, lengths, train) → x that are alike one after another.
+
+    Args:
+      parent: whose submodules by these names they are.
+      block: makes one of them, given `name` or `parent`.
+      x, lengths, train: what the first one takes.
+      scan: in train mode they become a loop, whose body is compiled once for all of them.
+      remat: what the backward pass makes again in train mode rather than keep it: "none"; "norms", norms and
+        activations from the convolutions' outputs; "blocks", all of a block from its input.
+    """
+    alone = not (scan and len(names) > 1)
+    if not train or lengths is not None or parent.is_initializing() or (alone and remat == "none"):
+        for name in names:
+            x = block(name=name)(x, lengths, train)
+        return x
+
+    def run(x, variables):
+        out, updated = block(parent=None).apply(variables, x, None, True, mutable=["batch_stats"])
+        return out, updated["batch_stats"]
+
+    if remat != "none":
+        run = jax.checkpoint(run, prevent_cse=alone, policy=REMATS[remat])
+    variables = [{kind: parent.get_variable(kind, name) for kind in ("params", "batch_stats")} for name in names]
+    if alone:
+        statistics = []
+        for of_block in variables:
+            x, updated = run(x, of_block)
+            statistics.append(updated)
+    else:
+        x, stacked = jax.lax.scan(run, x, jax.tree.map(lambda *parts: jnp.stack(parts), *variables))
+        statistics = [jax.tree.map(lambda part: part[i], stacked) for i in range(len(names))]  # noqa: B023
+    for name, updated in zip(names, statistics, strict=True):
+        parent.put_variable("batch_stats", name, updated)
+    return x

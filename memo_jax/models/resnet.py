@@ -1,43 +1,57 @@
 """ResNet34 with temporal statistics pooling in the form of wespeaker and of the MeMo authors."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memo_jax.models.layers import BatchNorm, Linear, PlaneConv, mask_time, mean_and_variance_time, strided_lengths
+from memo_jax.models.layers import (
+    BatchNorm, Linear, PlaneConv, mask_time, mean_and_variance_time, run_blocks, strided_lengths,
+)
+from memo_jax.models.packed import pack, packing
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm and a shortcut, projected when the shape changes."""
+    """Two 3×3 convolutions with batch norm and a shortcut, projected when the shape changes.
+
+    `packed_channels`, where given, are those of an input that packed.py describes; the output is packed, too.
+    """
 
     features: int
     strides: tuple[int, int]  # of time, of frequency
     dtype: jnp.dtype = jnp.float32
+    packed_channels: int | None = None
 
     @nn.compact
     def __call__(self, x, lengths, train):
+        inside = self.features if self.packed_channels else None
+        conv = functools.partial(PlaneConv, self.features, dtype=self.dtype)
+        norm = functools.partial(BatchNorm, packed_channels=inside)
         shortcut = x
-        if tuple(self.strides) != (1, 1) or x.shape[-1] != self.features:
-            shortcut = PlaneConv(self.features, 1, self.strides, self.dtype, name="shortcut")(x)
-            shortcut = BatchNorm(name="shortcut_norm")(shortcut, train)
-        x = PlaneConv(self.features, 3, self.strides, self.dtype, name="conv_0")(x)
+        if tuple(self.strides) != (1, 1) or (self.packed_channels or x.shape[-1]) != self.features:
+            shortcut = conv(1, self.strides, packed_channels=self.packed_channels, name="shortcut")(x)
+            shortcut = norm(name="shortcut_norm")(shortcut, train)
+        x = conv(3, self.strides, packed_channels=self.packed_channels, name="conv_0")(x)
         lengths = strided_lengths(lengths, self.strides[0])
-        x = mask_time(jax.nn.relu(BatchNorm(name="norm_0")(x, train)), lengths)
-        x = BatchNorm(name="norm_1")(PlaneConv(self.features, dtype=self.dtype, name="conv_1")(x), train)
-        return mask_time(jax.nn.relu(x + shortcut), lengths), lengths
+        x = mask_time(jax.nn.relu(norm(name="norm_0")(x, train)), lengths)
+        x = norm(name="norm_1")(conv(packed_channels=inside, name="conv_1")(x), train)
+        return mask_time(jax.nn.relu(x + shortcut), lengths)
 
 
 class TemporalStatistics(nn.Module):
     """Mean and deviation over time of [N, T, F, C], flattened channel-major: [N, 2·C·F] float32 (TSTP)."""
 
     epsilon: float = 1e-7  # added to the variance before the root
+    packed_channels: int | None = None  # the channels of an input that packed.py describes
 
     @nn.compact
     def __call__(self, x, lengths=None):
         mean, variance = mean_and_variance_time(x, lengths)
         statistics = (mean, jnp.sqrt(variance + self.epsilon))
+        if self.packed_channels:
+            statistics = [s.reshape(s.shape[0], -1, self.packed_channels) for s in statistics]
         return jnp.concatenate([s.transpose(0, 2, 1).reshape(s.shape[0], -1) for s in statistics], axis=-1)
 
 
@@ -47,6 +61,9 @@ class ResNet34(nn.Module):
     1,988,656 parameters by default, 6,634,336 at base width 32. `second_embedding` adds ReLU, batch norm without affine
     and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets. 3D-Speaker's `pool_epsilon` is 1e-8.
     `lengths` [N] in frames as in ECAPA.
+
+    For TPUs, with the same parameters, and but for rounding the same numbers: `packed` holds planes as packed.py says,
+    `scan` loops over a stage's blocks that are alike, so that they are compiled once, `remat` is that of `run_blocks`.
     """
 
     base_channels: int = 16
@@ -55,19 +72,27 @@ class ResNet34(nn.Module):
     dtype: jnp.dtype = jnp.float32
     second_embedding: bool = False
     pool_epsilon: float = 1e-7
+    packed: bool = False
+    scan: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        x = mask_time(x, lengths)[..., None]
-        x = PlaneConv(self.base_channels, dtype=self.dtype, name="stem")(x)
-        x = mask_time(jax.nn.relu(BatchNorm(name="stem_norm")(x, train)), lengths)
+        x, packed = mask_time(x, lengths)[..., None], None
+        if self.packed:
+            x, packed = pack(x, packing(x.shape[2], self.base_channels)), 1
+        x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=packed, name="stem")(x)
+        packed = self.base_channels if self.packed else None
+        x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
         for stage, count in enumerate(self.blocks):
-            for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
-                width, name = self.base_channels * 2**stage, f"stage_{stage}_block_{i}"
-                block = BasicBlock(width, (stride, stride), self.dtype, name=name)
-                x, lengths = block(x, lengths, train)
-        pooled = TemporalStatistics(self.pool_epsilon, name="pool")(x, lengths)
+            names = [f"stage_{stage}_block_{i}" for i in range(count)]
+            width, halving = self.base_channels * 2**stage, min(stage, 1)  # blocks that halve the plane
+            for alike, stride in ((names[:halving], 2), (names[halving:], 1)):
+                block = functools.partial(BasicBlock, width, (stride, stride), self.dtype, packed)
+                x = run_blocks(self, block, alike, x, lengths, train, scan=self.scan, remat=self.remat)
+                lengths = strided_lengths(lengths, stride if alike else 1)
+                packed = width if self.packed else None
+        pooled = TemporalStatistics(self.pool_epsilon, packed, name="pool")(x, lengths)
         embedding = Linear(self.embedding_dim, name="embedding")(pooled)
         if self.second_embedding:
             embedding = BatchNorm(affine=False, name="embedding_norm")(jax.nn.relu(embedding), train)
