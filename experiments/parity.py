@@ -183,13 +183,14 @@ def kind_of(name: str) -> str:
 
 
 def deviations(run: Run, reference: Run) -> dict[str, float]:
-    """Returns how far a run is from a reference, by checks such as "losses/step0" or "parameters/after0/student/ecapa".
+    """Returns how far a run is from a reference, by checks as "losses/step0/ecapa" or "parameters/after0/student/ecapa".
 
     Students and teachers of each architecture are checked by themselves: a ResNet amplifies rounding a thousand times
     more than an ECAPA-TDNN does.
     """
     result = {
-        f"losses/step{i}": float(relative.max()) for i, relative in enumerate(np.abs(run.losses / reference.losses - 1))
+        f"losses/step{i}/{branch}": float(relative[first :: len(BRANCHES)].max())
+        for i, relative in enumerate(np.abs(run.losses / reference.losses - 1)) for first, branch in enumerate(BRANCHES)
     }
 
     def keep_largest(check: str, deviation):

@@ -180,7 +180,7 @@ def test_a_wrong_file_exits_with_1(parity, tmp_path):
     losses[1, 0] *= 1.001
     status, out = run_main(parity, rewritten(tmp_path / "wrong.npz", {"losses": losses}))
     assert status == 1
-    assert [line.split(":")[0] for line in json.loads(out)["passed_tolerance"]] == ["losses/step1"]
+    assert [line.split(":")[0] for line in json.loads(out)["passed_tolerance"]] == ["losses/step1/ecapa"]
 
 
 def tiny_config(**changes) -> np.ndarray:

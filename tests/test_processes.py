@@ -125,9 +125,13 @@ def losses(workdir):
 
 
 def assert_same_losses(one, other):
-    """Float32 noise: 1e-6 at the first step, which training then amplifies; another crop makes 1e-2 at once."""
+    """Float32 noise, which training amplifies; another crop makes 1e-2 at once.
+
+    At the first step 3e-6: processes add up in another order, which moves an embedding by a few roundings of 1.2e-7,
+    and NT-Xent, most of this loss, divides by a temperature of 0.1.
+    """
     one, other = losses(one), losses(other)
-    np.testing.assert_allclose(one[0], other[0], rtol=1e-6)
+    np.testing.assert_allclose(one[0], other[0], rtol=3e-6)
     np.testing.assert_allclose(one, other, rtol=2e-4)
 
 
