@@ -116,13 +116,33 @@ def test_step_parts():
     assert 2 < backward["gigaflops"] / forward["gigaflops"] < 4
 
 
-def test_scaling(tmp_path):
-    """The arguments of a step hold the batch, so its memory grows; the FLOPs of the smallest network do not show."""
-    done = run("scaling.py", "--axes=batch", "--points=2", "--steps=1", "--output", tmp_path, "--json", *SMALLEST,
-               "--config.augment.clean=1.0", "--config.data.local_crops=0", "--config.gate.rule=never")
-    results = printed_json(done)
-    assert [row["batch"] for row in results["rows"]["batch"]] == [4, 8]
-    assert 0 < results["growth"]["batch"]["megabytes"] < 1.5
+@pytest.fixture
+def scaling():
+    spec = importlib.util.spec_from_file_location("scaling", FOLDER / "scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_scaling_measures_a_point(scaling):
+    point = scaling.BASE | {"batch": 4, "branches": 1, "prototypes": 64}
+    found = printed_json(run("scaling.py", "--point", json.dumps(point), "--steps=1", *SMALLEST,
+                             "--config.augment.clean=1.0", "--config.data.local_crops=0", "--config.gate.rule=never"))
+    assert set(found) == set(scaling.QUANTITIES) and all(value > 0 for value in found.values())
+
+
+def test_scaling_reports_growth(scaling, tmp_path, monkeypatch, capsys):
+    """Of made-up times: of the batch's square, and of nothing."""
+    def made_up(point, *_):
+        return {"step_cpu_seconds": point["batch"] ** 2, "compile_cpu_seconds": 7, "megabytes": point["prototypes"]}
+
+    monkeypatch.setattr(scaling, "measured_apart", made_up)
+    results = scaling.main(["--axes=batch,prototypes", "--points=3", "--output", str(tmp_path)])
+    assert [row["batch"] for row in results["rows"]["batch"]] == [4, 8, 16]
+    assert results["growth"]["batch"] == pytest.approx(
+        {"step_cpu_seconds": 2, "compile_cpu_seconds": 0, "megabytes": 0})
+    assert results["growth"]["prototypes"]["megabytes"] == pytest.approx(1)
+    assert "| 16 | 256.000 | 7.0 | 4096 |" in capsys.readouterr().out
     assert json.loads((tmp_path / "scaling.json").read_text()) == results
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
