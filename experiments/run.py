@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         seeds = [int(text) for text in options.seeds.split(",")]
         tests = dict(test_of(text) for text in options.test)
         failed = [] if options.collect_only else run_all(options, rows, seeds, tests)
-        print(study_results.collect(options.output, options.results))
+        print(study_results.collect(options.output, options.results, options.replicates))
     except (ValueError, OSError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 2

@@ -28,8 +28,6 @@ SHORT = {
     "memo-step-early": "stopped early", "memo-step-late": "stopped late", "memo-campplus": "with CAM++",
     "contrastive-alone": "contrastive alone", "no-augmentation": "no augmentation",
 }
-
-
 LINES = (*COLORS[:5], "#7F4F24")
 
 

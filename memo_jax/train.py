@@ -24,8 +24,6 @@ from memo_jax.step import Recipe
 FREE_ON_RESUME = (
     "checkpoint.", "evaluation.", "log_every_steps", "data.train", "data.workers", "collapse.", "split_above_megabytes",
 )
-
-
 TIMES = ("seconds_per_step", "utterances_per_second", "cpu_seconds")  # what a row says of the machine's speed
 
 

@@ -28,6 +28,7 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
+from machine import best_seconds
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the latter of all threads, where others use the cores
 WIDTH = 512  # of the ECAPA-TDNN
@@ -71,13 +72,7 @@ def matmul_rate(clock: str, size: int = 1024) -> float:
     import jax
 
     product, matrix = jax.jit(lambda a: a @ a), jax.random.normal(jax.random.key(0), (size, size))
-    product(matrix).block_until_ready()
-    taken = []
-    for _ in range(20):
-        begun = CLOCKS[clock]()
-        product(matrix).block_until_ready()
-        taken.append(CLOCKS[clock]() - begun)
-    return 2 * size**3 / min(taken)
+    return 2 * size**3 / best_seconds(lambda: product(matrix).block_until_ready(), CLOCKS[clock], 20)
 
 
 def network_flops(frames: int) -> float:

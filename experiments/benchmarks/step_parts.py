@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from machine import best_seconds
 
 from memo_jax import augment, config as configs, features, losses, recipe as recipes, sharding
 from memo_jax.log import progress
@@ -132,24 +133,13 @@ def parts_of(config):
     return parts
 
 
-def best_seconds(call, runs=8):
-    """Returns the least CPU-seconds of several calls, after one that is not counted."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(runs):
-        begin = time.process_time()
-        jax.block_until_ready(call())
-        times.append(time.process_time() - begin)
-    return min(times)
-
-
 def machine_limits(size=2048, megabytes=256):
     """Returns FLOP and bytes that a CPU-second has at best: of a matrix product, and of a copy, read and written."""
     square = jnp.ones((size, size))
     product = jax.jit(lambda x: x @ x)
     source = np.ones(megabytes * 2**18, np.float32)
     target = np.empty_like(source)
-    return (2 * size**3 / best_seconds(lambda: product(square)),
+    return (2 * size**3 / best_seconds(lambda: product(square).block_until_ready()),
             2 * source.nbytes / best_seconds(lambda: np.copyto(target, source)))
 
 

@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import best_seconds
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
 MEL_BINS, GLOBAL_VIEWS, LOCAL_VIEWS = 80, 2, 4
@@ -160,17 +161,6 @@ class JaxSteps:
         return lambda: product(x).block_until_ready()
 
 
-def matmul_rate(product, size: int) -> float:
-    """The best FLOP/s of several products of square matrices."""
-    product()
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        product()
-        times.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(times)
-
-
 def memory_peak() -> int:
     """Peak bytes of this process since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -204,7 +194,7 @@ def work(options) -> None:
             answer = {"flops": steps.counted_flops()}
         else:
             size = 256 if options.prototypes < 4096 else 3072
-            answer = {"rate": matmul_rate(steps.matmul(size), size)}
+            answer = {"rate": 2 * size**3 / best_seconds(steps.matmul(size), time.perf_counter)}
         print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -12,7 +12,6 @@ from memo_jax.models.packed import packed_convolution
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
-
 CONVOLUTION, STATISTICS = "convolution", "statistics"  # what `run_blocks` keeps with remat="norms"
 REMATS = {
     "none": None,
