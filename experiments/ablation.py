@@ -37,6 +37,9 @@ ROWS = {
         "+ cross-distillation, shared head", ("loss.cross_head=self", *DISTILLATION_ALONE), ("two-branches",)
     ),
     "multi-head": Row("+ split heads (Multi-Head)", DISTILLATION_ALONE, ("shared-head", "dino-ecapa"), True),
+    "multi-head-quick-teacher": Row(
+        "Multi-Head with the teachers' momentum of the rows below, 0.95", ("gate.rule=never",), ("multi-head",)
+    ),
     "memo-always": Row("+ contrastive, always on", ("gate.rule=always",), ("multi-head", "dino-ecapa"), True),
     "memo-step": Row("+ contrastive, stopped at a fixed step", ("gate.rule=step",), ("memo-always",), True),
     "memo-plateau": Row(
@@ -51,6 +54,10 @@ ROWS = {
     ),
     "memo-step-late": Row(
         "the same, at one and a half of it", ("gate.rule=step", "gate.stop_steps=225"), ("memo-step",)
+    ),
+    "memo-slow-teacher": Row(
+        "MeMo with the teachers' momentum of distillation alone, 0.99", ("teacher.momentum=0.99",),
+        ("memo-plateau", "multi-head"),
     ),
     "memo-campplus": Row(
         "MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), ("memo-plateau",)

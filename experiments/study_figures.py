@@ -19,7 +19,8 @@ PANELS = (
     ("What each part adds", ("dino-ecapa", "dino-resnet", "two-branches", "shared-head", "multi-head", "memo-always")),
     ("When contrastive learning stops", ("multi-head", "memo-always", "memo-step-early", "memo-step", "memo-step-late",
                                          "memo-conflict")),
-    ("Other choices", ("memo-campplus", "no-augmentation", "contrastive-alone")),
+    ("Other choices", ("memo-campplus", "no-augmentation", "contrastive-alone", "memo-slow-teacher",
+                       "multi-head-quick-teacher")),
 )
 SHORT = {
     "dino-ecapa": "DINO, ECAPA", "dino-resnet": "DINO, ResNet", "two-branches": "two strangers",
@@ -27,6 +28,7 @@ SHORT = {
     "memo-step": "stopped by step", "memo-plateau": "MeMo: stopped at plateau", "memo-conflict": "stopped by conflict",
     "memo-step-early": "stopped early", "memo-step-late": "stopped late", "memo-campplus": "with CAM++",
     "contrastive-alone": "contrastive alone", "no-augmentation": "no augmentation",
+    "memo-slow-teacher": "slower teachers", "multi-head-quick-teacher": "Multi-Head, quick teachers",
 }
 LINES = (*COLORS[:5], "#7F4F24")
 

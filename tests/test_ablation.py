@@ -60,7 +60,7 @@ def test_a_step_of_every_row_fits_together(row, monkeypatch):
     kinds = {name.split("/")[1] for name in metrics if name.startswith("loss/")} - set(recipe.branches)
     assert kinds == {
         "contrastive-alone": {"contrastive"}, "dino-ecapa": {"self"}, "dino-resnet": {"self"}, "two-branches": {"self"},
-        "shared-head": {"self", "cross"}, "multi-head": {"self", "cross"},
+        "shared-head": {"self", "cross"}, "multi-head": {"self", "cross"}, "multi-head-quick-teacher": {"self", "cross"},
     }.get(row, {"self", "cross", "contrastive"})
     heads = ("self", "cross") if "cross" in kinds and row != "shared-head" else ("self",)
     assert {branch.head_names for branch in recipe.branches.values()} == {heads}
@@ -87,6 +87,10 @@ def test_rows_are_compared_with_rows_of_the_table_that_differ_from_them():
     for name in ("step", "plateau", "conflict"):
         (rule,) = config_differences(configs["memo-always"], configs[f"memo-{name}"])
         assert rule == f"gate.rule: 'always' → '{name}'"
+    # Two rows tell the momentum apart from the contrastive loss, which change together from Multi-Head to MeMo.
+    for name, other in (("multi-head-quick-teacher", "multi-head"), ("memo-slow-teacher", ablation.REFERENCE)):
+        (momentum,) = config_differences(configs[name], configs[other])
+        assert momentum.startswith("teacher.momentum")
     assert configs[ablation.REFERENCE] == load_config(STUDY), "the study's config is its MeMo"
     titles = [row.title for row in ablation.ROWS.values()]
     assert len(set(titles)) == len(titles)
