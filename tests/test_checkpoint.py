@@ -163,6 +163,9 @@ def test_load_raw_needs_no_model(tmp_path):
     part, _ = load_raw(tmp_path, step=4, only=["teacher"])
     assert part.keys() == {"teacher"}
     assert_equal(part["teacher"], jax.tree.map(np.asarray, state_of(4).teacher))
+    more, _ = load_raw(tmp_path, step=4, only=["teacher", "opt_state"])  # the one is nested dicts, the other is not
+    assert_equal(more["teacher"], part["teacher"])
+    assert_equal(more["opt_state"], load_raw(tmp_path, step=4)[0]["opt_state"])
     with pytest.raises(ValueError, match="no field 'taecher'"):
         load_raw(tmp_path, only=["taecher"])
 
