@@ -107,17 +107,17 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float) -> j
     views, batch, _ = student.shape
     student = l2_normalize(student.astype(jnp.float32))
     teacher = jax.lax.stop_gradient(l2_normalize(teacher.astype(jnp.float32)))
-    itself = jnp.eye(2 * batch, dtype=bool)
-    positive = jnp.roll(jnp.arange(2 * batch), batch)
+    itself = jnp.eye(2, dtype=bool)[:, None, :, None] & jnp.eye(batch, dtype=bool)[:, None]
     losses = []
     for i in range(views):
         for j in range(views):
             if i != j:
-                rows = jnp.concatenate([teacher[i], student[j]])
-                similarity = jnp.matmul(rows, rows.T, precision="highest") / temperature
-                logits = jnp.where(itself, -jnp.inf, similarity)
-                log_probability = jax.nn.log_softmax(logits, axis=-1)
-                losses.append(-jnp.take_along_axis(log_probability, positive[:, None], axis=-1).mean())
+                # Halves keep an axis of their own: joined, a batch split over many devices would have to be dealt anew.
+                rows = jnp.stack([teacher[i], student[j]])  # [2, B, D]
+                similarity = jnp.einsum("abd,ced->abce", rows, rows, precision="highest") / temperature
+                others = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, similarity), axis=(2, 3))
+                positive = (rows[0] * rows[1]).sum(axis=-1) / temperature
+                losses.append((others - positive).mean())
     return jnp.stack(losses).mean()
 
 

@@ -11,6 +11,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 def pytest_configure(config):
     # Before anything imports JAX; the processes that tests start inherit it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Small networks that take a few steps: compiling them is what takes the time. tiny.as_users_compile() undoes it.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
     cache = getattr(config, "cache", None)  # absent under `-p no:cacheprovider`
     if cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))

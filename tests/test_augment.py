@@ -1,7 +1,6 @@
 """Added sounds have the SNR asked for, rooms are convolutions, and every crop has a draw of its own."""
 
 import functools
-import os
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from scipy.signal import fftconvolve
 
 from memo_jax import augment as augmentation
@@ -184,6 +184,7 @@ np.testing.assert_allclose(sharded(key, waves, banks), jax.jit(augment)(key, wav
 
 def test_four_devices_draw_what_one_draws():
     """Noise, rooms and babble of a batch split over devices are those of the batch on one: draws belong to crops."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", FOUR_DEVICES], env=os.environ | flags, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES], env=tiny.environment(devices=4), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]

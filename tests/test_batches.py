@@ -131,8 +131,7 @@ def test_a_bucket_holds_its_recording_with_little_room_to_spare():
 def network():
     """An untrained ResNet of two channels, and its variables."""
     backbone = build_backbone("resnet", embedding_dim=8, base_channels=2, blocks=(1, 1, 1, 1))
-    options = {"xla_backend_optimization_level": 0}
-    initial = jax.jit(functools.partial(backbone.init, train=True), compiler_options=options)
+    initial = jax.jit(functools.partial(backbone.init, train=True))
     return backbone, initial(jax.random.key(0), jnp.zeros((2, 32, 80)))
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from flax import struct
 
 from memo_jax.checkpoint import Checkpointer, CheckpointError, load_extra, load_raw, saved_steps
@@ -374,7 +375,7 @@ np.testing.assert_array_equal(load_raw(sys.argv[1])[0]["split"], np.arange(16.0)
 
 
 def test_restored_arrays_take_the_shardings_asked_for(tmp_path):
-    process = run_python(SHARDED, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    process = run_python(SHARDED, tmp_path, **tiny.environment(devices=4))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
 

@@ -6,7 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -35,7 +34,7 @@ def get_config():
 
 @pytest.fixture
 def smoke_size(monkeypatch, tmp_path):
-    """The demo with few voices and the tests' tiny networks, compiled without optimisation."""
+    """The demo with few voices and the tests' tiny networks."""
     corpus = functools.partial(demo_speech.make_corpus, speakers=4, utterances=3, test_speakers=3, test_utterances=2,
                                processes=2)
     monkeypatch.setattr(demo_speech, "make_corpus", corpus)
@@ -43,10 +42,6 @@ def smoke_size(monkeypatch, tmp_path):
     (tmp_path / "tiny.py").write_text(tiny.CONFIG)
     (tmp_path / "smoke.py").write_text(SMOKE)
     monkeypatch.setattr(demo, "CONFIG", tmp_path / "smoke.py")
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def printed_rates(text):

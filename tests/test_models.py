@@ -95,9 +95,7 @@ def test_levers_for_speed_and_memory_change_no_number(name, levers):
     assert shapes[0] == shapes[1]
     x = np.random.default_rng(0).standard_normal((3, 25, 80)).astype(np.float32)
 
-    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=quick)
+    @functools.partial(jax.jit, static_argnums=0)
     def everything(backbone, params, x):
         def loss(params, x):
             embedding, updated = backbone.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])

@@ -10,10 +10,13 @@ import contextlib
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 PROJECT = Path(__file__).parents[1]
 TINY = PROJECT / "tests" / "data" / "reference_steps.npz"
@@ -35,11 +38,17 @@ def run_main(parity, *arguments) -> tuple[int, str]:
     return status, out.getvalue()
 
 
+def typed(path: Path) -> tuple[int, dict]:
+    """Returns the exit status of parity.py as a user types it, its steps compiled as for training, and its result."""
+    command = [sys.executable, PROJECT / "experiments" / "parity.py", path]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=tiny.as_users_compile())
+    return done.returncode, json.loads(done.stdout)
+
+
 @pytest.fixture(scope="module")
-def judged(parity):
+def judged():
     """What parity.py prints of the tiny file, and its exit status."""
-    status, out = run_main(parity, TINY)
-    return status, json.loads(out)
+    return typed(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +98,10 @@ def test_tiny_reference_puts_every_part_of_the_step_to_the_test(parity):
         }
 
 
-def test_shared_reference_is_reproduced(parity):
+def test_shared_reference_is_reproduced():
     if not MEMO.is_file():
         pytest.skip(f"needs {MEMO.name}, the reference steps beside the project")
-    status, out = run_main(parity, MEMO)
-    result = json.loads(out)
+    status, result = typed(MEMO)
     assert result["passed_tolerance"] == []
     assert status == 0
     check_keys(result, MEMO)
@@ -117,8 +125,8 @@ def failed(parity, ours, reference, noise) -> list[str]:
     return [line.split(":")[0] for line in parity.report(ours, reference, noise)["passed_tolerance"]]
 
 
-with np.load(TINY) as tiny:
-    MISTAKES = sorted(name.split("/")[1] for name in tiny.files if name.startswith("mistake/"))
+with np.load(TINY) as file:
+    MISTAKES = sorted(name.split("/")[1] for name in file.files if name.startswith("mistake/"))
 
 
 def test_there_are_mistakes():

@@ -99,7 +99,7 @@ def start(count, *commands, signals=(), slow=False, record=None):
         plan = {"port": free.getsockname()[1], "processes": count, "signals": signals, "slow": slow,
                 "record": record and str(record), "commands": commands}
     code = [sys.executable, "-c", PROCESS, os.path.dirname(__file__), json.dumps(plan)]
-    environment = tiny.environment() | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
+    environment = tiny.environment()
     running = [
         subprocess.Popen([*code, str(index)], env=environment, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT)

@@ -1,13 +1,13 @@
 """Four devices do what one does."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -76,9 +76,7 @@ np.savez(out, report=json.dumps(report), **arrays)
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A report and the final students, teachers and centres of the same steps on four devices and on one."""
-    # Level 0 compiles faster.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = tiny.environment(devices=4)
     out = tmp_path_factory.mktemp("devices") / "both.npz"
     subprocess.run([sys.executable, "-c", SCRIPT, str(STEPS), str(out)], cwd=ROOT, env=environment, check=True)
     with np.load(out) as file:

@@ -153,8 +153,7 @@ def untrained_model():
     from memo_jax.models import build_backbone
 
     backbone = build_backbone("resnet", embedding_dim=8, base_channels=2, blocks=(1, 1, 1, 1))
-    options = {"xla_backend_optimization_level": 0}
-    variables = jax.jit(backbone.init, compiler_options=options)(jax.random.key(0), jnp.zeros((2, 32, 80)))
+    variables = jax.jit(backbone.init)(jax.random.key(0), jnp.zeros((2, 32, 80)))
     variables = jax.tree.map(np.asarray, variables)
     decision = Decision(0.4, 20.0, -8.0, "a list")
     return model_of_backbone(backbone, variables, provenance={"said": "größer"}, decision=decision)
@@ -183,18 +182,12 @@ def trained_run() -> tuple[Path, str]:
 
 def here(*arguments) -> tuple[int, str]:
     """Runs `memo-jax ARGUMENTS` in this process; returns the exit status and what it printed (both streams)."""
-    import jax
-
-    printed, before = io.StringIO(), jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            try:
-                status = cli.main([str(argument) for argument in arguments])
-            except SystemExit as stop:
-                status = stop.code
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
     return status, printed.getvalue()
 
 
@@ -203,11 +196,17 @@ def train_here(workdir: Path, *arguments: str) -> tuple[int, str]:
     return here(*train_arguments(workdir, *arguments))
 
 
-def environment() -> dict[str, str]:
-    """The environment in which another process finds the package, compiles like `here`, and sees one CPU device."""
+def environment(devices: int = 1) -> dict[str, str]:
+    """The environment in which another process finds the package and sees a number of (virtual) CPU devices."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    # Optimised programs would be worth their compilation after thousands of steps only.
-    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+    return os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def as_users_compile() -> dict[str, str]:
+    """The environment without what conftest.py sets so that small networks compile quickly."""
+    kept = environment()
+    return {name: value for name, value in kept.items() if name not in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")}
 
 
 def memo_jax(*arguments, **options) -> subprocess.CompletedProcess:
