@@ -2,7 +2,7 @@
 
     python experiments/run.py --config configs/study.py --data DATASET … (see experiments/README.md)
 
-Shorter crops, smaller batches, a narrower ResNet, and schedules for 300 steps.
+A narrower ECAPA-TDNN, and schedules for 300 steps.
 """
 
 import small
@@ -13,11 +13,7 @@ def get_config():
     config = small.get_config()
     config.total_steps = 300
 
-    config.data.batch_size = 24
-    config.data.global_seconds = 1.0
-    config.data.local_seconds = 0.6
-
-    config.model.resnet_base_channels = 4
+    config.model.ecapa_channels = (128, 128, 128, 128, 384)
     config.model.campplus_layers = (2, 3, 2)
     config.model.campplus_growth = 16
     config.model.campplus_channels = 64
