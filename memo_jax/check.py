@@ -64,7 +64,8 @@ def check_summary(dataset, report: dict, most: int = 20) -> str:
                                                               report["shards"])
     if not problems:
         return f"{dataset}: {line}, all as prepared"
-    return "\n".join([f"{dataset} is damaged: {len(report['problems']):,} problems in {line}", *problems,
+    count = "1 problem" if len(problems) == 1 else f"{len(report['problems']):,} problems"
+    return "\n".join([f"{dataset} is damaged: {count} in {line}", *problems,
                       "restore these files from a copy, or prepare the dataset again"])
 
 

@@ -3,7 +3,7 @@
 import os
 import zipfile
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from memo_jax.batches import apply_to_recordings
 from memo_jax.gallery import Gallery
 from memo_jax.model_file import Model, read_model
 from memo_jax.scoring import unit_norm
+
+if TYPE_CHECKING:
+    from memo_jax.export import Artifact
 
 MIN_SECONDS = 0.5  # shorter recordings are refused: they tell nothing of a voice
 DEFAULT_THRESHOLD = 0.5  # cosine, where nobody has tuned one

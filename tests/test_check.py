@@ -63,7 +63,7 @@ def test_a_flipped_bit_anywhere_in_a_record_is_found_and_the_command_exits_2(dat
         file, problem = only_problem(dataset)
         assert file == path.name and problem.startswith("record 0 cannot be read")
     status, text = tiny.here("prepare", "--check", dataset, "--workers", "1")
-    assert status == 2 and "is damaged: 1 problems in 10 utterances" in text and f"{path.name}: record 0" in text
+    assert status == 2 and "is damaged: 1 problem in 10 utterances" in text and f"{path.name}: record 0" in text
 
 
 @pytest.mark.parametrize("kept", [0, 0.2, 0.5, 0.99])

@@ -36,7 +36,7 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "study.py"
 def measured(point: dict, steps: int, overrides: list[str]) -> dict:
     """Returns what a step at a point takes, of a config with these overrides; the devices must be there."""
     import jax
-    from step_parts import example_banks, example_batch
+    from synthetic import example_banks, example_batch
 
     from memo_jax import config as configs, recipe as recipes, sharding
     from memo_jax.cli import keep_freed_memory

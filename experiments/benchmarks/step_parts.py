@@ -21,34 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from machine import best_seconds
+from synthetic import example_banks, example_batch
 
 from memo_jax import augment, config as configs, features, losses, recipe as recipes, sharding
 from memo_jax.log import progress
 from memo_jax.step import logits_by_view, student_embeddings, teacher_outputs, train_step_on_features
 
 AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
-SECONDS_OF_BANKS = 6.0
-
-
-def example_batch(config, seed=0):
-    """Returns int16 crops of noise of the config's numbers and lengths."""
-    data, rng = config.data, np.random.default_rng(seed)
-    shapes = {
-        "global": (data.global_crops, data.global_seconds), "local": (data.local_crops, data.local_seconds)
-    }
-    return {
-        kind: rng.integers(-3000, 3000, (data.batch_size, count, round(seconds * 16000)), dtype=np.int16)
-        for kind, (count, seconds) in shapes.items() if count
-    }
-
-
-def example_banks(seed=0):
-    """Returns banks of noise, music and rooms as small as fit a benchmark."""
-    rng = np.random.default_rng(seed)
-    noises = {kind: rng.integers(-3000, 3000, (32, round(SECONDS_OF_BANKS * 16000)), dtype=np.int16)
-              for kind in ("noise", "music")}
-    decay = np.exp(-np.arange(8000) / 800)
-    return noises | {"rir": (rng.normal(size=(32, 8000)) * decay).astype(np.float32)}
 
 
 def drawn(function, *arguments, seed=0):

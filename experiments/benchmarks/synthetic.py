@@ -1,4 +1,6 @@
-"""Datasets of speech-like sound for the benchmarks: made in seconds, as long and about as compressible as speech."""
+"""What the benchmarks work on: datasets of speech-like sound, made in seconds, as long and about as compressible as
+speech; batches and banks of noise for a step, whose time does not depend on what is in them.
+"""
 
 import numpy as np
 
@@ -7,6 +9,7 @@ from memo_jax.log import progress
 from memo_jax.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
 
 SHORTEST_SECONDS = 4.0  # of VoxCeleb's utterances
+SECONDS_OF_BANKS = 6.0
 
 
 def speech_like(rng, seconds: float) -> np.ndarray:
@@ -50,3 +53,24 @@ def write_dataset(folder, utterances, count: int, *, shards: int = 8, segment_sa
         writer.write(f"id{number // 200:05d}/{number % 200 // 10:011d}/{number % 10:05d}.wav", "", samples)
     written.append(writer.close())
     write_metadata(folder, written, {"fingerprint": f"synthetic {count}", "utterances": count})
+
+
+def example_batch(config, seed=0):
+    """Returns int16 crops of noise of the config's numbers and lengths."""
+    data, rng = config.data, np.random.default_rng(seed)
+    shapes = {
+        "global": (data.global_crops, data.global_seconds), "local": (data.local_crops, data.local_seconds)
+    }
+    return {
+        kind: rng.integers(-3000, 3000, (data.batch_size, count, round(seconds * SAMPLE_RATE)), dtype=np.int16)
+        for kind, (count, seconds) in shapes.items() if count
+    }
+
+
+def example_banks(seed=0):
+    """Returns banks of noise, music and rooms as small as fit a benchmark."""
+    rng = np.random.default_rng(seed)
+    noises = {kind: rng.integers(-3000, 3000, (32, round(SECONDS_OF_BANKS * SAMPLE_RATE)), dtype=np.int16)
+              for kind in ("noise", "music")}
+    decay = np.exp(-np.arange(8000) / 800)
+    return noises | {"rir": (rng.normal(size=(32, 8000)) * decay).astype(np.float32)}
