@@ -24,6 +24,7 @@ from machine import best_seconds
 from synthetic import example_banks, example_batch
 
 from memo_jax import augment, config as configs, features, losses, recipe as recipes, sharding
+from memo_jax.cli import keep_freed_memory
 from memo_jax.log import progress
 from memo_jax.step import logits_by_view, student_embeddings, teacher_outputs, train_step_on_features
 
@@ -161,6 +162,7 @@ def main(arguments=None) -> dict:
     """Measures and prints."""
     options, overrides = build_parser().parse_known_args(arguments)
     config = configs.load_config(options.config, overrides + [f"--config.data.batch_size={options.batch_size}"])
+    keep_freed_memory()  # as training does: fresh pages would cost more than what is written into them
     peak, bandwidth = machine_limits()
     parts = {name: part for name, part in parts_of(config).items() if options.parts in name}
     if not options.json:
