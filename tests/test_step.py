@@ -355,18 +355,18 @@ def equations(jaxpr, inside_cond=False):
 
 
 def similarity_matrices(recipe):
-    """Returns (number outside, number inside a `cond`) of products in the step that yield [2B, 2B], as NT-Xent does."""
+    """Returns (number outside, number inside a `cond`) of products in the step that yield [2, B, 2, B], as NT-Xent does."""
     state = jax.eval_shape(lambda: start(recipe))
     jaxpr = jax.make_jaxpr(lambda s, v: train_step_on_features(s, v, recipe))(state, views_of_step(0)).jaxpr
     found = [
         inside for equation, inside in equations(jaxpr)
-        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape == (2 * BATCH, 2 * BATCH)
+        if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape == (2, BATCH, 2, BATCH)
     ]
     return found.count(False), found.count(True)
 
 
 def test_contrastive_term_lies_under_a_cond_and_is_absent_when_never_on():
-    """Nothing else here has the shape of the similarities [2B, 2B], so they show where the term is computed."""
+    """Nothing else here has the shape of the similarities [2, B, 2, B], so they show where the term is computed."""
     outside, inside = similarity_matrices(recipe_of(rule=GateRule("plateau")))
     assert outside == 0 and inside >= 4  # two pairs of views for each branch
     assert similarity_matrices(recipe_of(rule=GateRule("never"))) == (0, 0)
