@@ -183,7 +183,7 @@ def kind_of(name: str) -> str:
 
 
 def deviations(run: Run, reference: Run) -> dict[str, float]:
-    """Returns how far a run is from a reference, by checks as "losses/step0/ecapa" or "parameters/after0/student/ecapa".
+    """Returns how far a run is from a reference, as "losses/step0/ecapa" or "parameters/after0/student/ecapa".
 
     Students and teachers of each architecture are checked by themselves: a ResNet amplifies rounding a thousand times
     more than an ECAPA-TDNN does.

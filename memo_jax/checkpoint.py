@@ -212,15 +212,14 @@ def load_raw(
         CheckpointError: the checkpoint is damaged.
         ValueError: the state has no field of a name in `only`.
     """
+    names = None if only is None else list(only)
     with _opened(workdir, step) as (manager, step, folder, steps):
         with _damage_named(folder, steps):
             meta = _read_meta(manager, step)
-            known = meta.get("names", {})
-            if only is not None and known.keys() >= set(only := list(only)):
-                saved = {name: _nested(known[name]) for name in only}
-            else:  # opens every array, which takes a second
+            saved = {field: _nested(paths) for field, paths in meta.get("names", {}).items()}
+            if names is None or not saved.keys() >= set(names):  # opens every array, which takes a second
                 saved = manager.item_metadata(step).state.tree
-        names = list(saved) if only is None else list(only)
+        names = list(saved) if names is None else names
         for name in names:
             if name not in saved:
                 raise ValueError(f"{folder}: the saved state has no field {name!r}; it has {', '.join(saved)}")

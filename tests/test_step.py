@@ -355,7 +355,7 @@ def equations(jaxpr, inside_cond=False):
 
 
 def similarity_matrices(recipe):
-    """Returns (number outside, number inside a `cond`) of products in the step that yield [2, B, 2, B], as NT-Xent does."""
+    """Returns (number outside, number inside a `cond`) of products in the step of NT-Xent's shape, [2, B, 2, B]."""
     state = jax.eval_shape(lambda: start(recipe))
     jaxpr = jax.make_jaxpr(lambda s, v: train_step_on_features(s, v, recipe))(state, views_of_step(0)).jaxpr
     found = [
