@@ -19,6 +19,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from memo_jax.files import as_path, in_bucket
+
 FOLDER = "checkpoints"
 FORMAT = 1
 
@@ -255,7 +257,8 @@ def _opened(workdir, step: int | None):
 
 
 def _folder(workdir) -> epath.Path:
-    return epath.Path(workdir).resolve() / FOLDER  # orbax wants it absolute
+    path = as_path(workdir)
+    return (path if in_bucket(path) else epath.Path(path).resolve()) / FOLDER  # orbax wants it absolute
 
 
 def _manager(folder, **options) -> ocp.CheckpointManager:

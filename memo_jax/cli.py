@@ -8,11 +8,15 @@ import sys
 import traceback
 from pathlib import Path
 
+from memo_jax.files import check_local
+
 NO = 1  # the answer is no: another speaker, nobody known, some recordings left out
 USAGE_ERROR = 2
 STOPPED = 3
 TERMINATED = 75  # as sysexits.h numbers what may be tried again
 LOST = 76
+BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
+    ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"})  # that may be gs://…
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
     try:
+        check_paths(options)
         return options.run(options) or 0
     except (Exception, KeyboardInterrupt) as error:
         status = reported(error)
@@ -54,6 +59,15 @@ def reported(error: BaseException) -> int | None:
         print(f"memo-jax: error: {error_text(error)}", file=sys.stderr)
         return STOPPED if kind == "TrainingStopped" else USAGE_ERROR
     return None
+
+
+def check_paths(options) -> None:
+    """Raises ValueError for a URL where a command needs a path of the file system."""
+    in_buckets = BUCKET_OPTIONS.get(options.command, ())
+    for name, given in vars(options).items():
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, Path) and name not in in_buckets:
+                check_local(path)
 
 
 def error_text(error: Exception) -> str:

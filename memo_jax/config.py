@@ -16,6 +16,8 @@ from pathlib import Path
 from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict, FieldReference
 
+from memo_jax.files import as_path, make_folder, read_text, write_text
+
 CONFIG_FILE = "config.json"
 # Keys that configs of earlier versions lack, with what those versions did.
 LATER_KEYS = {
@@ -92,16 +94,8 @@ def config_from_json(text: str) -> ConfigDict:
 
 def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Writes `<workdir>/config.json`, whole or not at all."""
-    path = Path(workdir) / CONFIG_FILE
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        beside.write_text(config_to_json(config) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        beside.unlink(missing_ok=True)
+    make_folder(workdir)
+    write_text(as_path(workdir) / CONFIG_FILE, config_to_json(config) + "\n")
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
@@ -109,11 +103,10 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
 
     What an earlier version wrote gets the keys that it lacks (LATER_KEYS).
     """
-    path = Path(workdir) / CONFIG_FILE
-    if not path.exists():
-        return None
+    path = as_path(workdir) / CONFIG_FILE
     try:
-        return _with_later_keys(config_from_json(path.read_text(encoding="utf-8")))
+        text = read_text(path)
+        return None if text is None else _with_later_keys(config_from_json(text))
     except ValueError as error:
         raise ValueError(f"{path}: {error}; the workdir cannot be used without it") from None
 

@@ -12,6 +12,7 @@ import numpy as np
 from memo_jax import features
 from memo_jax.audio import as_audio, check_speech, read_audio
 from memo_jax.batches import apply_to_recordings
+from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.gallery import Gallery
 from memo_jax.model_file import Model, read_model
 from memo_jax.scoring import unit_norm
@@ -195,7 +196,9 @@ def load_model(
 
     That of an artifact has no layers and weights to look at (`export.Artifact`).
     """
-    if not os.path.isdir(path):
+    path = as_path(path)
+    check_bucket(path)
+    if not in_bucket(path) and not os.path.isdir(path):
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: no such workdir or model file")
         given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]

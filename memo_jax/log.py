@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from memo_jax.files import AppendableFolder, as_path, make_folder, read_text
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 SECONDS_BETWEEN_LINES = 10.0
@@ -21,21 +23,27 @@ class MetricsLog:
     Every row is on its way to the disk when `write` returns. A last line that a killed run left half-written is dropped
     on opening. With `active=False` (every process but the first) nothing is created or written.
 
+    In a bucket, where nothing can be appended to, the files are as `upload`, `close` and, once a minute, `write` left
+    them.
+
     Raises:
         ValueError: the existing file holds a line that is not a row of metrics.
         OSError: the folder cannot be written.
     """
 
     def __init__(self, workdir: str | os.PathLike, active: bool = True, tensorboard: bool = True):
-        self.path = Path(workdir) / METRICS_FILE
+        self._workdir = as_path(workdir)
+        self.path = self._workdir / METRICS_FILE
         self._active = active
         self._tensorboard = tensorboard
         self._events = None
         self._file = None
         if active:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_torn_line(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")
+            make_folder(self._workdir)
+            self._folder = AppendableFolder(self._workdir, METRICS_FILE)
+            self._local = self._folder.path / METRICS_FILE
+            _drop_torn_line(self._local)
+            self._file = open(self._local, "a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, object]) -> None:
         """Writes the row {"step": step, **values}: numpy and JAX scalars as numbers, NaN and infinities as null."""
@@ -48,26 +56,34 @@ class MetricsLog:
             self._file.flush()
             if self._tensorboard:
                 self._write_event(row)
+        self._folder.upload(only_when_due=True)
+
+    def upload(self) -> None:
+        """Brings the files in a bucket up to date; elsewhere they are. Raises OSError."""
+        if self._active:
+            self._folder.upload()
 
     def truncate_after(self, step: int) -> None:
         """Drops the rows past `step`, which a run resumed from there writes again; TensorBoard hides them likewise."""
         if not self._active:
             return
         self._file.close()
-        kept = [line for line, row in _lines_with_rows(self.path) if row["step"] <= step]
-        _replace(self.path, "".join(kept))
-        self._file = open(self.path, "a", encoding="utf-8")
-        if self._tensorboard and any((self.path.parent / TENSORBOARD_FOLDER).glob("*tfevents*")):
+        text = read_text(self._local, "replace")
+        _replace(self._local, "".join(line for line, row in _lines_with_rows(text, self.path) if row["step"] <= step))
+        self._file = open(self._local, "a", encoding="utf-8")
+        if self._tensorboard and any((self._workdir / TENSORBOARD_FOLDER).glob("*tfevents*")):
             self._hide_events_from(step + 1)
 
     def close(self) -> None:
         """Closes the files. The log cannot be written after."""
-        self._active = False
         with self._failure_named():
             if self._file:
                 self._file.close()
             if self._events:
                 self._events.close()
+        if self._active:
+            self._active = False
+            self._folder.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -88,7 +104,7 @@ class MetricsLog:
         if self._events is None:
             from tensorboardX.event_file_writer import EventsWriter
 
-            folder = self.path.parent / TENSORBOARD_FOLDER
+            folder = self._folder.path / TENSORBOARD_FOLDER
             folder.mkdir(exist_ok=True)
             # File names carry whole seconds: a run restarted within one must not overwrite its predecessor.
             self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
@@ -120,11 +136,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not a row of metrics.
     """
-    path = Path(path)
+    path = as_path(path)
     path = path / METRICS_FILE if path.is_dir() else path
-    if not path.exists():
+    text = read_text(path, "replace")
+    if text is None:
         raise FileNotFoundError(f"{path}: no metrics here; give the workdir of a training run or its {METRICS_FILE}")
-    return [row for _, row in _lines_with_rows(path)]
+    return [row for _, row in _lines_with_rows(text, path)]
 
 
 class Progress:
@@ -241,10 +258,10 @@ def _plain(value):
     return value
 
 
-def _lines_with_rows(path: Path) -> list[tuple[str, dict]]:
-    """The complete lines of a metrics file, each with the row it holds."""
+def _lines_with_rows(text: str, path: Path) -> list[tuple[str, dict]]:
+    """The complete lines of a metrics file's text, each with the row it holds."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True), 1):
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         if not line.endswith("\n"):
             break
         try:

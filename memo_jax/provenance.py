@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from memo_jax.files import write_text
+from memo_jax.files import as_path, read_text, write_text
 
 RUN_FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy", "soundfile")
@@ -78,11 +78,12 @@ def _processor() -> str:
 def read_run(workdir: str | os.PathLike) -> dict | None:
     """Returns what `RunRecord` wrote, None where there is nothing (a run of an earlier version). ValueError if damaged.
     """
-    path = Path(workdir) / RUN_FILE
-    if not path.exists():
-        return None
+    path = as_path(workdir) / RUN_FILE
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        if text is None:
+            return None
+        run = json.loads(text)
         run["starts"][0]["versions"]
         return run
     except (ValueError, TypeError, KeyError, IndexError) as error:
@@ -97,7 +98,7 @@ class RunRecord:
     """
 
     def __init__(self, workdir: str | os.PathLike, *, seed: int, data: dict, begin: int, active: bool = True):
-        self._path, self._active = Path(workdir) / RUN_FILE, active
+        self._path, self._active = as_path(workdir) / RUN_FILE, active
         self._began = time.monotonic()
         if not active:
             return

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
+from memo_jax.files import check_local
 
 DATASET_NAME, SPLIT = "speech", "train"
 INDEX, INFO = "index.npy", "dataset_info.json"
@@ -128,6 +129,7 @@ class Shards:
 
     def __init__(self, folder: str | os.PathLike):
         import tensorflow_datasets as tfds
+        check_local(folder)
         self.folder = Path(folder)
         if not (self.folder / INFO).is_file():
             raise FileNotFoundError(f"{self.folder} is not a dataset ({INFO} is missing): make one with "

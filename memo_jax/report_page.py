@@ -17,7 +17,7 @@ from memo_jax.data import Utterances, open_utterances
 from memo_jax.evaluate import TrialEvaluation, network_name
 from memo_jax.features import SAMPLE_RATE
 from memo_jax.figures import det_figure, embedding_map_figure, score_histogram_figure
-from memo_jax.files import write_text
+from memo_jax.files import as_path, check_bucket, make_folder, write_text
 from memo_jax.log import read_metrics
 from memo_jax.models import parameter_count
 from memo_jax.page_template import PAGE, SCRIPT, STYLE_SHEET
@@ -60,6 +60,8 @@ def write_report(
       FileNotFoundError: no such run, dataset or list. ValueError: the workdir has no metrics, or bad trials.
       OSError: the page cannot be written.
     """
+    workdir = as_path(workdir)
+    check_bucket(workdir)
     config = configs.read_config(workdir)
     if config is None:
         raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no config.json)")
@@ -70,8 +72,8 @@ def write_report(
     if (data is None) != (trials is None):
         raise ValueError("give both the dataset and the trial list: --data DATASET --trials FILE")
     tested = None if trials is None else tested_run(workdir, config, data, trials, step, quiet)
-    output = Path(workdir) / "report.html" if output is None else Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = workdir / "report.html" if output is None else Path(output)
+    make_folder(output.parent)
     write_text(output, page(workdir, config, rows, tested, data, trials))
     return output
 

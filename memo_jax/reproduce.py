@@ -10,6 +10,7 @@ import numpy as np
 
 from memo_jax import config as configs
 from memo_jax.checkpoint import load_raw, saved_steps
+from memo_jax.files import check_local
 from memo_jax.log import read_metrics
 from memo_jax.provenance import read_run
 from memo_jax.train import FREE_ON_RESUME, TIMES, check_same_run, train
@@ -38,6 +39,8 @@ def reproduce(
       FileNotFoundError: `run` is no workdir.
       ValueError: it has logged no step, `output` is `run`, or an override changes what is learnt.
     """
+    check_local(run)
+    check_local(output)
     run, output = Path(run), Path(output)
     config = configs.read_config(run)
     if config is None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import re
 import time
 import zlib
 from pathlib import Path
@@ -14,6 +13,7 @@ from memo_jax import config as configs, processes, sharding, state as states
 from memo_jax.checkpoint import Checkpointer, load_extra
 from memo_jax.collapse import CollapseWatch, check_finite
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
+from memo_jax.files import as_path, check_bucket
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.provenance import RunRecord
 from memo_jax.recipe import build_recipe, initial_state, jitted_step, load_banks
@@ -60,7 +60,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
 
     Args:
       config: a config with all keys of configs/base.py.
-      workdir: folder of the run: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints.
+      workdir: folder of the run, perhaps gs://…: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
       quiet: show no progress.
 
@@ -70,11 +70,10 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
       OSError: the dataset, a bank or the workdir cannot be read or written.
       StopRequested: SIGTERM came, to any of the processes; the state has been saved.
     """
-    if re.match(r"[a-z][a-z0-9]*:/", str(workdir)):
-        raise ValueError(f"{workdir} is no path of the file system: mount the bucket, and give a folder in it")
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
+    check_bucket(workdir)
     utterances = open_utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
     recipe = build_recipe(config, epoch_steps)
@@ -187,6 +186,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 check_finite(number, state)
                 write(number, evaluate(number) if evaluates else {})
                 if saves:
+                    log.upload()  # so that a run resumed from there has all rows up to it
                     checkpoints.save(number, state, batches, extra)
             if stops and number < total:
                 checkpoints.wait()

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 import os
-from pathlib import Path
 
 from memo_jax import config as configs, sharding
 from memo_jax.checkpoint import load_raw, saved_steps
-from memo_jax.files import write_text
+from memo_jax.files import as_path, in_bucket, read_text, write_text
 from memo_jax.model_file import Decision, Model, backbone_variables, model_of_backbone, read_model, write_model
 
 DECISIONS = "decisions.json"  # {fingerprint of a model: its decision}
@@ -25,7 +24,8 @@ def workdir_model(
 
     config = configs.read_config(workdir)
     if config is None:
-        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no config.json)")
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no config.json)"
+                                + ("; of a model file, make a copy here first" if in_bucket(workdir) else ""))
     branches = build_branches(config)
     if branch is None:
         branch = "ecapa" if "ecapa" in branches else next(iter(branches))
@@ -51,20 +51,19 @@ def workdir_model(
 
 def read_decisions(workdir: str | os.PathLike) -> dict[str, Decision]:
     """Returns {fingerprint: decision} of the networks of a workdir that were tuned; raises ValueError if damaged."""
-    path = Path(workdir) / DECISIONS
-    if not path.exists():
-        return {}
+    path = as_path(workdir) / DECISIONS
     try:
-        return {key: Decision(**value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        text = read_text(path)
+        return {} if text is None else {key: Decision(**value) for key, value in json.loads(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error}): delete it and tune the threshold again") from None
 
 
 def save_decision(path: str | os.PathLike, model: Model, decision: Decision) -> None:
     """Keeps a decision with a model: in the model file at `path`, or beside the checkpoints of the workdir there."""
-    if os.path.isdir(path):
+    if in_bucket(path) or os.path.isdir(path):
         kept = read_decisions(path) | {model.fingerprint: decision}
         decisions = {key: dataclasses.asdict(value) for key, value in kept.items()}
-        write_text(Path(path) / DECISIONS, json.dumps(decisions, indent=2, ensure_ascii=False) + "\n")
+        write_text(as_path(path) / DECISIONS, json.dumps(decisions, indent=2, ensure_ascii=False) + "\n")
     else:
         write_model(path, dataclasses.replace(read_model(path), decision=decision))
