@@ -2,7 +2,8 @@
 
 Layout: `<workdir>/checkpoints/<step>/{state, meta}`. A checkpoint appears by renaming a finished folder, so that a run
 killed at any moment leaves whole checkpoints and at most a temporary folder, which nobody reads and the next
-`Checkpointer` removes.
+`Checkpointer` removes. In a bucket, where folders cannot be renamed, a checkpoint is whole when `commit_success.txt` is
+in its folder, which is written last.
 """
 
 import base64
@@ -184,16 +185,30 @@ class Checkpointer:
         except Exception as error:
             step, self._pending = self._pending, None
             self._good.discard(step)
-            if jax.process_index() == 0:
-                for leftover in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                    leftover.rmtree(missing_ok=True)
-            self._manager.reload()
-            previous = self.latest_step()
-            intact = "there is none before it" if previous is None else f"the checkpoint of step {previous} is intact"
+            try:
+                if jax.process_index() == 0:
+                    self._remove_unfinished(step)
+                self._manager.reload()
+                previous = self.latest_step()
+                intact = "there is none before it" if previous is None else \
+                    f"the checkpoint of step {previous} is intact"
+            except Exception:  # the bucket cannot be reached
+                intact = "those before it are as they were"
+            way_out = "See that the bucket can be written" if in_bucket(self.folder) else \
+                "Free some space (or repair the folder)"
             raise OSError(
                 f"{self.folder / str(step)}: cannot save the checkpoint: {_reason(error)}; {intact}. "
-                "Free some space (or repair the folder) and start the same command again"
+                f"{way_out} and start the same command again"
             ) from error
+
+    def _remove_unfinished(self, step: int) -> None:
+        """Removes what a failed save has left."""
+        if in_bucket(self.folder):
+            leftovers = [] if step in saved_steps(self.folder.parent) else [self.folder / str(step)]
+        else:
+            leftovers = self.folder.glob("*.orbax-checkpoint-tmp*")
+        for leftover in leftovers:
+            leftover.rmtree(missing_ok=True)
 
 
 def load_raw(
@@ -303,8 +318,10 @@ def _damage_named(folder, steps: list[int]):
         way_out = "delete this folder and start again, there is no checkpoint before it"
         if earlier:
             way_out = f"delete this folder to resume from the checkpoint before it, {folder.parent / str(earlier[-1])}"
-        reason = _reason(error)
-        raise CheckpointError(f"{folder}: the checkpoint is damaged or cut short ({reason}); {way_out}") from error
+        what, reason = "the checkpoint is damaged or cut short", _reason(error)
+        if in_bucket(folder):
+            what, way_out = f"the bucket cannot be read, or {what}", f"if it can be read, {way_out}"
+        raise CheckpointError(f"{folder}: {what} ({reason}); {way_out}") from error
 
 
 def _reason(error: BaseException) -> str:

@@ -1,0 +1,209 @@
+"""A workdir at gs://: trained, killed, resumed and used as one in the file system, against a bucket in memory."""
+
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import fake_bucket
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from memo_jax import files
+from memo_jax.checkpoint import Checkpointer, load_raw, saved_steps
+from memo_jax.log import MetricsLog, read_metrics
+
+RUN = "gs://bucket/runs/one"
+TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
+
+# orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs the extra `gcs`"),
+]
+
+# A training that is killed, by SIGKILL, before its step 10.
+KILLED = """
+import os, sys
+from memo_jax import cli, processes
+reached = processes.StopRequest.reached
+processes.StopRequest.reached = lambda self, step: os.kill(os.getpid(), 9) if step == 10 else reached(self, step)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """The bucket of this process: what talks to it remembers its address."""
+    with fake_bucket.running("bucket") as (server, variables), pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def refusing(bucket):
+    """The bucket, whose `refuses` may be set."""
+    refuses = bucket.refuses
+    yield bucket
+    bucket.refuses = refuses
+
+
+@pytest.fixture(scope="module")
+def runs(bucket, tmp_path_factory):
+    """A run in the file system, and the same in the bucket: killed while or after its second checkpoint was written,
+    which then lacks its mark, and resumed."""
+    local = tmp_path_factory.mktemp("buckets") / "run"
+    status, text = tiny.train_here(local)
+    assert status == 0, text
+    code = [sys.executable, "-c", KILLED, *tiny.train_arguments(RUN)]
+    killed = subprocess.run(code, capture_output=True, text=True, env=tiny.environment())
+    assert killed.returncode == -9, killed.stderr
+    found = saved_steps(RUN), [row["step"] for row in read_metrics(RUN)]
+    second = "runs/one/checkpoints/8/"
+    bucket.objects.pop(second + "commit_success.txt", None)
+    bucket.objects[second + "state/left"] = 1, b"of a save that was cut short"
+    unmarked = saved_steps(RUN)
+    status, text = tiny.train_here(RUN)
+    assert status == 0, text
+    return SimpleNamespace(local=local, found=found, unmarked=unmarked, text=text)
+
+
+def rows_without_times(workdir):
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(workdir)]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, bucket):
+    """A half-written checkpoint is not chosen, nor in the way; every step is logged once."""
+    steps, logged = runs.found
+    assert steps[0] == 4 and set(steps) <= {4, 8} and logged[:8] == list(range(1, 9))
+    assert runs.unmarked == [4]
+    assert "resumed after step 4" in runs.text
+    assert saved_steps(RUN) == [8, 12] and not any("/state/left" in name for name in bucket.objects)
+    whole, resumed = load_raw(runs.local)[0], load_raw(RUN)[0]
+    assert len(jax.tree.leaves(whole)) > 100
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), whole, resumed)
+    assert rows_without_times(RUN) == rows_without_times(runs.local)
+    starts = json.loads(bucket.objects["runs/one/run.json"][1])["starts"]
+    assert [start["first_step"] for start in starts] == [1, 5] and "last_step" not in starts[0]
+    assert {name.partition("/checkpoints/")[0] for name in bucket.objects if "tfevents" not in name} == {
+        "runs/one", "runs/one/config.json", "runs/one/metrics.jsonl", "runs/one/run.json"}
+    assert sum("tensorboard/events" in name for name in bucket.objects) == 2, "one file a start"
+
+
+def test_its_networks_are_those_of_the_same_run_in_the_file_system(runs, bucket, tmp_path):
+    """To eval, which keeps a threshold in the bucket, and to embed, verify, export and report."""
+    trials = [f"--data={tiny.material().dataset}", f"--trials={tiny.material().trials}", "--replicates=0",
+              "--save-threshold"]
+    for name, workdir in (("local", runs.local), ("bucket", RUN)):
+        assert tiny.here("eval", "--workdir", workdir, "--output", tmp_path / name, *trials)[0] == 0
+        status, text = tiny.here("embed", tiny.material().dataset, "--model", workdir, "--output",
+                                 tmp_path / name / "e.npz")
+        assert status == 0, text
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("local", "bucket"))
+    assert other["model"] == RUN and other["saved_threshold"] == one["saved_threshold"]
+    for name in one.keys() - {"model"}:
+        assert one[name] == other[name], name
+    one, other = (np.load(io.BytesIO((tmp_path / name / "e.npz").read_bytes())) for name in ("local", "bucket"))
+    np.testing.assert_array_equal(one["embeddings"], other["embeddings"], strict=True)
+    assert list(json.loads(bucket.objects["runs/one/decisions.json"][1]))
+    corpus = tiny.material().corpus
+    said = [tiny.here("verify", corpus / "s0" / "0.wav", corpus / "s0" / "1.wav", "--model", workdir)
+            for workdir in (runs.local, RUN)]
+    assert said[0] == said[1] and "eer of" in said[0][1]
+    status, text = tiny.here("export", "--model", RUN, "--output", tmp_path / "model.safetensors")
+    assert status == 0 and (tmp_path / "model.safetensors").stat().st_size > 1000
+    status, text = tiny.here("report", RUN)
+    assert status == 0 and text.strip().endswith(f"{RUN}/report.html")
+    assert b"<html" in bucket.objects["runs/one/report.html"][1]
+
+
+def test_a_run_that_is_done_or_of_another_config_is_known_there(runs):
+    status, text = tiny.train_here(RUN)
+    assert status == 0 and f"nothing to do: {RUN} has been trained for 12 steps already" in text
+    status, text = tiny.train_here(RUN, "seed=5")
+    assert status == 2 and f"{RUN} was made with another config (seed: 0 → 5)" in text
+
+
+@pytest.mark.parametrize("arguments", [
+    ["train"], ["eval", "--output=o", "--data=d", "--trials=t"], ["report"],
+])
+def test_a_bucket_that_is_not_there_is_named(bucket, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, *rest = arguments
+    workdir = ["gs://nobodys/run"] if command == "report" else ["--workdir", "gs://nobodys/run"]
+    rest = tiny.train_arguments("gs://nobodys/run")[1:] if command == "train" else [*rest, *workdir]
+    status, text = tiny.here(command, *rest)
+    assert status == 2 and "gs://nobodys/run: the bucket cannot be used: 404" in text and "roles" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_that_may_not_be_read_or_written_is_named(refusing):
+    refusing.refuses = lambda method, name: True
+    status, text = tiny.train_here("gs://bucket/refused")
+    assert status == 2 and "gs://bucket/refused: the bucket cannot be used: 403" in text
+    refusing.refuses = lambda method, name: method != "GET"
+    status, text = tiny.train_here("gs://bucket/refused")
+    assert status == 2 and "memo-jax: error: gs://bucket/refused/config.json: Forbidden" in text
+    assert not any(name.startswith("refused") for name in refusing.objects)
+
+
+def test_a_save_that_fails_leaves_the_checkpoint_before_and_is_repeated(refusing):
+    state = {"weights": jax.numpy.arange(3.0)}
+    with pytest.raises(OSError, match=r"gs://bucket/failing/checkpoints/2: cannot save .*; the checkpoint of step 1 is "
+                                      "intact. See that the bucket can be written"):
+        with Checkpointer("gs://bucket/failing") as checkpoints:
+            checkpoints.save(1, state)
+            checkpoints.wait()
+            refusing.refuses = lambda method, name: method == "POST" and "/checkpoints/2/state/" in name
+            checkpoints.save(2, state)
+    assert saved_steps("gs://bucket/failing") == [1]
+    refusing.refuses = lambda method, name: False
+    with Checkpointer("gs://bucket/failing") as checkpoints:
+        checkpoints.restore(state)
+        checkpoints.save(2, {"weights": state["weights"] + 1})
+    np.testing.assert_array_equal(load_raw("gs://bucket/failing")[0]["weights"], [1, 2, 3])
+
+
+def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
+    monkeypatch.setattr(files, "SECONDS_BETWEEN_UPLOADS", 0.0)
+    monkeypatch.setattr(files, "UPLOADING_SHARE", 1e9)
+    with MetricsLog("gs://bucket/logged") as log:
+        log.write(1, {"loss": 1.0})
+        assert [row["step"] for row in read_metrics("gs://bucket/logged")] == [1]
+        log.write(2, {"loss": 2.0})
+        monkeypatch.setattr(files.time, "monotonic", lambda: 0.0)  # nothing is due
+        log.write(3, {"loss": 3.0})
+        assert [row["step"] for row in read_metrics("gs://bucket/logged/metrics.jsonl")] == [1, 2]
+    monkeypatch.undo()
+    with MetricsLog("gs://bucket/logged") as log:
+        log.truncate_after(2)
+        log.write(3, {"loss": 4.0})
+    assert [row["loss"] for row in read_metrics("gs://bucket/logged")] == [1, 2, 4]
+
+
+def test_what_must_be_in_the_file_system_says_so(bucket, tmp_path):
+    material = tiny.material()
+    status, text = tiny.train_here(tmp_path / "run", "data.train=gs://bucket/data")
+    assert status == 2 and "gs://bucket/data is no path of the file system, as is needed here: copy it" in text
+    for arguments in (
+        ["eval", "--workdir", RUN, "--data", material.dataset, "--trials", material.trials, "--output", "gs://bucket/o"],
+        ["embed", "gs://bucket/o", "--model", RUN, "--output", tmp_path / "e.npz"],
+        ["reproduce", "gs://bucket/o"],
+        ["prepare", "--input", "gs://bucket/o", "--output", tmp_path / "data"],
+    ):
+        status, text = tiny.here(*arguments)
+        assert status == 2 and "error: gs://bucket/o is no path of the file system" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_urls_and_a_missing_extra_are_named(bucket, monkeypatch):
+    status, text = tiny.train_here("s3://bucket/run")
+    assert status == 2 and "s3://bucket/run: give a path of the file system, or gs://BUCKET/FOLDER" in text
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    status, text = tiny.train_here("gs://bucket/run")
+    assert status == 2 and "gs://bucket/run: gs:// needs pip install 'memo-jax[gcs]'" in text
