@@ -1,9 +1,8 @@
 """A workdir at gs://: trained, killed, resumed and used as one in the file system, against a bucket in memory."""
 
 import importlib.util
-import io
 import json
-import subprocess
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,11 +10,14 @@ import fake_bucket
 import jax
 import numpy as np
 import pytest
+import test_processes
 import tiny
 
 from memo_jax import files
-from memo_jax.checkpoint import Checkpointer, load_raw, saved_steps
+from memo_jax.checkpoint import Checkpointer, load_extra, load_raw, saved_steps
+from memo_jax.config import read_config, save_config
 from memo_jax.log import MetricsLog, read_metrics
+from memo_jax.model_file import read_model
 
 RUN = "gs://bucket/runs/one"
 TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
@@ -25,15 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs the extra `gcs`"),
 ]
-
-# A training that is killed, by SIGKILL, before its step 10.
-KILLED = """
-import os, sys
-from memo_jax import cli, processes
-reached = processes.StopRequest.reached
-processes.StopRequest.reached = lambda self, step: os.kill(os.getpid(), 9) if step == 10 else reached(self, step)
-sys.exit(cli.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +49,22 @@ def refusing(bucket):
 @pytest.fixture(scope="module")
 def runs(bucket, tmp_path_factory):
     """A run in the file system, and the same in the bucket: killed while or after its second checkpoint was written,
-    which then lacks its mark, and resumed."""
+    which then lacks its mark, and resumed. Of a network of one layer."""
     local = tmp_path_factory.mktemp("buckets") / "run"
-    status, text = tiny.train_here(local)
+    with pytest.MonkeyPatch.context() as patch:
+        test_processes.patch_for_tests(patch.setattr)
+        status, text = tiny.here(*test_processes.command(local))
     assert status == 0, text
-    code = [sys.executable, "-c", KILLED, *tiny.train_arguments(RUN)]
-    killed = subprocess.run(code, capture_output=True, text=True, env=tiny.environment())
-    assert killed.returncode == -9, killed.stderr
+    (killed,) = test_processes.start(1, test_processes.command(RUN), signals=[(9, 0, 10)])
+    assert killed.status == -9, killed
     found = saved_steps(RUN), [row["step"] for row in read_metrics(RUN)]
     second = "runs/one/checkpoints/8/"
     bucket.objects.pop(second + "commit_success.txt", None)
     bucket.objects[second + "state/left"] = 1, b"of a save that was cut short"
     unmarked = saved_steps(RUN)
-    status, text = tiny.train_here(RUN)
+    with pytest.MonkeyPatch.context() as patch:
+        test_processes.patch_for_tests(patch.setattr)
+        status, text = tiny.here(*test_processes.command(RUN))
     assert status == 0, text
     return SimpleNamespace(local=local, found=found, unmarked=unmarked, text=text)
 
@@ -85,7 +81,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
     assert "resumed after step 4" in runs.text
     assert saved_steps(RUN) == [8, 12] and not any("/state/left" in name for name in bucket.objects)
     whole, resumed = load_raw(runs.local)[0], load_raw(RUN)[0]
-    assert len(jax.tree.leaves(whole)) > 100
+    assert len(jax.tree.leaves(whole)) > 20
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), whole, resumed)
     assert rows_without_times(RUN) == rows_without_times(runs.local)
     starts = json.loads(bucket.objects["runs/one/run.json"][1])["starts"]
@@ -95,37 +91,41 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
     assert sum("tensorboard/events" in name for name in bucket.objects) == 2, "one file a start"
 
 
-def test_its_networks_are_those_of_the_same_run_in_the_file_system(runs, bucket, tmp_path):
+def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_path):
     """To eval, which keeps a threshold in the bucket, and to embed, verify, export and report."""
-    trials = [f"--data={tiny.material().dataset}", f"--trials={tiny.material().trials}", "--replicates=0",
-              "--save-threshold"]
-    for name, workdir in (("local", runs.local), ("bucket", RUN)):
-        assert tiny.here("eval", "--workdir", workdir, "--output", tmp_path / name, *trials)[0] == 0
-        status, text = tiny.here("embed", tiny.material().dataset, "--model", workdir, "--output",
-                                 tmp_path / name / "e.npz")
+    local, remote = tiny.trained_run()[0], "gs://bucket/trained"
+    local = shutil.copytree(local, tmp_path / "trained")
+    save_config(remote, read_config(local))
+    with Checkpointer(remote) as checkpoints, MetricsLog(remote) as log:
+        checkpoints.save(6, load_raw(local, 6)[0], extra=load_extra(local, 6))
+        for row in read_metrics(local):
+            log.write(row["step"], row)
+    trials = [f"--data={tiny.material().dataset}", f"--trials={tiny.material().trials}", "--replicates=0"]
+    corpus, said = tiny.material().corpus, {}
+    for name, workdir in (("local", local), ("bucket", remote)):
+        network, results = ["--model", workdir, "--branch=resnet"], tmp_path / name
+        status, text = tiny.here("eval", *network, "--output", results, *trials, "--save-threshold")
         assert status == 0, text
-    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("local", "bucket"))
-    assert other["model"] == RUN and other["saved_threshold"] == one["saved_threshold"]
-    for name in one.keys() - {"model"}:
-        assert one[name] == other[name], name
-    one, other = (np.load(io.BytesIO((tmp_path / name / "e.npz").read_bytes())) for name in ("local", "bucket"))
-    np.testing.assert_array_equal(one["embeddings"], other["embeddings"], strict=True)
-    assert list(json.loads(bucket.objects["runs/one/decisions.json"][1]))
-    corpus = tiny.material().corpus
-    said = [tiny.here("verify", corpus / "s0" / "0.wav", corpus / "s0" / "1.wav", "--model", workdir)
-            for workdir in (runs.local, RUN)]
-    assert said[0] == said[1] and "eer of" in said[0][1]
-    status, text = tiny.here("export", "--model", RUN, "--output", tmp_path / "model.safetensors")
-    assert status == 0 and (tmp_path / "model.safetensors").stat().st_size > 1000
-    status, text = tiny.here("report", RUN)
-    assert status == 0 and text.strip().endswith(f"{RUN}/report.html")
-    assert b"<html" in bucket.objects["runs/one/report.html"][1]
+        assert tiny.here("embed", corpus / "s0", *network, "--output", results / "e.npz")[0] == 0
+        assert tiny.here("export", *network, "--output", results / "m.safetensors")[0] == 0
+        said[name] = tiny.here("verify", corpus / "s0" / "0.wav", corpus / "s0" / "1.wav", *network)
+    assert said["local"] == said["bucket"] and "eer of" in said["local"][1]
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in said)
+    assert one.pop("model") == str(local) and other.pop("model") == remote and one == other
+    one, other = (np.load(tmp_path / name / "e.npz")["embeddings"] for name in said)
+    np.testing.assert_array_equal(one, other, strict=True)
+    assert list(json.loads(bucket.objects["trained/decisions.json"][1])) == [read_model(
+        tmp_path / "bucket" / "m.safetensors").fingerprint]
+    status, text = tiny.here("report", remote)
+    assert status == 0 and text.strip().endswith(f"{remote}/report.html")
+    assert b"<html" in bucket.objects["trained/report.html"][1]
 
 
-def test_a_run_that_is_done_or_of_another_config_is_known_there(runs):
-    status, text = tiny.train_here(RUN)
+def test_a_run_that_is_done_or_of_another_config_is_known_there(runs, monkeypatch):
+    test_processes.patch_for_tests(monkeypatch.setattr)
+    status, text = tiny.here(*test_processes.command(RUN))
     assert status == 0 and f"nothing to do: {RUN} has been trained for 12 steps already" in text
-    status, text = tiny.train_here(RUN, "seed=5")
+    status, text = tiny.here(*test_processes.command(RUN, "seed=5"))
     assert status == 2 and f"{RUN} was made with another config (seed: 0 → 5)" in text
 
 
