@@ -60,14 +60,14 @@ $(PARITY)/installed: setup.cfg pyproject.toml
 
 install: $(INSTALLED)
 
-# Tests run everything the project can do, so both extras are installed once.
+# Tests run everything the project can do, so these extras are installed once.
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "memo_jax needs Python 3.11 or newer, but '$(PYTHON)' says: `$(PYTHON) --version 2>&1 | tail -n 1`" >&2; \
 		echo "Name another: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Making $(VENV) and installing memo_jax with its dependencies; a few minutes the first time."
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,test]'
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,gcs,test]'
 	@touch $@
 
 clean:

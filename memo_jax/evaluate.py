@@ -12,7 +12,7 @@ from memo_jax.calibration import fit_calibration
 from memo_jax.data import Utterances, open_utterances
 from memo_jax.embedder import load_model, log_mel_statistics
 from memo_jax.features import SAMPLE_RATE
-from memo_jax.files import write_text
+from memo_jax.files import as_path, write_text
 from memo_jax.model_file import Decision, Model, backbone_variables, embedding_function
 from memo_jax.models import Branch
 from memo_jax.score import DECIMALS, P_TARGETS, REPLICATES, eer_interval, error_report, rates_text, write_scores
@@ -131,7 +131,7 @@ def evaluate(
         "log_mel_statistics": error_report(baseline, evaluation.target),
         "network": network_name(network),
         "fingerprint": network.fingerprint,
-        "model": str(model),
+        "model": str(as_path(model)),
         **{key: network.provenance.get(key) for key in ("branch", "role", "step")},
         "data": str(data),
         "trial_list": str(trials),

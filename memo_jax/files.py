@@ -178,4 +178,4 @@ def _bucket_errors(path):
 
 
 def _on_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

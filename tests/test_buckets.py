@@ -1,8 +1,6 @@
 """A workdir at gs://: trained, killed, resumed and used as one in the file system, against a bucket in memory."""
 
-import importlib.util
 import json
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -13,25 +11,24 @@ import pytest
 import test_processes
 import tiny
 
-from memo_jax import files
-from memo_jax.checkpoint import Checkpointer, load_extra, load_raw, saved_steps
-from memo_jax.config import read_config, save_config
+from memo_jax import files, sharding
+from memo_jax.checkpoint import Checkpointer, load_raw, saved_steps
+from memo_jax.config import save_config
 from memo_jax.log import MetricsLog, read_metrics
 from memo_jax.model_file import read_model
+from memo_jax.recipe import build_recipe, initial_state
 
 RUN = "gs://bucket/runs/one"
 TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="needs the extra `gcs`"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module")
 def bucket():
     """The bucket of this process: what talks to it remembers its address."""
+    pytest.importorskip("gcsfs", reason="needs the extra `gcs`")
     with fake_bucket.running("bucket") as (server, variables), pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
@@ -93,17 +90,19 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
 
 def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_path):
     """To eval, which keeps a threshold in the bucket, and to embed, verify, export and report."""
-    local, remote = tiny.trained_run()[0], "gs://bucket/trained"
-    local = shutil.copytree(local, tmp_path / "trained")
-    save_config(remote, read_config(local))
-    with Checkpointer(remote) as checkpoints, MetricsLog(remote) as log:
-        checkpoints.save(6, load_raw(local, 6)[0], extra=load_extra(local, 6))
-        for row in read_metrics(local):
-            log.write(row["step"], row)
+    local, remote = tmp_path / "trained", "gs://bucket/trained"
+    config = tiny.tiny_config(f"data.train={tiny.material().dataset}", "model.branches=resnet")
+    state = initial_state(config, build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
+    for workdir in (local, remote):
+        save_config(workdir, config)
+        with Checkpointer(workdir) as checkpoints, MetricsLog(workdir) as log:
+            checkpoints.save(6, state)
+            for step in range(1, 7):
+                log.write(step, {"loss": 1 / step})
     trials = [f"--data={tiny.material().dataset}", f"--trials={tiny.material().trials}", "--replicates=0"]
     corpus, said = tiny.material().corpus, {}
     for name, workdir in (("local", local), ("bucket", remote)):
-        network, results = ["--model", workdir, "--branch=resnet"], tmp_path / name
+        network, results = ["--model", workdir], tmp_path / name
         status, text = tiny.here("eval", *network, "--output", results, *trials, "--save-threshold")
         assert status == 0, text
         assert tiny.here("embed", corpus / "s0", *network, "--output", results / "e.npz")[0] == 0
@@ -186,7 +185,7 @@ def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
     assert [row["loss"] for row in read_metrics("gs://bucket/logged")] == [1, 2, 4]
 
 
-def test_what_must_be_in_the_file_system_says_so(bucket, tmp_path):
+def test_what_must_be_in_the_file_system_says_so(tmp_path):
     material = tiny.material()
     status, text = tiny.train_here(tmp_path / "run", "data.train=gs://bucket/data")
     assert status == 2 and "gs://bucket/data is no path of the file system, as is needed here: copy it" in text
@@ -201,7 +200,7 @@ def test_what_must_be_in_the_file_system_says_so(bucket, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_urls_and_a_missing_extra_are_named(bucket, monkeypatch):
+def test_other_urls_and_a_missing_extra_are_named(monkeypatch):
     status, text = tiny.train_here("s3://bucket/run")
     assert status == 2 and "s3://bucket/run: give a path of the file system, or gs://BUCKET/FOLDER" in text
     monkeypatch.setitem(sys.modules, "gcsfs", None)

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 MODULE_NAMES = {"tensorflow-datasets": "tensorflow_datasets", "orbax-checkpoint": "orbax",
                 "ml-collections": "ml_collections", "array-record": "array_record", "absl-py": "absl",
                 "scikit-learn": "sklearn"}
-# Imported where they are needed alone, with a message for those who lack them: each is an extra of its name.
-OPTIONAL = {"torch"}
+# Imported where they are needed alone, with a message for those who lack them, and the extras that they are of.
+OPTIONAL = {"torch": "torch", "fsspec": "gcs", "google": "gcs"}
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_the_library_imports_only_what_it_declares(setup_cfg):
     imported = modules_imported_below(ROOT / "memo_jax")
     assert "jax" in imported
     assert imported.pop("tensorflow", "tfds_audio.py") == "tfds_audio.py", "only the reader of the extra `tfds` may"
-    assert OPTIONAL <= set(setup_cfg["options.extras_require"])
-    known = declared | OPTIONAL | set(sys.stdlib_module_names)
+    assert set(OPTIONAL.values()) <= set(setup_cfg["options.extras_require"])
+    known = declared | set(OPTIONAL) | set(sys.stdlib_module_names)
     undeclared = {name: file for name, file in imported.items() if name not in known}
     assert not undeclared
 

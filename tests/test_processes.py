@@ -253,11 +253,6 @@ def test_places_among_the_processes_that_cannot_be_are_refused(flags, message, t
     assert status == 2 and message in text and not (tmp_path / "run").exists()
 
 
-def test_a_workdir_in_a_bucket_is_refused():
-    status, text = tiny.here(*command("gs://bucket/run"))
-    assert status == 2 and "is no path of the file system" in text and not os.path.exists("gs:")
-
-
 def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
     done = tiny.memo_jax(*command(tmp_path / "run", "--distributed"), "--num_processes=2")
     assert done.returncode == 2 and "give --coordinator, --process_id" in done.stderr
