@@ -114,7 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     train = command("train", run_train, "train, or go on training, the run of a workdir")
     train.add_argument("--config", required=True, metavar="FILE",
                        help="Python file with get_config(); change keys with --config.KEY=VALUE")
-    train.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints")
+    train.add_argument("--workdir", required=True, type=Path, metavar="DIR",
+                       help="for config, metrics, checkpoints; may be gs://…")
     train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
     train.add_argument("--distributed", action="store_true",
                        help="together with the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job")

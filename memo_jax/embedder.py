@@ -86,7 +86,7 @@ class Embedder:
         """Loads the network of a training workdir, or what was exported, or converted from PyTorch weights.
 
         Args:
-          path: workdir, or a file that `memo-jax export` or `memo-jax convert` wrote.
+          path: workdir, perhaps gs://…, or a file that `memo-jax export` or `memo-jax convert` wrote.
           branch: of a workdir: which backbone; "ecapa" by default, or the only one.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.

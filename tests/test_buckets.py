@@ -89,16 +89,19 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
 
 
 def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_path):
-    """To eval, which keeps a threshold in the bucket, and to embed, verify, export and report."""
+    """To eval, which keeps a threshold in the bucket, and to embed, verify, export and report; a run that was copied
+    there."""
     local, remote = tmp_path / "trained", "gs://bucket/trained"
     config = tiny.tiny_config(f"data.train={tiny.material().dataset}", "model.branches=resnet")
     state = initial_state(config, build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
-    for workdir in (local, remote):
-        save_config(workdir, config)
-        with Checkpointer(workdir) as checkpoints, MetricsLog(workdir) as log:
-            checkpoints.save(6, state)
-            for step in range(1, 7):
-                log.write(step, {"loss": 1 / step})
+    save_config(local, config)
+    with Checkpointer(local) as checkpoints, MetricsLog(local) as log:
+        checkpoints.save(6, state)
+        for step in range(1, 7):
+            log.write(step, {"loss": 1 / step})
+    for file in local.rglob("*"):
+        if file.is_file():
+            bucket.objects[f"trained/{file.relative_to(local)}"] = 1, file.read_bytes()
     trials = [f"--data={tiny.material().dataset}", f"--trials={tiny.material().trials}", "--replicates=0"]
     corpus, said = tiny.material().corpus, {}
     for name, workdir in (("local", local), ("bucket", remote)):

@@ -119,7 +119,7 @@ def test_commands_for_pods_are_understood(monkeypatch):
     found = [[*container["command"], *container["args"]]]
     for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
         found += [shlex.split(part) for part in re.findall(r"memo-jax (?:train|plan) [^\"\n]+", block)]
-    assert [words[1] for words in found] == ["train"] * 5 + ["plan"]
+    assert [words[1] for words in found] == ["train"] * 6 + ["plan"]
     for _, *words in found:
         options, overrides = cli.build_parser().parse_known_args(words)
         assert all(text.startswith("--config.") for text in overrides), overrides
