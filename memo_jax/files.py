@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import os
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +94,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = as_path(path)
     if in_bucket(path):
+        import tempfile  # here, since it takes longer than all the rest of the command line
+
         with tempfile.TemporaryDirectory(prefix="memo-jax-") as folder:
             partial = Path(folder) / path.name
             yield partial
@@ -138,6 +139,8 @@ class AppendableFolder:
         self.path = self._bucket
         if not in_bucket(folder):
             return
+        import tempfile
+
         self._temporary = tempfile.TemporaryDirectory(prefix="memo-jax-")
         self.path = Path(self._temporary.name)
         self._uploaded, self._due = {}, time.monotonic() + SECONDS_BETWEEN_UPLOADS

@@ -76,13 +76,13 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files. The log cannot be written after."""
+        active, self._active = self._active, False
         with self._failure_named():
             if self._file:
                 self._file.close()
             if self._events:
                 self._events.close()
-        if self._active:
-            self._active = False
+        if active:
             self._folder.close()
 
     def __enter__(self) -> "MetricsLog":

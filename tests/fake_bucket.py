@@ -63,7 +63,11 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self):
         url = urllib.parse.urlsplit(self.path)
         self.query = dict(urllib.parse.parse_qsl(url.query))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client was killed
+            self.close_connection = True
+            return
         parts = re.fullmatch(r"(/upload|/download)?/storage/v1/b/([^/]+)(/o(?:/([^/]+))?)?", url.path)
         if parts is None:
             return self.error(501, f"this server knows no {self.command} {self.path}")

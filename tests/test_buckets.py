@@ -70,8 +70,9 @@ def rows_without_times(workdir):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(workdir)]
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, bucket):
-    """A half-written checkpoint is not chosen, nor in the way; every step is logged once."""
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, bucket, tmp_path):
+    """A half-written checkpoint is not chosen, nor in the way; every step is logged once. A copy of it outside of the
+    bucket is the same run."""
     steps, logged = runs.found
     assert steps[0] == 4 and set(steps) <= {4, 8} and logged[:8] == list(range(1, 9))
     assert runs.unmarked == [4]
@@ -86,6 +87,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
     assert {name.partition("/checkpoints/")[0] for name in bucket.objects if "tfevents" not in name} == {
         "runs/one", "runs/one/config.json", "runs/one/metrics.jsonl", "runs/one/run.json"}
     assert sum("tensorboard/events" in name for name in bucket.objects) == 2, "one file a start"
+    for name, (_, content) in bucket.objects.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert saved_steps(tmp_path / "runs" / "one") == [8, 12]
+    copied = load_raw(tmp_path / "runs" / "one")[0]
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), whole, copied)
 
 
 def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_path):
