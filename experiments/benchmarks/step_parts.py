@@ -126,7 +126,7 @@ def machine_limits(size=2048, megabytes=256):
 def measured(name, function, arguments, runs, peak, bandwidth):
     """Returns what a part takes, and what it would at its limit."""
     begin = time.process_time()
-    compiled = jax.jit(function).lower(*arguments).compile()
+    compiled = jax.jit(function).lower(*arguments).compile(recipes.compiler_options("cpu"))
     compile_seconds = time.process_time() - begin
     shapes = jax.eval_shape(function, *arguments)
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, shapes)) if hasattr(x, "dtype")
