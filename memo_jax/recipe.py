@@ -162,7 +162,11 @@ def compiler_options(platform: str) -> dict | None:
         return None
     # Without the library's convolutions and sums, which XLA would use, too: it takes the gradient of a 3×3 kernel at a
     # third of the speed of XLA's own, and copies what it reads.
-    return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
+    return {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+        # It would drop optimisation barriers before it fuses operations and merges what occurs twice.
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    }
 
 
 def state_maker(recipe: Recipe):

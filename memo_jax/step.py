@@ -10,6 +10,7 @@ import optax
 from memo_jax import losses
 from memo_jax.gate import GateRule, updated_gate
 from memo_jax.models import Branch
+from memo_jax.models.layers import cpu_barrier
 from memo_jax.optim import Schedules
 from memo_jax.state import TrainState, student_params
 
@@ -124,6 +125,8 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
     grads, student_stats, contrastive_losses, alignments = {}, {}, [], []
     for name, branch in recipe.branches.items():
         params, stats = state.student[name]["params"], state.student[name]["batch_stats"]
+        if grads:  # one branch after the other: what the backward pass of one needs is large
+            grads, params, views = cpu_barrier((grads, params, views))
         # The backward pass is cut at the embedding: there the gradients of both kinds of loss meet, and their cosine
         # (which the `conflict` gate reads) comes for free.
         embeddings, backbone_vjp, stats = jax.vjp(

@@ -26,6 +26,15 @@ def bias_uniform(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def cpu_barrier(tree):
+    """Returns a pytree of arrays; on a CPU all of it is computed, once, before what reads any of it, gradients likewise.
+
+    XLA's compiler for CPUs would compute a sum of residuals, and all sums before it, again in each operation that reads
+    it. Needs the option that train steps are compiled with (recipe.py), without which it drops the barrier too early.
+    """
+    return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
+
+
 def valid_frames(lengths: jax.Array, frames: int) -> jax.Array:
     """Returns a boolean mask [N, T], true where a frame lies inside its utterance."""
     return jnp.arange(frames)[None, :] < lengths[:, None]
@@ -210,7 +219,7 @@ def _normalize(x, scale, bias, epsilon):
 
 def _normalize_gradients(residuals, gradients):
     x, scale, mean, inverse = residuals
-    gradient = gradients[0].astype(jnp.float32)
+    gradient = cpu_barrier(gradients[0].astype(jnp.float32))
     normalized = (x.astype(jnp.float32) - _side_by_side(mean, x)) * _side_by_side(inverse, x)
     of_bias, of_scale = channel_sums(gradient, scale.size), channel_sums(gradient * normalized, scale.size)
     count = x.size // scale.size
@@ -279,11 +288,12 @@ def run_blocks(
     if not train or lengths is not None or parent.is_initializing() or (alone and remat == "none"):
         for name in names:
             x = block(name=name)(x, lengths, train)
+            x = cpu_barrier(x) if train else x
         return x
 
     def run(x, variables):
         out, updated = block(parent=None).apply(variables, x, None, True, mutable=["batch_stats"])
-        return out, updated["batch_stats"]
+        return cpu_barrier(out), updated["batch_stats"]
 
     if remat != "none":
         run = jax.checkpoint(run, prevent_cse=alone, policy=REMATS[remat])
