@@ -16,6 +16,7 @@ from memo_jax.models.ecapa import ECAPATDNN
 from memo_jax.models.heads import DINOHead
 from memo_jax.models.layers import BatchNorm
 from memo_jax.models.resnet import ResNet34
+from memo_jax.recipe import compiler_options
 
 TINY = {
     "ecapa": {"channels": (24, 24, 24, 24, 48), "scale": 3, "embedding_dim": 16},
@@ -107,6 +108,22 @@ def test_levers_for_speed_and_memory_change_no_number(name, levers):
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(b).max(), 1e-2))
+
+
+def test_what_is_made_again_is_not_kept_on_a_cpu_either():
+    """XLA's compiler for CPUs merges what is made again with what was made before, unless its barriers are kept."""
+    temporary = {}
+    for remat in ("none", "blocks"):
+        backbone = build_backbone("resnet", **TINY["resnet"] | {"blocks": (3, 1, 1, 1), "remat": remat})
+        variables = scrambled_variables(backbone, 2, 32, 80)
+
+        def loss(params, x, backbone=backbone, statistics=variables["batch_stats"]):
+            variables = {"params": params, "batch_stats": statistics}
+            return backbone.apply(variables, x, train=True, mutable=["batch_stats"])[0].sum()
+
+        gradients = jax.jit(jax.grad(loss)).lower(variables["params"], jnp.zeros((8, 100, 80)))
+        temporary[remat] = gradients.compile(compiler_options("cpu")).memory_analysis().temp_size_in_bytes
+    assert temporary["blocks"] < 0.7 * temporary["none"]
 
 
 def test_unknown_backbone_is_refused_with_those_there_are():
