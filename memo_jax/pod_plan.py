@@ -29,17 +29,19 @@ VOXCELEB2 = 1_092_009  # utterances of its development part
 class Chip(NamedTuple):
     """Of a TPU generation: peak of bfloat16 products (FLOP/s), memory (bytes), links (bytes/s), clock (Hz).
 
-    From the pages of Cloud TPU; the clock is what makes the peak of the matrix units.
+    From the pages of Cloud TPU; the clock is what makes the peak of the matrix units. `cores` is libtpu's name for a chip
+    whose cores are one device, as they are where JAX runs on it.
     """
 
     peak: float
     memory: float
     links: float
     clock: float
+    cores: str = "default"
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 300e9, 1.05e9),
+    "v4": Chip(275e12, 32 * 2**30, 300e9, 1.05e9, "megacore"),
     "v5e": Chip(197e12, 16 * 2**30, 200e9, 1.5e9),
     "v5p": Chip(459e12, 95 * 2**30, 600e9, 1.75e9),
     "v6e": Chip(918e12, 32 * 2**30, 400e9, 1.75e9),
@@ -117,7 +119,10 @@ def compile_only_devices(topology: str) -> tuple[Chip, list]:
                         ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_WORKER_ID", "0")):
         os.environ.setdefault(name, value)
     try:
-        return CHIPS[generation], topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        chip = CHIPS[generation]
+        return chip, topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, chip_config_name=chip.cores
+        ).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
 

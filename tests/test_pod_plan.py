@@ -61,6 +61,12 @@ def arguments(*settings):
 
 
 @needs_libtpu
+@pytest.mark.parametrize("topology", ["v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
+def test_a_chip_is_one_device(topology):
+    assert len(pod_plan.compile_only_devices(topology)[1]) == 16
+
+
+@needs_libtpu
 def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
     """Twice the batch doubles what a chip computes, nearly, without NT-Xent's comparison of all with all, which it
     quadruples; a bank is memory that every chip holds whole."""
