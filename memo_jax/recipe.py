@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memo_jax import augment, config as configs, features, optim, sharding, state as states
+from memo_jax.compiler import compiler_options
 from memo_jax.gate import GateRule
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.ecapa import FORMS
@@ -154,19 +155,6 @@ def jitted_step(config, recipe: Recipe, mesh):
         step, in_shardings=(state, split, whole, whole), out_shardings=(state, whole), donate_argnums=0,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
-
-
-def compiler_options(platform: str) -> dict | None:
-    """Returns the options that train steps are compiled with for a platform such as "cpu"."""
-    if platform != "cpu":
-        return None
-    # Without the library's convolutions and sums, which XLA would use, too: it takes the gradient of a 3×3 kernel at a
-    # third of the speed of XLA's own, and copies what it reads.
-    return {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-        # It would drop optimisation barriers before it fuses operations and merges what occurs twice.
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-    }
 
 
 def state_maker(recipe: Recipe):

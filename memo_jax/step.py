@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from memo_jax import losses
+from memo_jax.compiler import cpu_barrier
 from memo_jax.gate import GateRule, updated_gate
 from memo_jax.models import Branch
-from memo_jax.models.layers import cpu_barrier
 from memo_jax.optim import Schedules
 from memo_jax.state import TrainState, student_params
 

@@ -10,13 +10,13 @@ import pytest
 from scipy.special import erf
 
 from memo_jax import features
+from memo_jax.compiler import compiler_options
 from memo_jax.models import Branch, build_backbone, parameter_count
 from memo_jax.models.campplus import CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN
 from memo_jax.models.heads import DINOHead
 from memo_jax.models.layers import BatchNorm
 from memo_jax.models.resnet import ResNet34
-from memo_jax.recipe import compiler_options
 
 TINY = {
     "ecapa": {"channels": (24, 24, 24, 24, 48), "scale": 3, "embedding_dim": 16},

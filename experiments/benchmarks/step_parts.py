@@ -25,6 +25,7 @@ from synthetic import example_banks, example_batch
 
 from memo_jax import augment, config as configs, features, losses, recipe as recipes, sharding
 from memo_jax.cli import keep_freed_memory
+from memo_jax.compiler import compiler_options
 from memo_jax.log import progress
 from memo_jax.step import logits_by_view, student_embeddings, teacher_outputs, train_step_on_features
 
@@ -126,7 +127,7 @@ def machine_limits(size=2048, megabytes=256):
 def measured(name, function, arguments, runs, peak, bandwidth):
     """Returns what a part takes, and what it would at its limit."""
     begin = time.process_time()
-    compiled = jax.jit(function).lower(*arguments).compile(recipes.compiler_options("cpu"))
+    compiled = jax.jit(function).lower(*arguments).compile(compiler_options("cpu"))
     compile_seconds = time.process_time() - begin
     shapes = jax.eval_shape(function, *arguments)
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, shapes)) if hasattr(x, "dtype")

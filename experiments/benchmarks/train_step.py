@@ -115,7 +115,7 @@ class JaxSteps:
         from parity import build_recipe, views_of
 
         from memo_jax import interop
-        from memo_jax.recipe import compiler_options
+        from memo_jax.compiler import compiler_options
         from memo_jax.state import state_from_students
         from memo_jax.step import train_step_on_features
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from memo_jax.compiler import cpu_barrier
 from memo_jax.models.packed import packed_convolution
 
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
@@ -24,15 +25,6 @@ def bias_uniform(fan_in: int):
     """Returns PyTorch's default bias initialiser, U(±1/√fan_in)."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def cpu_barrier(tree):
-    """Returns a pytree of arrays; on a CPU all of it is computed, once, before what reads any of it, gradients likewise.
-
-    XLA's compiler for CPUs would compute a sum of residuals, and all sums before it, again in each operation that reads
-    it. Needs the option that train steps are compiled with (recipe.py), without which it drops the barrier too early.
-    """
-    return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
 
 
 def valid_frames(lengths: jax.Array, frames: int) -> jax.Array:
