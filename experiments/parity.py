@@ -53,7 +53,7 @@ def build_recipe(config: dict) -> Recipe:
     head = DINOHead(config["prototypes"], config["head_hidden"], config["head_bottleneck"])
     backbones = {
         "ecapa": {"channels": tuple(config["ecapa_channels"])},
-        "resnet": {"base_channels": config["resnet_base_channels"]},
+        "resnet": {"base_channels": config["resnet_base_channels"], "remat": config.get("resnet_remat", "none")},
     }
     branches = {
         name: Branch(build_backbone(name, embedding_dim=config["embed_dim"], **sizes), head, HEADS)

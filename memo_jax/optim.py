@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from memo_jax.compiler import cpu_barrier, squared_norm
+
 
 class Schedules(NamedTuple):
     """Functions of the step (from 0) that return float32 scalars, and the first step with trained prototypes."""
@@ -59,7 +61,7 @@ def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:
     """Scales every tensor by max_norm / (‖g‖ + 1e-6) where that is below 1: the DINO recipes clip per tensor."""
 
     def clip(g):
-        coefficient = max_norm / (jnp.linalg.norm(g.astype(jnp.float32).ravel()) + 1e-6)
+        coefficient = max_norm / (jnp.sqrt(squared_norm(g)) + 1e-6)
         return g * jnp.minimum(coefficient, 1.0).astype(g.dtype)
 
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
@@ -93,6 +95,20 @@ def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> o
     return optax.GradientTransformation(init, update)
 
 
+def momentum_in_place(decay: float) -> optax.GradientTransformation:
+    """Returns optax.trace, whose momenta on a CPU are computed once for both the state and the update.
+
+    Computed for each, they would read what the other has to write, so that parameters and momenta would be copied.
+    """
+    trace = optax.trace(decay)
+
+    def update(updates, state, params=None):
+        updates, state = trace.update(updates, state, params)
+        return jax.tree.map(cpu_barrier, updates), state
+
+    return optax.GradientTransformation(trace.init, update)
+
+
 def has_decay(params):
     """Returns a mask that is true where weight decay applies: not on biases and other 1-D parameters."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -110,7 +126,7 @@ def build_optimizer(
     clip = clip_each_tensor(clip_norm) if clip_norm > 0 else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=has_decay)
     if name == "sgd":
-        body = [decay, optax.trace(decay=sgd_momentum)]
+        body = [decay, momentum_in_place(sgd_momentum)]
     elif name == "adamw":
         body = [optax.scale_by_adam(), decay]
     else:

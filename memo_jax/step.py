@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from memo_jax import losses
-from memo_jax.compiler import cpu_barrier
+from memo_jax.compiler import cpu_barrier, squared_norm
 from memo_jax.gate import GateRule, updated_gate
 from memo_jax.models import Branch
 from memo_jax.optim import Schedules
@@ -127,14 +127,16 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
         params, stats = state.student[name]["params"], state.student[name]["batch_stats"]
         if grads:  # one branch after the other: what the backward pass of one needs is large
             grads, params, views = cpu_barrier((grads, params, views))
+        backbone = {"backbone": params["backbone"]}
+        heads = {part: of_part for part, of_part in params.items() if part != "backbone"}
         # The backward pass is cut at the embedding: there the gradients of both kinds of loss meet, and their cosine
         # (which the `conflict` gate reads) comes for free.
         embeddings, backbone_vjp, stats = jax.vjp(
-            lambda p: student_embeddings(branch, p, stats, views), params, has_aux=True  # noqa: B023
+            lambda p: student_embeddings(branch, p, stats, views), backbone, has_aux=True  # noqa: B023
         )
 
-        def distill(head_params, embeddings):
-            logits, new_stats = logits_by_view(branch, head_params, stats, embeddings)  # noqa: B023
+        def distill(heads, embeddings):
+            logits, new_stats = logits_by_view(branch, heads, stats, embeddings)  # noqa: B023
             total, terms = 0.0, {}
             for student, teacher, head, weight in distillation_pairs(names, weights):
                 if student == name:  # noqa: B023
@@ -146,9 +148,11 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
                     terms[teacher] = (loss, indicators)
             return total, (terms, new_stats)
 
-        (total, (terms, student_stats[name])), (head_grads, embedding_grads) = jax.value_and_grad(
+        (total, (terms, student_stats[name])), gradients = jax.value_and_grad(
             distill, argnums=(0, 1), has_aux=True
-        )(params, embeddings)
+        )(heads, embeddings)
+        # All gradients come before the first update, which so needs no copy of the parameters that others still read.
+        head_grads, embedding_grads = cpu_barrier(gradients)
         for teacher, (loss, indicators) in terms.items():
             kind = "self" if teacher == name else "cross"
             suffix = name if len(names) <= 2 or kind == "self" else f"{name}-{teacher}"
@@ -182,10 +186,8 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
             contrastive_losses.append(loss)
             alignments.append(cosine)
 
-        (backbone_grads,) = backbone_vjp(embedding_grads)
-        grads[name] = {
-            part: (backbone_grads if part == "backbone" else head_grads)[part] for part in params
-        }
+        (backbone_grads,) = cpu_barrier(backbone_vjp(embedding_grads))
+        grads[name] = {**backbone_grads, **head_grads}
         metrics[f"loss/{name}"] = total
         metrics[f"embedding_std/{name}"] = losses.embedding_deviation(teacher_embedding[name][0])
 
@@ -229,7 +231,7 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
         "gate/closed_at": gate.closed_at,
         "gate/loss": gate.loss,
         "gate/alignment": gate.alignment,
-        "gradient_norm": optax.tree.norm(grads),
+        "gradient_norm": jnp.sqrt(sum(squared_norm(g) for g in jax.tree.leaves(grads))),
     }
     return new_state, metrics
 

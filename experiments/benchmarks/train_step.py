@@ -40,7 +40,7 @@ def reference_config(options) -> dict:
     """The config that experiments/torch_steps.py and parity.py read."""
     return {
         "batch": options.batch, "ecapa_channels": options.ecapa_channels,
-        "resnet_base_channels": options.resnet_base_channels, "embed_dim": options.embedding_dim,
+        "resnet_base_channels": options.resnet_base_channels, "resnet_remat": "norms", "embed_dim": options.embedding_dim,
         "prototypes": options.prototypes, "head_hidden": options.head_hidden, "head_bottleneck": options.head_bottleneck,
         "epochs": 10, "steps_per_epoch": 100, "warmup_epochs": 0, "teacher_temp": [0.04, 0.07],
         "teacher_temp_warmup_epochs": 5, "student_temp": 0.1, "center_momentum": 0.9, "cross_weight": 1.0,

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memo_jax.compiler import sum_from_first_axis
 from memo_jax.losses import l2_normalize
 from memo_jax.models.layers import BatchNorm, Linear
 
@@ -56,7 +57,7 @@ class DINOHead(nn.Module):
         directions = self.param("prototypes", prototype_uniform, (self.bottleneck, self.prototypes))
         # The products are divided by the lengths, not the prototypes: these are larger than everything else here, and
         # copies of length one, and their gradients, would be as large.
-        inverse = jax.lax.rsqrt(jnp.maximum(jnp.square(directions).sum(axis=0), LENGTH_EPSILON**2))
+        inverse = jax.lax.rsqrt(jnp.maximum(sum_from_first_axis(jnp.square(directions), 0), LENGTH_EPSILON**2))
         return jnp.matmul(units, directions, precision="highest") * inverse
 
     def __call__(self, x, train=False):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from memo_jax.compiler import cpu_barrier
+from memo_jax.compiler import cpu_barrier, sum_from_first_axis
 from memo_jax.models.packed import packed_convolution
 
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
@@ -180,20 +180,7 @@ def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: f
 
 def channel_sums(x: jax.Array, channels: int) -> jax.Array:
     """Returns the sums [channels] of x [..., p·channels] over all axes but the last, and over the p values of each."""
-
-    def in_wide_rows(x):
-        # Many sums at once, each of few numbers, which is many times as fast and rounds less than XLA's own order. The
-        # barrier keeps it from joining both sums again; of rows with one axis it makes no slow windows.
-        rows = x.reshape(-1, x.shape[-2] * x.shape[-1])
-        return jax.lax.optimization_barrier(rows.sum(axis=0)).reshape(x.shape[-2:]).sum(axis=0)
-
-    def in_its_own_order(x):
-        return x.sum(axis=tuple(range(x.ndim - 1)))
-
-    if x.ndim < 3:
-        sums = in_its_own_order(x)
-    else:
-        sums = jax.lax.platform_dependent(x, cpu=in_wide_rows, default=in_its_own_order)
+    sums = x.sum(axis=0) if x.ndim < 3 else sum_from_first_axis(x, tuple(range(x.ndim - 1)))
     return sums if sums.size == channels else sums.reshape(-1, channels).sum(axis=0)
 
 
