@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from memo_jax.compiler import over_last_axis
+
 
 def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
     """Returns x / max(‖x‖, epsilon) along an axis, with a finite gradient at zero."""
@@ -22,6 +24,12 @@ def cross_entropy_of_pairs(student_logits: jax.Array, probabilities: jax.Array, 
     return _cross_entropy_and_residuals(student_logits, probabilities, temperature)[0]
 
 
+def _logsumexp(logits):
+    """Returns ln Σ exp over the last axis of finite logits."""
+    largest = over_last_axis(jnp.max, logits)
+    return largest + jnp.log(over_last_axis(jnp.sum, jnp.exp(logits - largest[..., None])))
+
+
 def _partners(views, teacher_views):
     """How many teacher views each student view is compared with, [V], and the number of pairs."""
     return jnp.where(jnp.arange(views) < teacher_views, teacher_views - 1, teacher_views), teacher_views * (views - 1)
@@ -31,9 +39,10 @@ def _cross_entropy_and_residuals(student_logits, probabilities, temperature):
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
     partners, pairs = _partners(views, teacher_views)
     # The cross-entropy is logsumexp(s) − ⟨p, s⟩, and the views are summed before the product.
-    logsumexp = jax.nn.logsumexp(student_logits / temperature, axis=-1)
+    logsumexp = _logsumexp(student_logits / temperature)
     others = student_logits.sum(axis=0) - student_logits[:teacher_views]
-    total = jnp.vdot(partners, logsumexp.sum(axis=-1)) - jnp.vdot(probabilities, others) / temperature
+    products = over_last_axis(jnp.sum, probabilities * others).sum()
+    total = jnp.vdot(partners, logsumexp.sum(axis=-1)) - products / temperature
     return total / (pairs * batch), (student_logits, probabilities, logsumexp)
 
 
@@ -74,10 +83,11 @@ def distillation(
       `mean_teacher_entropy` (entropy of the teacher's mean distribution), all in nats: with K prototypes, collapse
       shows as a teacher entropy of ln K (uniform) or as a mean-teacher entropy of 0 (one prototype for everybody).
     """
-    teacher = jax.lax.stop_gradient(jax.nn.log_softmax((teacher_logits - center) / teacher_temp, axis=-1))
+    teacher = jax.lax.stop_gradient((teacher_logits - center) / teacher_temp)
+    teacher = teacher - _logsumexp(teacher)[..., None]
     probabilities = jnp.exp(teacher)
     loss = cross_entropy_of_pairs(student_logits, probabilities, student_temp)
-    entropy = -(probabilities * teacher).sum(axis=-1).mean()
+    entropy = -over_last_axis(jnp.sum, probabilities * teacher).mean()
     mean = probabilities.mean(axis=(0, 1))
     indicators = {
         "teacher_entropy": entropy,

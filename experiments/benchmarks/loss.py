@@ -5,7 +5,7 @@
 
 Pair by pair is how the public DINO programs have it: for every pair of a teacher view and another student view, a
 softmax of the one, a log-softmax of the other and their cross-entropy; automatic differentiation does the rest. Both are
-compiled by XLA, which sees all pairs at once and finds what they share. `cpu_seconds` are the median of the runs, in
+compiled by XLA, ours with the options of the train step, and it sees all pairs at once and finds what they share. `cpu_seconds` are the median of the runs, in
 turns, of loss and gradient; `temporary_bytes` is XLA's own analysis of what the compiled program needs beside its
 arguments and results. `--torch` adds the pairs as PyTorch runs them, one operation after the other, from
 experiments/torch_steps.py (in the environment of `make parity`); of its memory nothing is known here.
@@ -27,6 +27,7 @@ import jax
 import numpy as np
 
 from memo_jax.cli import keep_freed_memory
+from memo_jax.compiler import compiler_options
 from memo_jax.losses import distillation
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
@@ -62,8 +63,9 @@ def example_logits(options):
 def compiled_forms(logits) -> tuple[dict, dict]:
     """Returns {form: a call without arguments → (loss, gradient)} and {form: its temporary bytes}."""
     calls, temporary = {}, {}
-    for name, form in (("ours", our_distillation), ("pairwise", pairwise_distillation)):
-        program = jax.jit(jax.value_and_grad(form)).lower(*logits).compile()
+    ours = compiler_options(jax.default_backend())
+    for name, form, options in (("ours", our_distillation, ours), ("pairwise", pairwise_distillation, None)):
+        program = jax.jit(jax.value_and_grad(form)).lower(*logits).compile(options)
         calls[name] = lambda program=program: jax.block_until_ready(program(*logits))
         temporary[name] = program.memory_analysis().temp_size_in_bytes
     return calls, temporary
