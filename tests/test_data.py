@@ -215,7 +215,9 @@ def damage(shard, fault):
     else:
         number = 3 * int(shard.name.split("-")[2]) + 1
         place = content.index(np.full(1000, 100 * number, np.int16).tobytes()) + 100
-        shard.write_bytes(content[:place] + bytes([content[place] ^ 0xff]) + content[place + 1:])
+        with shard.open("r+b") as file:  # in place: a reader must never find the file cut short
+            file.seek(place)
+            file.write(bytes([content[place] ^ 0xff]))
 
 
 @pytest.mark.parametrize("fault, workers, message", [
