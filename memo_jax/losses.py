@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from memo_jax.compiler import over_last_axis
+from memo_jax.reductions import logsumexp, over_last_axis
 
 
 def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
@@ -24,12 +24,6 @@ def cross_entropy_of_pairs(student_logits: jax.Array, probabilities: jax.Array, 
     return _cross_entropy_and_residuals(student_logits, probabilities, temperature)[0]
 
 
-def _logsumexp(logits):
-    """Returns ln Σ exp over the last axis of finite logits."""
-    largest = over_last_axis(jnp.max, logits)
-    return largest + jnp.log(over_last_axis(jnp.sum, jnp.exp(logits - largest[..., None])))
-
-
 def _partners(views, teacher_views):
     """How many teacher views each student view is compared with, [V], and the number of pairs."""
     return jnp.where(jnp.arange(views) < teacher_views, teacher_views - 1, teacher_views), teacher_views * (views - 1)
@@ -39,22 +33,22 @@ def _cross_entropy_and_residuals(student_logits, probabilities, temperature):
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
     partners, pairs = _partners(views, teacher_views)
     # The cross-entropy is logsumexp(s) − ⟨p, s⟩, and the views are summed before the product.
-    logsumexp = _logsumexp(student_logits / temperature)
+    normalizers = logsumexp(student_logits / temperature)
     others = student_logits.sum(axis=0) - student_logits[:teacher_views]
     products = over_last_axis(jnp.sum, probabilities * others).sum()
-    total = jnp.vdot(partners, logsumexp.sum(axis=-1)) - products / temperature
-    return total / (pairs * batch), (student_logits, probabilities, logsumexp)
+    total = jnp.vdot(partners, normalizers.sum(axis=-1)) - products / temperature
+    return total / (pairs * batch), (student_logits, probabilities, normalizers)
 
 
 def _cross_entropy_gradient(temperature, residuals, gradient):
-    student_logits, probabilities, logsumexp = residuals
+    student_logits, probabilities, normalizers = residuals
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
     partners, pairs = _partners(views, teacher_views)
     everybody = probabilities.sum(axis=0)
     others = jnp.concatenate([
         everybody - probabilities, jnp.broadcast_to(everybody, (views - teacher_views, *everybody.shape))
     ])
-    student = jnp.exp(student_logits / temperature - logsumexp[:, :, None])
+    student = jnp.exp(student_logits / temperature - normalizers[:, :, None])
     scale = gradient / (temperature * pairs * batch)
     return scale * (partners[:, None, None] * student - others), None
 
@@ -84,7 +78,7 @@ def distillation(
       shows as a teacher entropy of ln K (uniform) or as a mean-teacher entropy of 0 (one prototype for everybody).
     """
     teacher = jax.lax.stop_gradient((teacher_logits - center) / teacher_temp)
-    teacher = teacher - _logsumexp(teacher)[..., None]
+    teacher = teacher - logsumexp(teacher)[..., None]
     probabilities = jnp.exp(teacher)
     loss = cross_entropy_of_pairs(student_logits, probabilities, student_temp)
     entropy = -over_last_axis(jnp.sum, probabilities * teacher).mean()

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memo_jax.compiler import cpu_barrier, squared_norm
+from memo_jax.compiler import cpu_barrier
+from memo_jax.reductions import squared_norm
 
 
 class Schedules(NamedTuple):

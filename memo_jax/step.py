@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from memo_jax import losses
-from memo_jax.compiler import cpu_barrier, squared_norm
+from memo_jax.compiler import cpu_barrier
 from memo_jax.gate import GateRule, updated_gate
 from memo_jax.models import Branch
 from memo_jax.optim import Schedules
+from memo_jax.reductions import squared_norm
 from memo_jax.state import TrainState, student_params
 
 Views = tuple[jax.Array, jax.Array]  # normalised log-mel [B, V, T, F] of the global and of the local views
@@ -151,7 +152,7 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
         (total, (terms, student_stats[name])), gradients = jax.value_and_grad(
             distill, argnums=(0, 1), has_aux=True
         )(heads, embeddings)
-        # All gradients come before the first update, which so needs no copy of the parameters that others still read.
+        # All of a branch's gradients come before its updates, which so need no copies of parameters that are still read.
         head_grads, embedding_grads = cpu_barrier(gradients)
         for teacher, (loss, indicators) in terms.items():
             kind = "self" if teacher == name else "cross"

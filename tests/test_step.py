@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from memo_jax import optim
+from memo_jax.compiler import compiler_options
 from memo_jax.gate import GateRule
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
@@ -480,6 +481,24 @@ def test_step_keeps_types_and_structure_of_the_state(memo):
         assert [(x.shape, x.dtype) for x in jax.tree.leaves(before)] == [
             (x.shape, x.dtype) for x in jax.tree.leaves(after)
         ]
+
+
+def test_step_copies_no_parameters_before_it_updates_them():
+    """Nearly all of this donated state is prototypes and their momenta: beside their gradients, which are as large as the
+    students, a step needs little, while copies of both would be twice as large."""
+    recipe = recipe_of(sgd_momentum=0.9, clip=3.0, decay=1e-4)
+    head = DINOHead(32768, 16, 64)
+    recipe = recipe._replace(branches={
+        name: branch.copy(head=head) for name, branch in recipe.branches.items()
+    })
+    state = jax.eval_shape(lambda: initial_state(
+        jax.random.key(0), recipe.branches, MELS, recipe.optimizer, recipe.gate_rule
+    ))
+    views = tuple(jax.ShapeDtypeStruct((BATCH, v, 8, MELS), jnp.float32) for v in (2, 2))
+    step = jax.jit(functools.partial(train_step_on_features, recipe=recipe), donate_argnums=0)
+    compiled = step.lower(state, views).compile(compiler_options(jax.default_backend()))
+    students = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.student))
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * students
 
 
 def test_bfloat16_step_learns_about_the_same_and_keeps_its_state_in_float32():

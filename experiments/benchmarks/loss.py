@@ -5,9 +5,9 @@
 
 Pair by pair is how the public DINO programs have it: for every pair of a teacher view and another student view, a
 softmax of the one, a log-softmax of the other and their cross-entropy; automatic differentiation does the rest. Both are
-compiled by XLA, ours with the options of the train step, and it sees all pairs at once and finds what they share. `cpu_seconds` are the median of the runs, in
-turns, of loss and gradient; `temporary_bytes` is XLA's own analysis of what the compiled program needs beside its
-arguments and results. `--torch` adds the pairs as PyTorch runs them, one operation after the other, from
+compiled by XLA, ours with the options of the train step; it sees all pairs at once and finds what they share.
+`cpu_seconds` are the median of the runs, in turns, of loss and gradient; `temporary_bytes` is XLA's own analysis of what
+the compiled program needs beside its arguments and results. `--torch` adds the pairs as PyTorch runs them, one operation after the other, from
 experiments/torch_steps.py (in the environment of `make parity`); of its memory nothing is known here.
 
 Prints `ratio` and `memory_ratio` (pair by pair ÷ ours) and `max_difference`: the larger of the losses' relative

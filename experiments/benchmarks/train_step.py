@@ -5,6 +5,7 @@
 Sizes are the authors' (ECAPA-512, ResNet34 with 16 channels, four heads of 65,536 prototypes, 2 crops of 4 s and 4 of
 2 s), at a batch of 4, from mel power to updated students, teachers and centres. Theirs is experiments/torch_steps.py:
 backbones of the package speakerlab-slim, heads and losses written as the public DINO recipes write them, pair by pair.
+Ours makes the norms of its ResNet again in the backward pass (`model.resnet_remat=norms`), which costs no time here.
 Both begin with the same weights and see the same input, in two processes on the same cores that take turns, so that
 whatever else the machine does meets both.
 
@@ -40,8 +41,9 @@ def reference_config(options) -> dict:
     """The config that experiments/torch_steps.py and parity.py read."""
     return {
         "batch": options.batch, "ecapa_channels": options.ecapa_channels,
-        "resnet_base_channels": options.resnet_base_channels, "resnet_remat": "norms", "embed_dim": options.embedding_dim,
-        "prototypes": options.prototypes, "head_hidden": options.head_hidden, "head_bottleneck": options.head_bottleneck,
+        "resnet_base_channels": options.resnet_base_channels, "resnet_remat": "norms",
+        "embed_dim": options.embedding_dim, "prototypes": options.prototypes, "head_hidden": options.head_hidden,
+        "head_bottleneck": options.head_bottleneck,
         "epochs": 10, "steps_per_epoch": 100, "warmup_epochs": 0, "teacher_temp": [0.04, 0.07],
         "teacher_temp_warmup_epochs": 5, "student_temp": 0.1, "center_momentum": 0.9, "cross_weight": 1.0,
         "contrastive_weight": 1.0, "contrastive_temperature": 0.1, "contrastive_scale": 1 / 0.07,

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from memo_jax.compiler import cpu_barrier, sum_from_first_axis
+from memo_jax.compiler import cpu_barrier
 from memo_jax.models.packed import packed_convolution
+from memo_jax.reductions import sum_from_first_axis
 
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
