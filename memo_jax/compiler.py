@@ -13,6 +13,8 @@ def compiler_options(platform: str) -> dict | None:
         "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
         # This pass would drop barriers before operations are fused and what occurs twice is merged.
         "xla_disable_hlo_passes": "cse_barrier_expander",
+        # Small operations that do not need each other then run side by side.
+        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED",
     }
 
 

@@ -1,6 +1,7 @@
 """The losses of MeMo: distillation between views, contrastive on embeddings, the centre. Arrays in, arrays out."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,81 +15,91 @@ def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Ar
     return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def cross_entropy_of_pairs(student_logits: jax.Array, probabilities: jax.Array, temperature: float) -> jax.Array:
-    """Returns −⟨p_i, log_softmax(s_v / temperature)⟩, the mean over the batch and over all pairs of views i and v ≠ i.
+def teacher_distributions(
+    teacher_logits: jax.Array, center: jax.Array, temperature: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns softmax((logits − center)/temperature) of a teacher, what students learn, and its entropies.
 
-    `student_logits` s are [V, B, K], `probabilities` p [W, B, K], W ≤ V; no gradient flows into the latter. Nothing of
-    size pairs × B × K is made, and the gradient, written out, keeps nothing of size V × B × K beside the logits.
+    Args:
+      teacher_logits: [W, B, K] float32; no gradient flows into them.
+      center: [K] float32, from before this step.
+      temperature: positive.
+
+    Returns:
+      Probabilities [W, B, K], and in nats `teacher_entropy` (mean entropy of a distribution) and `mean_teacher_entropy`
+      (entropy of the mean distribution): with K prototypes, collapse shows as a teacher entropy of ln K (uniform) or as
+      a mean-teacher entropy of 0 (one prototype for everybody).
     """
-    return _cross_entropy_and_residuals(student_logits, probabilities, temperature)[0]
+    logs = jax.lax.stop_gradient((teacher_logits - center) / temperature)
+    logs = logs - logsumexp(logs)[..., None]
+    probabilities = jnp.exp(logs)
+    mean = probabilities.mean(axis=(0, 1))
+    return probabilities, {
+        "teacher_entropy": -over_last_axis(jnp.sum, probabilities * logs).mean(),
+        "mean_teacher_entropy": -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30))),
+    }
 
 
-def _partners(views, teacher_views):
-    """How many teacher views each student view is compared with, [V], and the number of pairs."""
-    return jnp.where(jnp.arange(views) < teacher_views, teacher_views - 1, teacher_views), teacher_views * (views - 1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def distillation(student_logits: jax.Array, probabilities: jax.Array, temperature: float, seen: int) -> jax.Array:
+    """Returns the DINO loss, in nats (Caron et al., 2021, eq. 2–3): the mean over the batch and over pairs of views.
+
+    A pair is a teacher's view i and a student's other view v, its loss −⟨p_i, log_softmax(s_v / temperature)⟩. Nothing
+    of size pairs × B × K is made, and the gradient, written out, keeps nothing of size V × B × K beside the logits.
+
+    Args:
+      student_logits: s [V, B, K] float32.
+      probabilities: p [W, B, K] of `teacher_distributions`; no gradient flows into them.
+      temperature: the student's, positive.
+      seen: W where the student's first W views are the teacher's, each no pair with itself; 0 where none is.
+    """
+    return _distillation_and_residuals(student_logits, probabilities, temperature, seen)[0]
 
 
-def _cross_entropy_and_residuals(student_logits, probabilities, temperature):
+def _count_pairs(views, teacher_views, seen):
+    """Of how many pairs of views `distillation` is the mean."""
+    return views * teacher_views - seen
+
+
+def shares_of_pairs(views: Sequence[int]) -> list[float]:
+    """Returns what share of all pairs of views those of each crop length have, global crops first."""
+    counts = [_count_pairs(count, views[0], 0 if i else count) for i, count in enumerate(views)]
+    return [count / sum(counts) for count in counts]
+
+
+def _partners(views, teacher_views, seen):
+    """How many teacher views each student view is compared with, [V]."""
+    return teacher_views - (jnp.arange(views) < seen)
+
+
+def _distillation_and_residuals(student_logits, probabilities, temperature, seen):
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
-    partners, pairs = _partners(views, teacher_views)
     # The cross-entropy is logsumexp(s) − ⟨p, s⟩, and the views are summed before the product.
     normalizers = logsumexp(student_logits / temperature)
-    others = student_logits.sum(axis=0) - student_logits[:teacher_views]
-    products = over_last_axis(jnp.sum, probabilities * others).sum()
-    total = jnp.vdot(partners, normalizers.sum(axis=-1)) - products / temperature
+    others = student_logits.sum(axis=0)
+    if seen:
+        others = others - student_logits[:seen]
+        products = over_last_axis(jnp.sum, probabilities * others).sum()
+    else:
+        products = over_last_axis(jnp.sum, probabilities.sum(axis=0) * others).sum()
+    total = jnp.vdot(_partners(views, teacher_views, seen), normalizers.sum(axis=-1)) - products / temperature
+    pairs = _count_pairs(views, teacher_views, seen)
     return total / (pairs * batch), (student_logits, probabilities, normalizers)
 
 
-def _cross_entropy_gradient(temperature, residuals, gradient):
+def _distillation_gradient(temperature, seen, residuals, gradient):
     student_logits, probabilities, normalizers = residuals
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
-    partners, pairs = _partners(views, teacher_views)
     everybody = probabilities.sum(axis=0)
-    others = jnp.concatenate([
-        everybody - probabilities, jnp.broadcast_to(everybody, (views - teacher_views, *everybody.shape))
-    ])
+    others = jnp.broadcast_to(everybody, (views - seen, *everybody.shape))
+    if seen:
+        others = jnp.concatenate([everybody - probabilities, others])
     student = jnp.exp(student_logits / temperature - normalizers[:, :, None])
-    scale = gradient / (temperature * pairs * batch)
-    return scale * (partners[:, None, None] * student - others), None
+    scale = gradient / (temperature * _count_pairs(views, teacher_views, seen) * batch)
+    return scale * (_partners(views, teacher_views, seen)[:, None, None] * student - others), None
 
 
-cross_entropy_of_pairs.defvjp(_cross_entropy_and_residuals, _cross_entropy_gradient)
-
-
-def distillation(
-    student_logits: jax.Array, teacher_logits: jax.Array, center: jax.Array, student_temp: float,
-    teacher_temp: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns the DINO loss and its indicators.
-
-    The loss is the cross-entropy between the teacher's softmax((logits − center)/teacher_temp) and the student's
-    softmax(logits/student_temp), averaged over the batch and over all pairs of a teacher view i and a student view
-    v ≠ i (Caron et al., 2021, eq. 2–3).
-
-    Args:
-      student_logits: [V, B, K] float32, the teacher's views first.
-      teacher_logits: [W, B, K] float32, W ≤ V; no gradient flows into them.
-      center: [K] float32, from before this step.
-      student_temp, teacher_temp: positive temperatures.
-
-    Returns:
-      The loss, in nats, and `teacher_entropy` (mean entropy of a teacher distribution), `kl` (loss − entropy) and
-      `mean_teacher_entropy` (entropy of the teacher's mean distribution), all in nats: with K prototypes, collapse
-      shows as a teacher entropy of ln K (uniform) or as a mean-teacher entropy of 0 (one prototype for everybody).
-    """
-    teacher = jax.lax.stop_gradient((teacher_logits - center) / teacher_temp)
-    teacher = teacher - logsumexp(teacher)[..., None]
-    probabilities = jnp.exp(teacher)
-    loss = cross_entropy_of_pairs(student_logits, probabilities, student_temp)
-    entropy = -over_last_axis(jnp.sum, probabilities * teacher).mean()
-    mean = probabilities.mean(axis=(0, 1))
-    indicators = {
-        "teacher_entropy": entropy,
-        "kl": jax.lax.stop_gradient(loss) - entropy,
-        "mean_teacher_entropy": -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30))),
-    }
-    return loss, indicators
+distillation.defvjp(_distillation_and_residuals, _distillation_gradient)
 
 
 def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float) -> jax.Array:

@@ -21,7 +21,8 @@ class TrainState:
       step: how many steps have been taken, int32.
       student, teacher: {branch: {"params", "batch_stats"}}.
       center: {branch: {head: [K]}}, of the teacher of that branch.
-      opt_state: the optimiser's state over the students' parameters {branch: params}.
+      opt_state: {branch: {part: the optimiser's state}}; parts of a student are its backbone and each head, which are
+        updated one after the other.
       gate: the state of the contrastive gate.
     """
 
@@ -29,7 +30,7 @@ class TrainState:
     student: dict[str, Variables]
     teacher: dict[str, Variables]
     center: dict[str, dict[str, jax.Array]]
-    opt_state: optax.OptState
+    opt_state: dict[str, dict[str, optax.OptState]]
     gate: Gate
 
 
@@ -61,6 +62,9 @@ def state_from_students(
             name: {head: jnp.zeros((branch.head.prototypes,), jnp.float32) for head in branch.head_names}
             for name, branch in branches.items()
         },
-        opt_state=optimizer.init({name: variables["params"] for name, variables in student.items()}),
+        opt_state={
+            name: {part: optimizer.init(of_part) for part, of_part in variables["params"].items()}
+            for name, variables in student.items()
+        },
         gate=initial_gate(rule),
     )

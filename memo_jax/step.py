@@ -1,6 +1,6 @@
 """The train step, pure and un-jitted: (state, batch) → (state, metrics)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +10,10 @@ import optax
 from memo_jax import losses
 from memo_jax.compiler import cpu_barrier
 from memo_jax.gate import GateRule, updated_gate
-from memo_jax.models import Branch
+from memo_jax.models import Branch, head_part
 from memo_jax.optim import Schedules
 from memo_jax.reductions import squared_norm
-from memo_jax.state import TrainState, student_params
+from memo_jax.state import TrainState
 
 Views = tuple[jax.Array, jax.Array]  # normalised log-mel [B, V, T, F] of the global and of the local views
 
@@ -56,12 +56,12 @@ def distillation_pairs(names: list[str], weights: LossWeights) -> list[tuple[str
     return [pair for pair in pairs if pair[3] != 0]
 
 
-def train_mode(branch: Branch, method: str, params, batch_stats, *inputs):
-    """Returns what a branch's method gives in train mode, and the batch statistics it has updated."""
-    out, updated = branch.apply(
-        {"params": params, "batch_stats": batch_stats}, *inputs, train=True, method=method, mutable=["batch_stats"]
+def train_mode(module, params, batch_stats, x: jax.Array, method: str = "__call__"):
+    """Returns what a module makes of x in train mode, and the batch statistics it has updated."""
+    out, updated = module.apply(
+        {"params": params, "batch_stats": batch_stats}, x, train=True, method=method, mutable=["batch_stats"]
     )
-    return out, {**batch_stats, **updated["batch_stats"]}
+    return out, updated["batch_stats"]
 
 
 # Rows are utterance-major, so that a batch sharded over devices stays so when views join and part.
@@ -75,36 +75,161 @@ def by_view(x: jax.Array, views: int) -> jax.Array:
     return x.reshape((-1, views) + x.shape[1:]).swapaxes(0, 1)
 
 
-def student_embeddings(branch: Branch, params, batch_stats, views: Views):
-    """Returns the embeddings [V, B, D] of global and of local views, and batch statistics updated by both in turn."""
-    embeddings = []
-    for features in views:
-        embedding, batch_stats = train_mode(branch, "embed", params, batch_stats, merge_views(features))
-        embeddings.append(by_view(embedding, features.shape[1]))
-    return tuple(embeddings), batch_stats
+def embeddings_by_view(backbone, params, batch_stats, features: jax.Array):
+    """Returns a backbone's embeddings [V, B, D] of features [B, V, T, F], and its updated batch statistics."""
+    embeddings, batch_stats = train_mode(backbone, params, batch_stats, merge_views(features))
+    return by_view(embeddings, features.shape[1]), batch_stats
 
 
-def logits_by_view(branch: Branch, params, batch_stats, embeddings):
-    """Returns logits {head: [V, B, K]} of embeddings, each [V', B, D], and updated batch statistics.
+def logits_by_view(head, params, batch_stats, embeddings: Sequence[jax.Array]):
+    """Returns a head's logits [V, B, K] of embeddings, each [V', B, D], and its updated batch statistics.
 
     The layers with batch norm run on each array in turn; all views are compared with the prototypes at once.
     """
     units = []
-    for embedding in embeddings:
-        rows = merge_views(embedding.swapaxes(0, 1))
-        heads, batch_stats = train_mode(branch, "unit_vectors", params, batch_stats, rows)
-        units.append({head: by_view(x, embedding.shape[0]) for head, x in heads.items()})
-    together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *units)
-    return branch.apply({"params": params}, together, method="compare"), batch_stats
+    for of_views in embeddings:
+        rows = merge_views(of_views.swapaxes(0, 1))
+        of_rows, batch_stats = train_mode(head, params, batch_stats, rows, "unit_vectors")
+        units.append(by_view(of_rows, of_views.shape[0]))
+    return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), batch_stats
 
 
-def teacher_outputs(branch: Branch, variables, features):
-    """Returns the teacher's embedding [W, B, D], its logits {head: [W, B, K]} and its updated batch statistics."""
-    params, batch_stats = variables["params"], variables["batch_stats"]
-    embedding, batch_stats = train_mode(branch, "embed", params, batch_stats, merge_views(features))
-    embedding = by_view(embedding, features.shape[1])
-    logits, batch_stats = logits_by_view(branch, params, batch_stats, [embedding])
-    return embedding, logits, batch_stats
+class Lesson(NamedTuple):
+    """What a branch's teacher shows of the global views, and what its own forward pass has updated."""
+
+    embeddings: jax.Array  # [W, B, D]
+    distributions: dict[str, jax.Array]  # {head: [W, B, K]}
+    entropies: dict[str, dict[str, jax.Array]]  # {head: those of `losses.teacher_distributions`}
+    batch_stats: dict[str, Any]
+    centers: dict[str, jax.Array]
+
+
+def teachers_lesson(branch: Branch, variables, centers, features, temperature, center_momentum: float) -> Lesson:
+    """Returns the lesson of a branch's teacher on features [B, W, T, F]."""
+    params, stats = variables["params"], dict(variables["batch_stats"])
+    embeddings, stats["backbone"] = embeddings_by_view(branch.backbone, params["backbone"], stats["backbone"], features)
+    distributions, entropies, new_centers = {}, {}, {}
+    for head in branch.head_names:
+        part = head_part(head)
+        logits, stats[part] = logits_by_view(branch.head, params[part], stats[part], [embeddings])
+        distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
+        new_centers[head] = losses.updated_center(centers[head], logits, center_momentum)
+    return Lesson(embeddings, distributions, entropies, stats, new_centers)
+
+
+class Trained(NamedTuple):
+    """What a step makes of a branch."""
+
+    student: Any
+    teacher: Any
+    opt_state: Any
+    metrics: dict[str, jax.Array]
+    squared_gradient: jax.Array
+
+
+def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str, Lesson], recipe: Recipe) -> Trained:
+    """Takes a step of one branch's student and teacher.
+
+    So that little is there at a time, one crop length comes after the other, then one head after the other, and each head
+    is updated before the backbone's last backward pass. The backward pass is cut at the embedding: there the gradients of
+    both kinds of loss meet, and their cosine (which the `conflict` gate reads) comes for free.
+    """
+    branch, weights, momentum = recipe.branches[name], recipe.weights, recipe.schedules.momentum(state.step)
+    params, averages = state.student[name]["params"], state.teacher[name]["params"]
+    stats = dict(state.student[name]["batch_stats"])
+    new_params, new_averages, new_opt_state, squares = {}, {}, {}, []
+    pairs = [pair for pair in distillation_pairs(list(recipe.branches), weights) if pair[0] == name]
+    shares = losses.shares_of_pairs([x.shape[1] for x in views])
+    embeddings, backbone_grads, distilled, metrics = [], None, {}, {}
+
+    def distill(head, head_params, embeddings, seen):
+        """Returns a head's loss on embeddings, each [V', B, D], (its terms, and its updated batch statistics)."""
+        logits, new_stats = logits_by_view(branch.head, head_params, stats[head_part(head)], embeddings)
+        terms = {
+            pair: losses.distillation(logits, lessons[pair[1]].distributions[head], weights.student_temp, seen)
+            for pair in pairs if pair[2] == head
+        }
+        return sum((pair[3] * term for pair, term in terms.items()), jnp.float32(0)), (terms, new_stats)
+
+    def update(part, grads):
+        """Updates student and teacher of a part by gradients that all come before, so that nothing need be copied."""
+        (grads,) = cpu_barrier((grads,))
+        squares.extend(squared_norm(leaf) for leaf in jax.tree.leaves(grads))
+        updates, new_opt_state[part] = recipe.optimizer.update(grads, state.opt_state[name][part], params[part])
+        new_params[part] = optax.apply_updates(params[part], updates)
+        new_averages[part] = jax.tree.map(
+            lambda t, s: momentum * t + (1 - momentum) * s, averages[part], new_params[part]
+        )
+
+    for i, features in enumerate(views):
+        backbone_grads, features = cpu_barrier((backbone_grads, features))
+        of_views, backbone_vjp, stats["backbone"] = jax.vjp(
+            lambda p: embeddings_by_view(branch.backbone, p, stats["backbone"], features),  # noqa: B023
+            params["backbone"], has_aux=True,
+        )
+        gradient = jnp.zeros_like(of_views)
+        for head in branch.head_names:
+            part = head_part(head)
+            gradient, of_views = cpu_barrier((gradient, of_views))
+            if i < len(views) - 1:
+                # Of these views the loss is a sum of its own. The head's gradient, as large as the prototypes, is
+                # taken for all views at once.
+                seen = of_views.shape[0] if i == 0 else 0
+                of_head = jax.grad(lambda x: shares[i] * distill(head, params[part], [x], seen)[0])(of_views)  # noqa: B023
+            else:
+                (_, (terms, stats[part])), (head_grads, of_head) = jax.value_and_grad(
+                    lambda p, x: distill(head, p, [*embeddings, x], views[0].shape[1]), argnums=(0, 1),  # noqa: B023
+                    has_aux=True,
+                )(params[part], of_views)
+                distilled |= terms
+                head_grads, of_head = cpu_barrier((head_grads, of_head))
+                update(part, head_grads)
+            gradient = gradient + of_head
+        if i == 0 and recipe.gate_rule.name != "never" and weights.contrastive != 0:
+            loss, of_contrast, cosine = contrastive_term(
+                of_views, lessons[name].embeddings, gradient, state.gate.closed, weights
+            )
+            gradient = gradient + of_contrast
+            metrics |= {f"loss/contrastive/{name}": loss, f"alignment/{name}": cosine}
+        embeddings.append(of_views)
+        (of_backbone,) = backbone_vjp(gradient)
+        backbone_grads = jax.tree.map(jnp.add, backbone_grads, of_backbone) if i else of_backbone
+    update("backbone", backbone_grads)
+
+    for (_, teacher, head, _), loss in distilled.items():
+        kind = "self" if teacher == name else "cross"
+        suffix = name if len(recipe.branches) <= 2 or kind == "self" else f"{name}-{teacher}"
+        entropies = lessons[teacher].entropies[head]
+        metrics |= {f"loss/{kind}/{suffix}": loss, f"kl/{kind}/{suffix}": loss - entropies["teacher_entropy"]}
+        metrics |= {f"{entropy}/{kind}/{suffix}": value for entropy, value in entropies.items()}
+    metrics[f"loss/{name}"] = sum(pair[3] * loss for pair, loss in distilled.items()) + metrics.get(
+        f"loss/contrastive/{name}", 0.0
+    )
+    metrics[f"embedding_std/{name}"] = losses.embedding_deviation(lessons[name].embeddings[0])
+    return Trained(
+        {"params": new_params, "batch_stats": stats},
+        {"params": new_averages, "batch_stats": lessons[name].batch_stats}, new_opt_state, metrics, sum(squares),
+    )
+
+
+def contrastive_term(embeddings, teacher_embeddings, distill_grad, closed, weights: LossWeights):
+    """Returns the weighted contrastive loss, its gradient and that gradient's alignment with distillation's.
+
+    All are zero once the gate has closed: then the term is skipped, not multiplied by zero.
+    """
+
+    def contrast(embeddings):
+        loss = losses.contrastive(embeddings, teacher_embeddings, weights.contrastive_temperature)
+        return weights.contrastive * loss
+
+    def open_gate(embeddings, distill_grad):
+        loss, gradient = jax.value_and_grad(contrast)(embeddings)
+        return loss, gradient, losses.alignment(gradient, distill_grad)
+
+    def closed_gate(embeddings, distill_grad):
+        return jnp.float32(0), jnp.zeros_like(embeddings), jnp.float32(0)
+
+    return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distill_grad)
 
 
 def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
@@ -113,126 +238,45 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
     Returns the new state and metrics, scalars by the names that metrics.jsonl uses. `gate/open` tells whether this
     step used the contrastive term; `gate/closed_at` is −1 or the first step without it.
     """
-    weights, rule, names = recipe.weights, recipe.gate_rule, list(recipe.branches)
-    teacher_temp = recipe.schedules.teacher_temp(state.step)
-    metrics: dict[str, Any] = {}
-
-    teacher_embedding, teacher_logits, teacher_stats = {}, {}, {}
-    for name, branch in recipe.branches.items():
-        teacher_embedding[name], teacher_logits[name], teacher_stats[name] = teacher_outputs(
-            branch, state.teacher[name], views[0]
+    names, schedules = list(recipe.branches), recipe.schedules
+    teacher_temp = schedules.teacher_temp(state.step)
+    lessons = {
+        name: teachers_lesson(
+            branch, state.teacher[name], state.center[name], views[0], teacher_temp, recipe.weights.center_momentum
         )
-
-    grads, student_stats, contrastive_losses, alignments = {}, {}, [], []
-    for name, branch in recipe.branches.items():
-        params, stats = state.student[name]["params"], state.student[name]["batch_stats"]
-        if grads:  # one branch after the other: what the backward pass of one needs is large
-            grads, params, views = cpu_barrier((grads, params, views))
-        backbone = {"backbone": params["backbone"]}
-        heads = {part: of_part for part, of_part in params.items() if part != "backbone"}
-        # The backward pass is cut at the embedding: there the gradients of both kinds of loss meet, and their cosine
-        # (which the `conflict` gate reads) comes for free.
-        embeddings, backbone_vjp, stats = jax.vjp(
-            lambda p: student_embeddings(branch, p, stats, views), backbone, has_aux=True  # noqa: B023
-        )
-
-        def distill(heads, embeddings):
-            logits, new_stats = logits_by_view(branch, heads, stats, embeddings)  # noqa: B023
-            total, terms = 0.0, {}
-            for student, teacher, head, weight in distillation_pairs(names, weights):
-                if student == name:  # noqa: B023
-                    loss, indicators = losses.distillation(
-                        logits[head], teacher_logits[teacher][head], state.center[teacher][head],
-                        weights.student_temp, teacher_temp,
-                    )
-                    total = total + weight * loss
-                    terms[teacher] = (loss, indicators)
-            return total, (terms, new_stats)
-
-        (total, (terms, student_stats[name])), gradients = jax.value_and_grad(
-            distill, argnums=(0, 1), has_aux=True
-        )(heads, embeddings)
-        # All of a branch's gradients come before its updates, which so need no copies of parameters that are still read.
-        head_grads, embedding_grads = cpu_barrier(gradients)
-        for teacher, (loss, indicators) in terms.items():
-            kind = "self" if teacher == name else "cross"
-            suffix = name if len(names) <= 2 or kind == "self" else f"{name}-{teacher}"
-            metrics[f"loss/{kind}/{suffix}"] = loss
-            for indicator, value in indicators.items():
-                metrics[f"{indicator}/{kind}/{suffix}"] = value
-
-        if rule.name != "never" and weights.contrastive != 0:
-            global_embedding, distill_grad = embeddings[0], embedding_grads[0]
-
-            def contrast(global_embedding):
-                return weights.contrastive * losses.contrastive(
-                    global_embedding, teacher_embedding[name], weights.contrastive_temperature  # noqa: B023
-                )
-
-            def open_gate(embedding, distill_grad):
-                loss, grad = jax.value_and_grad(contrast)(embedding)
-                return loss, grad, losses.alignment(grad, distill_grad)
-
-            def closed_gate(embedding, distill_grad):
-                return jnp.float32(0), jnp.zeros_like(embedding), jnp.float32(0)
-
-            # Once closed, the term is skipped, not multiplied by zero.
-            loss, grad, cosine = jax.lax.cond(
-                state.gate.closed, closed_gate, open_gate, global_embedding, distill_grad
-            )
-            total = total + loss
-            embedding_grads = (distill_grad + grad, *embedding_grads[1:])
-            metrics[f"loss/contrastive/{name}"] = loss
-            metrics[f"alignment/{name}"] = cosine
-            contrastive_losses.append(loss)
-            alignments.append(cosine)
-
-        (backbone_grads,) = cpu_barrier(backbone_vjp(embedding_grads))
-        grads[name] = {**backbone_grads, **head_grads}
-        metrics[f"loss/{name}"] = total
-        metrics[f"embedding_std/{name}"] = losses.embedding_deviation(teacher_embedding[name][0])
-
-    params = student_params(state)
-    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, params)
-    params = optax.apply_updates(params, updates)
-    momentum = recipe.schedules.momentum(state.step)
-    ema = lambda teacher, student: momentum * teacher + (1 - momentum) * student  # noqa: E731
-    center = {
-        name: {
-            head: losses.updated_center(old, teacher_logits[name][head], weights.center_momentum)
-            for head, old in heads.items()
-        }
-        for name, heads in state.center.items()
+        for name, branch in recipe.branches.items()
     }
-    gate = state.gate
-    if contrastive_losses:
-        gate = updated_gate(
-            gate, state.step, jnp.stack(contrastive_losses).mean(), jnp.stack(alignments).mean(), rule
-        )
+    trained: dict[str, Trained] = {}
+    for name in names:
+        # One branch after the other, and all after the lessons, whose teachers so need no copies to be updated.
+        lessons, trained, views = cpu_barrier((lessons, trained, views))
+        trained[name] = trained_branch(name, state, views, lessons, recipe)
+
+    metrics = {key: value for of_branch in trained.values() for key, value in of_branch.metrics.items()}
+    gate, contrastive = state.gate, [f"loss/contrastive/{name}" in metrics for name in names]
+    if any(contrastive):
+        means = [
+            jnp.stack([metrics[f"{kind}/{name}"] for name in names]).mean() for kind in ("loss/contrastive", "alignment")
+        ]
+        gate = updated_gate(gate, state.step, *means, recipe.gate_rule)
     new_state = TrainState(
         step=state.step + 1,
-        student={name: {"params": params[name], "batch_stats": student_stats[name]} for name in names},
-        teacher={
-            name: {
-                "params": jax.tree.map(ema, state.teacher[name]["params"], params[name]),
-                "batch_stats": teacher_stats[name],
-            }
-            for name in names
-        },
-        center=center,
-        opt_state=opt_state,
+        student={name: trained[name].student for name in names},
+        teacher={name: trained[name].teacher for name in names},
+        center={name: lessons[name].centers for name in names},
+        opt_state={name: trained[name].opt_state for name in names},
         gate=gate,
     )
     metrics |= {
         "loss": sum(metrics[f"loss/{name}"] for name in names),
-        "lr": recipe.schedules.learning_rate(state.step),
-        "momentum": momentum,
+        "lr": schedules.learning_rate(state.step),
+        "momentum": schedules.momentum(state.step),
         "teacher_temp": teacher_temp,
-        "gate/open": 1 - state.gate.closed.astype(jnp.int32) if contrastive_losses else jnp.int32(0),
+        "gate/open": 1 - state.gate.closed.astype(jnp.int32) if any(contrastive) else jnp.int32(0),
         "gate/closed_at": gate.closed_at,
         "gate/loss": gate.loss,
         "gate/alignment": gate.alignment,
-        "gradient_norm": jnp.sqrt(sum(squared_norm(g) for g in jax.tree.leaves(grads))),
+        "gradient_norm": jnp.sqrt(sum(of_branch.squared_gradient for of_branch in trained.values())),
     }
     return new_state, metrics
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from memo_jax.cli import keep_freed_memory
 from memo_jax.compiler import compiler_options
-from memo_jax.losses import distillation
+from memo_jax.losses import distillation, teacher_distributions
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 
@@ -48,7 +48,8 @@ def pairwise_distillation(student, teacher, center):
 
 def our_distillation(student, teacher, center):
     """Returns the loss of memo_jax, without its indicators."""
-    return distillation(student, teacher, center, STUDENT_TEMP, TEACHER_TEMP)[0]
+    distributions, _ = teacher_distributions(teacher, center, TEACHER_TEMP)
+    return distillation(student, distributions, STUDENT_TEMP, len(teacher))
 
 
 def example_logits(options):

@@ -27,7 +27,8 @@ from memo_jax import augment, config as configs, features, losses, recipe as rec
 from memo_jax.cli import keep_freed_memory
 from memo_jax.compiler import compiler_options
 from memo_jax.log import progress
-from memo_jax.step import logits_by_view, student_embeddings, teacher_outputs, train_step_on_features
+from memo_jax.models import head_part
+from memo_jax.step import embeddings_by_view, logits_by_view, teachers_lesson, train_step_on_features
 
 AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
 
@@ -57,19 +58,27 @@ def parts_of(config):
         ),
         "log-mel": (lambda crops: [features.normalized_log_mel(features.mel_power(x)) for x in crops], (crops,)),
     }
-    teacher_logits, logits = {}, {}
+    logits, distributions = {}, {}
     for name, branch in recipe.branches.items():
         params, stats = state.student[name]["params"], state.student[name]["batch_stats"]
 
-        def embed(params, stats, views, branch=branch):
-            return student_embeddings(branch, params, stats, views)
+        def embed(params, stats, views, backbone=branch.backbone):
+            embeddings = []
+            for features in views:
+                of_views, stats = embeddings_by_view(backbone, params, stats, features)
+                embeddings.append(of_views)
+            return embeddings, stats
 
         def train_backbone(params, stats, views, gradients, embed=embed):
             _, vjp, stats = jax.vjp(lambda p: embed(p, stats, views), params, has_aux=True)
             return vjp(gradients), stats
 
         def project(params, stats, embeddings, branch=branch):
-            return logits_by_view(branch, params, stats, embeddings)
+            logits, stats = {}, dict(stats)
+            for head in branch.head_names:
+                part = head_part(head)
+                logits[head], stats[part] = logits_by_view(branch.head, params[part], stats[part], embeddings)
+            return logits, stats
 
         def train_heads(params, stats, embeddings, gradients, project=project):
             _, vjp, stats = jax.vjp(lambda p, e: project(p, stats, e), params, embeddings, has_aux=True)
@@ -77,10 +86,12 @@ def parts_of(config):
 
         heads = {key: value for key, value in params.items() if key != "backbone"}
         head_stats = {key: value for key, value in stats.items() if key != "backbone"}
-        backbone, backbone_stats = {"backbone": params["backbone"]}, {"backbone": stats["backbone"]}
+        backbone, backbone_stats = params["backbone"], stats["backbone"]
         embeddings, _ = drawn(embed, backbone, backbone_stats, views)
         logits[name], _ = drawn(project, heads, head_stats, embeddings)
-        _, teacher_logits[name], _ = drawn(functools.partial(teacher_outputs, branch), state.teacher[name], views[0])
+        distributions[name] = drawn(
+            functools.partial(teachers_lesson, branch), state.teacher[name], state.center[name], views[0], 0.04, 0.9
+        ).distributions
         parts |= {
             f"{name}, forward": (embed, (backbone, backbone_stats, views)),
             f"{name}, forward and backward": (train_backbone, (backbone, backbone_stats, views, embeddings)),
@@ -89,23 +100,31 @@ def parts_of(config):
             f"{name}'s heads, forward and backward": (train_heads, (heads, head_stats, embeddings, logits[name])),
         }
 
-    def distill(logits, teacher_logits, centers):
+    def distill(logits, distributions):
         return sum(
-            losses.distillation(logits[a][head], teacher_logits[b][head], centers[b][head], 0.1, 0.04)[0]
+            losses.distillation(logits[a][head], distributions[b][head], 0.1, counts[0])
             for a in logits for b in logits for head in ["self" if a == b else config.loss.cross_head]
             if a == b or config.loss.cross
         )
 
     parts["distillation losses, forward and backward"] = (
-        jax.grad(distill), (logits, teacher_logits, state.center)
+        jax.grad(distill), (logits, distributions)
     )
     parameters = {name: state.student[name]["params"] for name in recipe.branches}
     averages = {name: state.teacher[name]["params"] for name in recipe.branches}
 
     def update(gradients, opt_state, parameters, averages):
-        updates, opt_state = recipe.optimizer.update(gradients, opt_state, parameters)
-        parameters = optax.apply_updates(parameters, updates)
-        return jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), parameters, opt_state
+        def update_part(gradients, opt_state, parameters):
+            updates, opt_state = recipe.optimizer.update(gradients, opt_state, parameters)
+            return optax.apply_updates(parameters, updates), opt_state
+
+        updated = {
+            name: {part: update_part(of_part, opt_state[name][part], parameters[name][part])
+                   for part, of_part in of_branch.items()}
+            for name, of_branch in gradients.items()
+        }
+        parameters = {name: {part: x[0] for part, x in of_branch.items()} for name, of_branch in updated.items()}
+        return jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), updated
 
     parts["optimiser and moving average"] = (update, (averages, state.opt_state, parameters, averages))
     parts["step, from log-mel"] = (

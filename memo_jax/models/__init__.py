@@ -23,7 +23,7 @@ class Branch(nn.Module):
     head_names: Sequence[str] = ("self", "cross")
 
     def setup(self):
-        self.heads = {name: self.head.copy(name=f"{name}_head") for name in self.head_names}
+        self.heads = {name: self.head.copy(name=head_part(name)) for name in self.head_names}
 
     def embed(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Normalised log-mel [N, T, F] → embedding [N, D]."""
@@ -31,20 +31,17 @@ class Branch(nn.Module):
 
     def project(self, embedding: jax.Array, train: bool = False) -> dict[str, jax.Array]:
         """Embedding [N, D] → logits [N, K] of every head."""
-        return self.compare(self.unit_vectors(embedding, train))
-
-    def unit_vectors(self, embedding: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        """Embedding [N, D] → every head's [N, bottleneck] of length one."""
-        return {name: head.unit_vectors(embedding, train) for name, head in self.heads.items()}
-
-    def compare(self, units: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Every head's vectors [..., bottleneck] of length one → logits [..., K]."""
-        return {name: head.cosines(units[name]) for name, head in self.heads.items()}
+        return {name: head(embedding, train) for name, head in self.heads.items()}
 
     def __call__(self, x, train=False):
         """Both, for initialisation."""
         embedding = self.embed(x, train=train)
         return embedding, self.project(embedding, train)
+
+
+def head_part(name: str) -> str:
+    """Returns under what name a branch's variables have a head's."""
+    return f"{name}_head"
 
 
 def build_backbone(name: str, **arguments) -> nn.Module:
