@@ -130,9 +130,9 @@ class Trained(NamedTuple):
 def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str, Lesson], recipe: Recipe) -> Trained:
     """Takes a step of one branch's student and teacher.
 
-    So that little is there at a time, one crop length comes after the other, then one head after the other, and each head
-    is updated before the backbone's last backward pass. The backward pass is cut at the embedding: there the gradients of
-    both kinds of loss meet, and their cosine (which the `conflict` gate reads) comes for free.
+    So that little is there at a time, one crop length comes after the other, then one head after the other, and each
+    head is updated before the backbone's last backward pass. The backward pass is cut at the embedding: there the
+    gradients of both kinds of loss meet, and their cosine (which the `conflict` gate reads) comes for free.
     """
     branch, weights, momentum = recipe.branches[name], recipe.weights, recipe.schedules.momentum(state.step)
     params, averages = state.student[name]["params"], state.teacher[name]["params"]
@@ -152,8 +152,7 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
         return sum((pair[3] * term for pair, term in terms.items()), jnp.float32(0)), (terms, new_stats)
 
     def update(part, grads):
-        """Updates student and teacher of a part by gradients that all come before, so that nothing need be copied."""
-        (grads,) = cpu_barrier((grads,))
+        """Updates student and teacher of a part by its gradients."""
         squares.extend(squared_norm(leaf) for leaf in jax.tree.leaves(grads))
         updates, new_opt_state[part] = recipe.optimizer.update(grads, state.opt_state[name][part], params[part])
         new_params[part] = optax.apply_updates(params[part], updates)
@@ -175,13 +174,16 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
                 # Of these views the loss is a sum of its own. The head's gradient, as large as the prototypes, is
                 # taken for all views at once.
                 seen = of_views.shape[0] if i == 0 else 0
-                of_head = jax.grad(lambda x: shares[i] * distill(head, params[part], [x], seen)[0])(of_views)  # noqa: B023
+                of_head = jax.grad(
+                    lambda x: shares[i] * distill(head, params[part], [x], seen)[0]  # noqa: B023
+                )(of_views)
             else:
                 (_, (terms, stats[part])), (head_grads, of_head) = jax.value_and_grad(
                     lambda p, x: distill(head, p, [*embeddings, x], views[0].shape[1]), argnums=(0, 1),  # noqa: B023
                     has_aux=True,
                 )(params[part], of_views)
                 distilled |= terms
+                # All that is computed from parameters comes before their update, which so needs no copies of them.
                 head_grads, of_head = cpu_barrier((head_grads, of_head))
                 update(part, head_grads)
             gradient = gradient + of_head
@@ -194,7 +196,7 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
         embeddings.append(of_views)
         (of_backbone,) = backbone_vjp(gradient)
         backbone_grads = jax.tree.map(jnp.add, backbone_grads, of_backbone) if i else of_backbone
-    update("backbone", backbone_grads)
+    update("backbone", *cpu_barrier((backbone_grads,)))
 
     for (_, teacher, head, _), loss in distilled.items():
         kind = "self" if teacher == name else "cross"
@@ -256,7 +258,8 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
     gate, contrastive = state.gate, [f"loss/contrastive/{name}" in metrics for name in names]
     if any(contrastive):
         means = [
-            jnp.stack([metrics[f"{kind}/{name}"] for name in names]).mean() for kind in ("loss/contrastive", "alignment")
+            jnp.stack([metrics[f"{kind}/{name}"] for name in names]).mean()
+            for kind in ("loss/contrastive", "alignment")
         ]
         gate = updated_gate(gate, state.step, *means, recipe.gate_rule)
     new_state = TrainState(
