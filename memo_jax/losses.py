@@ -79,9 +79,7 @@ def _distillation_and_residuals(student_logits, probabilities, temperature, seen
     others = student_logits.sum(axis=0)
     if seen:
         others = others - student_logits[:seen]
-        products = over_last_axis(jnp.sum, probabilities * others).sum()
-    else:
-        products = over_last_axis(jnp.sum, probabilities.sum(axis=0) * others).sum()
+    products = over_last_axis(jnp.sum, probabilities * others).sum()
     total = jnp.vdot(_partners(views, teacher_views, seen), normalizers.sum(axis=-1)) - products / temperature
     pairs = _count_pairs(views, teacher_views, seen)
     return total / (pairs * batch), (student_logits, probabilities, normalizers)
@@ -91,9 +89,9 @@ def _distillation_gradient(temperature, seen, residuals, gradient):
     student_logits, probabilities, normalizers = residuals
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
     everybody = probabilities.sum(axis=0)
-    others = jnp.broadcast_to(everybody, (views - seen, *everybody.shape))
-    if seen:
-        others = jnp.concatenate([everybody - probabilities, others])
+    others = jnp.concatenate([
+        everybody - probabilities[:seen], jnp.broadcast_to(everybody, (views - seen, *everybody.shape))
+    ])
     student = jnp.exp(student_logits / temperature - normalizers[:, :, None])
     scale = gradient / (temperature * _count_pairs(views, teacher_views, seen) * batch)
     return scale * (_partners(views, teacher_views, seen)[:, None, None] * student - others), None

@@ -117,6 +117,26 @@ def teachers_lesson(branch: Branch, variables, centers, features, temperature, c
     return Lesson(embeddings, distributions, entropies, stats, new_centers)
 
 
+def contrastive_term(embeddings, teacher_embeddings, distill_grad, closed, weights: LossWeights):
+    """Returns the weighted contrastive loss, its gradient and that gradient's alignment with distillation's.
+
+    All are zero once the gate has closed: then the term is skipped, not multiplied by zero.
+    """
+
+    def contrast(embeddings):
+        loss = losses.contrastive(embeddings, teacher_embeddings, weights.contrastive_temperature)
+        return weights.contrastive * loss
+
+    def open_gate(embeddings, distill_grad):
+        loss, gradient = jax.value_and_grad(contrast)(embeddings)
+        return loss, gradient, losses.alignment(gradient, distill_grad)
+
+    def closed_gate(embeddings, distill_grad):
+        return jnp.float32(0), jnp.zeros_like(embeddings), jnp.float32(0)
+
+    return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distill_grad)
+
+
 class Trained(NamedTuple):
     """What a step makes of a branch."""
 
@@ -172,7 +192,7 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
             gradient, of_views = cpu_barrier((gradient, of_views))
             if i < len(views) - 1:
                 # Of these views the loss is a sum of its own. The head's gradient, as large as the prototypes, is
-                # taken for all views at once.
+                # taken later, for all views at once, at the price of a second forward pass of these through the head.
                 seen = of_views.shape[0] if i == 0 else 0
                 of_head = jax.grad(
                     lambda x: shares[i] * distill(head, params[part], [x], seen)[0]  # noqa: B023
@@ -212,26 +232,6 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
         {"params": new_params, "batch_stats": stats},
         {"params": new_averages, "batch_stats": lessons[name].batch_stats}, new_opt_state, metrics, sum(squares),
     )
-
-
-def contrastive_term(embeddings, teacher_embeddings, distill_grad, closed, weights: LossWeights):
-    """Returns the weighted contrastive loss, its gradient and that gradient's alignment with distillation's.
-
-    All are zero once the gate has closed: then the term is skipped, not multiplied by zero.
-    """
-
-    def contrast(embeddings):
-        loss = losses.contrastive(embeddings, teacher_embeddings, weights.contrastive_temperature)
-        return weights.contrastive * loss
-
-    def open_gate(embeddings, distill_grad):
-        loss, gradient = jax.value_and_grad(contrast)(embeddings)
-        return loss, gradient, losses.alignment(gradient, distill_grad)
-
-    def closed_gate(embeddings, distill_grad):
-        return jnp.float32(0), jnp.zeros_like(embeddings), jnp.float32(0)
-
-    return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distill_grad)
 
 
 def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:

@@ -285,6 +285,8 @@ def test_indicators_of_every_loss_and_branch_are_reported(memo):
     for indicator in ("loss", "teacher_entropy", "kl", "mean_teacher_entropy"):
         for head, name in itertools.product(("self", "cross"), ("ecapa", "resnet")):
             assert math.isfinite(row[f"{indicator}/{head}/{name}"])
+    for of in ("self/ecapa", "self/resnet", "cross/ecapa", "cross/resnet"):
+        assert row[f"kl/{of}"] == pytest.approx(row[f"loss/{of}"] - row[f"teacher_entropy/{of}"], abs=1e-6)
     for name in ("ecapa", "resnet"):
         assert 0 < row[f"embedding_std/{name}"] < 1.1 and -1 <= row[f"alignment/{name}"] <= 1
     assert row["gate/open"] == 1 and row["gate/closed_at"] == -1

@@ -28,6 +28,7 @@ from memo_jax.cli import keep_freed_memory
 from memo_jax.compiler import compiler_options
 from memo_jax.log import progress
 from memo_jax.models import head_part
+from memo_jax.state import student_params
 from memo_jax.step import embeddings_by_view, logits_by_view, teachers_lesson, train_step_on_features
 
 AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
@@ -107,10 +108,8 @@ def parts_of(config):
             if a == b or config.loss.cross
         )
 
-    parts["distillation losses, forward and backward"] = (
-        jax.grad(distill), (logits, distributions)
-    )
-    parameters = {name: state.student[name]["params"] for name in recipe.branches}
+    parts["distillation losses, forward and backward"] = (jax.grad(distill), (logits, distributions))
+    parameters = student_params(state)
     averages = {name: state.teacher[name]["params"] for name in recipe.branches}
 
     def update(gradients, opt_state, parameters, averages):
