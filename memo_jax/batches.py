@@ -1,5 +1,6 @@
 """Recordings of any length through a function of batches: buckets of similar length, masks, windows of long ones."""
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -10,8 +11,9 @@ from memo_jax import features
 from memo_jax.log import progress
 
 SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
-BUCKET_GROWTH = 2**0.125  # of full batches: a twentieth of the frames is padding on average
-LAST_GROWTH = 2**0.5  # of those that recordings left at the end share: few shapes, so few recordings compile little
+COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
+FINE_GROWTH = 2**0.125  # of buckets that had enough for FINE_FROM batches: a twentieth of the frames is padding on average
+FINE_FROM = 12
 CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches
 BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
 LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
@@ -19,7 +21,7 @@ LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows wit
 WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
 
 
-def bucket_length(samples: int, growth: float = BUCKET_GROWTH) -> int:
+def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
     """Returns the padded length, in samples, of an utterance of that length; lengths grow by that factor."""
     length = SHORTEST_BUCKET
     while length < samples:
@@ -64,6 +66,7 @@ def apply_to_stream(
     unfinished: dict[int, list[np.ndarray]] = {}
     parts: dict[int, int] = {}
     compiled: set[int] = set()  # lengths that had a full batch
+    seen: collections.Counter[int] = collections.Counter()  # how many had a fine bucket's length
 
     def full(length):
         return max(1, round(seconds * features.SAMPLE_RATE / length))
@@ -84,6 +87,9 @@ def apply_to_stream(
         parts[key] = len(cut)
         for window in cut:
             length = bucket_length(len(window))
+            seen[length] += 1
+            if seen[length] <= FINE_FROM * full(length):
+                length = bucket_length(len(window), COARSE_GROWTH)
             waiting.setdefault(length, []).append((key, window))
             if len(waiting[length]) == full(length):
                 compiled.add(length)
@@ -91,7 +97,7 @@ def apply_to_stream(
     left: dict[int, list[tuple[int, np.ndarray]]] = {}
     for key, window in itertools.chain.from_iterable(waiting.values()):
         known = (length for length in compiled if length >= len(window))
-        left.setdefault(min([bucket_length(len(window), LAST_GROWTH), *known]), []).append((key, window))
+        left.setdefault(min([bucket_length(len(window), COARSE_GROWTH), *known]), []).append((key, window))
     lengths = sorted(left)
     for length, longer in itertools.zip_longest(lengths, lengths[1:]):
         batches = [left[length][i : i + full(length)] for i in range(0, len(left[length]), full(length))]

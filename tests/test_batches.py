@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memo_jax import batches, features
-from memo_jax.batches import LAST_GROWTH, apply_to_recordings, apply_to_stream, bucket_length
+from memo_jax.batches import COARSE_GROWTH, apply_to_recordings, apply_to_stream, bucket_length
 from memo_jax.embedder import log_mel_statistics
 from memo_jax.model_file import embedding_function
 from memo_jax.models import build_backbone
@@ -86,7 +86,7 @@ def test_a_few_recordings_are_not_filled_up_to_a_full_batch():
         return lengths[:, None]
 
     apply_to_recordings(recorded, waves_of([1.0] * 3 + [7.0]), quiet=True)
-    assert shapes == [(4, RATE), (1, bucket_length(7 * RATE, LAST_GROWTH))]
+    assert shapes == [(4, RATE), (1, bucket_length(7 * RATE, COARSE_GROWTH))]
 
 
 def test_a_few_recordings_of_similar_length_make_one_batch():
@@ -99,7 +99,7 @@ def test_a_few_recordings_of_similar_length_make_one_batch():
 
     waves = waves_of([5.0, 1.5, 3.0, 2.9])
     np.testing.assert_array_equal(apply_to_recordings(recorded, waves, quiet=True)[:, 1], [len(w) for w in waves])
-    assert shapes == [(1, bucket_length(int(1.5 * RATE), LAST_GROWTH)), (3, bucket_length(5 * RATE, LAST_GROWTH))]
+    assert shapes == [(1, bucket_length(int(1.5 * RATE), COARSE_GROWTH)), (3, bucket_length(5 * RATE, COARSE_GROWTH))]
 
 
 def test_batches_are_few_in_shape_bounded_in_size_and_hold_little_padding():
@@ -111,7 +111,10 @@ def test_batches_are_few_in_shape_bounded_in_size_and_hold_little_padding():
         assert (lengths >= 1).all() and (lengths <= waves.shape[1]).all()
         return lengths[:, None]
 
-    waves = [np.ones(n, np.int16) for n in np.random.default_rng(0).integers(RATE, 20 * RATE, 600)]
+    waves = [np.ones(n, np.int16) for n in np.random.default_rng(0).integers(RATE, 20 * RATE, 3000)]
+    apply_to_recordings(recorded, waves[:60], quiet=True)
+    assert len(set(shapes)) <= 10, "few recordings are not worth many programs"
+    shapes.clear()
     apply_to_recordings(recorded, waves, quiet=True)
     assert len(set(shapes)) <= 36 + 10
     assert max(rows * length for rows, length in shapes) <= 1.5 * batches.CPU_BATCH_SECONDS * RATE
