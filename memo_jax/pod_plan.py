@@ -21,7 +21,7 @@ from memo_jax import config as configs, sharding
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.banks import MEGABYTE
 from memo_jax.data import open_utterances, steps_per_epoch
-from memo_jax.recipe import abstract_state, build_recipe, jitted_step
+from memo_jax.recipe import build_recipe, lowered_step
 
 VOXCELEB2 = 1_092_009  # utterances of its development part
 
@@ -82,7 +82,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
         utterances = len(open_utterances(config.data.train)) if config.data.train else VOXCELEB2
     epoch_steps = steps_per_epoch(utterances, batch)
     mesh = sharding.data_mesh(devices)
-    lowered = lowered_step(config, build_recipe(config, epoch_steps), mesh)
+    lowered = lowered_step(config, build_recipe(config, epoch_steps), mesh, _banks(config.augment, mesh))
     steps = configs.duration_in_steps(config, "total", epoch_steps)
     result = {
         "topology": topology, "chips": len(devices), "batch_size": batch, "dtype": config.model.dtype, "steps": steps,
@@ -127,22 +127,6 @@ def compile_only_devices(topology: str) -> tuple[Chip, list]:
         raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
 
 
-def lowered_step(config, recipe, mesh):
-    """Returns the train step, traced for a mesh of devices that need not exist."""
-    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
-    data, shapes = config.data, {}
-    for kind in ("global", "local"):
-        count, seconds = data[f"{kind}_crops"], data[f"{kind}_seconds"]
-        if count:
-            shapes[kind] = (data.batch_size, count, round(seconds * SAMPLE_RATE))
-    batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jitted_step(config, recipe, mesh).lower(
-        abstract_state(config, recipe, mesh), batch, _banks(config.augment, whole),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-    )
-
-
 def model_flops(config, epoch_steps: int) -> float:
     """Returns the FLOPs of a step of the whole batch: what its networks take by definition, on no device in particular.
 
@@ -151,7 +135,8 @@ def model_flops(config, epoch_steps: int) -> float:
     config = copy.deepcopy(config)
     config.model.update(ecapa_remat="none", resnet_remat="none", resnet_packed=False, resnet_scan=False)
     mesh = sharding.data_mesh(jax.devices("cpu")[:1])
-    return float(lowered_step(config, build_recipe(config, epoch_steps), mesh).cost_analysis()["flops"])
+    lowered = lowered_step(config, build_recipe(config, epoch_steps), mesh, _banks(config.augment, mesh))
+    return float(lowered.cost_analysis()["flops"])
 
 
 @contextlib.contextmanager
@@ -167,8 +152,9 @@ def _nothing_from_the_cache():
         compilation_cache.reset_cache()
 
 
-def _banks(augment, whole):
-    banks = {}
+def _banks(augment, mesh):
+    """The shapes of a config's banks, as large as they may become."""
+    banks, whole = {}, sharding.replicated(mesh)
     for kind, folder, dtype, seconds in (
         ("noise", augment.noise, np.int16, augment.bank_seconds),
         ("music", augment.music, np.int16, augment.bank_seconds),

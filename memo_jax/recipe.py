@@ -157,6 +157,19 @@ def jitted_step(config, recipe: Recipe, mesh):
     )
 
 
+def lowered_step(config, recipe: Recipe, mesh, banks) -> jax.stages.Lowered:
+    """Returns the train step, traced for devices that need not exist; of banks only shapes, types and shardings count."""
+    split, whole, shapes = sharding.split_batch(mesh), sharding.replicated(mesh), {}
+    for kind in ("global", "local"):
+        count, seconds = config.data[f"{kind}_crops"], config.data[f"{kind}_seconds"]
+        if count:
+            shapes[kind] = (config.data.batch_size, count, round(seconds * features.SAMPLE_RATE))
+    batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    return jitted_step(config, recipe, mesh).lower(abstract_state(config, recipe, mesh), batch, banks, key)
+
+
 def state_maker(recipe: Recipe):
     """Returns the function key → state before the first step."""
     return functools.partial(

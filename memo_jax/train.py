@@ -1,5 +1,6 @@
 """The training loop: from a config and a workdir to a trained run, resumed if it was begun before."""
 
+import concurrent.futures
 import contextlib
 import functools
 import time
@@ -10,13 +11,13 @@ import jax
 
 import memo_jax
 from memo_jax import config as configs, processes, sharding, state as states
-from memo_jax.checkpoint import Checkpointer, load_extra
+from memo_jax.checkpoint import Checkpointer, load_extra, saved_steps
 from memo_jax.collapse import CollapseWatch, check_finite
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.provenance import RunRecord
-from memo_jax.recipe import build_recipe, initial_state, jitted_step, load_banks
+from memo_jax.recipe import build_recipe, initial_state, load_banks, lowered_step
 from memo_jax.step import Recipe
 
 # Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; that
@@ -103,6 +104,13 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
             process_count=jax.process_count(), workers=config.data.workers,
         )
         stack.callback(batches.close)
+        end = total if stop_at_step is None else min(stop_at_step, total)
+        banks_here = sharding.replicate(mesh, banks)
+        # Compiled beside all that comes before the first step. An error there is told at once, not after compiling.
+        compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
+        stack.callback(compiler.shutdown, wait=False)
+        if max(saved_steps(workdir), default=0) < end:
+            step_function = compiler.submit(lambda: lowered_step(config, recipe, mesh, banks_here).compile())
         state = initial_state(config, recipe, mesh)
         # Only now, so that a config which cannot work claims no workdir.
         if first:
@@ -115,7 +123,6 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         begin = int(state.step)
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)
-        end = total if stop_at_step is None else min(stop_at_step, total)
 
         shown = stack.enter_context(Progress(total, "training", "step", initial=begin, active=first and not quiet))
         shown.write(announcement(config, utterances, banks, recipe, begin, total, epoch_steps))
@@ -127,9 +134,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         }
         record = RunRecord(workdir, seed=config.seed, data=made_of, begin=begin, active=first and begin < end)
         extra = {"fingerprint": utterances.fingerprint, "version": memo_jax.__version__}
-        banks = sharding.replicate(mesh, banks)
         key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=sharding.replicated(mesh))()
-        step_function = jitted_step(config, recipe, mesh)
         watch = CollapseWatch(config.collapse, config.model.prototypes)
         last: dict[str, float] = {}
         closed = bool(state.gate.closed)
@@ -171,7 +176,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
             log.write(0, {"epoch": 0.0} | evaluate(0))
         for number in range(begin + 1, end + 1):
             batch = sharding.global_batch(mesh, next(batches))
-            state, metrics = step_function(state, batch, banks, key)
+            state, metrics = step_function.result()(state, batch, banks_here, key)
             if pending:
                 read(*pending)
                 write(pending[0], {})

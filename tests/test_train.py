@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -181,7 +182,7 @@ def test_a_run_killed_before_its_first_checkpoint_logs_the_untrained_network_onc
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "jitted_step", lambda *_: interrupted)
+    monkeypatch.setattr(training, "lowered_step", lambda *_: types.SimpleNamespace(compile=lambda: interrupted))
     data = tiny.material()
     for _ in range(2):
         status, text = tiny.train_here(tmp_path, f"evaluation.data={data.dataset}", f"evaluation.trials={data.trials}")
