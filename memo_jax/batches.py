@@ -12,8 +12,8 @@ from memo_jax.log import progress
 
 SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
 COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
-FINE_GROWTH = 2**0.125  # of buckets that had enough for FINE_FROM batches: a twentieth of the frames is padding on average
-FINE_FROM = 12
+FINE_GROWTH = 2**0.125  # of those that had enough for FINE_FROM batches: about a twentieth of the frames is padding
+FINE_FROM = 12  # so that what a program more saves in padding outweighs its compilation, some seconds
 CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches
 BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
 LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
@@ -59,7 +59,8 @@ def apply_to_stream(
     """Yields (key, row float32 [D]) for every (key, int16 wave [L]), not in their order.
 
     Recordings wait in buckets of similar length until a batch is full, so memory stays bounded however many there are;
-    those left at the end share a few batches. One longer than LONGEST_SECONDS gives the mean of its windows' rows.
+    lengths of which there are many have finer buckets, and those left at the end share a few batches. One longer than
+    LONGEST_SECONDS gives the mean of its windows' rows.
     """
     seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
     waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
