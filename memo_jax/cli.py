@@ -473,7 +473,6 @@ def keep_freed_memory() -> None:
 
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers M_TRIM_THRESHOLD, …
+        trim_threshold, mmap_max = -1, -4  # as malloc.h numbers M_TRIM_THRESHOLD, …
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
-        mallopt(arena_max, 1)  # the arenas of other threads are too small for it, and fall back to the system
