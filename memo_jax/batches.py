@@ -13,7 +13,7 @@ from memo_jax.log import progress
 SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
 COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
 FINE_GROWTH = 2**0.125  # of those that had enough for FINE_FROM batches: about a twentieth of the frames is padding
-FINE_FROM = 12  # so that what a program more saves in padding outweighs its compilation, some seconds
+FINE_FROM = 12  # so that what one more program saves in padding outweighs compiling it, some seconds
 CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches
 BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
 LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length

@@ -467,7 +467,7 @@ def keep_freed_memory() -> None:
     """Makes glibc keep what a step or a batch frees for the next one, where a CPU trains or embeds.
 
     XLA allocates temporary memory anew each time. Handed back to the system in between, it costs a page fault for every
-    4 KiB: a fifth of the time of a small step.
+    4 KiB: up to a fifth of the time of a small step.
     """
     import ctypes
 
@@ -476,3 +476,4 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # as malloc.h numbers M_TRIM_THRESHOLD, …
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
+        # Not one arena for all threads: compiling in many waits for it, and steps after that take half as long again.
