@@ -80,6 +80,7 @@ def test_a_run_writes_what_the_readme_promises():
     assert list(read_config(workdir).model.branches) == ["ecapa", "resnet"]
     assert "20 utterances, 5 steps an epoch, 6 steps in all" in text
     assert "no bank of noise or rooms" in text and "step 5: eer/ecapa" in text
+    assert "training: 6/6 step (100.0%)" in text
 
 
 def test_the_gate_closes_visibly_and_for_good():
