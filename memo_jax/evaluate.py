@@ -13,8 +13,7 @@ from memo_jax.data import Utterances, open_utterances
 from memo_jax.embedder import load_model, log_mel_statistics
 from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, write_text
-from memo_jax.model_file import Decision, Model, backbone_variables, embedding_function
-from memo_jax.models import Branch
+from memo_jax.model_file import Decision, Model, embedding_function
 from memo_jax.score import DECIMALS, P_TARGETS, REPLICATES, eer_interval, error_report, rates_text, write_scores
 from memo_jax.trials import read_trials, speaker_folder, trial_pairs
 
@@ -55,9 +54,9 @@ class TrialEvaluation:
         """Returns the cosine score of every trial, rounded as in scores.txt, which so gives the same error rates."""
         return np.round(scoring.cosine_scores(embeddings, self.pairs), DECIMALS)
 
-    def eer(self, branch: Branch, variables) -> float:
-        """Returns the equal error rate, a fraction."""
-        function = embedding_function(branch.backbone, backbone_variables(variables))
+    def eer(self, backbone, variables) -> float:
+        """Returns the equal error rate of a backbone, a fraction."""
+        function = embedding_function(backbone, variables)
         return scoring.eer(self.scores(self.embeddings(function, quiet=True)), self.target)
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:

@@ -132,7 +132,9 @@ def build_optimizer(
         body = [optax.scale_by_adam(), decay]
     else:
         raise ValueError(f"unknown optimizer {name!r}: choose sgd or adamw")
-    chain = optax.chain(clip, *body, optax.scale_by_learning_rate(schedules.learning_rate))
+    # Behind a barrier it is computed once, not again in the update of every parameter.
+    rate = optax.scale_by_learning_rate(lambda step: cpu_barrier(schedules.learning_rate(step)))
+    chain = optax.chain(clip, *body, rate)
     return freeze_prototypes(chain, schedules.prototypes_from)
 
 

@@ -146,10 +146,13 @@ def load_banks(config) -> dict[str, np.ndarray]:
     )
 
 
-def jitted_step(config, recipe: Recipe, mesh):
-    """Returns the compiled-once train step (state, batch, banks, key) → (state, metrics); the state is donated."""
+def jitted_step(config, recipe: Recipe, mesh, state: states.TrainState):
+    """Returns the compiled-once train step (state, batch, banks, key) → (state, metrics); the state is donated.
+
+    Of `state`, perhaps abstract, only the shardings count.
+    """
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
-    state = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
+    state = jax.tree.map(lambda x: x.sharding, state)
     step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
     return jax.jit(
         step, in_shardings=(state, split, whole, whole), out_shardings=(state, whole), donate_argnums=0,
@@ -167,7 +170,8 @@ def lowered_step(config, recipe: Recipe, mesh, banks) -> jax.stages.Lowered:
     batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    return jitted_step(config, recipe, mesh).lower(abstract_state(config, recipe, mesh), batch, banks, key)
+    state = abstract_state(config, recipe, mesh)
+    return jitted_step(config, recipe, mesh, state).lower(state, batch, banks, key)
 
 
 def state_maker(recipe: Recipe):

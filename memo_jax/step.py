@@ -154,7 +154,8 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
     head is updated before the backbone's last backward pass. The backward pass is cut at the embedding: there the
     gradients of both kinds of loss meet, and their cosine (which the `conflict` gate reads) comes for free.
     """
-    branch, weights, momentum = recipe.branches[name], recipe.weights, recipe.schedules.momentum(state.step)
+    branch, weights = recipe.branches[name], recipe.weights
+    momentum = cpu_barrier(recipe.schedules.momentum(state.step))
     params, averages = state.student[name]["params"], state.teacher[name]["params"]
     stats = dict(state.student[name]["batch_stats"])
     new_params, new_averages, new_opt_state, squares = {}, {}, {}, []

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 
 import jax
+import numpy as np
 
 import memo_jax
 from memo_jax import config as configs, processes, sharding, state as states
@@ -16,6 +17,7 @@ from memo_jax.collapse import CollapseWatch, check_finite
 from memo_jax.data import Utterances, open_utterances, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.log import MetricsLog, Progress
+from memo_jax.model_file import backbone_variables
 from memo_jax.provenance import RunRecord
 from memo_jax.recipe import build_recipe, initial_state, load_banks, lowered_step
 from memo_jax.step import Recipe
@@ -110,7 +112,8 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
         stack.callback(compiler.shutdown, wait=False)
         if max(saved_steps(workdir), default=0) < end:
-            step_function = compiler.submit(lambda: lowered_step(config, recipe, mesh, banks_here).compile())
+            # Traced first and alone: what also traces would only take turns with it.
+            step_function = compiler.submit(lowered_step(config, recipe, mesh, banks_here).compile)
         state = initial_state(config, recipe, mesh)
         # Only now, so that a config which cannot work claims no workdir.
         if first:
@@ -164,16 +167,16 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 times = {"epoch": number / epoch_steps, "cpu_seconds": time.process_time()}
                 log.write(number, last | evaluated | times)
 
-        def evaluate(number):
-            """Returns {"eer/…": percent} of the teachers. Each process computes it, so none waits for another."""
+        def evaluate(number, backbones):
+            """Returns {"eer/…": percent} of the teachers'. Each process computes it, so none waits for another."""
             nonlocal mark
-            result = evaluation(recipe, {name: sharding.on_one_device(of) for name, of in state.teacher.items()})
+            result = evaluation(recipe, backbones)
             mark = time.perf_counter()
             shown.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
             return result
 
-        if begin == 0 and evaluation:
-            log.write(0, {"epoch": 0.0} | evaluate(0))
+        # Evaluated after the first step, whose program so need not share the processor with those of the evaluation.
+        untrained = jax.tree.map(np.array, teacher_backbones(state)) if begin == 0 and evaluation else None
         for number in range(begin + 1, end + 1):
             batch = sharding.global_batch(mesh, next(batches))
             state, metrics = step_function.result()(state, batch, banks_here, key)
@@ -184,12 +187,15 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
             stops = stop.reached(number)
             saves = number % save_every == 0 or number == end or stops
             evaluates = evaluation is not None and (number % evaluate_every == 0 or number == end)
-            if saves or evaluates:
+            if saves or evaluates or untrained:
                 # Checked first, so that a state that is not finite is never saved.
                 read(*pending)
                 pending = None
                 check_finite(number, state)
-                write(number, evaluate(number) if evaluates else {})
+                if untrained:
+                    log.write(0, {"epoch": 0.0} | evaluate(0, untrained))
+                    untrained = None
+                write(number, evaluate(number, teacher_backbones(state)) if evaluates else {})
                 if saves:
                     log.upload()  # so that a run resumed from there has all rows up to it
                     checkpoints.save(number, state, batches, extra)
@@ -209,8 +215,13 @@ def bank_summary(rows) -> dict:
     return {"recordings": len(rows), "checksum": zlib.crc32(rows)}
 
 
+def teacher_backbones(state: states.TrainState) -> dict:
+    """Returns {branch: variables} of the teachers' backbones, as one device of this process holds them."""
+    return {name: sharding.on_one_device(backbone_variables(of)) for name, of in state.teacher.items()}
+
+
 def load_evaluation(config):
-    """Returns a function (recipe, teachers) → {"eer/…": percent} for the config's trial list, or None."""
+    """Returns a function (recipe, teacher_backbones) → {"eer/…": percent} for the config's trial list, or None."""
     if not config.evaluation.trials:
         if config.evaluation.data:
             raise ValueError("evaluation.data is set but evaluation.trials is not: give a trial list of its recordings")
@@ -221,8 +232,8 @@ def load_evaluation(config):
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
     trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
 
-    def evaluation(recipe, teachers):
-        return {f"eer/{name}": 100 * trials.eer(branch, teachers[name]) for name, branch in recipe.branches.items()}
+    def evaluation(recipe, backbones):
+        return {f"eer/{name}": 100 * trials.eer(of.backbone, backbones[name]) for name, of in recipe.branches.items()}
 
     return evaluation
 

@@ -46,7 +46,7 @@ for count in (4, 1):
     recipe = recipes.build_recipe(config, epoch_steps=2)
     recipe = recipe._replace(branches={n: b.clone(backbone=backbones[n]) for n, b in recipe.branches.items()})
     state = recipes.initial_state(config, recipe, mesh)
-    step = recipes.jitted_step(config, recipe, mesh)
+    step = recipes.jitted_step(config, recipe, mesh, state)
     key = sharding.replicate(mesh, jax.random.key_data(jax.random.key(1)))
     held = sharding.replicate(mesh, banks)
     losses = []

@@ -179,15 +179,24 @@ def test_a_run_stopped_on_purpose_goes_on_exactly(reference, tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_logs_the_untrained_network_once(tmp_path, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    lowered_step = training.lowered_step
 
-    monkeypatch.setattr(training, "lowered_step", lambda *_: types.SimpleNamespace(compile=lambda: interrupted))
+    def of_one_step(*arguments):
+        programs = [lowered_step(*arguments).compile()]
+
+        def step(*arguments):
+            if not programs:
+                raise KeyboardInterrupt
+            return programs.pop()(*arguments)
+
+        return types.SimpleNamespace(compile=lambda: step)
+
+    monkeypatch.setattr(training, "lowered_step", of_one_step)
     data = tiny.material()
     for _ in range(2):
         status, text = tiny.train_here(tmp_path, f"evaluation.data={data.dataset}", f"evaluation.trials={data.trials}")
         assert status == 130 and "step 0: eer/resnet" in text
-    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(reference, tmp_path):

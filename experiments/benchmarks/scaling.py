@@ -52,7 +52,7 @@ def measured(point: dict, steps: int, overrides: list[str]) -> dict:
     assert len(mesh.devices.flat) == point["devices"], mesh
     state = recipes.initial_state(config, recipe, mesh)
     batch, banks, key = example_batch(config), example_banks(), jax.random.key(0)
-    step = recipes.jitted_step(config, recipe, mesh).lower(state, batch, banks, key)
+    step = recipes.jitted_step(config, recipe, mesh, state).lower(state, batch, banks, key)
     begin = time.process_time()
     step = step.compile()
     compile_seconds, times = time.process_time() - begin, []
