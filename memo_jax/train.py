@@ -112,7 +112,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
         stack.callback(compiler.shutdown, wait=False)
         if max(saved_steps(workdir), default=0) < end:
-            # Traced first and alone: what also traces would only take turns with it.
+            # Traced here and not beside what comes next: two threads that trace take turns.
             step_function = compiler.submit(lowered_step(config, recipe, mesh, banks_here).compile)
         state = initial_state(config, recipe, mesh)
         # Only now, so that a config which cannot work claims no workdir.
@@ -168,14 +168,14 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
                 log.write(number, last | evaluated | times)
 
         def evaluate(number, backbones):
-            """Returns {"eer/…": percent} of the teachers'. Each process computes it, so none waits for another."""
+            """Returns {"eer/…": percent} of `backbones`. Each process computes it, so none waits for another."""
             nonlocal mark
             result = evaluation(recipe, backbones)
             mark = time.perf_counter()
             shown.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
             return result
 
-        # Evaluated after the first step, whose program so need not share the processor with those of the evaluation.
+        # Evaluated after the first step, whose program is so compiled without the evaluation's beside it.
         untrained = jax.tree.map(np.array, teacher_backbones(state)) if begin == 0 and evaluation else None
         for number in range(begin + 1, end + 1):
             batch = sharding.global_batch(mesh, next(batches))
