@@ -50,13 +50,14 @@ class Run(NamedTuple):
 
 def build_recipe(config: dict) -> Recipe:
     """Returns our recipe for a reference file's config."""
-    head = DINOHead(config["prototypes"], config["head_hidden"], config["head_bottleneck"])
+    dtype = jnp.dtype(config.get("dtype", "float32"))
+    head = DINOHead(config["prototypes"], config["head_hidden"], config["head_bottleneck"], dtype)
     backbones = {
         "ecapa": {"channels": tuple(config["ecapa_channels"])},
         "resnet": {"base_channels": config["resnet_base_channels"], "remat": config.get("resnet_remat", "none")},
     }
     branches = {
-        name: Branch(build_backbone(name, embedding_dim=config["embed_dim"], **sizes), head, HEADS)
+        name: Branch(build_backbone(name, embedding_dim=config["embed_dim"], dtype=dtype, **sizes), head, HEADS)
         for name, sizes in backbones.items()
     }
     per_epoch = config["steps_per_epoch"]

@@ -84,9 +84,9 @@ def build_students(config: dict) -> dict[str, Branch]:
     return {name: Branch(name, config) for name in BRANCHES}
 
 
-def normalized_log_mel(mel: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def normalized_log_mel(mel: np.ndarray, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
     """Returns log-mel [N, T, 80] of mel power [N, 80, T], of mean 0 and variance 1 over time."""
-    log = torch.log(torch.from_numpy(mel.astype(np.float32)).to(dtype) + 1e-6)
+    log = torch.log(torch.from_numpy(mel.astype(np.float32)).to(device, dtype) + 1e-6)
     return F.instance_norm(log, eps=1e-5).transpose(1, 2)
 
 
@@ -107,8 +107,9 @@ def contrastive_loss(student, teacher, temperature: float):
     """Returns NT-Xent between a teacher's and a student's embeddings [B, D] of the same utterances."""
     batch = len(student)
     rows = F.normalize(torch.cat([teacher.detach(), student]), dim=-1)
-    similarity = (rows @ rows.T / temperature).masked_fill(torch.eye(2 * batch, dtype=torch.bool), float("-inf"))
-    positives = torch.cat([torch.arange(batch, 2 * batch), torch.arange(batch)])
+    itself = torch.eye(2 * batch, dtype=torch.bool, device=rows.device)
+    similarity = (rows @ rows.T / temperature).masked_fill(itself, float("-inf"))
+    positives = torch.cat([torch.arange(batch, 2 * batch), torch.arange(batch)]).to(rows.device)
     return F.cross_entropy(similarity, positives)
 
 
@@ -134,15 +135,21 @@ def teacher_temperature(config: dict, step: int) -> float:
 
 
 class Training:
-    """Students, teachers, centres and SGD, taken one step at a time."""
+    """Students, teachers, centres and SGD, taken one step at a time.
 
-    def __init__(self, config: dict, students: dict[str, Branch], dtype: torch.dtype = torch.float32):
-        self.config, self.dtype = config, dtype
-        self.students = {name: student.to(dtype).train() for name, student in students.items()}
+    `autocast` is the type that PyTorch computes in where it deems that safe.
+    """
+
+    def __init__(
+        self, config: dict, students: dict[str, Branch], dtype: torch.dtype = torch.float32, *, device: str = "cpu",
+        autocast: torch.dtype | None = None,
+    ):
+        self.config, self.dtype, self.device, self.autocast = config, dtype, device, autocast
+        self.students = {name: student.to(device, dtype).train() for name, student in students.items()}
         self.teachers = copy.deepcopy(self.students)
         self.learning_rates, self.momenta = learning_rates(config), teacher_momenta(config)
         self.centers = {
-            (kind, name): torch.zeros(1, config["prototypes"], dtype=dtype)
+            (kind, name): torch.zeros(1, config["prototypes"], dtype=dtype, device=device)
             for kind in ("self", "cross") for name in BRANCHES
         }
         trained = [p for s in self.students.values() for p in s.parameters() if p.requires_grad]
@@ -173,8 +180,22 @@ class Training:
 
     def take_step(self, step: int, global_mel: np.ndarray, local_mel: np.ndarray) -> list[float]:
         """Takes one step on view-major mel power [V·B, 80, T]; returns the loss columns."""
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
+            losses, total, targets = self.losses(step, global_mel, local_mel)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        self.optimize(step)
+        self.move_teachers(step)
+        for key, target in targets.items():
+            mean = torch.cat(target).mean(dim=0, keepdim=True)
+            momentum = self.config["center_momentum"]
+            self.centers[key] = momentum * self.centers[key] + (1 - momentum) * mean
+        return [float(losses[column].detach()) for column in LOSS_COLUMNS]
+
+    def losses(self, step: int, global_mel: np.ndarray, local_mel: np.ndarray):
+        """Returns the loss columns by name, what is to be minimised, and the teachers' logits by centre."""
         config = self.config
-        inputs = [normalized_log_mel(mel, self.dtype) for mel in (global_mel, local_mel)]
+        inputs = [normalized_log_mel(mel, self.dtype, self.device) for mel in (global_mel, local_mel)]
         teachers = {name: self.teacher_outputs(teacher, inputs) for name, teacher in self.teachers.items()}
         students = {name: self.student_outputs(student, inputs) for name, student in self.students.items()}
         temperatures = config["student_temp"], teacher_temperature(config, step)
@@ -196,15 +217,7 @@ class Training:
             loss = config["contrastive_weight"] * config["contrastive_scale"] * loss / len(pairs)
             losses[f"contrastive/{name}"] = loss
             total = total + loss
-
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self.optimize(step)
-        self.move_teachers(step)
-        for key, target in targets.items():
-            mean = torch.cat(target).mean(dim=0, keepdim=True)
-            self.centers[key] = config["center_momentum"] * self.centers[key] + (1 - config["center_momentum"]) * mean
-        return [float(losses[column].detach()) for column in LOSS_COLUMNS]
+        return losses, total, targets
 
     @torch.no_grad()
     def optimize(self, step: int) -> None:

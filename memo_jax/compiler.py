@@ -25,3 +25,12 @@ def cpu_barrier(tree):
     it. Holds in what is compiled with `compiler_options`; elsewhere it is the identity.
     """
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
+
+
+def gpu_barrier(x: jax.Array) -> jax.Array:
+    """Returns an array; on an Nvidia GPU it is computed before what reads it, and the gradient likewise.
+
+    XLA's compiler for GPUs aborts (JAX 0.11.2, "triton_tiling_propagation") where it would fuse a strided slice into the
+    matrix product that reads it.
+    """
+    return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)

@@ -111,7 +111,7 @@ def test_step_parts():
                "--config.data.global_seconds=0.4", "--config.data.local_seconds=0.2")
     rows = {row["part"]: row for row in printed_json(done)["parts"]}
     assert set(rows) == {"ecapa, forward", "ecapa, forward and backward"}
-    assert all(row["cpu_seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
+    assert all(row["seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
     backward, forward = rows["ecapa, forward and backward"], rows["ecapa, forward"]
     assert 2 < backward["gigaflops"] / forward["gigaflops"] < 4
 

@@ -2,11 +2,12 @@
 
     python experiments/benchmarks/step_parts.py [--config FILE] [--batch-size 4] [--runs 3] [--json] [--config.KEY=VALUE …]
 
-A part's limit is the longer of its FLOPs over the best rate of a float32 matrix product here, and the bytes of its
-arguments and results over the best rate of a copy (read and written). FLOPs are XLA's own count before optimisation;
-what a part keeps between forward and backward is not in the bytes, so that a part may never reach its limit. Each
-time is the median of the runs in CPU-seconds, which other work on the machine disturbs least, on the cores that the
-process may use. The parts add up to more than `step`, where the compiler sees all of them at once.
+A part's limit is the longer of its FLOPs over the best rate of a matrix product here, in the config's `model.dtype`, and
+the bytes of its arguments and results over the best rate of a copy (read and written). FLOPs are XLA's own count before
+optimisation; what a part keeps between forward and backward is not in the bytes, so that a part may never reach its
+limit. Each time is the median of the runs: on a CPU in CPU-seconds, which other work on the machine disturbs least, on
+the cores that the process may use; on a GPU or TPU, of which it takes the first, in seconds. The parts add up to more
+than `step`, where the compiler sees all of them at once.
 """
 
 import argparse
@@ -31,6 +32,9 @@ from memo_jax.models import head_part
 from memo_jax.state import student_params
 from memo_jax.step import embeddings_by_view, logits_by_view, teachers_lesson, train_step_on_features
 
+PLATFORM = jax.default_backend()
+SECONDS, CLOCK = ("CPU-seconds", time.process_time) if PLATFORM == "cpu" else ("seconds", time.perf_counter)
+UPDATES = ("optimiser and moving average", "step, from log-mel")  # take a state, which is donated, and return it first
 AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
 
 
@@ -112,7 +116,9 @@ def parts_of(config):
     parameters = student_params(state)
     averages = {name: state.teacher[name]["params"] for name in recipe.branches}
 
-    def update(gradients, opt_state, parameters, averages):
+    def update(state, gradients):
+        averages, opt_state, parameters = state
+
         def update_part(gradients, opt_state, parameters):
             updates, opt_state = recipe.optimizer.update(gradients, opt_state, parameters)
             return optax.apply_updates(parameters, updates), opt_state
@@ -122,44 +128,57 @@ def parts_of(config):
                    for part, of_part in of_branch.items()}
             for name, of_branch in gradients.items()
         }
-        parameters = {name: {part: x[0] for part, x in of_branch.items()} for name, of_branch in updated.items()}
-        return jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), updated
+        parameters, opt_state = (
+            {name: {part: x[i] for part, x in of_branch.items()} for name, of_branch in updated.items()} for i in (0, 1)
+        )
+        return (jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), opt_state, parameters), ()
 
-    parts["optimiser and moving average"] = (update, (averages, state.opt_state, parameters, averages))
-    parts["step, from log-mel"] = (
+    parts[UPDATES[0]] = (update, ((averages, state.opt_state, parameters), averages))
+    parts[UPDATES[1]] = (
         lambda state, views: train_step_on_features(state, views, recipe), (state, views)
     )
     return parts
 
 
-def machine_limits(size=2048, megabytes=256):
-    """Returns FLOP and bytes that a CPU-second has at best: of a matrix product, and of a copy, read and written."""
-    square = jnp.ones((size, size))
-    product = jax.jit(lambda x: x @ x)
-    source = np.ones(megabytes * 2**18, np.float32)
-    target = np.empty_like(source)
-    return (2 * size**3 / best_seconds(lambda: product(square).block_until_ready()),
-            2 * source.nbytes / best_seconds(lambda: np.copyto(target, source)))
+def machine_limits(dtype):
+    """Returns FLOP and bytes that a second has at best: of a matrix product, and of a copy, read and written."""
+    size, megabytes = (2048, 256) if PLATFORM == "cpu" else (8192, 1024)
+    square, product = jnp.ones((size, size), dtype), jax.jit(lambda x: x @ x)
+    if PLATFORM == "cpu":
+        source = np.ones(megabytes * 2**18, np.float32)
+        target = np.empty_like(source)
+        copy = functools.partial(np.copyto, target, source)
+    else:
+        source, negative = jnp.ones(megabytes * 2**18, jnp.float32), jax.jit(jnp.negative)
+        copy = lambda: negative(source).block_until_ready()  # noqa: E731
+    return (2 * size**3 / best_seconds(lambda: product(square).block_until_ready(), CLOCK),
+            2 * source.nbytes / best_seconds(copy, CLOCK))
 
 
 def measured(name, function, arguments, runs, peak, bandwidth):
     """Returns what a part takes, and what it would at its limit."""
+    updates = name in UPDATES
     begin = time.process_time()
-    compiled = jax.jit(function).lower(*arguments).compile(compiler_options("cpu"))
+    jitted = jax.jit(function, donate_argnums=0 if updates else ())
+    compiled = jitted.lower(*arguments).compile(compiler_options(PLATFORM))
     compile_seconds = time.process_time() - begin
     shapes = jax.eval_shape(function, *arguments)
     moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, shapes)) if hasattr(x, "dtype")
                 and not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+    if updates:  # other parts need what would be donated
+        arguments = (jax.tree.map(jnp.copy, arguments[0]), *arguments[1:])
     times = []
     for i in range(runs + 1):
-        begin = time.process_time()
-        jax.block_until_ready(compiled(*arguments))
+        begin = CLOCK()
+        results = jax.block_until_ready(compiled(*arguments))
         if i:
-            times.append(time.process_time() - begin)
+            times.append(CLOCK() - begin)
+        if updates:
+            arguments = (results[0], *arguments[1:])
     flops, seconds = float(compiled.cost_analysis().get("flops", 0)), statistics.median(times)
     limit = max(flops / peak, moved / bandwidth)
     return {
-        "part": name, "cpu_seconds": seconds, "gigaflops": flops / 1e9, "gigabytes": moved / 1e9,
+        "part": name, "seconds": seconds, "gigaflops": flops / 1e9, "gigabytes": moved / 1e9,
         "bound_by": "products" if flops / peak > moved / bandwidth else "memory", "limit_seconds": limit,
         "of_limit": limit / seconds, "temporary_gigabytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "compile_cpu_seconds": compile_seconds,
@@ -182,21 +201,21 @@ def main(arguments=None) -> dict:
     options, overrides = build_parser().parse_known_args(arguments)
     config = configs.load_config(options.config, overrides + [f"--config.data.batch_size={options.batch_size}"])
     keep_freed_memory()  # as training does: fresh pages would cost more than what is written into them
-    peak, bandwidth = machine_limits()
+    peak, bandwidth = machine_limits(config.model.dtype)
     parts = {name: part for name, part in parts_of(config).items() if options.parts in name}
     if not options.json:
-        print(f"a CPU-second does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
-        print("| part | CPU-seconds | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|")
+        print(f"one of the {SECONDS} does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
+        print(f"| part | {SECONDS} | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|")
     rows = []
     for name in progress(list(parts), label="measure", unit="part"):
         row = measured(name, *parts[name], options.runs, peak, bandwidth)
         rows.append(row)
         if not options.json:
-            print(f"| {name} | {row['cpu_seconds']:.3f} | {row['gigaflops']:.1f} | {row['gigabytes']:.2f} "
-                  f"| {row['limit_seconds']:.3f} ({row['bound_by']}) | {row['of_limit']:.0%} "
+            print(f"| {name} | {row['seconds']:.4f} | {row['gigaflops']:.1f} | {row['gigabytes']:.2f} "
+                  f"| {row['limit_seconds']:.4f} ({row['bound_by']}) | {row['of_limit']:.0%} "
                   f"| {row['temporary_gigabytes']:.2f} |", flush=True)
     result = {
-        "batch_size": options.batch_size, "peak_gigaflops": peak / 1e9, "gigabytes_per_second": bandwidth / 1e9,
+        "batch_size": options.batch_size, "platform": PLATFORM, "peak_gigaflops": peak / 1e9, "gigabytes_per_second": bandwidth / 1e9,
         "parts": rows,
     }
     if options.json:

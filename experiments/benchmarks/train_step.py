@@ -1,13 +1,15 @@
 """One full MeMo training step, ours beside the same step in PyTorch: time, memory and whether the losses agree.
 
     python experiments/benchmarks/train_step.py [--threads 2] [--steps 5] [--json]
+    python experiments/benchmarks/train_step.py --platform cuda --batch 32 --dtype bfloat16 [--json]
 
 Sizes are the authors' (ECAPA-512, ResNet34 with 16 channels, four heads of 65,536 prototypes, 2 crops of 4 s and 4 of
 2 s), at a batch of 4, from mel power to updated students, teachers and centres. Theirs is experiments/torch_steps.py:
 backbones of the package speakerlab-slim, heads and losses written as the public DINO recipes write them, pair by pair.
 Ours makes the norms of its ResNet again in the backward pass (`model.resnet_remat=norms`), which costs no time here.
 Both begin with the same weights and see the same input, in two processes on the same cores that take turns, so that
-whatever else the machine does meets both.
+whatever else the machine does meets both. With `--platform cuda` both take their steps on the first GPU, in TensorFloat-32
+or (theirs by autocast) in bfloat16, and the memory is the most that each has had allocated there.
 
 Prints, for each, the median and the extremes of a step's wall time, its CPU time, utterances a second and the peak
 memory of its process, libraries included; then `ratio` and `memory_ratio` (theirs ÷ ours), `cpu_ratio`,
@@ -41,7 +43,7 @@ def reference_config(options) -> dict:
     """The config that experiments/torch_steps.py and parity.py read."""
     return {
         "batch": options.batch, "ecapa_channels": options.ecapa_channels,
-        "resnet_base_channels": options.resnet_base_channels, "resnet_remat": "norms",
+        "resnet_base_channels": options.resnet_base_channels, "resnet_remat": options.resnet_remat, "dtype": options.dtype,
         "embed_dim": options.embedding_dim, "prototypes": options.prototypes, "head_hidden": options.head_hidden,
         "head_bottleneck": options.head_bottleneck,
         "epochs": 10, "steps_per_epoch": 100, "warmup_epochs": 0, "teacher_temp": [0.04, 0.07],
@@ -75,17 +77,22 @@ class TorchSteps:
         sys.path.insert(0, str(EXPERIMENTS))
         from torch_steps import Training, build_students
 
-        config, self.mels = reference_config(options), mel_power(options)
+        config, self.mels, self.platform = reference_config(options), mel_power(options), options.platform
+        self.dtype = getattr(torch, options.dtype)
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32 where there is one, as JAX's default
+        torch.backends.cudnn.benchmark = True
         students = build_students(config)
         np.savez(weights, **{
             f"{name}/{key}": tensor.numpy() for name, student in students.items()
             for key, tensor in student.state_dict().items()
         })
-        self.training, self.number = Training(config, students), 0
+        autocast = None if options.dtype == "float32" else self.dtype
+        self.training, self.number = Training(config, students, device=self.platform, autocast=autocast), 0
 
     def take_step(self) -> list[float]:
         """Takes a step; returns its six losses."""
         losses = self.training.take_step(self.number, *self.mels)
+        self.wait()
         self.number += 1
         return losses
 
@@ -101,8 +108,21 @@ class TorchSteps:
         """Returns a function that takes a product of two square matrices."""
         import torch
 
-        x = torch.ones(size, size)
-        return lambda: x @ x
+        x = torch.ones(size, size, device=self.platform, dtype=self.dtype)
+        return lambda: self.wait(x @ x)
+
+    def wait(self, result=None) -> None:
+        """Waits until what was asked of a GPU is done."""
+        import torch
+
+        if self.platform == "cuda":
+            torch.cuda.synchronize()
+
+    def device_peak(self) -> int:
+        """Most bytes that tensors have had on the GPU."""
+        import torch
+
+        return torch.cuda.max_memory_allocated()
 
 
 class JaxSteps:
@@ -121,7 +141,7 @@ class JaxSteps:
         from memo_jax.state import state_from_students
         from memo_jax.step import train_step_on_features
 
-        config = reference_config(options)
+        config, self.dtype = reference_config(options), options.dtype
         recipe, mels = build_recipe(config), mel_power(options)
         arrays, students = np.load(weights), {}
         for name, branch in recipe.branches.items():
@@ -142,7 +162,7 @@ class JaxSteps:
             return train_step_on_features(state, tuple(views_of(mel, options.batch) for mel in mels), recipe)
 
         begin = time.perf_counter()
-        compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options("cpu"))
+        compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(options.platform))
         self.step = compiled.lower(self.state, *self.mels).compile()
         self.compile_seconds = time.perf_counter() - begin
 
@@ -158,9 +178,15 @@ class JaxSteps:
         """Returns a function that takes a product of two square matrices."""
         import jax
 
-        x = jax.numpy.ones((size, size))
+        x = jax.numpy.ones((size, size), self.dtype)
         product = jax.jit(lambda x: x @ x)
         return lambda: product(x).block_until_ready()
+
+    def device_peak(self) -> int:
+        """Most bytes that arrays and temporaries have had on the GPU."""
+        import jax
+
+        return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 def memory_peak() -> int:
@@ -190,12 +216,12 @@ def work(options) -> None:
             losses = steps.take_step()
             answer = {
                 "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu, "losses": losses,
-                "peak_bytes": memory_peak(),
+                "peak_bytes": memory_peak() if options.platform == "cpu" else steps.device_peak(),
             }
         elif command.strip() == "flops":
             answer = {"flops": steps.counted_flops()}
         else:
-            size = 256 if options.prototypes < 4096 else 3072
+            size = 256 if options.prototypes < 4096 else 3072 if options.platform == "cpu" else 8192
             answer = {"rate": 2 * size**3 / best_seconds(steps.matmul(size), time.perf_counter)}
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -203,13 +229,15 @@ def work(options) -> None:
 class Worker:
     """A process that takes one side's steps when told to."""
 
-    def __init__(self, side: str, arguments: list[str], weights: Path, threads: int):
+    def __init__(self, side: str, arguments: list[str], weights: Path, threads: int, platform: str):
         limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--worker", side, "--weights", str(weights)], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | limits | {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE"},
+            env=os.environ | limits | {
+                "JAX_PLATFORMS": platform, "OMP_WAIT_POLICY": "PASSIVE", "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            },
         )
         self.begun = self.answer()
 
@@ -248,6 +276,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="cores of each side (default 2)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not (default 5)")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what networks compute in")
+    parser.add_argument("--resnet-remat", choices=("none", "norms", "blocks"), default="norms", help="of ours")
     parser.add_argument("--global-seconds", type=float, default=4.0)
     parser.add_argument("--local-seconds", type=float, default=2.0)
     parser.add_argument("--ecapa-channels", type=int, nargs=5, default=[512, 512, 512, 512, 1536])
@@ -275,8 +306,8 @@ def main(arguments=None) -> dict | None:
         raise SystemExit(2)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
-        theirs = Worker("torch", arguments, weights, options.threads)
-        ours = Worker("jax", arguments, weights, options.threads)
+        theirs = Worker("torch", arguments, weights, options.threads, options.platform)
+        ours = Worker("jax", arguments, weights, options.threads, options.platform)
         rows = [{side.side: side.ask("step") for side in (theirs, ours)} for _ in range(options.steps + 1)]
         flops = theirs.ask("flops")["flops"]
         peak = max(side.ask("peak")["rate"] for side in (theirs, ours))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from memo_jax.compiler import cpu_barrier
+from memo_jax.compiler import cpu_barrier, gpu_barrier
 from memo_jax.models.packed import packed_convolution
 from memo_jax.reductions import sum_from_first_axis
 
@@ -139,7 +139,8 @@ class PlaneConv(nn.Module):
         # As a matrix product, since XLA takes the gradient of a strided 1×1 convolution at 1 GFLOP/s on a CPU. Of a length
         # that is a symbol, as in export, JAX could not prove that the slice has the frames that a convolution leaves.
         if self.kernel_size == 1 and isinstance(x.shape[1], int):
-            return checkpoint_name(x[:, :: self.strides[0], :: self.strides[1]] @ kernel[0, 0], CONVOLUTION)
+            picked = gpu_barrier(x[:, :: self.strides[0], :: self.strides[1]])
+            return checkpoint_name(picked @ kernel[0, 0], CONVOLUTION)
         pad = self.kernel_size // 2
         out = jax.lax.conv_general_dilated(
             x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)),
