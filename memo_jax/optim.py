@@ -76,7 +76,8 @@ def is_prototypes(path) -> bool:
 def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> optax.GradientTransformation:
     """Leaves prototypes and whatever `inner` keeps for them untouched before `until_step`.
 
-    As if they had no gradient: no update, no decay, no momentum. A zeroed gradient would still decay them.
+    As if they had no gradient: no update, no decay, no momentum. `inner` sees zeros in place of their gradients and of
+    themselves, since a gradient of zero alone would still decay them; what it keeps of zeros has to stay zero.
     """
 
     def init(params):
@@ -85,13 +86,12 @@ def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> o
     def update(updates, state, params=None):
         frozen = state["step"] < until_step
 
-        def keep(path, old, new):
-            return jnp.where(frozen, old, new) if is_prototypes(path) else new
+        def shown(path, x):
+            return jnp.where(frozen, jnp.zeros_like(x), x) if is_prototypes(path) else x
 
-        new_updates, new_inner = inner.update(updates, state["inner"], params)
-        new_updates = jax.tree_util.tree_map_with_path(lambda p, u: keep(p, jnp.zeros_like(u), u), new_updates)
-        new_inner = jax.tree_util.tree_map_with_path(keep, state["inner"], new_inner)
-        return new_updates, {"step": state["step"] + 1, "inner": new_inner}
+        updates, params = jax.tree_util.tree_map_with_path(shown, (updates, params))
+        updates, inner_state = inner.update(updates, state["inner"], params)
+        return updates, {"step": state["step"] + 1, "inner": inner_state}
 
     return optax.GradientTransformation(init, update)
 
