@@ -83,6 +83,7 @@ def test_branch_is_one_backbone_and_a_head_for_every_name():
     ("name", "levers"),
     [
         ("resnet", {"packed": True, "scan": True, "remat": "norms"}),
+        ("resnet", {"remat": "norms"}),
         ("ecapa", {"remat": "blocks"}),
     ],
 )
@@ -113,7 +114,7 @@ def test_levers_for_speed_and_memory_change_no_number(name, levers):
 def test_what_is_made_again_is_not_kept_on_a_cpu_either():
     """XLA's compiler for CPUs merges what is made again with what was made before, unless its barriers are kept."""
     temporary = {}
-    for remat in ("none", "blocks"):
+    for remat in ("none", "norms", "blocks"):
         backbone = build_backbone("resnet", **TINY["resnet"] | {"blocks": (3, 1, 1, 1), "remat": remat})
         variables = scrambled_variables(backbone, 2, 32, 80)
 
@@ -123,7 +124,7 @@ def test_what_is_made_again_is_not_kept_on_a_cpu_either():
 
         gradients = jax.jit(jax.grad(loss)).lower(variables["params"], jnp.zeros((8, 100, 80)))
         temporary[remat] = gradients.compile(compiler_options("cpu")).memory_analysis().temp_size_in_bytes
-    assert temporary["blocks"] < 0.7 * temporary["none"]
+    assert temporary["blocks"] < 0.7 * temporary["none"] and temporary["norms"] < 0.9 * temporary["none"]
 
 
 def test_unknown_backbone_is_refused_with_those_there_are():

@@ -265,8 +265,8 @@ def run_blocks(
       remat: what the backward pass makes again in train mode rather than keep it: "none"; "norms", norms and
         activations from the convolutions' outputs; "blocks", all of a block from its input.
     """
-    alone = not (scan and len(names) > 1)
-    if not train or lengths is not None or parent.is_initializing() or (alone and remat == "none"):
+    loop = scan and len(names) > 1
+    if not train or lengths is not None or parent.is_initializing() or (remat == "none" and not loop):
         for name in names:
             x = block(name=name)(x, lengths, train)
             x = cpu_barrier(x) if train else x
@@ -276,17 +276,23 @@ def run_blocks(
         out, updated = block(parent=None).apply(variables, x, None, True, mutable=["batch_stats"])
         return cpu_barrier(out), updated["batch_stats"]
 
-    if remat != "none":
-        run = jax.checkpoint(run, prevent_cse=alone, policy=REMATS[remat])
-    variables = [{kind: parent.get_variable(kind, name) for kind in ("params", "batch_stats")} for name in names]
-    if alone:
+    def run_in_turn(x, variables):
         statistics = []
         for of_block in variables:
             x, updated = run(x, of_block)
             statistics.append(updated)
-    else:
+        return x, statistics
+
+    if remat == "norms" and not loop:  # of all blocks together, so that not even their inputs are kept
+        run_in_turn = jax.checkpoint(run_in_turn, policy=REMATS[remat])
+    elif remat != "none":
+        run = jax.checkpoint(run, prevent_cse=not loop, policy=REMATS[remat])
+    variables = [{kind: parent.get_variable(kind, name) for kind in ("params", "batch_stats")} for name in names]
+    if loop:
         x, stacked = jax.lax.scan(run, x, jax.tree.map(lambda *parts: jnp.stack(parts), *variables))
         statistics = [jax.tree.map(lambda part: part[i], stacked) for i in range(len(names))]  # noqa: B023
+    else:
+        x, statistics = run_in_turn(x, variables)
     for name, updated in zip(names, statistics, strict=True):
         parent.put_variable("batch_stats", name, updated)
     return x
