@@ -130,11 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
     add_json(reproduce)
 
-    plan = command("plan", run_plan, "tell what training would need and cost on a TPU pod, without one")
+    plan = command("plan", run_plan, "tell what training would need and cost on TPUs or GPUs, without them")
     plan.add_argument("--config", required=True, metavar="FILE",
                       help="as for train; change keys with --config.KEY=VALUE")
     plan.add_argument("--topology", required=True, metavar="NAME",
-                      help="generation and chips along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4")
+                      help="TPUs along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4; GPUs of one machine: a100:8, h100:8, "
+                      "h200:8, b200:8; four machines of eight: h100:4x8")
     plan.add_argument("--utterances", type=int, metavar="N",
                       help="of an epoch (default: those of data.train, or of VoxCeleb2)")
     add_json(plan)
@@ -327,7 +328,7 @@ def run_plan(options) -> int:
     from memo_jax.config import load_config
 
     config = load_config(options.config, options.overrides)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the TPU that is planned for is not here
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for is not here
     from memo_jax.pod_plan import plan, summary
 
     result = plan(config, options.topology, options.utterances)

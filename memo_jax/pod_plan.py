@@ -1,51 +1,27 @@
-"""What training costs on a TPU pod that one does not have: the train step, compiled ahead of time for a topology.
+"""What training costs on TPUs or GPUs that one does not have: the train step, compiled ahead of time for a topology.
 
-Memory, FLOPs and collectives are those of the compiled program. Its time is an estimate: the cycles that XLA's own cost
-model has written beside each operation, and for collectives, which it leaves out, their bytes over the links' speed.
+Memory and collectives are those of the compiled program. Its time is an estimate: that of XLA's own cost model, and of
+what it leaves out, as `compiled_program.py` says.
 """
 
 import contextlib
 import copy
-import importlib.util
-import os
 import re
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 
 from memo_jax import config as configs, sharding
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.banks import MEGABYTE
+from memo_jax.chips import Gpu, Tpu, compile_only_devices
+from memo_jax.compiled_program import collective_seconds, collectives, estimated_seconds
 from memo_jax.data import open_utterances, steps_per_epoch
 from memo_jax.recipe import build_recipe, lowered_step
 
 VOXCELEB2 = 1_092_009  # utterances of its development part
-
-
-class Chip(NamedTuple):
-    """Of a TPU generation: peak of bfloat16 products (FLOP/s), memory (bytes), links (bytes/s), clock (Hz).
-
-    From the pages of Cloud TPU; the clock is what makes the peak of the matrix units. `cores` is libtpu's name for a chip
-    whose cores are one device, as they are where JAX runs on it.
-    """
-
-    peak: float
-    memory: float
-    links: float
-    clock: float
-    cores: str = "default"
-
-
-CHIPS = {
-    "v4": Chip(275e12, 32 * 2**30, 300e9, 1.05e9, "megacore"),
-    "v5e": Chip(197e12, 16 * 2**30, 200e9, 1.5e9),
-    "v5p": Chip(459e12, 95 * 2**30, 600e9, 1.75e9),
-    "v6e": Chip(918e12, 32 * 2**30, 400e9, 1.75e9),
-}
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 MEASURED = (
     "fits", "hbm_bytes", "argument_bytes", "temporary_bytes", "flops", "collective_bytes", "collectives",
@@ -60,7 +36,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     Args:
       config: of the run; `data.batch_size` is that of all chips. A folder of augmentation recordings counts as a bank
         of `augment.bank_megabytes`, and nothing in it is read.
-      topology: "v5e:4x4": generation and chips along each axis.
+      topology: as `chips.compile_only_devices` takes it: "v5e:4x4", "h100:8".
       utterances: of an epoch; by default those of `data.train` or, without one, of VoxCeleb2.
 
     Returns:
@@ -72,7 +48,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
 
     Raises:
       ValueError: no such topology, or a batch that its chips cannot share.
-      ImportError: libtpu is not installed.
+      ImportError: the compiler for such chips is not installed.
     """
     chip, devices = compile_only_devices(topology)
     batch = config.data.batch_size
@@ -91,7 +67,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     begin = time.perf_counter()
     try:
         with _nothing_from_the_cache():
-            compiled = lowered.compile()
+            compiled = lowered.compile(chip.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         used = OUT_OF_MEMORY.search(str(error))
         if not used:
@@ -104,27 +80,6 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
         measured = _measured(compiled, chip, len(devices), batch, steps, flops)
     result |= measured | {"compile_seconds": compile_seconds}
     return result | {"advice": advice(result, config, chip)}
-
-
-def compile_only_devices(topology: str) -> tuple[Chip, list]:
-    """Returns the kind of chip and the devices, for compilation only, of a topology such as "v5e:4x4"."""
-    generation, _, shape = topology.partition(":")
-    if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ValueError(f"topology {topology!r}: give a generation ({', '.join(CHIPS)}) and the chips along each axis, such "
-                         "as v5e:4x4 or v5p:2x2x4")
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("planning for a TPU needs its compiler, libtpu: pip install 'memo-jax[tpu-plan]'")
-    # The compiler alone: it need not ask around for a TPU, nor be the only one that uses it.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-                        ("TPU_WORKER_HOSTNAMES", "localhost"), ("TPU_WORKER_ID", "0")):
-        os.environ.setdefault(name, value)
-    try:
-        chip = CHIPS[generation]
-        return chip, topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, chip_config_name=chip.cores
-        ).devices
-    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
 
 
 def model_flops(config, epoch_steps: int) -> float:
@@ -168,102 +123,22 @@ def _banks(augment, mesh):
     return banks
 
 
-def _measured(compiled, chip: Chip, chips: int, batch: int, steps: int, flops: float) -> dict:
+def _measured(compiled, chip: Tpu | Gpu, chips: int, batch: int, steps: int, flops: float) -> dict:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporary = memory.temp_size_in_bytes + kept
     total = memory.argument_size_in_bytes + temporary + memory.generated_code_size_in_bytes
-    moved = collectives(text)
-    # A ring sends each part of what it reduces around twice, of what it gathers once.
-    traffic = sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in moved.items())
-    collective_seconds = traffic * (chips - 1) / chips / chip.links
-    seconds = estimated_cycles(text) / chip.clock + collective_seconds
+    moved, moving = collectives(text), collective_seconds(text, chip, chips)
+    seconds = estimated_seconds(text, chip) + moving
     hours = steps * seconds / 3600
     return dict(zip(MEASURED, (
         total <= chip.memory, total, memory.argument_size_in_bytes, temporary, flops,
         sum(size for _, size in moved.values()), {kind: list(of) for kind, of in moved.items()}, seconds,
-        collective_seconds, flops / chip.peak / seconds, batch / seconds, hours, hours * chips,
+        moving, flops / chip.peak / seconds, batch / seconds, hours, hours * chips,
     ), strict=True))
 
 
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][a-z\-]*)\(")
-ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Returns {kind: (number, bytes)} of a compiled program's collectives, bytes of what a chip gets out of them."""
-    found, seen = {}, set()
-    for line in text.splitlines():
-        instruction = INSTRUCTION.match(line)
-        kind = instruction and instruction[2].removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        channel = re.search(r"channel_id=(\d+)", line)
-        if channel and channel[1] in seen:  # a copy of it inside a fusion that overlaps it with other work
-            continue
-        seen.add(channel and channel[1])
-        sizes = [_array_bytes(*array) for array in ARRAY.findall(instruction[1])]
-        size = max(sizes) if instruction[2].endswith("-start") and kind != "all-reduce" else sum(sizes)
-        count, total = found.get(kind, (0, 0))
-        found[kind] = (count + 1, total + size)
-    return found
-
-
-def _array_bytes(dtype: str, shape: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
-    return int(np.prod([int(size) for size in shape.split(",") if size], dtype=np.int64)) * bits // 8
-
-
-def estimated_cycles(text: str) -> int:
-    """Returns the cycles of a compiled program by XLA's cost model: loops by their trips, of branches the dearest."""
-    computations, entry = _computations(text)
-
-    def of(name):
-        total = 0
-        for line in computations.get(name, ()):
-            instruction = INSTRUCTION.match(line)
-            kind = instruction and instruction[2]
-            if kind == "while":
-                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
-                total += of(body) * _trips(computations.get(condition, ()))
-            elif kind == "conditional":
-                named = re.search(
-                    r"branch_computations=\{(.*?)\}|true_computation=(\S+), false_computation=(\S+)", line
-                )
-                total += max(of(branch.strip(" %,")) for branch in ",".join(filter(None, named.groups())).split(","))
-            elif kind == "call":
-                total += of(re.search(r"to_apply=%?([\w.\-]+)", line)[1])
-            else:
-                estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
-                total += int(estimate[1]) if estimate else 0
-        return total
-
-    return of(entry)
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
-    computations, name, entry = {}, None, None
-    for line in text.splitlines():
-        begin = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if begin:
-            name = begin[2]
-            computations[name] = []
-            entry = name if begin[1] else entry
-        elif line.startswith("}"):
-            name = None
-        elif name:
-            computations[name].append(line)
-    return computations, entry
-
-
-def _trips(condition: list[str]) -> int:
-    """How often a loop runs that counts from 0 up to a constant; 1 where its condition is another."""
-    constants = [int(found[1]) for line in condition if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", line))]
-    return constants[0] if len(constants) == 1 and any("direction=LT" in line for line in condition) else 1
-
-
-def advice(result: dict, config, chip: Chip) -> list[str]:
+def advice(result: dict, config, chip: Tpu | Gpu) -> list[str]:
     """Returns what to change in a config for what was measured of it; empty when nothing."""
     chips, per_chip, lines = result["chips"], result["batch_size"] // result["chips"], []
     if not result["fits"]:
@@ -273,6 +148,8 @@ def advice(result: dict, config, chip: Chip) -> list[str]:
                      "many utterances on more chips")
     if config.model.dtype != "bfloat16":
         lines.append("--config.model.dtype=bfloat16 halves the memory of activations and is what the peak is of")
+    if isinstance(chip, Gpu) and 0.75 * chip.memory < result["hbm_bytes"] <= chip.memory:
+        lines.append("XLA takes 75 % of a GPU's memory unless it is told to take more: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95")
     if per_chip < 8 and result["fits"]:
         lines.append(f"only {per_chip} utterances a chip: a larger batch, or fewer chips, would use them better")
     return lines
