@@ -207,7 +207,7 @@ def test_machines_of_few_gpus_have_a_slow_network():
 @needs_cuda
 @pytest.mark.parametrize("gpu", ["a100", "h100", "h200", "b200"])
 def test_the_train_step_of_both_networks_is_compiled_for_gpus(gpu):
-    """As the step of a ResNet could not be, before `compiler.gpu_barrier`. Without a cost model there is an estimate, too."""
+    """Of an A100, too, of which XLA has no cost model."""
     command = ["plan", f"--config={tiny.material().config}", f"--topology={gpu}:2", "--config.data.batch_size=32",
                "--utterances=320", "--json"]
     status, text = tiny.here(*command)

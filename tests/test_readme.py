@@ -118,8 +118,9 @@ def test_commands_for_pods_are_understood(monkeypatch):
     assert job["completions"] == job["parallelism"] == 4 and container["resources"]["limits"]["google.com/tpu"] == 4
     found = [[*container["command"], *container["args"]]]
     for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):
-        found += [shlex.split(part) for part in re.findall(r"memo-jax (?:train|plan) [^\"\n]+", block)]
-    assert [words[1] for words in found] == ["train"] * 6 + ["plan"]
+        lines = block.replace("\\\n", "")
+        found += [shlex.split(part) for part in re.findall(r"memo-jax (?:train|plan) [^\"\n]+", lines)]
+    assert [words[1] for words in found] == ["train"] * 6 + ["plan"] * 2
     for _, *words in found:
         options, overrides = cli.build_parser().parse_known_args(words)
         assert all(text.startswith("--config.") for text in overrides), overrides
