@@ -217,12 +217,13 @@ class Progress:
         self.close()
 
     def _print_line(self) -> None:
-        now = time.monotonic()
-        # The rate since the line before: the first step's compilation soon stops spoiling the estimate.
-        rate = (self._done - self._printed_done) / max(now - self._printed_time, 1e-9)
-        parts = [_rate_text(rate, self._unit)]
-        if self._total is not None and rate > 0 and self._done < self._total:
-            parts.append(f"{_clock((self._total - self._done) / rate)} left")
+        now, parts = time.monotonic(), []
+        # The rate since the line before, and none of the first unit alone: it may be a step that was compiled before.
+        if self._done != self._initial + 1 or self._done == self._total:
+            rate = (self._done - self._printed_done) / max(now - self._printed_time, 1e-9)
+            parts.append(_rate_text(rate, self._unit))
+            if self._total is not None and rate > 0 and self._done < self._total:
+                parts.append(f"{_clock((self._total - self._done) / rate)} left")
         parts.append(f"{_clock(now - self._start)} gone")
         parts += [f"{name} {value}" for name, value in self._postfix.items()]
         count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
