@@ -2,11 +2,13 @@
 
 Every draw of crop i comes from `fold_in(key, i)`, so neither the size of the batch nor the number of devices changes
 it. Banks of recordings are ordinary arguments: hold them whole on every device and split the waves by row.
-Then only babble moves crops between devices on TPU; on CPU and GPU, XLA also gathers the batch to reverberate it.
+Then only babble moves crops between devices.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 CATEGORIES = ("noise", "music", "speech")
 SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}
@@ -113,7 +115,10 @@ def reverberate(waves, responses):
     crop or response, a delay beyond the end), the wave is returned unchanged.
     """
     responses = responses[:, : waves.shape[1]].astype(jnp.float32)
-    wet = _convolve(waves.astype(jnp.float32), responses)
+    # XLA splits Fourier transforms among TPUs by itself; among CPUs and GPUs each would do the whole batch's.
+    wet = jax.lax.platform_dependent(
+        waves.astype(jnp.float32), responses, tpu=_convolve, default=_convolve_own_rows
+    )
     dry_energy, wet_energy = _energy(waves), _energy(wet)
     # Against the rounding of the transform, which would be blown up to the energy of the input.
     audible = wet_energy > 1e-8 * dry_energy * _energy(responses)
@@ -177,6 +182,20 @@ def _convolve(waves, responses):
     full = jnp.fft.irfft(spectrum, 2 * block)
     carried = jnp.pad(full[:, :-1, block:], ((0, 0), (1, 0), (0, 0)))  # what rings on into the next block
     return (full[:, :, :block] + carried).reshape(rows, blocks * block)[:, :samples]
+
+
+@custom_partitioning
+def _convolve_own_rows(waves, responses):
+    """As `_convolve`; each device does its own rows."""
+    return _convolve(waves, responses)
+
+
+def _by_rows(mesh, arguments, result):
+    rows = NamedSharding(mesh, PartitionSpec(*arguments[0].sharding.spec[:1], None))
+    return mesh, _convolve, rows, (rows, rows)
+
+
+_convolve_own_rows.def_partition(_by_rows, sharding_rule="n l, n r -> n l", need_replication_factors=("l", "r"))
 
 
 def _check(banks, categories, clean, both, reverb_share, snr_db):
