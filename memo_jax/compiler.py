@@ -18,6 +18,7 @@ def compiler_options(platform: str) -> dict | None:
     }
 
 
+@jax.jit
 def cpu_barrier(tree):
     """Returns a pytree of arrays; on a CPU all of it is computed, once, before what reads any of it, gradients likewise.
 

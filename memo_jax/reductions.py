@@ -5,6 +5,7 @@ exponentials, to memory before. Over few rows of one axis it is made in one pass
 rows are first reduced in groups, and barriers keep XLA from joining what follows with that again (`compiler.py`).
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ def _group(rows: int) -> int:
     return max(size for size in range(1, GROUP + 1) if rows % size == 0)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def sum_from_first_axis(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
     """Returns x.sum(axis) over axes that include the first."""
 
@@ -45,6 +47,7 @@ def logsumexp(x: jax.Array) -> jax.Array:
     return largest + jnp.log(over_last_axis(jnp.sum, jnp.exp(x - largest[..., None])))
 
 
+@jax.jit
 def squared_norm(x: jax.Array) -> jax.Array:
     """Returns the sum of the squares of all elements, float32."""
     squares = jnp.square(x.astype(jnp.float32))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memo_jax.models.layers import (
-    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, run_blocks, torch_uniform, valid_frames,
+    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, parameter, run_blocks, torch_uniform, valid_frames,
 )
 
 FORMS = ("speechbrain", "wespeaker")
@@ -155,8 +155,8 @@ class ContextConv(nn.Module):
     @nn.compact
     def __call__(self, x, context):
         channels = x.shape[-1] + context.shape[-1]
-        kernel = self.param("kernel", torch_uniform, (1, channels, self.features)).astype(self.dtype)[0]
-        bias = self.param("bias", bias_uniform(channels), (self.features,)).astype(self.dtype)
+        kernel = parameter(self, "kernel", torch_uniform, (1, channels, self.features)).astype(self.dtype)[0]
+        bias = parameter(self, "bias", bias_uniform(channels), (self.features,)).astype(self.dtype)
         of_frames, of_context = kernel[: x.shape[-1]], kernel[x.shape[-1] :]
         return x.astype(self.dtype) @ of_frames + (context.astype(self.dtype) @ of_context + bias)
 

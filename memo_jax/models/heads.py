@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from memo_jax.losses import l2_normalize
-from memo_jax.models.layers import BatchNorm, Linear
+from memo_jax.models.layers import BatchNorm, Linear, parameter
 from memo_jax.reductions import sum_from_first_axis
 
 
@@ -54,7 +54,7 @@ class DINOHead(nn.Module):
     @nn.compact
     def cosines(self, units: jax.Array) -> jax.Array:
         """Vectors [..., bottleneck] of length one → their cosines with the prototypes, [..., prototypes]."""
-        directions = self.param("prototypes", prototype_uniform, (self.bottleneck, self.prototypes))
+        directions = parameter(self, "prototypes", prototype_uniform, (self.bottleneck, self.prototypes))
         # The products are divided by the lengths, not the prototypes: these are larger than everything else here, and
         # copies of length one, and their gradients, would be as large.
         inverse = jax.lax.rsqrt(jnp.maximum(sum_from_first_axis(jnp.square(directions), 0), LENGTH_EPSILON**2))
