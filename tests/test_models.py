@@ -127,6 +127,13 @@ def test_what_is_made_again_is_not_kept_on_a_cpu_either():
     assert temporary["blocks"] < 0.7 * temporary["none"] and temporary["norms"] < 0.9 * temporary["none"]
 
 
+def test_parameters_of_another_size_are_refused_by_name():
+    x, narrow, wide = jnp.zeros((2, 32, 80)), *(build_backbone("resnet", **TINY["resnet"] | {"base_channels": n}) for n in (4, 8))
+    variables = scrambled_variables(narrow, 2, 32, 80)
+    with pytest.raises(ValueError, match=r"parameter stem/kernel has shape \(3, 3, 1, 4\) where \(3, 3, 1, 8\) is needed"):
+        wide.apply(variables, x)
+
+
 def test_unknown_backbone_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match="'ecappa'.*ecapa, resnet, campplus"):
         build_backbone("ecappa")

@@ -182,7 +182,6 @@ class Linear(nn.Module):
         return out
 
 
-@functools.partial(jax.jit, static_argnums=3)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
     """Returns (normalised x, mean [C], biased variance [C]) of x [..., C]; no gradient flows into the statistics.
@@ -229,7 +228,8 @@ def _side_by_side(values, x):
     return values if values.size == x.shape[-1] else jnp.tile(values, x.shape[-1] // values.size)
 
 
-normalized_batch.__wrapped__.defvjp(_normalize, _normalize_gradients)
+normalized_batch.defvjp(_normalize, _normalize_gradients)
+normalized_batch = jax.jit(normalized_batch, static_argnums=3)  # traced once for each shape
 
 
 class BatchNorm(nn.Module):
