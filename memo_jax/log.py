@@ -218,8 +218,9 @@ class Progress:
 
     def _print_line(self) -> None:
         now, parts = time.monotonic(), []
-        # The rate since the line before, and none of the first unit alone: it may be a step that was compiled before.
-        if self._done != self._initial + 1 or self._done == self._total:
+        # The rate since the line before, but none of the first two units alone: a training compiles its first step, and
+        # evaluates the untrained network before the second.
+        if self._done > self._initial + 2 or self._done == self._total:
             rate = (self._done - self._printed_done) / max(now - self._printed_time, 1e-9)
             parts.append(_rate_text(rate, self._unit))
             if self._total is not None and rate > 0 and self._done < self._total:

@@ -188,16 +188,17 @@ def test_plain_progress_gives_rate_and_time_left(monkeypatch, clock):
 
 
 def test_rate_leaves_out_a_slow_start(monkeypatch, clock):
-    """The first step compiles for a minute, which tells nothing of the time left: that comes from the steps since."""
+    """The first step compiles, an evaluation comes before the second: neither tells of the time left, the steps since do."""
     console = Console(tty=False)
     monkeypatch.setattr(sys, "stderr", console)
     shown = Progress(total=101, unit="step")
-    for seconds in [60] + [1] * 10:
+    for seconds in [60, 20] + [1] * 10:
         clock["now"] += seconds
         shown.update()
-    first, second = console.getvalue().splitlines()
+    first, second, third = console.getvalue().splitlines()
     assert first == "1/101 step (1.0%), 0:01:00 gone"
-    assert "0:01:30 left" in second
+    assert second == "2/101 step (2.0%), 0:01:20 gone"
+    assert "0:01:29 left" in third
 
 
 def test_progress_yields_everything_and_ends_with_a_line(monkeypatch, clock):
