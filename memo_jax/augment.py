@@ -7,8 +7,8 @@ Then only babble moves crops between devices.
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+
+from memo_jax.compiler import each_device_its_rows
 
 CATEGORIES = ("noise", "music", "speech")
 SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}
@@ -115,10 +115,7 @@ def reverberate(waves, responses):
     crop or response, a delay beyond the end), the wave is returned unchanged.
     """
     responses = responses[:, : waves.shape[1]].astype(jnp.float32)
-    # XLA splits Fourier transforms among TPUs by itself; among CPUs and GPUs each would do the whole batch's.
-    wet = jax.lax.platform_dependent(
-        waves.astype(jnp.float32), responses, tpu=_convolve, default=_convolve_own_rows
-    )
+    wet = _convolve(waves.astype(jnp.float32), responses)
     dry_energy, wet_energy = _energy(waves), _energy(wet)
     # Against the rounding of the transform, which would be blown up to the energy of the input.
     audible = wet_energy > 1e-8 * dry_energy * _energy(responses)
@@ -167,6 +164,7 @@ def _energy(x):
     return jnp.sum(jnp.square(x), axis=-1, keepdims=True)
 
 
+@each_device_its_rows
 def _convolve(waves, responses):
     """The first L samples of the convolution of every row of waves [N, L] with its row of responses [N, R], R ≤ L.
 
@@ -182,20 +180,6 @@ def _convolve(waves, responses):
     full = jnp.fft.irfft(spectrum, 2 * block)
     carried = jnp.pad(full[:, :-1, block:], ((0, 0), (1, 0), (0, 0)))  # what rings on into the next block
     return (full[:, :, :block] + carried).reshape(rows, blocks * block)[:, :samples]
-
-
-@custom_partitioning
-def _convolve_own_rows(waves, responses):
-    """As `_convolve`; each device does its own rows."""
-    return _convolve(waves, responses)
-
-
-def _by_rows(mesh, arguments, result):
-    rows = NamedSharding(mesh, PartitionSpec(*arguments[0].sharding.spec[:1], None))
-    return mesh, _convolve, rows, (rows, rows)
-
-
-_convolve_own_rows.def_partition(_by_rows, sharding_rule="n l, n r -> n l", need_replication_factors=("l", "r"))
 
 
 def _check(banks, categories, clean, both, reverb_share, snr_db):

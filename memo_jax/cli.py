@@ -329,7 +329,7 @@ def run_plan(options) -> int:
 
     config = load_config(options.config, options.overrides)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for is not here
-    from memo_jax.pod_plan import plan, summary
+    from memo_jax.training_plan import plan, summary
 
     result = plan(config, options.topology, options.utterances)
     print(json.dumps(result, indent=2) if options.json else summary(result))

@@ -12,7 +12,7 @@ from memo_jax.gate import GateRule
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.ecapa import FORMS
 from memo_jax.models.heads import DINOHead
-from memo_jax.models.layers import REMATS
+from memo_jax.models.blocks import REMATS
 from memo_jax.step import LossWeights, Recipe, train_step
 
 POSITIVE = (

@@ -128,10 +128,10 @@ def test_what_is_made_again_is_not_kept_on_a_cpu_either():
 
 
 def test_parameters_of_another_size_are_refused_by_name():
-    x, narrow, wide = jnp.zeros((2, 32, 80)), *(build_backbone("resnet", **TINY["resnet"] | {"base_channels": n}) for n in (4, 8))
+    narrow, wide = (build_backbone("resnet", **TINY["resnet"] | {"base_channels": width}) for width in (4, 8))
     variables = scrambled_variables(narrow, 2, 32, 80)
     with pytest.raises(ValueError, match=r"parameter stem/kernel has shape \(3, 3, 1, 4\) where \(3, 3, 1, 8\) is needed"):
-        wide.apply(variables, x)
+        wide.apply(variables, jnp.zeros((2, 32, 80)))
 
 
 def test_unknown_backbone_is_refused_with_those_there_are():

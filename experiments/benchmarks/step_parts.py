@@ -33,7 +33,7 @@ from memo_jax.state import student_params
 from memo_jax.step import embeddings_by_view, logits_by_view, teachers_lesson, train_step_on_features
 
 PLATFORM = jax.default_backend()
-SECONDS, CLOCK = ("CPU-seconds", time.process_time) if PLATFORM == "cpu" else ("seconds", time.perf_counter)
+SECOND, CLOCK = ("CPU-second", time.process_time) if PLATFORM == "cpu" else ("second", time.perf_counter)
 UPDATES = ("optimiser and moving average", "step, from log-mel")  # take a state, which is donated, and return it first
 AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
 
@@ -204,8 +204,8 @@ def main(arguments=None) -> dict:
     peak, bandwidth = machine_limits(config.model.dtype)
     parts = {name: part for name, part in parts_of(config).items() if options.parts in name}
     if not options.json:
-        print(f"one of the {SECONDS} does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
-        print(f"| part | {SECONDS} | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|")
+        print(f"a {SECOND} does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
+        print(f"| part | {SECOND}s | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|")
     rows = []
     for name in progress(list(parts), label="measure", unit="part"):
         row = measured(name, *parts[name], options.runs, peak, bandwidth)
@@ -215,8 +215,8 @@ def main(arguments=None) -> dict:
                   f"| {row['limit_seconds']:.4f} ({row['bound_by']}) | {row['of_limit']:.0%} "
                   f"| {row['temporary_gigabytes']:.2f} |", flush=True)
     result = {
-        "batch_size": options.batch_size, "platform": PLATFORM, "peak_gigaflops": peak / 1e9, "gigabytes_per_second": bandwidth / 1e9,
-        "parts": rows,
+        "batch_size": options.batch_size, "platform": PLATFORM, "peak_gigaflops": peak / 1e9,
+        "gigabytes_per_second": bandwidth / 1e9, "parts": rows,
     }
     if options.json:
         print(json.dumps(result, indent=2))

@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memo_jax.models.blocks import run_blocks
 from memo_jax.models.layers import (
-    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, parameter, run_blocks, torch_uniform, valid_frames,
+    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, parameter, torch_uniform, valid_frames,
 )
 
 FORMS = ("speechbrain", "wespeaker")

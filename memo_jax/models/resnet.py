@@ -7,8 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from memo_jax.models.blocks import run_blocks
 from memo_jax.models.layers import (
-    BatchNorm, Linear, PlaneConv, mask_time, mean_and_variance_time, run_blocks, strided_lengths,
+    BatchNorm, Linear, PlaneConv, mask_time, mean_and_variance_time, strided_lengths,
 )
 from memo_jax.models.packed import pack, packing
 
