@@ -165,6 +165,7 @@ class JaxSteps:
         compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(options.platform))
         self.step = compiled.lower(self.state, *self.mels).compile()
         self.compile_seconds = time.perf_counter() - begin
+        jax.clear_caches()  # as training does
 
     def take_step(self) -> list[float]:
         """Takes a step; returns its six losses."""

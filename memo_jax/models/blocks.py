@@ -1,5 +1,6 @@
 """Residual blocks one after another: as they are, as a loop, or made again in the backward pass to save memory."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -16,6 +17,13 @@ REMATS = {
 }
 
 
+def run_with_remat(run, module: nn.Module, x: jax.Array, remat: str) -> jax.Array:
+    """Returns run(module, x), in whose backward pass is made again what REMATS has `remat` not keep."""
+    if remat != "none" and not module.is_initializing():
+        run = nn.remat(run, policy=REMATS[remat])
+    return run(module, x)
+
+
 def run_blocks(
     parent: nn.Module, block, names: Sequence[str], x: jax.Array, lengths: jax.Array | None, train: bool, *,
     scan: bool = False, remat: str = "none",
@@ -30,34 +38,27 @@ def run_blocks(
       remat: what the backward pass makes again in train mode rather than keep it: "none"; "norms", norms and
         activations from the convolutions' outputs; "blocks", all of a block from its input.
     """
-    loop = scan and len(names) > 1
-    if not train or lengths is not None or parent.is_initializing() or (remat == "none" and not loop):
-        for name in names:
-            x = block(name=name)(x, lengths, train)
-            x = cpu_barrier(x) if train else x
-        return x
+    if scan and len(names) > 1 and train and lengths is None and not parent.is_initializing():
+        return _run_in_a_loop(parent, block, names, x, remat)
 
+    def run(parent, x, name):
+        x = block(name=name)(x, lengths, train)
+        return cpu_barrier(x) if train else x
+
+    for name in names:
+        x = run_with_remat(functools.partial(run, name=name), parent, x, remat if train else "none")
+    return x
+
+
+def _run_in_a_loop(parent: nn.Module, block, names: Sequence[str], x: jax.Array, remat: str) -> jax.Array:
     def run(x, variables):
         out, updated = block(parent=None).apply(variables, x, None, True, mutable=["batch_stats"])
         return cpu_barrier(out), updated["batch_stats"]
 
-    def run_in_turn(x, variables):
-        statistics = []
-        for of_block in variables:
-            x, updated = run(x, of_block)
-            statistics.append(updated)
-        return x, statistics
-
-    if remat == "norms" and not loop:  # of all blocks together, so that not even their inputs are kept
-        run_in_turn = jax.checkpoint(run_in_turn, policy=REMATS[remat])
-    elif remat != "none":
-        run = jax.checkpoint(run, prevent_cse=not loop, policy=REMATS[remat])
+    if remat != "none":
+        run = jax.checkpoint(run, prevent_cse=False, policy=REMATS[remat])
     variables = [{kind: parent.get_variable(kind, name) for kind in ("params", "batch_stats")} for name in names]
-    if loop:
-        x, stacked = jax.lax.scan(run, x, jax.tree.map(lambda *parts: jnp.stack(parts), *variables))
-        statistics = [jax.tree.map(lambda part: part[i], stacked) for i in range(len(names))]  # noqa: B023
-    else:
-        x, statistics = run_in_turn(x, variables)
-    for name, updated in zip(names, statistics, strict=True):
-        parent.put_variable("batch_stats", name, updated)
+    x, updated = jax.lax.scan(run, x, jax.tree.map(lambda *parts: jnp.stack(parts), *variables))
+    for i, name in enumerate(names):
+        parent.put_variable("batch_stats", name, jax.tree.map(lambda part: part[i], updated))  # noqa: B023
     return x

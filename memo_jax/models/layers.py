@@ -15,7 +15,7 @@ from memo_jax.reductions import sum_from_first_axis
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
-CONVOLUTION, STATISTICS = "convolution", "statistics"  # what `blocks.run_blocks` keeps with remat="norms"
+CONVOLUTION, STATISTICS = "convolution", "statistics"  # what remat="norms" keeps (`blocks.REMATS`)
 
 
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Array:
@@ -148,14 +148,14 @@ class PlaneConv(nn.Module):
         # As a matrix product, since XLA takes the gradient of a strided 1×1 convolution at 1 GFLOP/s on a CPU. Of a length
         # that is a symbol, as in export, JAX could not prove that the slice has the frames that a convolution leaves.
         if self.kernel_size == 1 and isinstance(x.shape[1], int):
-            picked = gpu_barrier(x[:, :: self.strides[0], :: self.strides[1]])
-            return checkpoint_name(picked @ kernel[0, 0], CONVOLUTION)
+            return gpu_barrier(x[:, :: self.strides[0], :: self.strides[1]]) @ kernel[0, 0]
         pad = self.kernel_size // 2
         out = jax.lax.conv_general_dilated(
             x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return checkpoint_name(out, CONVOLUTION)
+        # As 1×1 convolutions, those of one channel take little to make again.
+        return out if x.shape[-1] == 1 else checkpoint_name(out, CONVOLUTION)
 
 
 class Linear(nn.Module):

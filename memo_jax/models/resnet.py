@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memo_jax.models.blocks import run_blocks
+from memo_jax.models.blocks import run_blocks, run_with_remat
 from memo_jax.models.layers import (
     BatchNorm, Linear, PlaneConv, mask_time, mean_and_variance_time, strided_lengths,
 )
@@ -82,20 +82,32 @@ class ResNet34(nn.Module):
         x, packed = mask_time(x, lengths)[..., None], None
         if self.packed:
             x, packed = pack(x, packing(x.shape[2], self.base_channels)), 1
-        x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=packed, name="stem")(x)
-        packed = self.base_channels if self.packed else None
-        x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
-        for stage, count in enumerate(self.blocks):
-            names = [f"stage_{stage}_block_{i}" for i in range(count)]
-            width, halving = self.base_channels * 2**stage, min(stage, 1)  # blocks that halve the plane
-            for alike, stride in ((names[:halving], 2), (names[halving:], 1)):
-                block = functools.partial(BasicBlock, width, (stride, stride), self.dtype, packed)
-                x = run_blocks(self, block, alike, x, lengths, train, scan=self.scan, remat=self.remat)
-                lengths = strided_lengths(lengths, stride if alike else 1)
-                packed = width if self.packed else None
+        # Norms are made again for a stage at once, so that only the planes between stages are kept.
+        remat = "norms" if train and self.remat == "norms" and not self.scan else "none"
+        for stage in range(len(self.blocks)):
+            run = functools.partial(ResNet34.run_stage, stage=stage, lengths=lengths, train=train, packed=packed)
+            x = run_with_remat(run, self, x, remat)
+            lengths = strided_lengths(lengths, 2 if stage else 1)
+            packed = self.base_channels * 2**stage if self.packed else None
         pooled = TemporalStatistics(self.pool_epsilon, packed, name="pool")(x, lengths)
         embedding = Linear(self.embedding_dim, name="embedding")(pooled)
         if self.second_embedding:
             embedding = BatchNorm(affine=False, name="embedding_norm")(jax.nn.relu(embedding), train)
             embedding = Linear(self.embedding_dim, name="embedding_1")(embedding)
         return embedding
+
+    def run_stage(self, x, *, stage, lengths, train, packed):
+        """Returns the planes behind a stage, of which the stem is part of the first."""
+        if stage == 0:
+            x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=packed, name="stem")(x)
+            packed = self.base_channels if self.packed else None
+            x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
+        names = [f"stage_{stage}_block_{i}" for i in range(self.blocks[stage])]
+        width, halving = self.base_channels * 2**stage, min(stage, 1)  # blocks that halve the plane
+        remat = "none" if self.remat == "norms" and not self.scan else self.remat
+        for alike, stride in ((names[:halving], 2), (names[halving:], 1)):
+            block = functools.partial(BasicBlock, width, (stride, stride), self.dtype, packed)
+            x = run_blocks(self, block, alike, x, lengths, train, scan=self.scan, remat=remat)
+            lengths = strided_lengths(lengths, stride if alike else 1)
+            packed = width if self.packed else None
+        return x
