@@ -124,7 +124,7 @@ def test_what_is_made_again_is_not_kept_on_a_cpu_either():
 
         gradients = jax.jit(jax.grad(loss)).lower(variables["params"], jnp.zeros((8, 100, 80)))
         temporary[remat] = gradients.compile(compiler_options("cpu")).memory_analysis().temp_size_in_bytes
-    assert temporary["blocks"] < 0.7 * temporary["none"] and temporary["norms"] < 0.9 * temporary["none"]
+    assert temporary["blocks"] < 0.7 * temporary["none"] and temporary["norms"] < 0.82 * temporary["none"]
 
 
 def test_parameters_of_another_size_are_refused_by_name():
