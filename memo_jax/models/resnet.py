@@ -83,10 +83,13 @@ class ResNet34(nn.Module):
         if self.packed:
             x, packed = pack(x, packing(x.shape[2], self.base_channels)), 1
         # Norms are made again for a stage at once, so that only the planes between stages are kept.
-        remat = "norms" if train and self.remat == "norms" and not self.scan else "none"
+        by_stage = self.remat == "norms" and not self.scan
         for stage in range(len(self.blocks)):
-            run = functools.partial(ResNet34.run_stage, stage=stage, lengths=lengths, train=train, packed=packed)
-            x = run_with_remat(run, self, x, remat)
+            run = functools.partial(
+                ResNet34.run_stage, stage=stage, lengths=lengths, train=train, packed=packed,
+                remat="none" if by_stage else self.remat,
+            )
+            x = run_with_remat(run, self, x, "norms" if by_stage and train else "none")
             lengths = strided_lengths(lengths, 2 if stage else 1)
             packed = self.base_channels * 2**stage if self.packed else None
         pooled = TemporalStatistics(self.pool_epsilon, packed, name="pool")(x, lengths)
@@ -96,7 +99,7 @@ class ResNet34(nn.Module):
             embedding = Linear(self.embedding_dim, name="embedding_1")(embedding)
         return embedding
 
-    def run_stage(self, x, *, stage, lengths, train, packed):
+    def run_stage(self, x, *, stage, lengths, train, packed, remat):
         """Returns the planes behind a stage, of which the stem is part of the first."""
         if stage == 0:
             x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=packed, name="stem")(x)
@@ -104,7 +107,6 @@ class ResNet34(nn.Module):
             x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
         names = [f"stage_{stage}_block_{i}" for i in range(self.blocks[stage])]
         width, halving = self.base_channels * 2**stage, min(stage, 1)  # blocks that halve the plane
-        remat = "none" if self.remat == "norms" and not self.scan else self.remat
         for alike, stride in ((names[:halving], 2), (names[halving:], 1)):
             block = functools.partial(BasicBlock, width, (stride, stride), self.dtype, packed)
             x = run_blocks(self, block, alike, x, lengths, train, scan=self.scan, remat=remat)
