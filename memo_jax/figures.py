@@ -127,9 +127,10 @@ def det_figure(
         ax.set(xlim=(low, high), ylim=(low, high), box_aspect=1)
         ax.set_xlabel("False-alarm rate: nontarget trials accepted (%)")
         ax.set_ylabel("Miss rate: target trials rejected (%)")
-        ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=12)
-        ax.annotate(f"● equal error    ◆ least cost at a prior of {p_target:g}", (0.02, 0.02), xycoords="axes fraction",
-                    fontsize=8, color=MUTED, path_effects=HALO)
+        ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=24)
+        # Above the axes, where no curve can come.
+        ax.annotate(f"● equal error    ◆ least cost at a prior of {p_target:g}", (0, 1), xycoords="axes fraction",
+                    xytext=(0, 7), textcoords="offset points", fontsize=8.5, color=MUTED)
         legend = figure.legend(loc="outside right upper", handlelength=2.6, labelspacing=1.1, fontsize=9.5,
                                title="Worst to best", alignment="left")
         for line, text in zip(legend.get_lines(), legend.get_texts()):
