@@ -10,9 +10,9 @@ from memo_jax import augment, config as configs, features, optim, sharding, stat
 from memo_jax.compiler import compiler_options
 from memo_jax.gate import GateRule
 from memo_jax.models import Branch, build_backbone
+from memo_jax.models.blocks import REMATS
 from memo_jax.models.ecapa import FORMS
 from memo_jax.models.heads import DINOHead
-from memo_jax.models.blocks import REMATS
 from memo_jax.step import LossWeights, Recipe, train_step
 
 POSITIVE = (

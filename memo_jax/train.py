@@ -181,7 +181,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
             batch = sharding.global_batch(mesh, next(batches))
             if number == begin + 1:
                 take_step = step_function.result()
-                jax.clear_caches()  # what tracing has left behind: 70 MB with the authors' sizes
+                jax.clear_caches()  # of all that the process has traced: 70 MB with the authors' sizes
             state, metrics = take_step(state, batch, banks_here, key)
             if pending:
                 read(*pending)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from memo_jax.compiler import cpu_barrier
 from memo_jax.models.layers import CONVOLUTION, STATISTICS
 
+# What the backward pass makes again rather than keep it: nothing; norms, activations and cheap convolutions, from the
+# outputs of the others; or all of a block, from its input.
 REMATS = {
     "none": None,
     "norms": jax.checkpoint_policies.save_only_these_names(CONVOLUTION, STATISTICS),
@@ -18,7 +20,7 @@ REMATS = {
 
 
 def run_with_remat(run, module: nn.Module, x: jax.Array, remat: str) -> jax.Array:
-    """Returns run(module, x), in whose backward pass is made again what REMATS has `remat` not keep."""
+    """Returns run(module, x), in whose backward pass is made again what `remat`, one of REMATS, does not keep."""
     if remat != "none" and not module.is_initializing():
         run = nn.remat(run, policy=REMATS[remat])
     return run(module, x)
@@ -35,8 +37,7 @@ def run_blocks(
       block: makes one of them, given `name` or `parent`.
       x, lengths, train: what the first one takes.
       scan: in train mode they become a loop, whose body is compiled once for all of them.
-      remat: what the backward pass makes again in train mode rather than keep it: "none"; "norms", norms and
-        activations from the convolutions' outputs; "blocks", all of a block from its input.
+      remat: which of REMATS holds of each block in train mode.
     """
     if scan and len(names) > 1 and train and lengths is None and not parent.is_initializing():
         return _run_in_a_loop(parent, block, names, x, remat)
@@ -51,6 +52,7 @@ def run_blocks(
 
 
 def _run_in_a_loop(parent: nn.Module, block, names: Sequence[str], x: jax.Array, remat: str) -> jax.Array:
+    """As `run_blocks` with `scan`, in train mode."""
     def run(x, variables):
         out, updated = block(parent=None).apply(variables, x, None, True, mutable=["batch_stats"])
         return cpu_barrier(out), updated["batch_stats"]

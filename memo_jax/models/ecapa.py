@@ -170,7 +170,7 @@ class ECAPATDNN(nn.Module):
 
     `form` is that of speechbrain or of wespeaker, which pads by zeros, passes the last chunk of a Res2 block, and has no
     batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192). `global_context=False`
-    computes attention from single frames; `embedding_norm` ends with a batch norm. `remat` is that of `run_blocks`.
+    computes attention from single frames; `embedding_norm` ends with a batch norm. `remat` is one of `REMATS`.
 
     Raises ValueError for an unknown form.
     """

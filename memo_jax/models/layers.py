@@ -15,7 +15,7 @@ from memo_jax.reductions import sum_from_first_axis
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
-CONVOLUTION, STATISTICS = "convolution", "statistics"  # what remat="norms" keeps (`blocks.REMATS`)
+CONVOLUTION, STATISTICS = "convolution", "statistics"  # what remat="norms" keeps (blocks.py)
 
 
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Array:
@@ -147,6 +147,7 @@ class PlaneConv(nn.Module):
             return checkpoint_name(packed_convolution(x, kernel, tuple(self.strides)), CONVOLUTION)
         # As a matrix product, since XLA takes the gradient of a strided 1×1 convolution at 1 GFLOP/s on a CPU. Of a length
         # that is a symbol, as in export, JAX could not prove that the slice has the frames that a convolution leaves.
+        # Without a name, as one of a single channel below: they take little to make again.
         if self.kernel_size == 1 and isinstance(x.shape[1], int):
             return gpu_barrier(x[:, :: self.strides[0], :: self.strides[1]]) @ kernel[0, 0]
         pad = self.kernel_size // 2
@@ -154,7 +155,6 @@ class PlaneConv(nn.Module):
             x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        # As 1×1 convolutions, those of one channel take little to make again.
         return out if x.shape[-1] == 1 else checkpoint_name(out, CONVOLUTION)
 
 

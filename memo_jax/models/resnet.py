@@ -64,7 +64,7 @@ class ResNet34(nn.Module):
     `lengths` [N] in frames as in ECAPA.
 
     For TPUs, with the same parameters, and but for rounding the same numbers: `packed` holds planes as packed.py says,
-    `scan` loops over a stage's blocks that are alike, so that they are compiled once, `remat` is that of `run_blocks`.
+    `scan` loops over a stage's blocks that are alike, so that they are compiled once, `remat` is one of `REMATS`.
     """
 
     base_channels: int = 16
@@ -79,31 +79,34 @@ class ResNet34(nn.Module):
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        x, packed = mask_time(x, lengths)[..., None], None
+        x = mask_time(x, lengths)[..., None]
         if self.packed:
-            x, packed = pack(x, packing(x.shape[2], self.base_channels)), 1
+            x = pack(x, packing(x.shape[2], self.base_channels))
         # Norms are made again for a stage at once, so that only the planes between stages are kept.
         by_stage = self.remat == "norms" and not self.scan
         for stage in range(len(self.blocks)):
             run = functools.partial(
-                ResNet34.run_stage, stage=stage, lengths=lengths, train=train, packed=packed,
-                remat="none" if by_stage else self.remat,
+                ResNet34.run_stage, stage=stage, lengths=lengths, train=train, remat="none" if by_stage else self.remat
             )
             x = run_with_remat(run, self, x, "norms" if by_stage and train else "none")
             lengths = strided_lengths(lengths, 2 if stage else 1)
-            packed = self.base_channels * 2**stage if self.packed else None
-        pooled = TemporalStatistics(self.pool_epsilon, packed, name="pool")(x, lengths)
+        pooled = TemporalStatistics(self.pool_epsilon, self.packed_channels(len(self.blocks) - 1), name="pool")(x, lengths)
         embedding = Linear(self.embedding_dim, name="embedding")(pooled)
         if self.second_embedding:
             embedding = BatchNorm(affine=False, name="embedding_norm")(jax.nn.relu(embedding), train)
             embedding = Linear(self.embedding_dim, name="embedding_1")(embedding)
         return embedding
 
-    def run_stage(self, x, *, stage, lengths, train, packed, remat):
+    def packed_channels(self, stage: int) -> int | None:
+        """Returns the channels behind a stage where planes are packed."""
+        return self.base_channels * 2**stage if self.packed else None
+
+    def run_stage(self, x, *, stage, lengths, train, remat):
         """Returns the planes behind a stage, of which the stem is part of the first."""
+        packed = self.packed_channels(max(stage - 1, 0))
         if stage == 0:
-            x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=packed, name="stem")(x)
-            packed = self.base_channels if self.packed else None
+            of_input = 1 if self.packed else None
+            x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=of_input, name="stem")(x)
             x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
         names = [f"stage_{stage}_block_{i}" for i in range(self.blocks[stage])]
         width, halving = self.base_channels * 2**stage, min(stage, 1)  # blocks that halve the plane
@@ -111,5 +114,5 @@ class ResNet34(nn.Module):
             block = functools.partial(BasicBlock, width, (stride, stride), self.dtype, packed)
             x = run_blocks(self, block, alike, x, lengths, train, scan=self.scan, remat=remat)
             lengths = strided_lengths(lengths, stride if alike else 1)
-            packed = width if self.packed else None
+            packed = self.packed_channels(stage)
         return x
