@@ -16,13 +16,14 @@ define INSTALL
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'memo-jax[$(EXTRAS)]'
 endef
 
-.PHONY: help demo test test-tfds parity install clean
+.PHONY: help demo lint format test test-tfds parity install clean
 
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
 	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
 	@echo "make test                      run the tests"
+	@echo "make lint                      check style and formatting; make format rewrites the files"
 	@echo "make test-tfds                 run the tests that need TensorFlow, in an environment of their own"
 	@echo "make parity                    compare with the PyTorch networks, in an environment of its own, $(PARITY)"
 	@echo "make install                   only make the environment in $(VENV)"
@@ -32,13 +33,22 @@ help:
 demo: $(INSTALLED)
 	$(VENV)/bin/python experiments/demo.py --output "$(OUTPUT)" $(if $(SPEECH),--speech "$(SPEECH)")
 
+# Configuration in ruff.toml. `make format` rewrites files.
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
 # TensorFlow is large and nothing else needs it, so these tests have an environment of their own.
 test-tfds: $(TFDS)/installed
-	$(TFDS)/bin/python -m pytest -n 0 tests/test_tfds_audio.py \
-		--deselect tests/test_tfds_audio.py::test_nothing_else_imports_tensorflow
+	$(TFDS)/bin/python -m pytest -n 0 tests/data/test_tfds_audio.py \
+		--deselect tests/data/test_tfds_audio.py::test_nothing_else_imports_tensorflow
 
 $(TFDS)/installed: EXTRAS := test,tfds
 $(TFDS)/installed: setup.cfg pyproject.toml

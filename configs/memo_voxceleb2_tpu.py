@@ -1,6 +1,6 @@
 """The authors' recipe as a TPU computes it fastest: bfloat16, and ResNet's planes packed so that they fill its lanes.
 
-    memo-jax plan --config configs/memo_voxceleb2_tpu.py --topology v5e:2x2 --config.data.batch_size=128
+memo-jax plan --config configs/memo_voxceleb2_tpu.py --topology v5e:2x2 --config.data.batch_size=128
 """
 
 import memo_voxceleb2

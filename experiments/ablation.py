@@ -46,8 +46,10 @@ ROWS = {
         "+ contrastive, stopped at its plateau (MeMo)", ("gate.rule=plateau",), ("memo-always", "dino-ecapa"), True
     ),
     "memo-conflict": Row(
-        "+ contrastive, stopped when gradients conflict", ("gate.rule=conflict",),
-        ("memo-always", "memo-step", "memo-plateau"), True,
+        "+ contrastive, stopped when gradients conflict",
+        ("gate.rule=conflict",),
+        ("memo-always", "memo-step", "memo-plateau"),
+        True,
     ),
     "memo-step-early": Row(
         "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=75"), ("memo-step",)
@@ -56,15 +58,16 @@ ROWS = {
         "the same, at one and a half of it", ("gate.rule=step", "gate.stop_steps=225"), ("memo-step",)
     ),
     "memo-slow-teacher": Row(
-        "MeMo with the teachers' momentum of distillation alone, 0.99", ("teacher.momentum=0.99",),
+        "MeMo with the teachers' momentum of distillation alone, 0.99",
+        ("teacher.momentum=0.99",),
         ("memo-plateau", "multi-head"),
     ),
-    "memo-campplus": Row(
-        "MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), ("memo-plateau",)
-    ),
+    "memo-campplus": Row("MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), ("memo-plateau",)),
     "contrastive-alone": Row(
         "contrastive alone (NT-Xent, ECAPA-TDNN)",
-        ("model.branches=ecapa", "loss.self=0", "loss.cross=0", "gate.rule=always"), ("memo-plateau",), True,
+        ("model.branches=ecapa", "loss.self=0", "loss.cross=0", "gate.rule=always"),
+        ("memo-plateau",),
+        True,
     ),
     "no-augmentation": Row(
         "MeMo without augmentation",

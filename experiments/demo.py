@@ -80,12 +80,15 @@ def claim_output(output, arguments):
     before = json.loads(record.read_text()) if record.exists() and (output / "speech").exists() else arguments
     changed = [f"{key} was {before.get(key)}, is {new}" for key, new in arguments.items() if before.get(key) != new]
     if changed:
-        raise ValueError(f"{output} holds a demo with other arguments ({'; '.join(changed)}): name another folder "
-                         "(make demo OUTPUT=…, or --output), or remove it")
+        raise ValueError(
+            f"{output} holds a demo with other arguments ({'; '.join(changed)}): name another folder "
+            "(make demo OUTPUT=…, or --output), or remove it"
+        )
     record.write_text(json.dumps(arguments) + "\n")
 
 
 # Speech
+
 
 def synthetic_speech(folder, seed):
     """The folder with train/, test/, noise/ and rirs/, made unless it is there."""
@@ -94,8 +97,10 @@ def synthetic_speech(folder, seed):
     else:
         say(f"1. Making synthetic speech in {folder}: half a minute to a minute.")
     corpus = demo_speech.make_corpus(folder, seed=seed)
-    say(f"   {corpus['train_minutes']:.0f} minutes of {corpus['arguments']['speakers']} voices to train on, "
-        f"{corpus['test_minutes']:.0f} minutes of {corpus['arguments']['test_speakers']} others to test on.")
+    say(
+        f"   {corpus['train_minutes']:.0f} minutes of {corpus['arguments']['speakers']} voices to train on, "
+        f"{corpus['test_minutes']:.0f} minutes of {corpus['arguments']['test_speakers']} others to test on."
+    )
     return folder
 
 
@@ -104,7 +109,7 @@ def own_speech(speech, folder, seed):
     if (folder / "split.json").exists():
         say(f"1. Your recordings: already divided in {folder}.")
         return folder
-    from memo_jax.recordings import find_recordings
+    from memo_jax.data.recordings import find_recordings
 
     recordings, _ = find_recordings([speech])
     splits = split_by_speaker(recordings, seed)
@@ -118,9 +123,11 @@ def own_speech(speech, folder, seed):
     counts = {split: [len(chosen), len({item.speaker for item in chosen})] for split, chosen in splits.items()}
     (folder / "split.json").write_text(json.dumps(counts) + "\n")
     left = len(recordings) - sum(count for count, _ in counts.values())
-    say(f"1. Your recordings: {counts['train'][0]} of {counts['train'][1]} speakers to train on, "
+    say(
+        f"1. Your recordings: {counts['train'][0]} of {counts['train'][1]} speakers to train on, "
         f"{counts['test'][0]} of {counts['test'][1]} others to test on"
-        f"{f'; {left} more are not needed for a demo' if left else ''}.")
+        f"{f'; {left} more are not needed for a demo' if left else ''}."
+    )
     return folder
 
 
@@ -134,14 +141,17 @@ def split_by_speaker(recordings, seed):
         by_speaker.setdefault(recording.speaker, []).append(recording)
     layout = "the demo needs SPEECH/speaker/…/recording.wav, so that it can test on speakers it did not train on"
     if "" in by_speaker:
-        raise ValueError(f"{by_speaker[''][0].name} (and {len(by_speaker['']) - 1} more) is in no speaker's folder: "
-                         f"{layout}. To train without any labels, use `memo-jax prepare` and `memo-jax train`")
+        raise ValueError(
+            f"{by_speaker[''][0].name} (and {len(by_speaker['']) - 1} more) is in no speaker's folder: "
+            f"{layout}. To train without any labels, use `memo-jax prepare` and `memo-jax train`"
+        )
     import numpy as np
 
     several = [speaker for speaker, items in sorted(by_speaker.items()) if len(items) > 1]
     if len(several) < MIN_SPEAKERS:
-        raise ValueError(f"found {len(several)} speakers with two or more recordings, and {MIN_SPEAKERS} are the "
-                         f"least: {layout}")
+        raise ValueError(
+            f"found {len(several)} speakers with two or more recordings, and {MIN_SPEAKERS} are the least: {layout}"
+        )
     rng = np.random.default_rng([seed, 6])
     rng.shuffle(several)
     test_speakers = several[: min(max(len(several) // 5, 2), 40)]
@@ -154,7 +164,7 @@ def split_by_speaker(recordings, seed):
 
 def prepared(recordings, dataset):
     """Path of the dataset of these recordings, prepared unless it is there."""
-    from memo_jax.prepare import prepare, summary
+    from memo_jax.data.prepare import prepare, summary
 
     if (dataset / "dataset_info.json").exists():
         say(f"2. Dataset {dataset}: already prepared.")
@@ -166,7 +176,7 @@ def prepared(recordings, dataset):
 
 def write_trials(dataset, path, seed):
     """A trial list of what `prepare` kept; the only use of speaker labels."""
-    from memo_jax.data import open_utterances
+    from memo_jax.data.batches import open_utterances
 
     utterances = open_utterances(dataset)
     names_by_speaker = {}
@@ -179,12 +189,19 @@ def write_trials(dataset, path, seed):
 
 # Training and evaluation
 
+
 def demo_config(datasets, trials, banks, minutes, seed):
     """configs/demo.py with the data; the run, and with it the gate's step, in proportion to `minutes`."""
     from memo_jax.config import load_config
 
-    values = {"seed": seed, "data.train": datasets["train"], "augment.noise": banks / "noise",
-              "augment.rirs": banks / "rirs", "evaluation.data": datasets["test"], "evaluation.trials": trials}
+    values = {
+        "seed": seed,
+        "data.train": datasets["train"],
+        "augment.noise": banks / "noise",
+        "augment.rirs": banks / "rirs",
+        "evaluation.data": datasets["test"],
+        "evaluation.trials": trials,
+    }
     config = load_config(CONFIG, [f"--config.{key}={value}" for key, value in values.items()])
     if minutes is not None:
         for group, key in ((config, "total_steps"), (config.gate, "stop_steps"), (config.evaluation, "every_steps")):
@@ -197,7 +214,7 @@ def train_run(config, workdir):
     # Loops that are not unrolled compile a fifth sooner, and take this small step no longer (a large one by a twentieth).
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true")
     from memo_jax.cli import keep_compiled_programs
-    from memo_jax.train import train
+    from memo_jax.training.train import train
 
     keep_compiled_programs()
     say(f"3. Training without speaker labels; all numbers go to {workdir / 'metrics.jsonl'}.")
@@ -208,7 +225,7 @@ def train_run(config, workdir):
 
 def evaluate_both(output, test, trials):
     """{"untrained": results, "trained": results} of the first and the last step of the run."""
-    from memo_jax.evaluate import evaluate
+    from memo_jax.inference.evaluate import evaluate
 
     results = {}
     for name, step in (("untrained", 0), ("trained", None)):
@@ -221,25 +238,36 @@ def draw(output, trials, results):
     """The two pictures: learning_curve.png, and det.png of all three systems, from what the evaluations wrote."""
     import numpy as np
 
-    from memo_jax.report import plot_det, plot_learning_curve
-    from memo_jax.trials import read_trials
+    from memo_jax.report.learning_curves import plot_det, plot_learning_curve
+    from memo_jax.scoring.trials import read_trials
 
     target = read_trials(trials).target
-    files = {"trained without labels": output / "trained" / "scores.txt",
-             "untrained": output / "untrained" / "scores.txt",
-             "log-mel statistics": output / "trained" / "log_mel_statistics.txt"}
+    files = {
+        "trained without labels": output / "trained" / "scores.txt",
+        "untrained": output / "untrained" / "scores.txt",
+        "log-mel statistics": output / "trained" / "log_mel_statistics.txt",
+    }
     scores = {name: np.loadtxt(file, usecols=0, delimiter="\t", comments=None) for name, file in files.items()}
-    plot_det({name: (values, target) for name, values in scores.items()}, output / "det.png",
-             title="Speakers never heard in training")
-    plot_learning_curve(output / "run" / "metrics.jsonl", output / "learning_curve.png", title="The demo's training",
-                        references={"log-mel statistics": results["trained"]["log_mel_statistics"]["eer"]})
+    plot_det(
+        {name: (values, target) for name, values in scores.items()},
+        output / "det.png",
+        title="Speakers never heard in training",
+    )
+    plot_learning_curve(
+        output / "run" / "metrics.jsonl",
+        output / "learning_curve.png",
+        title="The demo's training",
+        references={"log-mel statistics": results["trained"]["log_mel_statistics"]["eer"]},
+    )
 
 
 def print_table(results, output):
     """Prints the comparison and a plain verdict; returns whether training was clearly worth it."""
-    rates = {"log-mel mean and deviation": results["trained"]["log_mel_statistics"]["eer"],
-             "network, untrained": results["untrained"]["eer"],
-             "network, trained without labels": results["trained"]["eer"]}
+    rates = {
+        "log-mel mean and deviation": results["trained"]["log_mel_statistics"]["eer"],
+        "network, untrained": results["untrained"]["eer"],
+        "network, trained without labels": results["trained"]["eer"],
+    }
     trained, best_other = rates["network, trained without labels"], min(list(rates.values())[:2])
     trials, targets = results["trained"]["trials"], results["trained"]["targets"]
     say(f"\nEqual error rate on speakers never heard in training ({trials} trials, {targets} of them target):\n")
@@ -248,11 +276,15 @@ def print_table(results, output):
     say(f"\n    learning curve    {output / 'learning_curve.png'}\n    DET curves        {output / 'det.png'}\n")
     success = trained < CLEARLY * best_other
     if success:
-        say(f"Training without labels brought the error down to {trained:.2f} %, from {best_other:.2f} % for the "
-            "better of the others.")
+        say(
+            f"Training without labels brought the error down to {trained:.2f} %, from {best_other:.2f} % for the "
+            "better of the others."
+        )
     else:
-        say(f"NOT A SUCCESS: {trained:.2f} % is not clearly below {best_other:.2f} %, the better of the others. "
-            "More recordings, more speakers or more --minutes may help.")
+        say(
+            f"NOT A SUCCESS: {trained:.2f} % is not clearly below {best_other:.2f} %, the better of the others. "
+            "More recordings, more speakers or more --minutes may help."
+        )
     return success
 
 

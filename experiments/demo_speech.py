@@ -36,22 +36,92 @@ SAMPLE_RATE = 16000
 SPEAKERS_PER_PROCESS = 10  # see _speak_and_record: part of what makes a corpus reproducible
 ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd", "en-us-nyc", "en-029")
 
-OPENINGS = ("Yesterday", "After lunch", "On most days", "Before the storm", "Near the harbour", "Last winter",
-            "Every Friday", "In the old town", "Without a word", "Just before noon", "Most of the time",
-            "Once in a while")
-WHO = ("the gardener", "my younger cousin", "a tall woman", "our new teacher", "the ferry captain", "her brother",
-       "an old friend", "the shop owner", "a group of children", "the night nurse", "their neighbour", 
-       "a young painter", "the baker", "one of the drivers", "the village doctor", "a quiet student")
-DID = ("carried", "forgot", "painted", "repaired", "borrowed", "measured", "found", "sold", "washed", "photographed",
-       "described", "followed", "ordered", "hid", "counted", "gathered")
-WHAT = ("a basket of apples", "three heavy boxes", "the yellow bicycle", "a pair of gloves", "the broken window",
-        "some fresh bread", "a very small boat", "the wrong key", "twelve silver spoons", "an enormous map",
-        "the kitchen table", "a jar of honey", "the last newspaper", "a wooden ladder", "two grey horses",
-        "the church bell")
-WHERE = ("across the quiet bridge", "behind the station", "in the upper room", "under the chestnut trees",
-         "by the river", "at the edge of the field", "on the way to school", "between two houses", "outside the museum",
-         "in heavy rain", "along the coast", "near the fountain", "below the hill", "in front of everyone",
-         "during the concert", "at dawn")
+OPENINGS = (
+    "Yesterday",
+    "After lunch",
+    "On most days",
+    "Before the storm",
+    "Near the harbour",
+    "Last winter",
+    "Every Friday",
+    "In the old town",
+    "Without a word",
+    "Just before noon",
+    "Most of the time",
+    "Once in a while",
+)
+WHO = (
+    "the gardener",
+    "my younger cousin",
+    "a tall woman",
+    "our new teacher",
+    "the ferry captain",
+    "her brother",
+    "an old friend",
+    "the shop owner",
+    "a group of children",
+    "the night nurse",
+    "their neighbour",
+    "a young painter",
+    "the baker",
+    "one of the drivers",
+    "the village doctor",
+    "a quiet student",
+)
+DID = (
+    "carried",
+    "forgot",
+    "painted",
+    "repaired",
+    "borrowed",
+    "measured",
+    "found",
+    "sold",
+    "washed",
+    "photographed",
+    "described",
+    "followed",
+    "ordered",
+    "hid",
+    "counted",
+    "gathered",
+)
+WHAT = (
+    "a basket of apples",
+    "three heavy boxes",
+    "the yellow bicycle",
+    "a pair of gloves",
+    "the broken window",
+    "some fresh bread",
+    "a very small boat",
+    "the wrong key",
+    "twelve silver spoons",
+    "an enormous map",
+    "the kitchen table",
+    "a jar of honey",
+    "the last newspaper",
+    "a wooden ladder",
+    "two grey horses",
+    "the church bell",
+)
+WHERE = (
+    "across the quiet bridge",
+    "behind the station",
+    "in the upper room",
+    "under the chestnut trees",
+    "by the river",
+    "at the edge of the field",
+    "on the way to school",
+    "between two houses",
+    "outside the museum",
+    "in heavy rain",
+    "along the coast",
+    "near the fountain",
+    "below the hill",
+    "in front of everyone",
+    "during the concert",
+    "at dawn",
+)
 
 
 def sentence(rng):
@@ -62,17 +132,20 @@ def sentence(rng):
 
 # Voices
 
+
 def voice_file(rng, name):
     """Text of an eSpeak NG voice variant drawn at random: one speaker's vocal tract and manner of phonation."""
     female = rng.random() < 0.5
     pitch = np.exp(rng.uniform(*np.log((150, 260) if female else (70, 140))))  # Hz, geometric like hearing
     tract = rng.uniform(1.02, 1.22) if female else rng.uniform(0.86, 1.04)  # a shorter tract raises all formants
-    lines = [f"language variant\nname {name}",
-             f"pitch {pitch:.0f} {pitch * rng.uniform(1.25, 1.6):.0f}",
-             f"roughness {rng.integers(0, 4)}",
-             f"flutter {rng.integers(0, 6)}",
-             f"voicing {rng.integers(85, 140)}",
-             f"consonants {rng.integers(60, 140)} {rng.integers(60, 140)}"]
+    lines = [
+        f"language variant\nname {name}",
+        f"pitch {pitch:.0f} {pitch * rng.uniform(1.25, 1.6):.0f}",
+        f"roughness {rng.integers(0, 4)}",
+        f"flutter {rng.integers(0, 6)}",
+        f"voicing {rng.integers(85, 140)}",
+        f"consonants {rng.integers(60, 140)} {rng.integers(60, 140)}",
+    ]
     for formant in range(9):
         frequency = 100 * tract * rng.uniform(0.93, 1.07)
         # Formants 0 and 1 carry most of the energy: too low a peak there leaves no voice.
@@ -93,8 +166,9 @@ class Synthesizer:
         try:
             import espeakng_loader
         except ImportError:
-            raise ModuleNotFoundError("the demo speech needs the package espeakng-loader: "
-                                      "pip install 'memo-jax[demo]'") from None
+            raise ModuleNotFoundError(
+                "the demo speech needs the package espeakng-loader: pip install 'memo-jax[demo]'"
+            ) from None
         # eSpeak NG looks for variants in its data folder only, and takes paths of at most 160 characters.
         self._folder = tempfile.TemporaryDirectory(prefix="espeak")
         data = Path(self._folder.name)
@@ -140,6 +214,7 @@ class Synthesizer:
 
 
 # Channels
+
 
 def filtered(wave, gain):
     """`wave` [samples] with its spectrum multiplied by `gain(hertz)`; no phase shift."""
@@ -215,6 +290,7 @@ def record(rng, speech):
 
 # The corpus
 
+
 def _speak_and_record(folder, split, speakers, utterances, seed):
     """Writes the recordings of these speakers, numbers within a split; returns seconds of audio.
 
@@ -231,8 +307,13 @@ def _speak_and_record(folder, split, speakers, utterances, seed):
         voice = f"{rng.choice(ACCENTS)}+{split}{speaker}"
         words_a_minute = rng.uniform(150, 210)
         for utterance in range(utterances):
-            speech = synthesizer.say(sentence(rng), voice, rate=words_a_minute * rng.uniform(0.94, 1.06),
-                                     pitch=rng.integers(46, 55), pitch_range=rng.integers(40, 61))
+            speech = synthesizer.say(
+                sentence(rng),
+                voice,
+                rate=words_a_minute * rng.uniform(0.94, 1.06),
+                pitch=rng.integers(46, 55),
+                pitch_range=rng.integers(40, 61),
+            )
             recording = record(rng, soxr.resample(speech, synthesizer.rate, SAMPLE_RATE))
             soundfile.write(speaker_folder / f"{utterance:03d}.wav", recording, SAMPLE_RATE, subtype="PCM_16")
             seconds += len(recording) / SAMPLE_RATE
@@ -270,8 +351,9 @@ def make_trials(names_by_speaker, *, nontargets_per_target=4, seed=0):
     return [between.join((label, *pair)) for label, pairs in (("1", targets), ("0", nontargets)) for pair in pairs]
 
 
-def make_corpus(output_dir, *, speakers=100, utterances=12, test_speakers=30, test_utterances=8, seed=0,
-                processes=None):
+def make_corpus(
+    output_dir, *, speakers=100, utterances=12, test_speakers=30, test_utterances=8, seed=0, processes=None
+):
     """Makes the whole corpus (see the module's docstring) and returns the content of its corpus.json.
 
     The folder appears complete or not at all; one made before with the same arguments is kept as it is. The same
@@ -279,23 +361,31 @@ def make_corpus(output_dir, *, speakers=100, utterances=12, test_speakers=30, te
     else.
     """
     output_dir = Path(output_dir)
-    made = dict(speakers=speakers, utterances=utterances, test_speakers=test_speakers,
-                test_utterances=test_utterances, seed=seed)
+    made = dict(
+        speakers=speakers,
+        utterances=utterances,
+        test_speakers=test_speakers,
+        test_utterances=test_utterances,
+        seed=seed,
+    )
     record_file = output_dir / "corpus.json"
     if record_file.exists():
         found = json.loads(record_file.read_text())
         if found["arguments"] == made:
             return found
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and is not this demo corpus ({made}): remove it, or name another "
-                              "folder")
+        raise FileExistsError(
+            f"{output_dir} exists and is not this demo corpus ({made}): remove it, or name another folder"
+        )
 
     partial = output_dir.with_name(output_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tasks = [(partial, split, list(range(start, min(start + SPEAKERS_PER_PROCESS, total))), count, seed)
-             for split, total, count in (("train", speakers, utterances), ("test", test_speakers, test_utterances))
-             for start in range(0, total, SPEAKERS_PER_PROCESS)]
+    tasks = [
+        (partial, split, list(range(start, min(start + SPEAKERS_PER_PROCESS, total))), count, seed)
+        for split, total, count in (("train", speakers, utterances), ("test", test_speakers, test_utterances))
+        for start in range(0, total, SPEAKERS_PER_PROCESS)
+    ]
     try:
         with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count(), maxtasksperchild=1) as pool:
             seconds = pool.starmap(_speak_and_record, tasks, chunksize=1)
@@ -303,13 +393,19 @@ def make_corpus(output_dir, *, speakers=100, utterances=12, test_speakers=30, te
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    test = {folder.name: [f"{folder.name}/{file.name}" for file in sorted(folder.iterdir())]
-            for folder in sorted((partial / "test").iterdir())}
+    test = {
+        folder.name: [f"{folder.name}/{file.name}" for file in sorted(folder.iterdir())]
+        for folder in sorted((partial / "test").iterdir())
+    }
     trials = make_trials(test, seed=seed)
     (partial / "trials.txt").write_text("\n".join(trials) + "\n")
     by_split = {split: sum(s for s, task in zip(seconds, tasks) if task[1] == split) for split in ("train", "test")}
-    summary = {"arguments": made, "train_minutes": round(by_split["train"] / 60, 2),
-               "test_minutes": round(by_split["test"] / 60, 2), "trials": len(trials)}
+    summary = {
+        "arguments": made,
+        "train_minutes": round(by_split["train"] / 60, 2),
+        "test_minutes": round(by_split["test"] / 60, 2),
+        "trials": len(trials),
+    }
     (partial / "corpus.json").write_text(json.dumps(summary, indent=2) + "\n")
     if output_dir.exists():
         output_dir.rmdir()  # empty, as checked above
@@ -327,8 +423,10 @@ def main():
         summary = make_corpus(arguments.output, seed=arguments.seed)
     except (ImportError, OSError, ValueError) as error:
         sys.exit(f"demo_speech: error: {error}")
-    print(f"{arguments.output}: {summary['train_minutes']:.0f} minutes to train on, {summary['test_minutes']:.0f} to "
-          f"test on, {summary['trials']} trials, made in {time.perf_counter() - start:.0f} s")
+    print(
+        f"{arguments.output}: {summary['train_minutes']:.0f} minutes to train on, {summary['test_minutes']:.0f} to "
+        f"test on, {summary['trials']} trials, made in {time.perf_counter() - start:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
 from torch_steps import GLOBAL_VIEWS, LOCAL_VIEWS, LOSS_COLUMNS, MEL_BINS, Branch, Training, build_students
 
 # Tensors of every kind, few enough for a small file.
@@ -110,13 +111,17 @@ def joint_heads(training: Training) -> None:
     training.student_outputs = student_outputs
 
 
-MISTAKES = (
-    tanh_gelu, zero_padding, decayed_biases, global_clip, early_teachers, eval_teachers, joint_heads
-)
+MISTAKES = (tanh_gelu, zero_padding, decayed_biases, global_clip, early_teachers, eval_teachers, joint_heads)
 MISTAKEN_SETTINGS = {
-    "teacher_momentum": 0.75, "center_momentum": 0.81, "teacher_temp": [0.05, 0.09], "sgd_momentum": 0.5,
-    "base_lr_already_scaled": 0.0055, "cross_weight": 1.0, "freeze_last_layer_epochs": 0,
-    "clip_per_parameter": 0.35, "contrastive_weight": 0.501,
+    "teacher_momentum": 0.75,
+    "center_momentum": 0.81,
+    "teacher_temp": [0.05, 0.09],
+    "sgd_momentum": 0.5,
+    "base_lr_already_scaled": 0.0055,
+    "cross_weight": 1.0,
+    "freeze_last_layer_epochs": 0,
+    "clip_per_parameter": 0.35,
+    "contrastive_weight": 0.501,
 }
 
 
@@ -160,7 +165,8 @@ def make(config: dict, options: argparse.Namespace) -> dict[str, np.ndarray]:
     arrays |= embedding_arrays(training, arrays["eval/mel"])
     arrays = {
         name: value.astype(np.float32) if value.dtype == np.float64 else value
-        for name, value in arrays.items() if not name.endswith("num_batches_tracked")
+        for name, value in arrays.items()
+        if not name.endswith("num_batches_tracked")
     }
     arrays |= {"config": np.array(json.dumps(config)), "losses": np.array(losses)}
     steps = slice(len(losses))
@@ -175,7 +181,8 @@ def embedding_arrays(training: Training, mel: np.ndarray) -> dict[str, np.ndarra
     """Returns the embeddings after the last step by their names in a file."""
     return {
         f"eval_after_last/{role}/embedding/{name}": value
-        for role in ("student", "teacher") for name, value in training.eval_embeddings(role, mel).items()
+        for role in ("student", "teacher")
+        for name, value in training.eval_embeddings(role, mel).items()
     }
 
 
@@ -230,10 +237,12 @@ def compare(runs: dict[str, dict[str, np.ndarray]]) -> dict:
             "losses": np.abs(runs[a]["losses"] / runs[b]["losses"] - 1).max(axis=1).tolist()
         }
         for step in sorted({name.split("/")[0] for name in runs["file"] if name.startswith("after")}):
-            found[step] = state_differences(*(
-                {name.split("/", 1)[1]: x for name, x in runs[run].items() if name.startswith(step + "/")}
-                for run in (a, b)
-            ))
+            found[step] = state_differences(
+                *(
+                    {name.split("/", 1)[1]: x for name, x in runs[run].items() if name.startswith(step + "/")}
+                    for run in (a, b)
+                )
+            )
     return result
 
 
@@ -261,17 +270,37 @@ def main(arguments: list[str] | None = None) -> int:
     making.add_argument("--mistakes", action="store_true", help="write the losses of mistaken steps, too")
     making.add_argument("--frames", type=int, nargs=2, default=[24, 16], help="frames of global and of local views")
     sizes = {
-        "batch": 4, "ecapa_channels": [16, 16, 16, 16, 48], "resnet_base_channels": 2, "embed_dim": 12,
-        "prototypes": 96, "head_hidden": 20, "head_bottleneck": 8,
-        "epochs": 3, "steps_per_epoch": 2, "warmup_epochs": 0,
-        "teacher_temp": [0.05, 0.08], "teacher_temp_warmup_epochs": 2, "student_temp": 0.12, "center_momentum": 0.8,
-        "cross_weight": 0.7, "contrastive_weight": 0.5, "contrastive_temperature": 0.2,
-        "contrastive_scale": 1 / 0.07, "base_lr_already_scaled": 0.005, "min_lr": 1e-4, "teacher_momentum": 0.8,
-        "weight_decay": 0.5, "clip_per_parameter": 0.3, "freeze_last_layer_epochs": 1, "sgd_momentum": 0.85,
+        "batch": 4,
+        "ecapa_channels": [16, 16, 16, 16, 48],
+        "resnet_base_channels": 2,
+        "embed_dim": 12,
+        "prototypes": 96,
+        "head_hidden": 20,
+        "head_bottleneck": 8,
+        "epochs": 3,
+        "steps_per_epoch": 2,
+        "warmup_epochs": 0,
+        "teacher_temp": [0.05, 0.08],
+        "teacher_temp_warmup_epochs": 2,
+        "student_temp": 0.12,
+        "center_momentum": 0.8,
+        "cross_weight": 0.7,
+        "contrastive_weight": 0.5,
+        "contrastive_temperature": 0.2,
+        "contrastive_scale": 1 / 0.07,
+        "base_lr_already_scaled": 0.005,
+        "min_lr": 1e-4,
+        "teacher_momentum": 0.8,
+        "weight_decay": 0.5,
+        "clip_per_parameter": 0.3,
+        "freeze_last_layer_epochs": 1,
+        "sgd_momentum": 0.85,
     }
     for name, default in sizes.items():
         kind, count = (type(default[0]), len(default)) if isinstance(default, list) else (type(default), None)
-        making.add_argument(f"--{name.replace('_', '-')}", type=kind, nargs=count, default=default, help="as in the file's config")
+        making.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, nargs=count, default=default, help="as in the file's config"
+        )
     replaying = commands.add_parser("replay", help="print a file's rounding noise as JSON")
     replaying.add_argument("file", type=Path)
     replaying.add_argument("--float64-output", type=Path, help="write the file with the float64 losses and states")

@@ -23,12 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memo_jax import features, interop, optim
-from memo_jax.gate import GateRule
+from memo_jax import features
+from memo_jax.inference import interop
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
-from memo_jax.state import TrainState, state_from_students
-from memo_jax.step import LossWeights, Recipe, train_step_on_features
+from memo_jax.training import optim
+from memo_jax.training.gate import GateRule
+from memo_jax.training.state import TrainState, state_from_students
+from memo_jax.training.step import LossWeights, Recipe, train_step_on_features
 
 HEADS = ("self", "cross")
 BRANCHES = ("ecapa", "resnet")
@@ -71,7 +73,10 @@ def build_recipe(config: dict) -> Recipe:
         config["freeze_last_layer_epochs"] * per_epoch,
     )
     optimizer = optim.build_optimizer(
-        "sgd", schedules, weight_decay=config["weight_decay"], clip_norm=config["clip_per_parameter"],
+        "sgd",
+        schedules,
+        weight_decay=config["weight_decay"],
+        clip_norm=config["clip_per_parameter"],
         sgd_momentum=config["sgd_momentum"],
     )
     weights = LossWeights(
@@ -191,7 +196,8 @@ def deviations(run: Run, reference: Run) -> dict[str, float]:
     """
     result = {
         f"losses/step{i}/{branch}": float(relative[first :: len(BRANCHES)].max())
-        for i, relative in enumerate(np.abs(run.losses / reference.losses - 1)) for first, branch in enumerate(BRANCHES)
+        for i, relative in enumerate(np.abs(run.losses / reference.losses - 1))
+        for first, branch in enumerate(BRANCHES)
     }
 
     def keep_largest(check: str, deviation):
@@ -246,7 +252,8 @@ def report(run: Run, reference: Run, noise: dict[str, float]) -> dict:
         "noise": noise,
         "passed_tolerance": [
             f"{check}: {deviation:.3g} > {NOISE_MARGIN * noise[check]:.3g}"
-            for check, deviation in found.items() if not deviation <= NOISE_MARGIN * noise[check]  # nor does NaN pass
+            for check, deviation in found.items()
+            if not deviation <= NOISE_MARGIN * noise[check]  # nor does NaN pass
         ],
     }
 

@@ -17,17 +17,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import ablation
 import claims
-import numpy as np
-import study_results
-
 import memo_jax
+import study_results
 from memo_jax.config import load_config
 from memo_jax.files import write_text
 from memo_jax.log import read_metrics
-from memo_jax.provenance import read_run
-from memo_jax.trials import read_trials
+from memo_jax.scoring.trials import read_trials
+from memo_jax.training.run_record import read_run
 
 STUDY_CONFIG = Path(__file__).parents[1] / "configs" / "study.py"
 BUDGETS = ("steps", "time")
@@ -35,8 +35,7 @@ STOPPED = 3  # how `memo-jax train` ends where the numbers are wrong: a result, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 when every run is done or somebody else's, 1 when some failed, 2 on bad input.
-    """
+    """Runs the command line; returns 0 when every run is done or somebody else's, 1 when some failed, 2 on bad input."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if not (text.startswith("--config.") and "=" in text)]
@@ -63,25 +62,51 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="DATASET", help="to train on, made by `memo-jax prepare`")
     for kind in ("noise", "music", "speech", "rirs"):
         parser.add_argument(f"--{kind}", default="", metavar="DIR", help=f"folder for augment.{kind}")
-    parser.add_argument("--test", action="append", default=[], metavar="NAME=DATASET:TRIALS",
-                        help="a trial list and its recordings; several times; the first is followed while training")
+    parser.add_argument(
+        "--test",
+        action="append",
+        default=[],
+        metavar="NAME=DATASET:TRIALS",
+        help="a trial list and its recordings; several times; the first is followed while training",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="of all runs; the queue's, too")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", metavar="DIR",
-                        help="where results, table and plots are collected (default: experiments/results)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        metavar="DIR",
+        help="where results, table and plots are collected (default: experiments/results)",
+    )
     parser.add_argument("--rows", default="all", help="names with commas between, main, or all (default)")
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between (default: %(default)s)")
-    parser.add_argument("--budget", choices=BUDGETS, default="steps",
-                        help="steps: equal for all; time: as many as take the time of the row "
-                             f"{ablation.REFERENCE}, by the results at equal steps in the same folder")
+    parser.add_argument(
+        "--budget",
+        choices=BUDGETS,
+        default="steps",
+        help="steps: equal for all; time: as many as take the time of the row "
+        f"{ablation.REFERENCE}, by the results at equal steps in the same folder",
+    )
     parser.add_argument("--config", type=Path, default=STUDY_CONFIG, metavar="FILE", help="(default: configs/study.py)")
-    parser.add_argument("--followed-recordings", type=int, default=300, metavar="N",
-                        help="of the first test, by whose trials runs are followed; 0: all (default: %(default)s)")
+    parser.add_argument(
+        "--followed-recordings",
+        type=int,
+        default=300,
+        metavar="N",
+        help="of the first test, by whose trials runs are followed; 0: all (default: %(default)s)",
+    )
     parser.add_argument("--replicates", type=int, default=1000, metavar="N", help="of the bootstrap over speakers")
     here = shlex.join([sys.executable, "-m", "memo_jax", "train"])
-    parser.add_argument("--train-command", metavar="TEXT", default=here,
-                        help="such as \"srun memo-jax train --distributed\" (default: memo-jax train here)")
-    parser.add_argument("--take-over", action="store_true",
-                        help="take over the runs of processes on other machines, when you know that these have ended")
+    parser.add_argument(
+        "--train-command",
+        metavar="TEXT",
+        default=here,
+        help='such as "srun memo-jax train --distributed" (default: memo-jax train here)',
+    )
+    parser.add_argument(
+        "--take-over",
+        action="store_true",
+        help="take over the runs of processes on other machines, when you know that these have ended",
+    )
     parser.add_argument("--collect-only", action="store_true", help="run nothing, collect what there is")
     return parser
 
@@ -165,7 +190,10 @@ def overrides_of(options, row: str, seed: int, tests: dict, followed: Path) -> l
     """Returns the "key=value" texts of a run: paths and seed, the row's, the command's, its length."""
     dataset, _ = next(iter(tests.values()))
     common = [
-        f"seed={seed}", f"data.train={options.data}", f"evaluation.data={dataset}", f"evaluation.trials={followed}",
+        f"seed={seed}",
+        f"data.train={options.data}",
+        f"evaluation.data={dataset}",
+        f"evaluation.trials={followed}",
         *(f"augment.{kind}={getattr(options, kind)}" for kind in ("noise", "music", "speech", "rirs")),
     ]
     texts = [*common, *ablation.ROWS[row].overrides, *options.overrides]
@@ -203,11 +231,26 @@ def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: P
                 where = folder / "test" / name / branch
                 done = where / "results.json"
                 if not done.exists():
-                    status = child([
-                        sys.executable, "-m", "memo_jax", "eval", "--workdir", str(folder), "--data", str(dataset),
-                        "--trials", str(trials), "--branch", branch, "--output", str(where),
-                        "--replicates", str(options.replicates),
-                    ])
+                    status = child(
+                        [
+                            sys.executable,
+                            "-m",
+                            "memo_jax",
+                            "eval",
+                            "--workdir",
+                            str(folder),
+                            "--data",
+                            str(dataset),
+                            "--trials",
+                            str(trials),
+                            "--branch",
+                            branch,
+                            "--output",
+                            str(where),
+                            "--replicates",
+                            str(options.replicates),
+                        ]
+                    )
                     if status:
                         return f"testing on {name} ended with {status}"
                 measured.setdefault(name, {})[branch] = test_result(json.loads(done.read_text(encoding="utf-8")))
@@ -218,8 +261,18 @@ def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: P
 
 def test_result(results: dict) -> dict:
     """Returns what the study keeps of an evaluation: rates and counts, no paths."""
-    kept = ("eer", "eer_interval", "min_dcf_0.01", "min_dcf_0.05", "trials", "targets", "recordings",
-            "log_mel_statistics", "network", "fingerprint")
+    kept = (
+        "eer",
+        "eer_interval",
+        "min_dcf_0.01",
+        "min_dcf_0.05",
+        "trials",
+        "targets",
+        "recordings",
+        "log_mel_statistics",
+        "network",
+        "fingerprint",
+    )
     return {name: results[name] for name in kept}
 
 
@@ -229,22 +282,41 @@ def run_result(row: str, seed: int, budget: str, folder: Path, status: str, test
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     steps, each = rows[-1]["step"], cpu_seconds_a_step(rows)
     return {
-        "row": row, "title": ablation.ROWS[row].title, "against": list(ablation.ROWS[row].against), "seed": seed,
-        "budget": budget, "overrides": list(ablation.ROWS[row].overrides), "status": status,
-        "total_steps": max(config["total_steps"], steps), "steps": steps,
-        "cpu_seconds_a_step": each, "cpu_seconds": each and each * steps,
+        "row": row,
+        "title": ablation.ROWS[row].title,
+        "against": list(ablation.ROWS[row].against),
+        "seed": seed,
+        "budget": budget,
+        "overrides": list(ablation.ROWS[row].overrides),
+        "status": status,
+        "total_steps": max(config["total_steps"], steps),
+        "steps": steps,
+        "cpu_seconds_a_step": each,
+        "cpu_seconds": each and each * steps,
         "cpu_seconds_with_compilation_and_evaluation": sum(s.get("cpu_seconds", 0) for s in record["starts"]),
         "branches": config["model"]["branches"]["__tuple__"],
-        "gate": {"rule": config["gate"]["rule"], "closed_at": closing_step(rows),
-                 "min_alignment": config["gate"]["min_alignment"]},
+        "gate": {
+            "rule": config["gate"]["rule"],
+            "closed_at": closing_step(rows),
+            "min_alignment": config["gate"]["min_alignment"],
+        },
         "tests": tests,
         "curves": {
             name: [[one["step"], one[name]] for one in rows if one.get(name) is not None]
-            for name in sorted({name for one in rows for name in one if name.startswith(
-                ("eer/", "alignment/", "gate/alignment", "gate/loss", "loss/", "kl/"))})
+            for name in sorted(
+                {
+                    name
+                    for one in rows
+                    for name in one
+                    if name.startswith(("eer/", "alignment/", "gate/alignment", "gate/loss", "loss/", "kl/"))
+                }
+            )
         },
-        "data": {"fingerprint": record["data"]["fingerprint"], "utterances": record["data"]["utterances"],
-                 "banks": record["data"]["banks"]},
+        "data": {
+            "fingerprint": record["data"]["fingerprint"],
+            "utterances": record["data"]["utterances"],
+            "banks": record["data"]["banks"],
+        },
         **{key: record["starts"][-1][key] for key in ("commit", "versions", "hardware")},
     }
 
@@ -262,7 +334,8 @@ def cpu_seconds_a_step(rows: list[dict]) -> float | None:
     """
     logged = [row for row in rows if row.get("cpu_seconds") is not None]
     each = [
-        (b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"]) for a, b in zip(logged, logged[1:])
+        (b["cpu_seconds"] - a["cpu_seconds"]) / (b["step"] - a["step"])
+        for a, b in zip(logged, logged[1:])
         if b["cpu_seconds"] > a["cpu_seconds"] and b["step"] > a["step"]
     ]
     return statistics.median(each) if each else None

@@ -4,31 +4,45 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import ablation
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from memo_jax.figures import COLORS, DASHES, HALO, INK, MUTED, STYLE, label_ends, running_mean, save_figure
+import ablation
+from memo_jax.scoring.figures import COLORS, DASHES, HALO, INK, MUTED, STYLE, label_ends, running_mean, save_figure
 
 Rows = Mapping[str, Sequence[dict]]  # {row: results of its seeds}
 
 # What belongs into one picture; the reference is in each of them, to compare with.
 PANELS = (
     ("What each part adds", ("dino-ecapa", "dino-resnet", "two-branches", "shared-head", "multi-head", "memo-always")),
-    ("When contrastive learning stops", ("multi-head", "memo-always", "memo-step-early", "memo-step", "memo-step-late",
-                                         "memo-conflict")),
-    ("Other choices", ("memo-campplus", "no-augmentation", "contrastive-alone", "memo-slow-teacher",
-                       "multi-head-quick-teacher")),
+    (
+        "When contrastive learning stops",
+        ("multi-head", "memo-always", "memo-step-early", "memo-step", "memo-step-late", "memo-conflict"),
+    ),
+    (
+        "Other choices",
+        ("memo-campplus", "no-augmentation", "contrastive-alone", "memo-slow-teacher", "multi-head-quick-teacher"),
+    ),
 )
 SHORT = {
-    "dino-ecapa": "DINO, ECAPA", "dino-resnet": "DINO, ResNet", "two-branches": "two strangers",
-    "shared-head": "shared head", "multi-head": "Multi-Head", "memo-always": "contrastive, always on",
-    "memo-step": "stopped by step", "memo-plateau": "MeMo: stopped at plateau", "memo-conflict": "stopped by conflict",
-    "memo-step-early": "stopped early", "memo-step-late": "stopped late", "memo-campplus": "with CAM++",
-    "contrastive-alone": "contrastive alone", "no-augmentation": "no augmentation",
-    "memo-slow-teacher": "slower teachers", "multi-head-quick-teacher": "Multi-Head, quick teachers",
+    "dino-ecapa": "DINO, ECAPA",
+    "dino-resnet": "DINO, ResNet",
+    "two-branches": "two strangers",
+    "shared-head": "shared head",
+    "multi-head": "Multi-Head",
+    "memo-always": "contrastive, always on",
+    "memo-step": "stopped by step",
+    "memo-plateau": "MeMo: stopped at plateau",
+    "memo-conflict": "stopped by conflict",
+    "memo-step-early": "stopped early",
+    "memo-step-late": "stopped late",
+    "memo-campplus": "with CAM++",
+    "contrastive-alone": "contrastive alone",
+    "no-augmentation": "no augmentation",
+    "memo-slow-teacher": "slower teachers",
+    "multi-head-quick-teacher": "Multi-Head, quick teachers",
 }
 LINES = (*COLORS[:5], "#7F4F24")
 
@@ -93,8 +107,16 @@ def eer_figure(rows: Rows, in_minutes: bool = False) -> Figure | None:
                 of_reference = name == ablation.REFERENCE
                 color = INK if of_reference else LINES[number]
                 dashes, width, order = ("-", 2.4, 4) if of_reference else (DASHES[number % 4], 1.6, 3)
-                ax.plot(found.steps, found.mean, color=color, linewidth=width, marker="o", markersize=3.2,
-                        linestyle=dashes, zorder=order)
+                ax.plot(
+                    found.steps,
+                    found.mean,
+                    color=color,
+                    linewidth=width,
+                    marker="o",
+                    markersize=3.2,
+                    linestyle=dashes,
+                    zorder=order,
+                )
                 low, high = found.mean - found.deviation, found.mean + found.deviation
                 ax.fill_between(found.steps, low, high, color=color, alpha=0.14, linewidth=0)
                 labels[-1].append((found.mean[-1], f"{SHORT.get(name, name)}  {found.mean[-1]:.1f}", color))
@@ -116,8 +138,9 @@ def gate_figure(rows: Rows) -> Figure | None:
 
     A line joins the rows whose step was fixed beforehand, from never on to never off: is a rule's mark below it?
     """
-    fixed = [name for name in ("multi-head", "memo-step-early", "memo-step", "memo-step-late", "memo-always")
-             if name in rows]
+    fixed = [
+        name for name in ("multi-head", "memo-step-early", "memo-step", "memo-step-late", "memo-always") if name in rows
+    ]
     rules = [name for name in (ablation.REFERENCE, "memo-conflict") if name in rows]
     tests = list(dict.fromkeys(test for name in fixed + rules for one in rows[name] for test in one["tests"]))
     if not rules or not tests:
@@ -131,13 +154,24 @@ def gate_figure(rows: Rows) -> Figure | None:
             looks = [(name, MUTED, "o", "stopped at a fixed step") for name in fixed]
             looks += [(name, color, mark, SHORT[name]) for name, color, mark in zip(rules, LINES, "sD")]
             for name, color, mark, said in looks:
-                points = [(closing_point(one), one["tests"][test][main_branch(one)]["eer"]) for one in rows[name]
-                          if test in one["tests"]]
+                points = [
+                    (closing_point(one), one["tests"][test][main_branch(one)]["eer"])
+                    for one in rows[name]
+                    if test in one["tests"]
+                ]
                 if points:
                     x, y = np.array(points, float).T
                     ax.plot(x, y, mark, color=color, markersize=5, alpha=0.5, markeredgewidth=0, zorder=3)
-                    ax.plot(x.mean(), y.mean(), mark, color=color, markersize=9, markeredgecolor="white", zorder=4,
-                            label=said if said not in ax.get_legend_handles_labels()[1] else None)
+                    ax.plot(
+                        x.mean(),
+                        y.mean(),
+                        mark,
+                        color=color,
+                        markersize=9,
+                        markeredgecolor="white",
+                        zorder=4,
+                        label=said if said not in ax.get_legend_handles_labels()[1] else None,
+                    )
                     if name in fixed:
                         means.append((x.mean(), y.mean()))
             ax.plot(*zip(*sorted(means)), color=MUTED, linewidth=1.2, zorder=2)
@@ -194,23 +228,44 @@ def alignment_figure(rows: Rows, source: str = "memo-always") -> Figure | None:
             ax.set_ylim(min(0.0, low), high)
             ax.set_xlim(0, results[0]["total_steps"])
             ax.set_title(title, loc="left", fontsize=11, weight="bold", pad=18)
-            ax.annotate(unit, (0, 1), xycoords="axes fraction", xytext=(0, 5), textcoords="offset points", fontsize=8.5,
-                        color=MUTED)
+            ax.annotate(
+                unit,
+                (0, 1),
+                xycoords="axes fraction",
+                xytext=(0, 5),
+                textcoords="offset points",
+                fontsize=8.5,
+                color=MUTED,
+            )
             for _, step, number in closings:
                 ax.axvline(step, color=INK, linewidth=1, linestyle=DASHES[number + 1], zorder=2)
             label_ends(ax, labels, 1.0)
         threshold = results[0]["gate"].get("min_alignment")
         if threshold is not None:
             axes[0].axhline(threshold, color=MUTED, linewidth=1, linestyle=DASHES[2])
-            axes[0].annotate(f"threshold of the conflict rule, {threshold:g}", (0.005, threshold), fontsize=8,
-                             xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
-                             color=MUTED, path_effects=HALO)
+            axes[0].annotate(
+                f"threshold of the conflict rule, {threshold:g}",
+                (0.005, threshold),
+                fontsize=8,
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                color=MUTED,
+                path_effects=HALO,
+            )
         for place, (name, step, _) in enumerate(sorted(closings, key=lambda one: one[1])):
             left = step < 0.6 * results[0]["total_steps"]
             axes[0].annotate(
-                f"{name}, {step:.0f}", (step, 0.97 - 0.09 * place), xycoords=("data", "axes fraction"),
-                xytext=(4 if left else -4, 0), textcoords="offset points", ha="left" if left else "right", va="top",
-                fontsize=8.5, path_effects=HALO, zorder=5,
+                f"{name}, {step:.0f}",
+                (step, 0.97 - 0.09 * place),
+                xycoords=("data", "axes fraction"),
+                xytext=(4 if left else -4, 0),
+                textcoords="offset points",
+                ha="left" if left else "right",
+                va="top",
+                fontsize=8.5,
+                path_effects=HALO,
+                zorder=5,
             )
         axes[-1].set_xlabel("step")
     return figure

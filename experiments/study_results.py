@@ -5,15 +5,15 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-import ablation
 import numpy as np
-import study_figures
-from study_figures import main_branch
 
-from memo_jax import confidence, scoring
+import ablation
+import study_figures
 from memo_jax.files import write_text
 from memo_jax.log import progress
-from memo_jax.trials import read_trials, speaker_pairs
+from memo_jax.scoring import confidence, metrics
+from memo_jax.scoring.trials import read_trials, speaker_pairs
+from study_figures import main_branch
 
 RESULT_FILE = "result.json"
 TABLE_FILE = "results.md"
@@ -118,8 +118,9 @@ def collect(output: Path, results: Path, replicates: int = 1000) -> str:
     ]
     text = "\n\n".join([*parts, legend(runs, names, replicates)]) + "\n"
     write_text(results / TABLE_FILE, text)
-    study_figures.plot_all({b: {row: [r.result for r in of] for row, of in rows.items()}
-                            for b, rows in budgets.items()}, results)
+    study_figures.plot_all(
+        {b: {row: [r.result for r in of] for row, of in rows.items()} for b, rows in budgets.items()}, results
+    )
     return text
 
 
@@ -132,12 +133,17 @@ def table(budget: str, rows: dict[str, list[Run]], names: list[str], cells: dict
         results = [run.result for run in runs]
         cost = [result["cpu_seconds"] / 60 for result in results if result["cpu_seconds"]]
         closed = [result["gate"]["closed_at"] for result in results]
-        lines.append([
-            f"`{row}`", ablation.ROWS[row].title, str(len(runs)), spread([result["steps"] for result in results], 0),
-            f"{statistics.mean(cost):.1f}" if cost else "–",
-            "–" if set(closed) == {None} else ", ".join("–" if step is None else str(step) for step in closed),
-            *(text for name in names for text in cells[budget, row, name]),
-        ])
+        lines.append(
+            [
+                f"`{row}`",
+                ablation.ROWS[row].title,
+                str(len(runs)),
+                spread([result["steps"] for result in results], 0),
+                f"{statistics.mean(cost):.1f}" if cost else "–",
+                "–" if set(closed) == {None} else ", ".join("–" if step is None else str(step) for step in closed),
+                *(text for name in names for text in cells[budget, row, name]),
+            ]
+        )
     return markdown(lines)
 
 
@@ -148,8 +154,9 @@ def further_table(rows: dict[str, list[Run]], names: list[str]) -> str:
     for row, runs in rows.items():
         line = [f"`{row}`"]
         for name in names:
-            tested = [(main_branch(run.result), run.result["tests"][name]) for run in runs
-                      if name in run.result["tests"]]
+            tested = [
+                (main_branch(run.result), run.result["tests"][name]) for run in runs if name in run.result["tests"]
+            ]
             others = [rates["eer"] for main, test in tested for branch, rates in test.items() if branch != main]
             line += [spread([test[main]["min_dcf_0.05"] for main, test in tested], 3), spread(others, 2)]
         lines.append(line)
@@ -169,7 +176,7 @@ def rate_cells(budget: str, rows: dict[str, list[Run]], row: str, scores: Scores
     rate = spread([run.result["tests"][scores.name][main_branch(run.result)]["eer"] for run in runs.values()], 2)
     if scores.pairs is not None:
         low, high = confidence.bootstrap_interval(
-            scoring.eer, scores.of_runs(list(runs.values())), scores.trials.target, scores.pairs, replicates=replicates
+            metrics.eer, scores.of_runs(list(runs.values())), scores.trials.target, scores.pairs, replicates=replicates
         )
         rate += f" ({100 * low:.1f}–{100 * high:.1f})"
     against = ablation.ROWS[row].against if budget == "steps" else {ablation.REFERENCE} - {row}
@@ -188,11 +195,11 @@ def comparison(runs: dict[int, Run], name: str, others: dict[int, Run], scores: 
     if not seeds or scores.pairs is None:
         return None
     systems = [scores.of_runs([of[seed] for seed in seeds]) for of in (runs, others)]
-    rates = [np.mean([scoring.eer(run, scores.trials.target) for run in system]) for system in systems]
+    rates = [np.mean([metrics.eer(run, scores.trials.target) for run in system]) for system in systems]
     # One-sided in whichever direction the difference points, so that a worse row is as visible as a better one.
     sign = 1 if rates[0] <= rates[1] else -1
     found = confidence.paired_bootstrap(
-        scoring.eer, *systems[::sign], scores.trials.target, scores.pairs, replicates=replicates
+        metrics.eer, *systems[::sign], scores.trials.target, scores.pairs, replicates=replicates
     )
     low, high = sorted(100 * sign * end for end in found.interval)
     return f"`{name}` {100 * sign * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p {found.p_value:.2g}"

@@ -47,8 +47,12 @@ class Head(nn.Module):
     def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
-            nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.GELU(),
+            nn.Linear(inputs, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.GELU(),
             nn.Linear(hidden, bottleneck),
         )
         for layer in self.mlp:
@@ -70,7 +74,9 @@ class Branch(nn.Module):
             self.backbone = ECAPA_TDNN(MEL_BINS, lin_neurons=config["embed_dim"], channels=config["ecapa_channels"])
         else:
             self.backbone = ResNet(
-                m_channels=config["resnet_base_channels"], feat_dim=MEL_BINS, embedding_size=config["embed_dim"],
+                m_channels=config["resnet_base_channels"],
+                feat_dim=MEL_BINS,
+                embedding_size=config["embed_dim"],
                 two_emb_layer=False,
             )
             self.backbone.pool = StatisticsPooling()
@@ -141,7 +147,12 @@ class Training:
     """
 
     def __init__(
-        self, config: dict, students: dict[str, Branch], dtype: torch.dtype = torch.float32, *, device: str = "cpu",
+        self,
+        config: dict,
+        students: dict[str, Branch],
+        dtype: torch.dtype = torch.float32,
+        *,
+        device: str = "cpu",
         autocast: torch.dtype | None = None,
     ):
         self.config, self.dtype, self.device, self.autocast = config, dtype, device, autocast
@@ -150,7 +161,8 @@ class Training:
         self.learning_rates, self.momenta = learning_rates(config), teacher_momenta(config)
         self.centers = {
             (kind, name): torch.zeros(1, config["prototypes"], dtype=dtype, device=device)
-            for kind in ("self", "cross") for name in BRANCHES
+            for kind in ("self", "cross")
+            for name in BRANCHES
         }
         trained = [p for s in self.students.values() for p in s.parameters() if p.requires_grad]
         # PyTorch's SGD adds the decay to the gradient before the momentum, and skips a parameter without gradient.
@@ -159,7 +171,8 @@ class Training:
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": config["weight_decay"]},
                 {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
             ],
-            lr=0.0, momentum=config["sgd_momentum"],
+            lr=0.0,
+            momentum=config["sgd_momentum"],
         )
 
     def student_outputs(self, branch: Branch, inputs) -> dict[str, list[torch.Tensor]]:
@@ -203,7 +216,8 @@ class Training:
         # The centre "cross/<branch>" belongs to the loss of that student, so it is the *other* teacher's.
         targets = {
             (kind, name): teachers[name if kind == "self" else other][kind]
-            for name, other in (BRANCHES, BRANCHES[::-1]) for kind in ("self", "cross")
+            for name, other in (BRANCHES, BRANCHES[::-1])
+            for kind in ("self", "cross")
         }
         losses, total = {}, 0.0
         for (kind, name), target in targets.items():

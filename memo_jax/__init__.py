@@ -6,7 +6,7 @@ __all__ = ["Embedder"]
 
 def __getattr__(name):
     if name == "Embedder":  # imported when asked for: it brings JAX, for which `memo-jax --help` must not wait
-        from memo_jax.embedder import Embedder
+        from memo_jax.inference.embedder import Embedder
 
         return Embedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

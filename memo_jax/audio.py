@@ -38,8 +38,13 @@ def is_audio_name(name) -> bool:
     return os.path.splitext(os.fspath(name))[1].lower() in AUDIO_EXTENSIONS
 
 
-def read_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, max_seconds: float = 4 * 3600,
-               span: tuple[float, float | None] = (0.0, None)) -> np.ndarray:
+def read_audio(
+    path_or_file,
+    *,
+    sample_rate: int = SAMPLE_RATE,
+    max_seconds: float = 4 * 3600,
+    span: tuple[float, float | None] = (0.0, None),
+) -> np.ndarray:
     """Decodes a recording, or a part of it, to mono 16-bit samples.
 
     Channels are averaged, the rate is converted with soxr (high quality), values beyond full scale are clipped. Files
@@ -60,8 +65,13 @@ def read_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, max_seconds: flo
       AudioError: (a ValueError) missing, not a file, empty, unreadable, truncated, without samples, NaN or infinite
         samples, float samples far beyond [-1, 1], too long, a span outside it, or ffmpeg needed and missing.
     """
-    return _concatenate(path_or_file, (_to_int16(chunk) for chunk in _chunks(path_or_file, sample_rate, None, span)),
-                        np.int16, int(max_seconds * sample_rate), max_seconds)
+    return _concatenate(
+        path_or_file,
+        (_to_int16(chunk) for chunk in _chunks(path_or_file, sample_rate, None, span)),
+        np.int16,
+        int(max_seconds * sample_rate),
+        max_seconds,
+    )
 
 
 def as_audio(samples, rate: int, name: str = "the array") -> np.ndarray:
@@ -108,11 +118,17 @@ def check_speech(name, samples: np.ndarray, min_seconds: float) -> None:
         raise AudioError(name, "silence: all samples are equal")
 
 
-def read_float_audio(path_or_file, *, sample_rate: int = SAMPLE_RATE, channel: int | None = None,
-                     max_seconds: float = 4 * 3600) -> np.ndarray:
+def read_float_audio(
+    path_or_file, *, sample_rate: int = SAMPLE_RATE, channel: int | None = None, max_seconds: float = 4 * 3600
+) -> np.ndarray:
     """Decodes like `read_audio` but to float32 [L], full scale 1, unclipped; one `channel`, or the mean when None."""
-    return _concatenate(path_or_file, _chunks(path_or_file, sample_rate, channel, (0.0, None)), np.float32,
-                        int(max_seconds * sample_rate), max_seconds)
+    return _concatenate(
+        path_or_file,
+        _chunks(path_or_file, sample_rate, channel, (0.0, None)),
+        np.float32,
+        int(max_seconds * sample_rate),
+        max_seconds,
+    )
 
 
 def audio_seconds(path) -> float:
@@ -172,8 +188,9 @@ def _soundfile_chunks(source, sample_rate, channel, span):
             try:
                 if first and not frames:
                     _seek(file, first)
-                block = file.read(min(wanted - frames, max(1, BLOCK_SAMPLES // file.channels)), dtype="float32",
-                                  always_2d=True)
+                block = file.read(
+                    min(wanted - frames, max(1, BLOCK_SAMPLES // file.channels)), dtype="float32", always_2d=True
+                )
             except (soundfile.SoundFileError, RuntimeError) as error:
                 place = (first + frames) / file.samplerate
                 raise AudioError(name, f"damaged: {_reason(error)} after {place:.2f} s") from None
@@ -257,7 +274,7 @@ def _check_header(name, file, channel):
     # libsndfile shortens the length of a WAV that ends early and tells of it in its log only. Writers to a pipe leave
     # the length at a placeholder (0 or near 2³¹ or 2³²), which is no promise.
     promise = re.search(r"data : (\d+) \(should be (\d+)\)", file.extra_info) if file.format.startswith("WAV") else None
-    if promise and int(promise[2]) < int(promise[1]) < 2 ** 31 - 2 ** 16:
+    if promise and int(promise[2]) < int(promise[1]) < 2**31 - 2**16:
         raise AudioError(name, f"truncated: {promise[2]} of the {promise[1]} bytes that its header promises")
 
 
@@ -275,8 +292,11 @@ def _ffmpeg_chunks(source, sample_rate, channel, span):
         raise AudioError(name, "not read by channel: convert it to wav or flac")
     program = shutil.which("ffmpeg")
     if program is None:
-        raise AudioError(name, f"ffmpeg is missing: it is needed to decode {Path(name).suffix}; install it, or convert "
-                               "the file to wav or flac")
+        raise AudioError(
+            name,
+            f"ffmpeg is missing: it is needed to decode {Path(name).suffix}; install it, or convert "
+            "the file to wav or flac",
+        )
     with contextlib.ExitStack() as files:
         path = source
         if not isinstance(source, str):  # not by a pipe: the table of an m4a mostly stands at its end
@@ -286,14 +306,33 @@ def _ffmpeg_chunks(source, sample_rate, channel, span):
             path = copy.name
         part = ["-ss", str(start)] * bool(start) + (["-t", str(stop - start)] if stop is not None else [])
         # xerror: without it ffmpeg leaves out what is damaged or missing, and says that all went well
-        command = [program, "-v", "error", "-nostdin", "-xerror", "-threads", "1", *part, "-i", f"file:{path}",
-                   "-map", "0:a:0", "-ac", "1", "-ar", str(sample_rate), "-f", "f32le", "pipe:1"]
+        command = [
+            program,
+            "-v",
+            "error",
+            "-nostdin",
+            "-xerror",
+            "-threads",
+            "1",
+            *part,
+            "-i",
+            f"file:{path}",
+            "-map",
+            "0:a:0",
+            "-ac",
+            "1",
+            "-ar",
+            str(sample_rate),
+            "-f",
+            "f32le",
+            "pipe:1",
+        ]
         # stderr goes to a file: a pipe that nobody reads would block ffmpeg once full.
         errors = files.enter_context(tempfile.TemporaryFile())
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         try:
             while data := process.stdout.read(4 * BLOCK_SAMPLES):
-                samples = np.frombuffer(data[:len(data) // 4 * 4], "<f4")
+                samples = np.frombuffer(data[: len(data) // 4 * 4], "<f4")
                 _check_samples(name, samples)
                 yield samples
             if process.wait():

@@ -16,7 +16,8 @@ STOPPED = 3
 TERMINATED = 75  # as sysexits.h numbers what may be tried again
 LOST = 76
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
-    ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"})  # that may be gs://…
+    ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"}
+)  # that may be gs://…
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,91 +97,153 @@ def build_parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print JSON instead of text")
 
     prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check one")
-    prepare.add_argument("--input", action="append", type=Path, metavar="PATH",
-                         help="folder of recordings, zip or tar, Kaldi folder, or shards of wespeaker; may be given "
-                              "several times")
-    prepare.add_argument("--tfds", action="append", metavar="NAME:SPLIT",
-                         help="dataset of TFDS with an Audio feature, such as librispeech:train_clean100")
+    prepare.add_argument(
+        "--input",
+        action="append",
+        type=Path,
+        metavar="PATH",
+        help="folder of recordings, zip or tar, Kaldi folder, or shards of wespeaker; may be given several times",
+    )
+    prepare.add_argument(
+        "--tfds",
+        action="append",
+        metavar="NAME:SPLIT",
+        help="dataset of TFDS with an Audio feature, such as librispeech:train_clean100",
+    )
     prepare.add_argument("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps its datasets")
     prepare.add_argument("--output", type=Path, metavar="DATASET", help="where the dataset goes")
     prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
-    prepare.add_argument("--min-seconds", type=float, default=0.5, metavar="S",
-                         help="leave out recordings shorter than this (default: %(default)s)")
+    prepare.add_argument(
+        "--min-seconds",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="leave out recordings shorter than this (default: %(default)s)",
+    )
     prepare.add_argument("--run-commands", action="store_true", help="run the commands in a Kaldi folder's wav.scp")
-    prepare.add_argument("--check", type=Path, metavar="DATASET",
-                         help="instead: read this dataset again and verify all that is in it")
+    prepare.add_argument(
+        "--check", type=Path, metavar="DATASET", help="instead: read this dataset again and verify all that is in it"
+    )
     prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
 
     train = command("train", run_train, "train, or go on training, the run of a workdir")
-    train.add_argument("--config", required=True, metavar="FILE",
-                       help="Python file with get_config(); change keys with --config.KEY=VALUE")
-    train.add_argument("--workdir", required=True, type=Path, metavar="DIR",
-                       help="for config, metrics, checkpoints; may be gs://…")
+    train.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="Python file with get_config(); change keys with --config.KEY=VALUE",
+    )
+    train.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
+    )
     train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
-    train.add_argument("--distributed", action="store_true",
-                       help="together with the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job")
-    train.add_argument("--coordinator", metavar="HOST:PORT",
-                       help="instead, with the next two: where process 0 listens for the others")
+    train.add_argument(
+        "--distributed",
+        action="store_true",
+        help="together with the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job",
+    )
+    train.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="instead, with the next two: where process 0 listens for the others"
+    )
     train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="how many processes")
     train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="which one this is, from 0")
 
     reproduce = command("reproduce", run_reproduce, "make a run again from its config, and compare")
-    reproduce.add_argument("workdir", type=Path, metavar="RUN",
-                           help="of the run; where its data have moved, say so with --config.data.train=DATASET …")
+    reproduce.add_argument(
+        "workdir",
+        type=Path,
+        metavar="RUN",
+        help="of the run; where its data have moved, say so with --config.data.train=DATASET …",
+    )
     reproduce.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
     add_json(reproduce)
 
     plan = command("plan", run_plan, "tell what training would need and cost on TPUs or GPUs, without them")
-    plan.add_argument("--config", required=True, metavar="FILE",
-                      help="as for train; change keys with --config.KEY=VALUE")
-    plan.add_argument("--topology", required=True, metavar="NAME",
-                      help="TPUs along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4; GPUs of one machine: a100:8, h100:8, "
-                      "h200:8, b200:8; four machines of eight: h100:4x8")
-    plan.add_argument("--utterances", type=int, metavar="N",
-                      help="of an epoch (default: those of data.train, or of VoxCeleb2)")
+    plan.add_argument(
+        "--config", required=True, metavar="FILE", help="as for train; change keys with --config.KEY=VALUE"
+    )
+    plan.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="TPUs along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4; GPUs of one machine: a100:8, h100:8, "
+        "h200:8, b200:8; four machines of eight: h100:4x8",
+    )
+    plan.add_argument(
+        "--utterances", type=int, metavar="N", help="of an epoch (default: those of data.train, or of VoxCeleb2)"
+    )
     add_json(plan)
 
     def choose_network(added):
         added.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
         added.add_argument("--role", choices=("teacher", "student"), help="of a workdir (default: teacher)")
-        added.add_argument("--step", type=int, metavar="N",
-                           help="of a workdir: which checkpoint (default: the latest; 0: untrained)")
+        added.add_argument(
+            "--step", type=int, metavar="N", help="of a workdir: which checkpoint (default: the latest; 0: untrained)"
+        )
         add_json(added)
 
     def add_model(added):
-        added.add_argument("--model", required=True, type=Path, metavar="MODEL",
-                           help="workdir of a training run, or a model file")
+        added.add_argument(
+            "--model", required=True, type=Path, metavar="MODEL", help="workdir of a training run, or a model file"
+        )
         choose_network(added)
 
     def add_threshold(added):
-        added.add_argument("--threshold", type=float, metavar="COSINE",
-                           help="accept from this score on (default: the one tuned by eval --save-threshold)")
+        added.add_argument(
+            "--threshold",
+            type=float,
+            metavar="COSINE",
+            help="accept from this score on (default: the one tuned by eval --save-threshold)",
+        )
 
     def add_replicates(added):
-        added.add_argument("--replicates", type=int, default=1000, metavar="N",
-                           help="of the bootstrap for the interval of the EER; 0 for none (default: %(default)s)")
+        added.add_argument(
+            "--replicates",
+            type=int,
+            default=1000,
+            metavar="N",
+            help="of the bootstrap for the interval of the EER; 0 for none (default: %(default)s)",
+        )
 
     evaluate = command("eval", run_eval, "score a trial list with a trained network")
-    evaluate.add_argument("--workdir", "--model", dest="model", required=True, type=Path, metavar="MODEL",
-                          help="workdir of a training run, or a model file")
+    evaluate.add_argument(
+        "--workdir",
+        "--model",
+        dest="model",
+        required=True,
+        type=Path,
+        metavar="MODEL",
+        help="workdir of a training run, or a model file",
+    )
     evaluate.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
     evaluate.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
     evaluate.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
     choose_network(evaluate)
-    evaluate.add_argument("--crops", type=int, default=0, metavar="R",
-                          help="score by R crops a recording instead of full recordings")
+    evaluate.add_argument(
+        "--crops", type=int, default=0, metavar="R", help="score by R crops a recording instead of full recordings"
+    )
     evaluate.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
-    evaluate.add_argument("--save-threshold", nargs="?", const="eer", metavar="CRITERION",
-                          choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
-                          help="keep the threshold that reaches it (default: eer) with the model, for verify, identify")
+    evaluate.add_argument(
+        "--save-threshold",
+        nargs="?",
+        const="eer",
+        metavar="CRITERION",
+        choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
+        help="keep the threshold that reaches it (default: eer) with the model, for verify, identify",
+    )
     add_replicates(evaluate)
 
     embed = command("embed", run_embed, "turn recordings into embeddings")
     embed.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
     add_model(embed)
     embed.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
-    embed.add_argument("--min-seconds", type=float, default=0.5, metavar="S",
-                       help="leave out recordings shorter than this (default: %(default)s)")
+    embed.add_argument(
+        "--min-seconds",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="leave out recordings shorter than this (default: %(default)s)",
+    )
 
     verify = command("verify", run_verify, "tell whether two recordings are of one speaker")
     verify.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
@@ -207,36 +270,77 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = command("export", run_export, "write a network to files for use elsewhere")
     add_model(export)
-    export.add_argument("--output", nargs="+", required=True, type=Path, metavar="FILE",
-                        help="name.safetensors: a model file; name.zip: a program that JAX alone runs")
+    export.add_argument(
+        "--output",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="name.safetensors: a model file; name.zip: a program that JAX alone runs",
+    )
 
     score = command("score", run_score, "score a trial list by embeddings")
-    score.add_argument("--embeddings", action="append", required=True, type=Path, metavar="FILE",
-                       help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged")
+    score.add_argument(
+        "--embeddings",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged",
+    )
     score.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
-    score.add_argument("--cohort", action="append", default=[], type=Path, metavar="FILE",
-                       help="embeddings of other recordings, one for each --embeddings")
+    score.add_argument(
+        "--cohort",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="embeddings of other recordings, one for each --embeddings",
+    )
     score.add_argument("--mean-subtraction", action="store_true", help="subtract the cohort's mean")
     score.add_argument("--as-norm", type=int, default=0, metavar="N", help="normalise by the N nearest of the cohort")
-    score.add_argument("--calibrate", type=Path, metavar="TRIALS",
-                       help="calibrate on these trials, and report actDCF and Cllr")
-    score.add_argument("--compare", action="append", default=[], type=Path, metavar="FILE",
-                       help="embeddings of another system: is the first better?")
-    score.add_argument("--speakers", type=Path, metavar="FILE",
-                       help="`name speaker` lines for the interval (default: a name's first folder)")
+    score.add_argument(
+        "--calibrate", type=Path, metavar="TRIALS", help="calibrate on these trials, and report actDCF and Cllr"
+    )
+    score.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="embeddings of another system: is the first better?",
+    )
+    score.add_argument(
+        "--speakers",
+        type=Path,
+        metavar="FILE",
+        help="`name speaker` lines for the interval (default: a name's first folder)",
+    )
     score.add_argument("--scores", type=Path, metavar="FILE", help="write `score enrol test` lines there")
     add_replicates(score)
     add_json(score)
 
     convert = command("convert", run_convert, "turn PyTorch weights into a model file, or back")
-    convert.add_argument("input", type=Path, metavar="INPUT",
-                         help="safetensors or a PyTorch checkpoint; with --to a model file or a workdir")
-    convert.add_argument("--output", required=True, type=Path, metavar="FILE",
-                         help="model file; with --to FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch")
+    convert.add_argument(
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="safetensors or a PyTorch checkpoint; with --to a model file or a workdir",
+    )
+    convert.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="model file; with --to FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch",
+    )
     kinds = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
     convert.add_argument("--kind", choices=kinds, help="the toolkit of INPUT (default: by the parameters' names)")
-    convert.add_argument("--part", metavar="NAME",
-                         help="which network of a checkpoint of several (default: teacher_ecapa, or the only one)")
+    convert.add_argument(
+        "--part",
+        metavar="NAME",
+        help="which network of a checkpoint of several (default: teacher_ecapa, or the only one)",
+    )
     convert.add_argument("--to", choices=kinds, help="write the network by the names of this toolkit")
     convert.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
     convert.add_argument("--role", choices=("teacher", "student"), help="of a workdir (default: teacher)")
@@ -249,24 +353,28 @@ def run_prepare(options) -> int:
     if options.check:
         if options.input or options.tfds or options.output:
             raise ValueError("--check DATASET stands alone, without --input and --output")
-        from memo_jax.check import check, check_summary
+        from memo_jax.data.check import check, check_summary
 
         report = check(options.check, workers=options.workers)
         print(check_summary(options.check, report))
         return USAGE_ERROR if report["problems"] else 0
     inputs = list(options.input or [])
     if options.tfds:
-        from memo_jax.tfds_audio import tfds_input
+        from memo_jax.data.tfds_audio import tfds_input
 
         inputs += [tfds_input(name, options.tfds_dir) for name in options.tfds]
     for name, given in (("input", inputs), ("output", options.output)):
         if not given:
             raise ValueError(f"--{name} is missing: see `memo-jax prepare --help`")
-    from memo_jax.prepare import prepare, summary
+    from memo_jax.data.prepare import prepare, summary
 
     report = prepare(
-        inputs, options.output, min_seconds=options.min_seconds, workers=options.workers,
-        overwrite=options.overwrite, run_commands=options.run_commands,
+        inputs,
+        options.output,
+        min_seconds=options.min_seconds,
+        workers=options.workers,
+        overwrite=options.overwrite,
+        run_commands=options.run_commands,
     )
     print(summary(report))
     return 0
@@ -281,7 +389,7 @@ def run_train(options) -> None:
     keep_freed_memory()
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
-        from memo_jax.train import train
+        from memo_jax.training.train import train
 
         train(config, options.workdir, stop_at_step=options.stop_at_step)
 
@@ -289,7 +397,7 @@ def run_train(options) -> None:
 @contextlib.contextmanager
 def joined(**place):
     """Within it, this process trains with others; an error ends it and so, soon, the others."""
-    from memo_jax import processes
+    from memo_jax.training import processes
 
     processes.join(**place)
     try:
@@ -299,8 +407,11 @@ def joined(**place):
         raise
     except BaseException as error:
         if processes.is_of_lost_process(error):
-            print("memo-jax: error: another process is lost, so this one ends, too; start the same command again in "
-                  f"all to go on from the last checkpoint ({str(error).splitlines()[0]})", file=sys.stderr)
+            print(
+                "memo-jax: error: another process is lost, so this one ends, too; start the same command again in "
+                f"all to go on from the last checkpoint ({str(error).splitlines()[0]})",
+                file=sys.stderr,
+            )
             status = LOST
         else:
             status = reported(error)
@@ -329,7 +440,7 @@ def run_plan(options) -> int:
 
     config = load_config(options.config, options.overrides)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for is not here
-    from memo_jax.training_plan import plan, summary
+    from memo_jax.planning.plan import plan, summary
 
     result = plan(config, options.topology, options.utterances)
     print(json.dumps(result, indent=2) if options.json else summary(result))
@@ -340,22 +451,33 @@ def run_eval(options) -> None:
     """memo-jax eval"""
     keep_compiled_programs()
     keep_freed_memory()
-    from memo_jax.evaluate import evaluate, summary
+    from memo_jax.inference.evaluate import evaluate, summary
 
     results = evaluate(
-        options.model, options.data, options.trials, options.output, branch=options.branch, role=options.role,
-        step=options.step, crops=options.crops, crop_seconds=options.crop_seconds,
-        save_threshold=options.save_threshold, replicates=options.replicates,
+        options.model,
+        options.data,
+        options.trials,
+        options.output,
+        branch=options.branch,
+        role=options.role,
+        step=options.step,
+        crops=options.crops,
+        crop_seconds=options.crop_seconds,
+        save_threshold=options.save_threshold,
+        replicates=options.replicates,
     )
-    print(json.dumps(results, indent=2) if options.json else f"{summary(results)}\n{options.output / 'results.json'}\n"
-          f"{options.output / 'det.png'}")
+    print(
+        json.dumps(results, indent=2)
+        if options.json
+        else f"{summary(results)}\n{options.output / 'results.json'}\n{options.output / 'det.png'}"
+    )
 
 
 def load_embedder(options, gallery=None):
     """Returns the Embedder that the options of a command choose."""
     keep_compiled_programs()
     keep_freed_memory()
-    from memo_jax.embedder import Embedder
+    from memo_jax.inference.embedder import Embedder
 
     return Embedder.load(options.model, branch=options.branch, role=options.role, step=options.step, gallery=gallery)
 
@@ -367,7 +489,7 @@ def run_convert(options) -> None:
     wrong += [name for name, value in of_workdir.items() if not options.to and value is not None]
     if wrong:
         raise ValueError(f"--{wrong[0]} is for conversion {'from' if options.to else 'to'} PyTorch")
-    from memo_jax import convert
+    from memo_jax.inference import convert
 
     if options.to:
         print(convert.convert_back(options.input, options.output, options.to, **of_workdir))
@@ -378,7 +500,7 @@ def run_convert(options) -> None:
 def run_embed(options) -> int:
     """memo-jax embed"""
     embedder = load_embedder(options)
-    from memo_jax.embed_recordings import embed_recordings, summary
+    from memo_jax.inference.embed_recordings import embed_recordings, summary
 
     report = embed_recordings(embedder, options.input, options.output, min_seconds=options.min_seconds)
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else summary(report))
@@ -393,8 +515,10 @@ def run_verify(options) -> int:
     if options.json:
         print(json.dumps(result._asdict() | {"threshold_source": source, "model": embedder.fingerprint}, indent=2))
     else:
-        print(f"{'one speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, accepted from "
-              f"{result.threshold:.4f} on ({source})")
+        print(
+            f"{'one speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, accepted from "
+            f"{result.threshold:.4f} on ({source})"
+        )
     return 0 if result.decision else NO
 
 
@@ -403,8 +527,11 @@ def run_enroll(options) -> None:
     embedder = load_embedder(options, options.gallery)
     embedder.enroll(options.name, options.recordings)
     names = embedder.gallery.names
-    print(json.dumps({"enrolled": options.name, "people": names}, indent=2, ensure_ascii=False) if options.json else
-          f"{options.name} is enrolled; {len(names)} in {options.gallery}")
+    print(
+        json.dumps({"enrolled": options.name, "people": names}, indent=2, ensure_ascii=False)
+        if options.json
+        else f"{options.name} is enrolled; {len(names)} in {options.gallery}"
+    )
 
 
 def run_identify(options) -> int:
@@ -417,25 +544,25 @@ def run_identify(options) -> int:
     if options.json:
         print(json.dumps(result._asdict() | {"threshold_source": source}, indent=2, ensure_ascii=False))
     else:
-        print(f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, accepted from "
-              f"{result.threshold:.4f} on ({source})")
+        print(
+            f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, accepted from "
+            f"{result.threshold:.4f} on ({source})"
+        )
     return NO if result.name is None else 0
 
 
 def run_report(options) -> None:
     """memo-jax report"""
     keep_compiled_programs()
-    from memo_jax.report_page import write_report
+    from memo_jax.report.page import write_report
 
-    print(write_report(
-        options.workdir, options.output, data=options.data, trials=options.trials, step=options.step
-    ))
+    print(write_report(options.workdir, options.output, data=options.data, trials=options.trials, step=options.step))
 
 
 def run_export(options) -> None:
     """memo-jax export"""
-    from memo_jax.embedder import load_model
-    from memo_jax.export import export
+    from memo_jax.inference.embedder import load_model
+    from memo_jax.inference.export import export
 
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
     paths = [str(path) for path in export(model, options.output)]
@@ -444,12 +571,19 @@ def run_export(options) -> None:
 
 def run_score(options) -> None:
     """memo-jax score"""
-    from memo_jax.score import score, summary
+    from memo_jax.scoring.score import score, summary
 
     results = score(
-        options.embeddings, options.trials, cohorts=options.cohort, mean_subtraction=options.mean_subtraction,
-        as_norm=options.as_norm, calibration_trials=options.calibrate, compare=options.compare,
-        speakers=options.speakers, replicates=options.replicates, scores_file=options.scores,
+        options.embeddings,
+        options.trials,
+        cohorts=options.cohort,
+        mean_subtraction=options.mean_subtraction,
+        as_norm=options.as_norm,
+        calibration_trials=options.calibrate,
+        compare=options.compare,
+        speakers=options.speakers,
+        replicates=options.replicates,
+        scores_file=options.scores,
     )
     print(json.dumps(results, indent=2) if options.json else summary(results))
 

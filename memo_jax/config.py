@@ -21,9 +21,16 @@ from memo_jax.files import as_path, make_folder, read_text, write_text
 CONFIG_FILE = "config.json"
 # Keys that configs of earlier versions lack, with what those versions did.
 LATER_KEYS = {
-    "model.ecapa_form": "speechbrain", "model.ecapa_embedding_norm": False, "model.campplus_layers": (12, 24, 16),
-    "model.campplus_growth": 32, "model.campplus_channels": 128, "model.campplus_plane_channels": 32,
-    "model.ecapa_remat": "none", "model.resnet_remat": "none", "model.resnet_packed": False, "model.resnet_scan": False,
+    "model.ecapa_form": "speechbrain",
+    "model.ecapa_embedding_norm": False,
+    "model.campplus_layers": (12, 24, 16),
+    "model.campplus_growth": 32,
+    "model.campplus_channels": 128,
+    "model.campplus_plane_channels": 32,
+    "model.ecapa_remat": "none",
+    "model.resnet_remat": "none",
+    "model.resnet_packed": False,
+    "model.resnet_scan": False,
     "split_above_megabytes": 0.0,
 }
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}

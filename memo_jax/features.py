@@ -149,7 +149,7 @@ def kaldi_fbank_input(waves, lengths=None, window="povey", scale=1.0):
 
 
 def speechbrain_fbank_input(waves, lengths=None):
-    """speechbrain's filter-bank features (its `Fbank`, then its sentence normalisation): ([N, T, 80], valid frames [N]).
+    """Speechbrain's filter-bank features (its `Fbank`, then its sentence normalisation): ([N, T, 80], valid frames [N]).
 
     Frames of 400 points under a periodic Hamming window, centred, silence beyond the ends; decibels, at most 80 below
     the utterance's loudest bin, minus their mean over time.
@@ -171,7 +171,7 @@ def _silent_behind(waves, lengths):
 
 
 def _centred(x, frames):
-    """x [N, T, F] minus its mean over the valid frames of each utterance; zero behind them."""
+    """X [N, T, F] minus its mean over the valid frames of each utterance; zero behind them."""
     mean, _, valid = _moments_over_time(x, frames)
     return (x - mean) * valid
 
@@ -247,7 +247,7 @@ def _speechbrain_basis():
 
 @functools.cache
 def _speechbrain_mel_basis():
-    """speechbrain's mel filters, float32 [200, 80]: triangles in hertz, each falling as steeply as it rises."""
+    """Speechbrain's mel filters, float32 [200, 80]: triangles in hertz, each falling as steeply as it rises."""
     mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MEL_BINS + 2)
     hertz = 700 * (10 ** (mel / 2595) - 1)
     distance = np.abs(np.arange(WINDOW // 2)[:, None] * SAMPLE_RATE / WINDOW - hertz[1:-1])

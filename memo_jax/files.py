@@ -47,8 +47,10 @@ def check_local(path: str | os.PathLike) -> None:
     """Raises ValueError for a URL, where only the file system can be read or written."""
     if in_bucket(path):
         url = URL.sub(r"\1://\2", os.fspath(path))
-        raise ValueError(f"{url} is no path of the file system, as is needed here: copy it (gcloud storage cp "
-                         "--recursive) or mount the bucket")
+        raise ValueError(
+            f"{url} is no path of the file system, as is needed here: copy it (gcloud storage cp "
+            "--recursive) or mount the bucket"
+        )
 
 
 def check_bucket(path: str | os.PathLike) -> None:

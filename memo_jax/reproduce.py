@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from memo_jax import config as configs
-from memo_jax.checkpoint import load_raw, saved_steps
 from memo_jax.files import check_local
 from memo_jax.log import read_metrics
-from memo_jax.provenance import read_run
-from memo_jax.train import FREE_ON_RESUME, TIMES, check_same_run, train
+from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.training.run_record import read_run
+from memo_jax.training.train import FREE_ON_RESUME, TIMES, check_same_run, train
 
 RATES = ("eer", "min_dcf_0.01", "min_dcf_0.05")
 MOVABLE = (*FREE_ON_RESUME, "augment.noise", "augment.music", "augment.speech", "augment.rirs")
@@ -59,8 +59,10 @@ def reproduce(
     if last not in saved_steps(output):  # called once more, it compares what is there
         train(again, output, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
-        "parameters": compare_parameters(run, output), "environment": environment_differences(run, output),
-        "evaluations": {}, "output": str(output),
+        "parameters": compare_parameters(run, output),
+        "environment": environment_differences(run, output),
+        "evaluations": {},
+        "output": str(output),
     }
     for path in sorted(run.rglob("results.json")):
         if output.resolve() not in path.resolve().parents:
@@ -113,14 +115,22 @@ def compare_parameters(run: Path, output: Path) -> dict[str, float]:
 
 def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> dict[str, float]:
     """Returns {rate of an evaluation: difference} where it is another on the new run."""
-    from memo_jax.evaluate import evaluate
+    from memo_jax.inference.evaluate import evaluate
 
     old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
     if not made.exists():
         data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
         evaluate(
-            output, data, old["trial_list"], output / name, branch=old["branch"], role=old["role"], step=old["step"],
-            crops=old["crops"], replicates=0, quiet=quiet,
+            output,
+            data,
+            old["trial_list"],
+            output / name,
+            branch=old["branch"],
+            role=old["role"],
+            step=old["step"],
+            crops=old["crops"],
+            replicates=0,
+            quiet=quiet,
         )
     new = json.loads(made.read_text(encoding="utf-8"))
     return {f"{name}: {rate}": abs(new[rate] - old[rate]) for rate in RATES if new[rate] != old[rate]}
@@ -154,6 +164,8 @@ def summary(run, found: dict) -> str:
         else:
             lines.append(f"  {kind}: no difference")
     if found["missing"]:
-        lines.append(f"  only in one of them: {', '.join(found['missing'][:5])}"
-                     + (f" and {len(found['missing']) - 5} more" if len(found["missing"]) > 5 else ""))
+        lines.append(
+            f"  only in one of them: {', '.join(found['missing'][:5])}"
+            + (f" and {len(found['missing']) - 5} more" if len(found["missing"]) > 5 else "")
+        )
     return "\n".join([*lines, "identical" if found["identical"] else "different"])

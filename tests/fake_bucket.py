@@ -119,9 +119,15 @@ class Handler(BaseHTTPRequestHandler):
     def resource(self, name: str) -> dict:
         generation, content = self.server.objects[name]
         return {
-            "kind": "storage#object", "name": name, "bucket": self.server.name, "generation": str(generation),
-            "metageneration": "1", "size": str(len(content)), "contentType": "application/octet-stream",
-            "updated": "2026-01-01T00:00:00.000Z", "timeCreated": "2026-01-01T00:00:00.000Z",
+            "kind": "storage#object",
+            "name": name,
+            "bucket": self.server.name,
+            "generation": str(generation),
+            "metageneration": "1",
+            "size": str(len(content)),
+            "contentType": "application/octet-stream",
+            "updated": "2026-01-01T00:00:00.000Z",
+            "timeCreated": "2026-01-01T00:00:00.000Z",
         }
 
     def listed(self) -> dict:
@@ -130,12 +136,13 @@ class Handler(BaseHTTPRequestHandler):
             found = {}  # {name, or the part of it up to the delimiter: its resource, or None for a folder}
             for name in sorted(self.server.objects):
                 if name.startswith(prefix):
-                    head, mark, _ = name[len(prefix):].partition(delimiter) if delimiter else (name, "", "")
+                    head, mark, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
                     found[prefix + head + mark if mark else name] = None if mark else self.resource(name)
         rest = [entry for entry in found if entry > self.query.get("pageToken", "")]
-        page = rest[:min(int(self.query.get("maxResults", PAGE)), PAGE)]
+        page = rest[: min(int(self.query.get("maxResults", PAGE)), PAGE)]
         return {
-            "kind": "storage#objects", "items": [found[entry] for entry in page if found[entry]],
+            "kind": "storage#objects",
+            "items": [found[entry] for entry in page if found[entry]],
             "prefixes": [entry for entry in page if not found[entry]],
         } | ({"nextPageToken": page[-1]} if page and len(page) < len(rest) else {})
 
@@ -181,10 +188,15 @@ def running(name: str) -> Iterator[tuple[FakeBucket, dict[str, str]]]:
         thread.start()
         address = f"http://localhost:{bucket.server_port}"
         try:
-            yield bucket, {
-                "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address,
-                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-            }
+            yield (
+                bucket,
+                {
+                    "STORAGE_EMULATOR_HOST": address,
+                    "TENSORSTORE_GCS_HTTP_URL": address,
+                    "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+                    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+                },
+            )
         finally:
             bucket.shutdown()
             thread.join()

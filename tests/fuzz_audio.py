@@ -21,10 +21,16 @@ import soxr  # noqa: F401  (both loaded before the memory is limited)
 from memo_jax.audio import AudioError, read_audio
 
 KINDS = {
-    "wav": {"format": "WAV"}, "float.wav": {"format": "WAV", "subtype": "FLOAT"},
-    "adpcm.wav": {"format": "WAV", "subtype": "MS_ADPCM"}, "wavex.wav": {"format": "WAVEX", "subtype": "PCM_24"},
-    "flac": {"format": "FLAC"}, "mp3": {"format": "MP3"}, "ogg": {"format": "OGG", "subtype": "VORBIS"},
-    "opus": {"format": "OGG", "subtype": "OPUS"}, "aiff": {"format": "AIFF"}, "au": {"format": "AU"},
+    "wav": {"format": "WAV"},
+    "float.wav": {"format": "WAV", "subtype": "FLOAT"},
+    "adpcm.wav": {"format": "WAV", "subtype": "MS_ADPCM"},
+    "wavex.wav": {"format": "WAVEX", "subtype": "PCM_24"},
+    "flac": {"format": "FLAC"},
+    "mp3": {"format": "MP3"},
+    "ogg": {"format": "OGG", "subtype": "VORBIS"},
+    "opus": {"format": "OGG", "subtype": "OPUS"},
+    "aiff": {"format": "AIFF"},
+    "au": {"format": "AU"},
 }
 MEMORY = 300_000_000  # bytes
 SECONDS = 20  # for one mutation
@@ -36,7 +42,9 @@ def seeds() -> dict[str, list[bytes]]:
     rng, found = np.random.default_rng(0), {}
     for name, options in KINDS.items():
         for channels, rate in ((1, 16000), (2, 48000)):
-            samples = 0.3 * np.sin(np.arange(rate // 2) * 0.05)[:, None] + 0.05 * rng.standard_normal((rate // 2, channels))
+            samples = 0.3 * np.sin(np.arange(rate // 2) * 0.05)[:, None] + 0.05 * rng.standard_normal(
+                (rate // 2, channels)
+            )
             file = io.BytesIO()
             soundfile.write(file, samples, rate, **options)
             found.setdefault(name, []).append(file.getvalue())
@@ -56,20 +64,20 @@ def mutated(content: bytes, others: list[bytes], rng) -> bytes:
             case 0:
                 data[place] ^= 1 << int(rng.integers(8))
             case 1:
-                data[place:place + length] = rng.bytes(length)
+                data[place : place + length] = rng.bytes(length)
             case 2:
-                data[place:place + 4] = EXTREMES[rng.integers(len(EXTREMES))]
+                data[place : place + 4] = EXTREMES[rng.integers(len(EXTREMES))]
             case 3:
-                del data[place:place + length]
+                del data[place : place + length]
             case 4:
-                data[place:place] = data[place:place + length]
+                data[place:place] = data[place : place + length]
             case 5:
                 del data[place:]
             case 6:
-                data[place:place + length] = bytes(length)
+                data[place : place + length] = bytes(length)
             case 7:  # the end of another recording
                 other = others[rng.integers(len(others))]
-                data[place:] = other[int(rng.integers(len(other))):]
+                data[place:] = other[int(rng.integers(len(other))) :]
     return bytes(data)
 
 

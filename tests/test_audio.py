@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-import tiny
 
+import tiny
 from memo_jax.audio import AudioError, audio_seconds, is_audio_name, read_audio, read_float_audio
 
 RATE = 16000
@@ -50,8 +50,9 @@ def test_every_sample_format_gives_the_same_samples(tmp_path, subtype, error):
     assert np.abs(read - tone() * 32768).max() <= error
 
 
-@pytest.mark.parametrize("name, options", [
-    ("a.ogg", {}), ("a.mp3", {}), ("a.opus", {"format": "OGG", "subtype": "OPUS"})])
+@pytest.mark.parametrize(
+    "name, options", [("a.ogg", {}), ("a.mp3", {}), ("a.opus", {"format": "OGG", "subtype": "OPUS"})]
+)
 def test_lossy_kinds_keep_length_and_tone(tmp_path, name, options):
     read = read_audio(write(tmp_path / name, tone(), **options))
     assert len(read) == RATE
@@ -85,12 +86,16 @@ def test_names_with_spaces_and_other_letters_and_open_files(tmp_path):
     assert len(read_audio(io.BytesIO(path.read_bytes()))) == RATE
 
 
-@pytest.mark.parametrize("name, content, reason", [
-    ("empty.wav", b"", "empty file"),
-    ("zeros.wav", bytes(4096), "not readable as audio"),
-    ("text.wav", b"this is not sound\n" * 99, "not readable as audio"),
-    ("text.mp3", b"this is not sound\n" * 99, "not readable as audio"),
-    ("text.flac", b"this is not sound\n" * 99, "not readable as audio")])
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("empty.wav", b"", "empty file"),
+        ("zeros.wav", bytes(4096), "not readable as audio"),
+        ("text.wav", b"this is not sound\n" * 99, "not readable as audio"),
+        ("text.mp3", b"this is not sound\n" * 99, "not readable as audio"),
+        ("text.flac", b"this is not sound\n" * 99, "not readable as audio"),
+    ],
+)
 def test_what_is_no_recording_is_named(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AudioError, match=f"{name}: {reason}"):
@@ -112,7 +117,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 def test_files_that_end_early_are_refused(tmp_path, name, kept):
     noise = np.random.default_rng(0).normal(0, 0.1, RATE)
     content = write(tmp_path / name, noise).read_bytes()
-    (tmp_path / name).write_bytes(content[:int(kept * len(content))])
+    (tmp_path / name).write_bytes(content[: int(kept * len(content))])
     with pytest.raises(AudioError, match=f"{name}: (truncated|damaged)"):
         read_audio(tmp_path / name)
 
@@ -149,24 +154,31 @@ def test_a_recording_over_the_longest_is_refused(tmp_path):
         read_audio(path, max_seconds=2.5)
 
 
-@pytest.mark.parametrize("place, value, reason", [
-    ((40, 44), 2 ** 31 - 2 ** 20, "truncated"),       # bytes of data
-    ((24, 28), 1, "sample rate out of range"),        # a rate of 1 Hz would make 16,000 samples out of each
-    ((24, 28), 2 * 10 ** 9, "sample rate out of range")])
+@pytest.mark.parametrize(
+    "place, value, reason",
+    [
+        ((40, 44), 2**31 - 2**20, "truncated"),  # bytes of data
+        ((24, 28), 1, "sample rate out of range"),  # a rate of 1 Hz would make 16,000 samples out of each
+        ((24, 28), 2 * 10**9, "sample rate out of range"),
+    ],
+)
 def test_a_lying_header_is_refused_without_memory_for_its_lie(tmp_path, place, value, reason):
     """In a process of its own, whose memory may grow by 300 MB only."""
     content = bytearray(write(tmp_path / "a.wav", tone()).read_bytes())
     content[slice(*place)] = value.to_bytes(place[1] - place[0], "little")
     (tmp_path / "a.wav").write_bytes(content)
-    program = ("import resource, sys, soundfile, soxr; from memo_jax.audio import AudioError, read_audio\n"
-               "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-               "resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)\n"
-               "try: read_audio(sys.argv[1])\n"
-               "except AudioError as error: print(error)\n")
+    program = (
+        "import resource, sys, soundfile, soxr; from memo_jax.audio import AudioError, read_audio\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000,) * 2)\n"
+        "try: read_audio(sys.argv[1])\n"
+        "except AudioError as error: print(error)\n"
+    )
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("no /proc to measure memory by")
-    run = subprocess.run([sys.executable, "-c", program, tmp_path / "a.wav"], capture_output=True, text=True,
-                         timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "a.wav"], capture_output=True, text=True, timeout=60
+    )
     assert reason in run.stdout, run.stderr
 
 
@@ -175,11 +187,17 @@ def test_a_long_recording_is_read_in_blocks(tmp_path):
     with soundfile.SoundFile(tmp_path / "a.flac", "w", 48000, 2) as file:
         for _ in range(10):
             file.write(np.zeros((60 * 48000, 2), np.int16))
-    program = ("import resource, sys, soundfile, soxr; from memo_jax.audio import read_audio\n"
-               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-               "before = peak(); length = len(read_audio(sys.argv[1])); print(length, peak() - before)\n")
-    length, grown = map(int, subprocess.run([sys.executable, "-c", program, tmp_path / "a.flac"], capture_output=True,
-                                            text=True, timeout=60, check=True).stdout.split())
+    program = (
+        "import resource, sys, soundfile, soxr; from memo_jax.audio import read_audio\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); length = len(read_audio(sys.argv[1])); print(length, peak() - before)\n"
+    )
+    length, grown = map(
+        int,
+        subprocess.run(
+            [sys.executable, "-c", program, tmp_path / "a.flac"], capture_output=True, text=True, timeout=60, check=True
+        ).stdout.split(),
+    )
     assert length == 600 * RATE
     assert grown * (1 if sys.platform == "darwin" else 1024) < 120e6
 
@@ -227,23 +245,30 @@ def test_a_real_m4a_is_read_from_a_file_from_memory_and_in_part(tmp_path):
     subprocess.run(["ffmpeg", "-v", "error", "-i", wav, "-movflags", "+faststart", tmp_path / "b.m4a"], check=True)
     whole = (tmp_path / "b.m4a").read_bytes()  # its table comes first, so that a part of it can be decoded
     damaged = bytearray(whole)
-    damaged[len(whole) // 2:len(whole) // 2 + 99] = bytes(range(99))
-    for content in (whole[:2000], whole[:len(whole) * 2 // 3], damaged):
+    damaged[len(whole) // 2 : len(whole) // 2 + 99] = bytes(range(99))
+    for content in (whole[:2000], whole[: len(whole) * 2 // 3], damaged):
         file = io.BytesIO(content)
         file.name = "in.zip/a.m4a"
         with pytest.raises(AudioError, match="in.zip/a.m4a: ffmpeg failed"):
             read_audio(file)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("a.wav", {}), ("a.flac", {}), ("a.ogg", {}), ("a.mp3", {}), ("a.opus", {"format": "OGG", "subtype": "OPUS"})])
+@pytest.mark.parametrize(
+    "name, options",
+    [("a.wav", {}), ("a.flac", {}), ("a.ogg", {}), ("a.mp3", {}), ("a.opus", {"format": "OGG", "subtype": "OPUS"})],
+)
 def test_a_part_is_that_part_of_the_whole(tmp_path, name, options):
     path = write(tmp_path / name, tone(3.0) * np.linspace(0, 1, 3 * RATE, dtype=np.float32), **options)
     whole = read_audio(path)
-    for (start, stop), length in (((0.0, 1.0), RATE), ((1.3, 2.0), 11200), ((2.0, None), RATE), ((2.5, 3.4), RATE // 2)):
+    for (start, stop), length in (
+        ((0.0, 1.0), RATE),
+        ((1.3, 2.0), 11200),
+        ((2.0, None), RATE),
+        ((2.5, 3.4), RATE // 2),
+    ):
         part = read_audio(path, span=(start, stop))
         assert len(part) == length
-        np.testing.assert_allclose(part, whole[round(start * RATE):round(start * RATE) + length], atol=150)
+        np.testing.assert_allclose(part, whole[round(start * RATE) : round(start * RATE) + length], atol=150)
     for span in ((3.0, None), (2.0, 3.6)):
         with pytest.raises(AudioError, match="no such part"):
             read_audio(path, span=span)
@@ -255,8 +280,13 @@ def test_mutated_recordings_are_read_or_refused(tmp_path):
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("no /proc to measure memory by")
     program = Path(__file__).with_name("fuzz_audio.py")
-    run = subprocess.run([sys.executable, program, "400", "0", tmp_path], capture_output=True, text=True, timeout=120,
-                         env=tiny.environment())
+    run = subprocess.run(
+        [sys.executable, program, "400", "0", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=tiny.environment(),
+    )
     assert run.returncode == 0, f"{os.listdir(tmp_path)}: {run.stderr[-2000:]}"
     counts = json.loads(run.stdout)
     assert counts["read"] + counts["refused"] == 400 and min(counts["read"], counts["refused"]) > 40
@@ -265,6 +295,7 @@ def test_mutated_recordings_are_read_or_refused(tmp_path):
 
 def test_errors_travel_between_processes():
     import pickle
+
     error = pickle.loads(pickle.dumps(AudioError("a.wav", "no samples")))
     assert str(error) == "a.wav: no samples" and error.reason == "no samples" and isinstance(error, ValueError)
 

@@ -4,19 +4,20 @@ import json
 import sys
 from types import SimpleNamespace
 
-import fake_bucket
 import jax
 import numpy as np
 import pytest
-import test_processes
-import tiny
 
-from memo_jax import files, sharding
-from memo_jax.checkpoint import Checkpointer, load_raw, saved_steps
+import fake_bucket
+import tiny
+import tiny_processes
+from memo_jax import files
 from memo_jax.config import save_config
+from memo_jax.inference.model_file import read_model
 from memo_jax.log import MetricsLog, read_metrics
-from memo_jax.model_file import read_model
-from memo_jax.recipe import build_recipe, initial_state
+from memo_jax.training.checkpoint import Checkpointer, load_raw, saved_steps
+from memo_jax.training.recipe import build_recipe, initial_state
+from memo_jax.xla import sharding
 
 RUN = "gs://bucket/runs/one"
 TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
@@ -49,10 +50,10 @@ def runs(bucket, tmp_path_factory):
     which then lacks its mark, and resumed. Of a network of one layer."""
     local = tmp_path_factory.mktemp("buckets") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        test_processes.patch_for_tests(patch.setattr)
-        status, text = tiny.here(*test_processes.command(local))
+        tiny_processes.patch_for_tests(patch.setattr)
+        status, text = tiny.here(*tiny_processes.command(local))
     assert status == 0, text
-    (killed,) = test_processes.start(1, test_processes.command(RUN), signals=[(9, 0, 10)])
+    (killed,) = tiny_processes.start(1, tiny_processes.command(RUN), signals=[(9, 0, 10)])
     assert killed.status == -9, killed
     found = saved_steps(RUN), [row["step"] for row in read_metrics(RUN)]
     second = "runs/one/checkpoints/8/"
@@ -60,8 +61,8 @@ def runs(bucket, tmp_path_factory):
     bucket.objects[second + "state/left"] = 1, b"of a save that was cut short"
     unmarked = saved_steps(RUN)
     with pytest.MonkeyPatch.context() as patch:
-        test_processes.patch_for_tests(patch.setattr)
-        status, text = tiny.here(*test_processes.command(RUN))
+        tiny_processes.patch_for_tests(patch.setattr)
+        status, text = tiny.here(*tiny_processes.command(RUN))
     assert status == 0, text
     return SimpleNamespace(local=local, found=found, unmarked=unmarked, text=text)
 
@@ -85,7 +86,11 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
     starts = json.loads(bucket.objects["runs/one/run.json"][1])["starts"]
     assert [start["first_step"] for start in starts] == [1, 5] and "last_step" not in starts[0]
     assert {name.partition("/checkpoints/")[0] for name in bucket.objects if "tfevents" not in name} == {
-        "runs/one", "runs/one/config.json", "runs/one/metrics.jsonl", "runs/one/run.json"}
+        "runs/one",
+        "runs/one/config.json",
+        "runs/one/metrics.jsonl",
+        "runs/one/run.json",
+    }
     assert sum("tensorboard/events" in name for name in bucket.objects) == 2, "one file a start"
     for name, (_, content) in bucket.objects.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,24 +128,23 @@ def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_p
     assert one.pop("model") == str(local) and other.pop("model") == remote and one == other
     one, other = (np.load(tmp_path / name / "e.npz")["embeddings"] for name in said)
     np.testing.assert_array_equal(one, other, strict=True)
-    assert list(json.loads(bucket.objects["trained/decisions.json"][1])) == [read_model(
-        tmp_path / "bucket" / "m.safetensors").fingerprint]
+    assert list(json.loads(bucket.objects["trained/decisions.json"][1])) == [
+        read_model(tmp_path / "bucket" / "m.safetensors").fingerprint
+    ]
     status, text = tiny.here("report", remote)
     assert status == 0 and text.strip().endswith(f"{remote}/report.html")
     assert b"<html" in bucket.objects["trained/report.html"][1]
 
 
 def test_a_run_that_is_done_or_of_another_config_is_known_there(runs, monkeypatch):
-    test_processes.patch_for_tests(monkeypatch.setattr)
-    status, text = tiny.here(*test_processes.command(RUN))
+    tiny_processes.patch_for_tests(monkeypatch.setattr)
+    status, text = tiny.here(*tiny_processes.command(RUN))
     assert status == 0 and f"nothing to do: {RUN} has been trained for 12 steps already" in text
-    status, text = tiny.here(*test_processes.command(RUN, "seed=5"))
+    status, text = tiny.here(*tiny_processes.command(RUN, "seed=5"))
     assert status == 2 and f"{RUN} was made with another config (seed: 0 → 5)" in text
 
 
-@pytest.mark.parametrize("arguments", [
-    ["train"], ["eval", "--output=o", "--data=d", "--trials=t"], ["report"],
-])
+@pytest.mark.parametrize("arguments", [["train"], ["eval", "--output=o", "--data=d", "--trials=t"], ["report"]])
 def test_a_bucket_that_is_not_there_is_named(bucket, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command, *rest = arguments
@@ -163,8 +167,11 @@ def test_a_bucket_that_may_not_be_read_or_written_is_named(refusing):
 
 def test_a_save_that_fails_leaves_the_checkpoint_before_and_is_repeated(refusing):
     state = {"weights": jax.numpy.arange(3.0)}
-    with pytest.raises(OSError, match=r"gs://bucket/failing/checkpoints/2: cannot save .*; the checkpoint of step 1 is "
-                                      "intact. See that the bucket can be written"):
+    with pytest.raises(
+        OSError,
+        match=r"gs://bucket/failing/checkpoints/2: cannot save .*; the checkpoint of step 1 is "
+        "intact. See that the bucket can be written",
+    ):
         with Checkpointer("gs://bucket/failing") as checkpoints:
             checkpoints.save(1, state)
             checkpoints.wait()
@@ -200,7 +207,17 @@ def test_what_must_be_in_the_file_system_says_so(tmp_path):
     status, text = tiny.train_here(tmp_path / "run", "data.train=gs://bucket/data")
     assert status == 2 and "gs://bucket/data is no path of the file system, as is needed here: copy it" in text
     for arguments in (
-        ["eval", "--workdir", RUN, "--data", material.dataset, "--trials", material.trials, "--output", "gs://bucket/o"],
+        [
+            "eval",
+            "--workdir",
+            RUN,
+            "--data",
+            material.dataset,
+            "--trials",
+            material.trials,
+            "--output",
+            "gs://bucket/o",
+        ],
         ["embed", "gs://bucket/o", "--model", RUN, "--output", tmp_path / "e.npz"],
         ["reproduce", "gs://bucket/o"],
         ["prepare", "--input", "gs://bucket/o", "--output", tmp_path / "data"],

@@ -4,17 +4,36 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 
 import memo_jax
+import tiny
 from memo_jax import cli
 
 COMMANDS = (
-    "prepare", "train", "eval", "embed", "verify", "enroll", "identify", "report", "export", "score", "convert",
+    "prepare",
+    "train",
+    "eval",
+    "embed",
+    "verify",
+    "enroll",
+    "identify",
+    "report",
+    "export",
+    "score",
+    "convert",
     "plan",
 )
 HEAVY = (
-    "jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "matplotlib", "numpy", "scipy", "librosa",
+    "jax",
+    "flax",
+    "optax",
+    "orbax",
+    "grain",
+    "tensorflow_datasets",
+    "matplotlib",
+    "numpy",
+    "scipy",
+    "librosa",
     "ml_collections",
 )
 HELP = f"""

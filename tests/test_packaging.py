@@ -14,9 +14,14 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # Distributions whose module has another name than theirs, normalised.
-MODULE_NAMES = {"tensorflow-datasets": "tensorflow_datasets", "orbax-checkpoint": "orbax",
-                "ml-collections": "ml_collections", "array-record": "array_record", "absl-py": "absl",
-                "scikit-learn": "sklearn"}
+MODULE_NAMES = {
+    "tensorflow-datasets": "tensorflow_datasets",
+    "orbax-checkpoint": "orbax",
+    "ml-collections": "ml_collections",
+    "array-record": "array_record",
+    "absl-py": "absl",
+    "scikit-learn": "sklearn",
+}
 # Imported where they are needed alone, with a message for those who lack them, and the extras that they are of.
 OPTIONAL = {"torch": "torch", "fsspec": "gcs", "google": "gcs"}
 
@@ -80,7 +85,7 @@ def test_extras_exist_and_accelerator_extras_pin_the_same_jax(setup_cfg):
     jax = next(item for item in requirements(setup_cfg["options"]["install_requires"]) if item.name == "jax")
     assert {"demo", "test", "cuda", "tpu"} <= set(extras)
     for name in ("cuda", "tpu"):
-        requirement, = requirements(extras[name])
+        (requirement,) = requirements(extras[name])
         assert requirement.name == "jax" and requirement.extras and requirement.specifier == jax.specifier
 
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 import soundfile
-import tiny
 from safetensors.numpy import save_file
 
-from memo_jax import cli, interop
+import tiny
+from memo_jax import cli
 from memo_jax.config import load_config
+from memo_jax.inference import interop
 from memo_jax.models import build_backbone
 
 README = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,8 +83,16 @@ def test_every_memo_jax_command_runs_and_writes_what_is_said(folder_of_a_reader)
             said += text
     converted = ["convert", "eval", "convert", "convert"]
     used = ["embed", "verify", "enroll", "identify", "embed"] + ["score"] * 3 + ["export", "report", "reproduce"]
-    assert ran == (["prepare"] * 2 + ["train", "eval"] + ["prepare"] * 2 + ["train", "eval"] + converted
-                   + ["prepare"] * 2 + ["train"] + used)
+    assert ran == (
+        ["prepare"] * 2
+        + ["train", "eval"]
+        + ["prepare"] * 2
+        + ["train", "eval"]
+        + converted
+        + ["prepare"] * 2
+        + ["train"]
+        + used
+    )
     assert "EER" in said and "log-mel statistics" in said and said.endswith("identical\n")
     for workdir in ("runs/small", "runs/memo", "runs/longer"):
         assert (folder_of_a_reader / workdir / "checkpoints" / "3").is_dir()
@@ -94,7 +103,7 @@ def test_every_memo_jax_command_runs_and_writes_what_is_said(folder_of_a_reader)
 def test_the_python_example_runs(folder_of_a_reader):
     """On an untrained network, which the example does not mind."""
     shutil.copy(tiny.model_file(), "model")
-    example, = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     exec(example.replace('"runs/small"', '"model"'), names := {})
     assert names["embedder"].gallery.names == ["Ada"] and -1 <= names["score"] <= 1
 
@@ -114,7 +123,7 @@ def test_commands_for_pods_are_understood(monkeypatch):
     yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load((tiny.ROOT / "experiments" / "jobset.yaml").read_text(encoding="utf-8"))
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
-    container, = job["template"]["spec"]["containers"]
+    (container,) = job["template"]["spec"]["containers"]
     assert job["completions"] == job["parallelism"] == 4 and container["resources"]["limits"]["google.com/tpu"] == 4
     found = [[*container["command"], *container["args"]]]
     for block in re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL):

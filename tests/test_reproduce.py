@@ -4,13 +4,13 @@ import json
 import shutil
 
 import pytest
-import tiny
 
+import tiny
 from memo_jax import config as configs
-from memo_jax.checkpoint import saved_steps
-from memo_jax.data import open_utterances
+from memo_jax.data.batches import open_utterances
 from memo_jax.log import read_metrics
-from memo_jax.provenance import RUN_FILE, RunRecord, read_run
+from memo_jax.training.checkpoint import saved_steps
+from memo_jax.training.run_record import RUN_FILE, RunRecord, read_run
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -22,8 +22,19 @@ def run(tmp_path_factory):
     workdir, data = tmp_path_factory.mktemp("run") / "run", tiny.material()
     status, text = tiny.train_here(workdir, "--stop-at-step=4", "checkpoint.every_steps=2")
     assert status == 0, text
-    status, text = tiny.here("eval", "--workdir", workdir, "--data", data.dataset, "--trials", data.trials,
-                             "--output", workdir / "test", "--replicates", 0)
+    status, text = tiny.here(
+        "eval",
+        "--workdir",
+        workdir,
+        "--data",
+        data.dataset,
+        "--trials",
+        data.trials,
+        "--output",
+        workdir / "test",
+        "--replicates",
+        0,
+    )
     assert status == 0, text
     return workdir
 
@@ -56,7 +67,7 @@ def test_changed_metrics_are_told_by_name_and_size(run, again, tmp_path):
     del rows[2]["lr"]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, text = tiny.here("reproduce", workdir, "--output", output, "--json")
-    found = json.loads(text[text.index("{"):])
+    found = json.loads(text[text.index("{") :])
     assert status == 1 and not found["identical"]
     assert found["metrics"] == {"loss": pytest.approx(0.25)} and found["missing"] == ["lr at step 3"]
     status, text = tiny.here("reproduce", workdir, "--output", output)
@@ -72,7 +83,7 @@ def test_changed_parameters_and_rates_are_told(run, again, tmp_path):
     rate = results["eer"]
     (workdir / "test" / "results.json").write_text(json.dumps(results | {"eer": rate + 3}))
     status, text = tiny.here("reproduce", workdir, "--output", output, "--json")
-    found = json.loads(text[text.index("{"):])
+    found = json.loads(text[text.index("{") :])
     assert status == 1 and {"student", "teacher", "center", "opt_state"} <= found["parameters"].keys()
     assert found["evaluations"] == {"test: eer": pytest.approx(3)} and not found["metrics"]
 
@@ -87,8 +98,13 @@ def test_other_versions_code_data_and_machines_are_warned_of(run, again, tmp_pat
     (workdir / RUN_FILE).write_text(json.dumps(record))
     status, text = tiny.here("reproduce", workdir, "--output", output)
     assert status == 0
-    for warned in ("jax: 0.1 → ", "processor: abacus → ", "commit: 0123 → ", "data.fingerprint: another → ",
-                   "resumed with other versions or on another machine"):
+    for warned in (
+        "jax: 0.1 → ",
+        "processor: abacus → ",
+        "commit: 0123 → ",
+        "data.fingerprint: another → ",
+        "resumed with other versions or on another machine",
+    ):
         assert f"warning: {warned}" in text or warned in text, warned
     (workdir / RUN_FILE).unlink()
     assert "it is of an earlier version" in tiny.here("reproduce", workdir, "--output", output)[1]

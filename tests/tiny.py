@@ -18,7 +18,7 @@ import soundfile
 from memo_jax import cli
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.config import load_config
-from memo_jax.prepare import prepare
+from memo_jax.data.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 SPEAKERS, UTTERANCES = 5, 4
@@ -149,7 +149,7 @@ def untrained_model():
     import jax
     import jax.numpy as jnp
 
-    from memo_jax.model_file import Decision, model_of_backbone
+    from memo_jax.inference.model_file import Decision, model_of_backbone
     from memo_jax.models import build_backbone
 
     backbone = build_backbone("resnet", embedding_dim=8, base_channels=2, blocks=(1, 1, 1, 1))
@@ -162,7 +162,7 @@ def untrained_model():
 @functools.cache
 def model_file() -> Path:
     """A model file of `untrained_model`: only to be read."""
-    from memo_jax.model_file import write_model
+    from memo_jax.inference.model_file import write_model
 
     return write_model(temporary_folder() / "model.safetensors", untrained_model())
 
@@ -172,8 +172,14 @@ def trained_run() -> tuple[Path, str]:
     """The workdir of a run of ECAPA-TDNN and ResNet with trials, started as a user does, and what it said."""
     workdir, tiny = temporary_folder() / "run", material()
     arguments = train_arguments(
-        workdir, "model.branches=ecapa,resnet", "total_steps=6", "gate.stop_steps=3", "checkpoint.every_steps=2",
-        f"evaluation.data={tiny.dataset}", f"evaluation.trials={tiny.trials}", "evaluation.every_epochs=1",
+        workdir,
+        "model.branches=ecapa,resnet",
+        "total_steps=6",
+        "gate.stop_steps=3",
+        "checkpoint.every_steps=2",
+        f"evaluation.data={tiny.dataset}",
+        f"evaluation.trials={tiny.trials}",
+        "evaluation.every_epochs=1",
     )
     done = memo_jax(*arguments)
     assert done.returncode == 0, done.stderr

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from memo_jax.data import open_utterances, training_batches
+from memo_jax.data.batches import open_utterances, training_batches
+from memo_jax.data.records import SEGMENT_SAMPLES, SHARD_OPTIONS, serialized, write_metadata
 from memo_jax.log import progress
-from memo_jax.records import SEGMENT_SAMPLES, SHARD_OPTIONS, serialized, write_metadata
 
 SAMPLES = 320  # 20 ms
 
@@ -63,20 +63,28 @@ def measure_here(folder: Path, shards: int) -> dict:
     for _ in range(shards // 8):  # 8 draws for each shard: one that stays closed is rare
         next(batches)
     batches.close()
-    return {"utterances": len(utterances), "open_seconds": opened - began,
-            "first_batch_seconds": first_batch - opened, "first_batch_megabytes": opened_megabytes,
-            "all_shards_megabytes": resident_megabytes() - before,
-            "index_megabytes": (folder / "index.npy").stat().st_size / 1e6}
+    return {
+        "utterances": len(utterances),
+        "open_seconds": opened - began,
+        "first_batch_seconds": first_batch - opened,
+        "first_batch_megabytes": opened_megabytes,
+        "all_shards_megabytes": resident_megabytes() - before,
+        "index_megabytes": (folder / "index.npy").stat().st_size / 1e6,
+    }
 
 
 def table(rows: list[dict]) -> str:
     """The results for people."""
-    lines = ["| utterances | opening, s | first batch, s | memory then, MB | with all shards open, MB | index file, MB |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| utterances | opening, s | first batch, s | memory then, MB | with all shards open, MB | index file, MB |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        lines.append(f"| {row['utterances']:,} | {row['open_seconds']:.2f} | {row['first_batch_seconds']:.2f} "
-                     f"| {row['first_batch_megabytes']:.0f} | {row['all_shards_megabytes']:.0f} "
-                     f"| {row['index_megabytes']:.1f} |")
+        lines.append(
+            f"| {row['utterances']:,} | {row['open_seconds']:.2f} | {row['first_batch_seconds']:.2f} "
+            f"| {row['first_batch_megabytes']:.0f} | {row['all_shards_megabytes']:.0f} "
+            f"| {row['index_megabytes']:.1f} |"
+        )
     return "\n".join(lines)
 
 

@@ -28,6 +28,7 @@ from statistics import median
 from typing import NamedTuple
 
 import numpy as np
+
 from machine import best_seconds
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the latter of all threads, where others use the cores
@@ -56,8 +57,8 @@ def load_ours(model: Path) -> None:
 
 def run_ours(paths: list[str], clock: str) -> Timed:
     """What the command does: files to a file of embeddings."""
-    from memo_jax.embed_recordings import embed_recordings
-    from memo_jax.embedding_file import read_embeddings
+    from memo_jax.inference.embed_recordings import embed_recordings
+    from memo_jax.scoring.embedding_file import read_embeddings
 
     with tempfile.TemporaryDirectory() as folder:
         output, begun = Path(folder) / "embeddings.npz", CLOCKS[clock]()
@@ -94,8 +95,9 @@ def load_theirs(model: Path, threads: int) -> None:
     import torch
     from speakerlab.models.ecapa_tdnn.ECAPA_TDNN import ECAPA_TDNN
 
-    from memo_jax import features, interop
-    from memo_jax.model_file import read_model
+    from memo_jax import features
+    from memo_jax.inference import interop
+    from memo_jax.inference.model_file import read_model
 
     torch.set_num_threads(threads)
     ours = read_model(model)
@@ -145,7 +147,7 @@ def write_network(path: Path, width: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    from memo_jax.model_file import model_of_backbone, write_model
+    from memo_jax.inference.model_file import model_of_backbone, write_model
     from memo_jax.models import build_backbone
 
     backbone = build_backbone("ecapa", channels=(width,) * 4 + (3 * width,), embedding_dim=width // 2)
@@ -167,6 +169,7 @@ def chosen_recordings(folder: Path | None, count: int, made: Path, seconds: floa
 
     if folder is None:
         import soundfile
+
         from synthetic import cuts, utterance_lengths
 
         rng = np.random.default_rng(0)
@@ -209,17 +212,24 @@ def compare(paths: list[str], model: Path, options, threads: int) -> dict:
     middle = {side: median(seconds) for side, seconds in taken.items()}
     flops = ours.submit(network_flops, frames).result()
     results = {
-        "recordings": len(paths), "audio_seconds": sum(durations), "threads": threads, "clock": clock,
-        "runs": options.runs, "first_run_seconds": first["ours"].seconds, "seconds": taken,
+        "recordings": len(paths),
+        "audio_seconds": sum(durations),
+        "threads": threads,
+        "clock": clock,
+        "runs": options.runs,
+        "first_run_seconds": first["ours"].seconds,
+        "seconds": taken,
         "audio_seconds_per_second": {side: sum(durations) / seconds for side, seconds in middle.items()},
-        "matmul_gflops": max(rates) / 1e9, "fraction_of_peak": flops / middle["ours"] / max(rates),
+        "matmul_gflops": max(rates) / 1e9,
+        "fraction_of_peak": flops / middle["ours"] / max(rates),
     }
     for side, key in (("theirs", "ratio"), ("theirs_batched", "ratio_batched")):
         if side in sides:
             ratios = [a / b for a, b in zip(taken[side], taken["ours"])]
             results |= {key: median(ratios), f"{key}_spread": [min(ratios), max(ratios)]}
-            results[key.replace("ratio", "min_cosine")] = float(cosines(first[side].embeddings,
-                                                                        first["ours"].embeddings).min())
+            results[key.replace("ratio", "min_cosine")] = float(
+                cosines(first[side].embeddings, first["ours"].embeddings).min()
+            )
     if "theirs" in sides:
         a, b = first["theirs"].embeddings, first["ours"].embeddings
         results["max_relative_difference"] = float((np.abs(a - b).max(1) / np.abs(a).max(1)).max())
@@ -244,8 +254,11 @@ def main() -> int:
     needed = {"torch": "torch", "speakerlab": "speakerlab-slim, without its dependencies"}
     lacking = [text for name, text in needed.items() if importlib.util.find_spec(name) is None]
     if lacking and not options.ours_only:
-        print(f"embed.py compares with PyTorch and needs {' and '.join(lacking)}: `make parity` makes an environment, "
-              ".venv-parity, that has them; or measure ours alone with --ours-only", file=sys.stderr)
+        print(
+            f"embed.py compares with PyTorch and needs {' and '.join(lacking)}: `make parity` makes an environment, "
+            ".venv-parity, that has them; or measure ours alone with --ours-only",
+            file=sys.stderr,
+        )
         return 2
     with tempfile.TemporaryDirectory(prefix="memo-jax-benchmark-") as folder:
         model = Path(folder) / "ecapa.safetensors"

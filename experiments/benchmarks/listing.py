@@ -24,8 +24,8 @@ KINDS = {"folder": "corpus", "zip": "corpus.zip", "tar": "corpus.tar", "tar.gz":
 MEASURED = '''
 import json, sys, time
 from pathlib import Path
-from memo_jax.recordings import find_recordings
-from memo_jax.unfinished import Unfinished
+from memo_jax.data.recordings import find_recordings
+from memo_jax.data.unfinished import Unfinished
 
 def megabytes():
     """The most that this program had; ru_maxrss would count the process that it was started from."""
@@ -86,15 +86,21 @@ def main() -> None:
         write_corpus(Path(folder), options.recordings)
         print(f"made in {time.perf_counter() - start:.0f} s", file=sys.stderr)
         for kind in options.kinds:
-            done = subprocess.run([sys.executable, "-c", MEASURED, os.path.join(folder, KINDS[kind])], check=True,
-                                  stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(
+                [sys.executable, "-c", MEASURED, os.path.join(folder, KINDS[kind])],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             results[kind] = json.loads(done.stdout)
     if options.json:
         print(json.dumps(results, indent=2))
         return
     for kind, row in results.items():
-        print("{:7} {recordings:,} recordings: {list_seconds:.1f} s, {list_megabytes:.0f} MB; plan read in "
-              "{read_plan_seconds:.1f} s".format(kind, **row))
+        print(
+            "{:7} {recordings:,} recordings: {list_seconds:.1f} s, {list_megabytes:.0f} MB; plan read in "
+            "{read_plan_seconds:.1f} s".format(kind, **row)
+        )
 
 
 if __name__ == "__main__":

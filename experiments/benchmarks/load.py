@@ -45,8 +45,9 @@ class WavUtterances:
     """
 
     def __init__(self, folder: Path, features: bool):
-        self.speech, self.noises, self.rooms = (sorted(map(str, (folder / name).iterdir()))
-                                                for name in ("speech", "noise", "rooms"))
+        self.speech, self.noises, self.rooms = (
+            sorted(map(str, (folder / name).iterdir())) for name in ("speech", "noise", "rooms")
+        )
         self.features = features
 
     def __len__(self):
@@ -56,12 +57,15 @@ class WavUtterances:
         from scipy.io import wavfile
 
         samples, rng = wavfile.read(self.speech[index])[1], np.random.default_rng()
-        crops = {name: np.stack([crop_of(samples, size, rng) for _ in range(count)])
-                 for name, (count, size) in CROPS.items()}
+        crops = {
+            name: np.stack([crop_of(samples, size, rng) for _ in range(count)]) for name, (count, size) in CROPS.items()
+        }
         if not self.features:
             return crops
-        return {name: np.stack([log_mel(self.augmented(crop.astype(np.float32) / 32768, rng)) for crop in several])
-                for name, several in crops.items()}
+        return {
+            name: np.stack([log_mel(self.augmented(crop.astype(np.float32) / 32768, rng)) for crop in several])
+            for name, several in crops.items()
+        }
 
     def augmented(self, wave, rng):
         """The crop, float32 [L], with noise, a room, both or neither."""
@@ -73,7 +77,7 @@ class WavUtterances:
             return wave
         if draw >= CLEAN_SHARE + NOISE_SHARE:
             room = wavfile.read(self.rooms[rng.integers(len(self.rooms))])[1].astype(np.float32)
-            wave = signal.fftconvolve(wave, room / np.sqrt((room**2).sum()))[:len(wave)].astype(np.float32)
+            wave = signal.fftconvolve(wave, room / np.sqrt((room**2).sum()))[: len(wave)].astype(np.float32)
         if draw < CLEAN_SHARE + NOISE_SHARE + BOTH_SHARE:
             noise = wavfile.read(self.noises[rng.integers(len(self.noises))])[1]
             noise = crop_of(noise, len(wave), rng).astype(np.float32)
@@ -86,7 +90,7 @@ def crop_of(samples, size: int, rng):
     """A random part, [size], of samples that are repeated when they are too few."""
     samples = np.resize(samples, max(size, len(samples)))
     start = rng.integers(len(samples) - size + 1)
-    return samples[start:start + size]
+    return samples[start : start + size]
 
 
 def log_mel(wave) -> np.ndarray:
@@ -120,7 +124,7 @@ def write_wavs(folder: Path, dataset: Path, rng) -> None:
     """Writes a dataset's utterances as wav files, and files of noise (5 to 60 s) and rooms (0.5 s) to augment with."""
     from scipy.io import wavfile
 
-    from memo_jax.data import open_utterances
+    from memo_jax.data.batches import open_utterances
     from memo_jax.log import progress
 
     for name in ("speech", "noise", "rooms"):
@@ -163,7 +167,7 @@ def measure(name: str, batches, batch_size: int, seconds: float) -> dict:
 
 def measure_ours(dataset: Path, batch_size: int, workers: int, seconds: float) -> dict:
     """Rates of `training_batches`."""
-    from memo_jax.data import training_batches
+    from memo_jax.data.batches import training_batches
 
     with contextlib.closing(training_batches(dataset, batch_size=batch_size, seed=0, workers=workers)) as batches:
         return measure(f"ours, {workers} workers", batches, batch_size, seconds)
@@ -176,8 +180,14 @@ def measure_theirs(folder: Path, features: bool, batch_size: int, workers: int, 
     torch.set_num_threads(1)
     dataset = WavUtterances(folder, features)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
-    loader = torch.utils.data.DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, drop_last=True,
-                                         multiprocessing_context="spawn" if workers else None)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        drop_last=True,
+        multiprocessing_context="spawn" if workers else None,
+    )
     iterator = iter(loader)
     try:
         return measure(f"theirs{'' if features else ', crops only'}, {workers} workers", iterator, batch_size, seconds)
@@ -189,11 +199,14 @@ def table(results: dict) -> str:
     """The results for people."""
     lines = ["| loader | workers | utterances a second a core | a second of wall time |", "|---|---|---|---|"]
     for row in results["rows"]:
-        lines.append(f"| {row['loader']} | {row['workers']} | {row['per_second_per_core']:,.0f} "
-                     f"| {row['per_second']:,.0f} |")
+        lines.append(
+            f"| {row['loader']} | {row['workers']} | {row['per_second_per_core']:,.0f} | {row['per_second']:,.0f} |"
+        )
     if "ratio" in results:
-        lines += ["", f"ours / theirs, per core: {results['ratio']:.0f}; doing the same work: "
-                      f"{results['ratio_crops_only']:.1f}"]
+        lines += [
+            "",
+            f"ours / theirs, per core: {results['ratio']:.0f}; doing the same work: {results['ratio_crops_only']:.1f}",
+        ]
     return "\n".join(lines)
 
 
@@ -210,8 +223,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     if not options.ours_only and importlib.util.find_spec("torch") is None:
-        print("load.py compares with PyTorch, which is not installed: pip install 'memo-jax[torch]' (or pip install "
-              "torch), or measure ours alone with --ours-only", file=sys.stderr)
+        print(
+            "load.py compares with PyTorch, which is not installed: pip install 'memo-jax[torch]' (or pip install "
+            "torch), or measure ours alone with --ours-only",
+            file=sys.stderr,
+        )
         return 2
     from synthetic import cuts, utterance_lengths, write_dataset
 
@@ -222,21 +238,28 @@ def main() -> int:
         if not options.data:
             lengths = utterance_lengths(rng, options.utterances, options.seconds)
             write_dataset(dataset, cuts(rng, lengths), options.utterances)
-        rows = [{"loader": "ours", "workers": workers} | measure_ours(dataset, size, workers, options.measure_seconds)
-                for workers in sorted({0, options.workers})]
+        rows = [
+            {"loader": "ours", "workers": workers} | measure_ours(dataset, size, workers, options.measure_seconds)
+            for workers in sorted({0, options.workers})
+        ]
         if not options.ours_only:
             write_wavs(folder / "wav", dataset, rng)
-            rows += [{"loader": name, "workers": workers}
-                     | measure_theirs(folder / "wav", features, size, workers, options.measure_seconds)
-                     for name, features in (("theirs", True), ("theirs, crops only", False))
-                     for workers in sorted({0, options.workers})]
+            rows += [
+                {"loader": name, "workers": workers}
+                | measure_theirs(folder / "wav", features, size, workers, options.measure_seconds)
+                for name, features in (("theirs", True), ("theirs, crops only", False))
+                for workers in sorted({0, options.workers})
+            ]
     rates = {}  # of each loader with the number of workers that suits it best
     for row in rows:
         rates[row["loader"]] = max(rates.get(row["loader"], 0), row["per_second_per_core"])
     results = {"utterances_per_second_per_core": rates["ours"], "batch_size": size, "rows": rows}
     if not options.ours_only:
-        results |= {"theirs_per_second_per_core": rates["theirs"], "ratio": rates["ours"] / rates["theirs"],
-                    "ratio_crops_only": rates["ours"] / rates["theirs, crops only"]}
+        results |= {
+            "theirs_per_second_per_core": rates["theirs"],
+            "ratio": rates["ours"] / rates["theirs"],
+            "ratio_crops_only": rates["ours"] / rates["theirs, crops only"],
+        }
     print(json.dumps(results, indent=2) if options.json else table(results))
     return 0
 

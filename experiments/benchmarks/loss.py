@@ -27,8 +27,8 @@ import jax
 import numpy as np
 
 from memo_jax.cli import keep_freed_memory
-from memo_jax.compiler import compiler_options
-from memo_jax.losses import distillation, teacher_distributions
+from memo_jax.training.losses import distillation, teacher_distributions
+from memo_jax.xla.compiler import compiler_options
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 
@@ -143,7 +143,8 @@ def main(arguments=None) -> dict:
     ours = results["ours"]
     result = results | {
         "ratio": results["pairwise"]["cpu_seconds"] / ours["cpu_seconds"],
-        "memory_ratio": temporary["pairwise"] / temporary["ours"], "max_difference": differences["pairwise"],
+        "memory_ratio": temporary["pairwise"] / temporary["ours"],
+        "max_difference": differences["pairwise"],
     }
     if options.torch:
         result["ratio_torch"] = results["torch"]["cpu_seconds"] / ours["cpu_seconds"]
@@ -152,9 +153,13 @@ def main(arguments=None) -> dict:
         print(json.dumps(result))
         return result
     for name, row in results.items():
-        memory = "" if row["temporary_bytes"] is None else f", {row['temporary_bytes'] / 1e6:.1f} MB of temporary memory"
-        print(f"{name:9s}{row['cpu_seconds'] * 1e3:8.1f} ms of CPU time ({row['spread'][0] * 1e3:.1f}–"
-              f"{row['spread'][1] * 1e3:.1f}){memory}")
+        memory = (
+            "" if row["temporary_bytes"] is None else f", {row['temporary_bytes'] / 1e6:.1f} MB of temporary memory"
+        )
+        print(
+            f"{name:9s}{row['cpu_seconds'] * 1e3:8.1f} ms of CPU time ({row['spread'][0] * 1e3:.1f}–"
+            f"{row['spread'][1] * 1e3:.1f}){memory}"
+        )
     for key in ("ratio", "ratio_torch", "memory_ratio", "max_difference", "max_difference_torch"):
         if key in result:
             print(f"{key:21s} {result[key]:.4g}")

@@ -22,11 +22,10 @@ import numpy as np  # noqa: E402
 import soundfile  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from synthetic import cuts, utterance_lengths, write_dataset  # noqa: E402
-
 from memo_jax.audio import SAMPLE_RATE, is_audio_name, read_audio  # noqa: E402
-from memo_jax.data import training_batches  # noqa: E402
-from memo_jax.records import READER_OPTIONS, samples_of, serialized  # noqa: E402
+from memo_jax.data.batches import training_batches  # noqa: E402
+from memo_jax.data.records import READER_OPTIONS, samples_of, serialized  # noqa: E402
+from synthetic import cuts, utterance_lengths, write_dataset  # noqa: E402
 
 ROUNDS = 3
 SEGMENT_SECONDS = (2, 4, 8, 12, 16, 24, 36000)
@@ -80,9 +79,13 @@ def measure_format(content: str, options: str, utterances: list, folder: Path) -
     hours = sum(map(len, utterances)) / SAMPLE_RATE / 3600
     size = os.path.getsize(path)
     os.unlink(path)
-    return {"content": content, "options": options, "megabytes_per_hour": size / hours / 1e6,
-            "reads_per_second_per_core": len(utterances) / min(times),
-            "writes_per_second_per_core": len(utterances) / writing}
+    return {
+        "content": content,
+        "options": options,
+        "megabytes_per_hour": size / hours / 1e6,
+        "reads_per_second_per_core": len(utterances) / min(times),
+        "writes_per_second_per_core": len(utterances) / writing,
+    }
 
 
 def measure_segments(seconds: float, utterances: list, folder: Path) -> dict:
@@ -107,12 +110,17 @@ def read_recordings(folder: Path, count: int) -> list:
 
 def table(results: dict) -> str:
     """The results for people."""
-    lines = [f"{results['hours']:.2f} hours of {results['sound']}, {results['utterances']} utterances", "",
-             "| record | options | MB an hour | read a second a core | written a second a core |",
-             "|---|---|---|---|---|"]
+    lines = [
+        f"{results['hours']:.2f} hours of {results['sound']}, {results['utterances']} utterances",
+        "",
+        "| record | options | MB an hour | read a second a core | written a second a core |",
+        "|---|---|---|---|---|",
+    ]
     for row in results["formats"]:
-        lines.append(f"| {row['content']} | {row['options'].replace(',', ', ')} | {row['megabytes_per_hour']:.1f} "
-                     f"| {row['reads_per_second_per_core']:,.0f} | {row['writes_per_second_per_core']:,.0f} |")
+        lines.append(
+            f"| {row['content']} | {row['options'].replace(',', ', ')} | {row['megabytes_per_hour']:.1f} "
+            f"| {row['reads_per_second_per_core']:,.0f} | {row['writes_per_second_per_core']:,.0f} |"
+        )
     for title, rows in results["segments"].items():
         lines += ["", f"| segment, s | {title}: utterances a second a core |", "|---|---|"]
         for row in rows:
@@ -137,15 +145,21 @@ def main() -> None:
     else:
         utterances = list(cuts(rng, utterance_lengths(rng, options.utterances, 8.0)))
     longs = list(cuts(rng, [round(options.long_seconds * SAMPLE_RATE)] * max(options.utterances // 40, 2)))
-    results = {"sound": str(options.data) if options.data else "speech-like sound", "utterances": len(utterances),
-               "hours": sum(map(len, utterances)) / SAMPLE_RATE / 3600}
+    results = {
+        "sound": str(options.data) if options.data else "speech-like sound",
+        "utterances": len(utterances),
+        "hours": sum(map(len, utterances)) / SAMPLE_RATE / 3600,
+    }
     with tempfile.TemporaryDirectory(prefix="memo-jax-benchmark-") as folder:
         folder = Path(folder)
         results["formats"] = [measure_format(*format, utterances, folder) for format in FORMATS]
         results["segments"] = {
-            title: [measure_segments(seconds, sounds, folder / f"{len(sounds[0])}-{seconds:g}")
-                    for seconds in SEGMENT_SECONDS]
-            for title, sounds in (("these", utterances), (f"recordings of {options.long_seconds:g} s", longs))}
+            title: [
+                measure_segments(seconds, sounds, folder / f"{len(sounds[0])}-{seconds:g}")
+                for seconds in SEGMENT_SECONDS
+            ]
+            for title, sounds in (("these", utterances), (f"recordings of {options.long_seconds:g} s", longs))
+        }
     print(json.dumps(results, indent=2) if options.json else table(results))
 
 

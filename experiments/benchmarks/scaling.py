@@ -21,13 +21,17 @@ import time
 from pathlib import Path
 
 AXES = {
-    "batch": (4, 8, 16, 32), "prototypes": (1024, 4096, 16384, 65536), "seconds": (0.5, 1.0, 2.0, 4.0),
-    "branches": (1, 2, 3), "devices": (1, 2, 4),
+    "batch": (4, 8, 16, 32),
+    "prototypes": (1024, 4096, 16384, 65536),
+    "seconds": (0.5, 1.0, 2.0, 4.0),
+    "branches": (1, 2, 3),
+    "devices": (1, 2, 4),
 }
 BASE = {"batch": 8, "prototypes": 4096, "seconds": 1.0, "branches": 2, "devices": 1}
 BRANCHES = ("ecapa", "resnet", "campplus")
 QUANTITIES = {
-    "step_cpu_seconds": "CPU-seconds a step", "compile_cpu_seconds": "CPU-seconds to compile",
+    "step_cpu_seconds": "CPU-seconds a step",
+    "compile_cpu_seconds": "CPU-seconds to compile",
     "megabytes": "memory of a device, MB",
 }
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "study.py"
@@ -36,18 +40,26 @@ CONFIG = Path(__file__).resolve().parents[2] / "configs" / "study.py"
 def measured(point: dict, steps: int, overrides: list[str]) -> dict:
     """Returns what a step at a point takes, of a config with these overrides; the devices must be there."""
     import jax
+
+    from memo_jax import config as configs
+    from memo_jax.cli import keep_freed_memory
+    from memo_jax.training import recipe as recipes
+    from memo_jax.xla import sharding
     from synthetic import example_banks, example_batch
 
-    from memo_jax import config as configs, recipe as recipes, sharding
-    from memo_jax.cli import keep_freed_memory
-
     keep_freed_memory()
-    config = configs.load_config(CONFIG, [
-        f"--config.data.batch_size={point['batch']}", f"--config.model.prototypes={point['prototypes']}",
-        f"--config.data.global_seconds={point['seconds']}", f"--config.data.local_seconds={0.6 * point['seconds']}",
-        f"--config.model.branches={','.join(BRANCHES[: point['branches']])}",
-        f"--config.loss.cross={float(point['branches'] > 1)}", *overrides,
-    ])
+    config = configs.load_config(
+        CONFIG,
+        [
+            f"--config.data.batch_size={point['batch']}",
+            f"--config.model.prototypes={point['prototypes']}",
+            f"--config.data.global_seconds={point['seconds']}",
+            f"--config.data.local_seconds={0.6 * point['seconds']}",
+            f"--config.model.branches={','.join(BRANCHES[: point['branches']])}",
+            f"--config.loss.cross={float(point['branches'] > 1)}",
+            *overrides,
+        ],
+    )
     recipe, mesh = recipes.build_recipe(config, 100), sharding.data_mesh()
     assert len(mesh.devices.flat) == point["devices"], mesh
     state = recipes.initial_state(config, recipe, mesh)
@@ -63,7 +75,8 @@ def measured(point: dict, steps: int, overrides: list[str]) -> dict:
         times.append(time.process_time() - begin)
     memory = step.memory_analysis()
     return {
-        "step_cpu_seconds": sorted(times[1:])[steps // 2], "compile_cpu_seconds": compile_seconds,
+        "step_cpu_seconds": sorted(times[1:])[steps // 2],
+        "compile_cpu_seconds": compile_seconds,
         "megabytes": (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 1e6,
     }
 
@@ -73,8 +86,10 @@ def measured_apart(point: dict, steps: int, overrides: list[str]) -> dict:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={point['devices']}".strip()
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
-        [sys.executable, __file__, "--point", json.dumps(point), "--steps", str(steps), *overrides], env=environment,
-        text=True, stdout=subprocess.PIPE,
+        [sys.executable, __file__, "--point", json.dumps(point), "--steps", str(steps), *overrides],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
     )
     if done.returncode:
         raise SystemExit(f"the process that measured {point} ended with status {done.returncode}")
@@ -84,9 +99,7 @@ def measured_apart(point: dict, steps: int, overrides: list[str]) -> dict:
 def growth(rows: list[dict], axis: str) -> dict:
     """Returns {quantity: exponent between the smallest and the largest point of the axis}."""
     first, last = rows[0], rows[-1]
-    return {
-        name: math.log(last[name] / first[name]) / math.log(last[axis] / first[axis]) for name in QUANTITIES
-    }
+    return {name: math.log(last[name] / first[name]) / math.log(last[axis] / first[axis]) for name in QUANTITIES}
 
 
 def draw(rows: dict, path: Path) -> None:
@@ -94,7 +107,7 @@ def draw(rows: dict, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from memo_jax.figures import BLUE, MUTED, STYLE, save_figure
+    from memo_jax.scoring.figures import BLUE, MUTED, STYLE, save_figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1 + 2.2 * len(rows), 2 * len(QUANTITIES)), layout="constrained")
@@ -144,8 +157,10 @@ def main(arguments=None) -> dict | None:
         for point in progress(points, label="scale", unit="point")
     ]
     rows = {
-        axis: sorted((row for row in found if all(row[key] == BASE[key] for key in BASE if key != axis)),
-                     key=lambda row: row[axis])
+        axis: sorted(
+            (row for row in found if all(row[key] == BASE[key] for key in BASE if key != axis)),
+            key=lambda row: row[axis],
+        )
         for axis in axes
     }
     result = {"rows": rows, "growth": {axis: growth(rows[axis], axis) for axis in axes}}
@@ -159,8 +174,10 @@ def main(arguments=None) -> dict | None:
     for axis in axes:
         print(f"\n| {axis} | {' | '.join(QUANTITIES.values())} |\n|{'---|' * (1 + len(QUANTITIES))}")
         for row in rows[axis]:
-            print(f"| {row[axis]:g} | {row['step_cpu_seconds']:.3f} | {row['compile_cpu_seconds']:.1f} "
-                  f"| {row['megabytes']:.0f} |")
+            print(
+                f"| {row[axis]:g} | {row['step_cpu_seconds']:.3f} | {row['compile_cpu_seconds']:.1f} "
+                f"| {row['megabytes']:.0f} |"
+            )
         exponents = (f"{name} {value:.2f}" for name, value in result["growth"][axis].items())
         print(f"growth with {axis}: size to the power of {', '.join(exponents)}")
     return result

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_curve
 
-from memo_jax import scoring
-from memo_jax.score import P_TARGETS, eer_interval, error_report
-from memo_jax.trials import read_trials, trial_pairs
+from memo_jax.scoring import metrics
+from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
+from memo_jax.scoring.trials import read_trials, trial_pairs
 
 
 def write_material(folder: Path, trials: int, recordings: int, speakers: int, dimension: int):
@@ -79,7 +79,7 @@ def main(arguments=None) -> dict:
         mark("read")
     pairs = trial_pairs(trials, names)
     mark("look_up")
-    scores = scoring.cosine_scores(embeddings, pairs)
+    scores = metrics.cosine_scores(embeddings, pairs)
     mark("score")
     rates = error_report(scores, trials.target)
     mark("error_rates")
@@ -91,12 +91,14 @@ def main(arguments=None) -> dict:
     cpu = {name: end - begin for (_, _, begin), (name, _, end) in zip(marks, marks[1:])}
     ours = took["score"] + took["error_rates"]
     results = {
-        "trials": len(trials), "seconds": took["read"] + took["look_up"] + ours,
+        "trials": len(trials),
+        "seconds": took["read"] + took["look_up"] + ours,
         "cpu_seconds": sum(cpu[name] for name in ("read", "look_up", "score", "error_rates")),
         **{f"{name}_seconds": value for name, value in took.items() if name != "material"},
         "ratio": took["reference"] / ours,
         "difference": max(abs(rates[name] - value) for name, value in reference.items()),
-        "eer": rates["eer"], "eer_interval": interval,
+        "eer": rates["eer"],
+        "eer_interval": interval,
     }
     print(json.dumps(results, indent=2) if options.json else "\n".join(f"{k:<22} {v}" for k, v in results.items()))
     return results

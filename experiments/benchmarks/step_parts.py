@@ -21,16 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from machine import best_seconds
-from synthetic import example_banks, example_batch
 
-from memo_jax import augment, config as configs, features, losses, recipe as recipes, sharding
+from machine import best_seconds
+from memo_jax import config as configs
+from memo_jax import features
 from memo_jax.cli import keep_freed_memory
-from memo_jax.compiler import compiler_options
 from memo_jax.log import progress
 from memo_jax.models import head_part
-from memo_jax.state import student_params
-from memo_jax.step import embeddings_by_view, logits_by_view, teachers_lesson, train_step_on_features
+from memo_jax.training import augment, losses
+from memo_jax.training import recipe as recipes
+from memo_jax.training.state import student_params
+from memo_jax.training.step import embeddings_by_view, logits_by_view, teachers_lesson, train_step_on_features
+from memo_jax.xla import sharding
+from memo_jax.xla.compiler import compiler_options
+from synthetic import example_banks, example_batch
 
 PLATFORM = jax.default_backend()
 SECOND, CLOCK = ("CPU-second", time.process_time) if PLATFORM == "cpu" else ("second", time.perf_counter)
@@ -41,9 +45,7 @@ AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
 def drawn(function, *arguments, seed=0):
     """Returns normal numbers in the shapes of what a function would return, which is not run."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(function, *arguments)
-    )
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), jax.eval_shape(function, *arguments))
 
 
 def parts_of(config):
@@ -57,8 +59,9 @@ def parts_of(config):
 
     parts = {
         "augmentation": (
-            lambda key, crops, banks: [augment.augment(key, x, banks, views=n)
-                                       for x, n in zip(crops, counts, strict=True)],
+            lambda key, crops, banks: [
+                augment.augment(key, x, banks, views=n) for x, n in zip(crops, counts, strict=True)
+            ],
             (key, crops, banks),
         ),
         "log-mel": (lambda crops: [features.normalized_log_mel(features.mel_power(x)) for x in crops], (crops,)),
@@ -108,7 +111,9 @@ def parts_of(config):
     def distill(logits, distributions):
         return sum(
             losses.distillation(logits[a][head], distributions[b][head], 0.1, counts[0])
-            for a in logits for b in logits for head in ["self" if a == b else config.loss.cross_head]
+            for a in logits
+            for b in logits
+            for head in ["self" if a == b else config.loss.cross_head]
             if a == b or config.loss.cross
         )
 
@@ -124,8 +129,10 @@ def parts_of(config):
             return optax.apply_updates(parameters, updates), opt_state
 
         updated = {
-            name: {part: update_part(of_part, opt_state[name][part], parameters[name][part])
-                   for part, of_part in of_branch.items()}
+            name: {
+                part: update_part(of_part, opt_state[name][part], parameters[name][part])
+                for part, of_part in of_branch.items()
+            }
             for name, of_branch in gradients.items()
         }
         parameters, opt_state = (
@@ -134,9 +141,7 @@ def parts_of(config):
         return (jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), opt_state, parameters), ()
 
     parts[UPDATES[0]] = (update, ((averages, state.opt_state, parameters), averages))
-    parts[UPDATES[1]] = (
-        lambda state, views: train_step_on_features(state, views, recipe), (state, views)
-    )
+    parts[UPDATES[1]] = (lambda state, views: train_step_on_features(state, views, recipe), (state, views))
     return parts
 
 
@@ -151,8 +156,10 @@ def machine_limits(dtype):
     else:
         source, negative = jnp.ones(megabytes * 2**18, jnp.float32), jax.jit(jnp.negative)
         copy = lambda: negative(source).block_until_ready()  # noqa: E731
-    return (2 * size**3 / best_seconds(lambda: product(square).block_until_ready(), CLOCK),
-            2 * source.nbytes / best_seconds(copy, CLOCK))
+    return (
+        2 * size**3 / best_seconds(lambda: product(square).block_until_ready(), CLOCK),
+        2 * source.nbytes / best_seconds(copy, CLOCK),
+    )
 
 
 def measured(name, function, arguments, runs, peak, bandwidth):
@@ -163,8 +170,11 @@ def measured(name, function, arguments, runs, peak, bandwidth):
     compiled = jitted.lower(*arguments).compile(compiler_options(PLATFORM))
     compile_seconds = time.process_time() - begin
     shapes = jax.eval_shape(function, *arguments)
-    moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((arguments, shapes)) if hasattr(x, "dtype")
-                and not jnp.issubdtype(x.dtype, jax.dtypes.extended))
+    moved = sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves((arguments, shapes))
+        if hasattr(x, "dtype") and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+    )
     if updates:  # other parts need what would be donated
         arguments = (jax.tree.map(jnp.copy, arguments[0]), *arguments[1:])
     times = []
@@ -178,9 +188,14 @@ def measured(name, function, arguments, runs, peak, bandwidth):
     flops, seconds = float(compiled.cost_analysis().get("flops", 0)), statistics.median(times)
     limit = max(flops / peak, moved / bandwidth)
     return {
-        "part": name, "seconds": seconds, "gigaflops": flops / 1e9, "gigabytes": moved / 1e9,
-        "bound_by": "products" if flops / peak > moved / bandwidth else "memory", "limit_seconds": limit,
-        "of_limit": limit / seconds, "temporary_gigabytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
+        "part": name,
+        "seconds": seconds,
+        "gigaflops": flops / 1e9,
+        "gigabytes": moved / 1e9,
+        "bound_by": "products" if flops / peak > moved / bandwidth else "memory",
+        "limit_seconds": limit,
+        "of_limit": limit / seconds,
+        "temporary_gigabytes": compiled.memory_analysis().temp_size_in_bytes / 1e9,
         "compile_cpu_seconds": compile_seconds,
     }
 
@@ -205,18 +220,26 @@ def main(arguments=None) -> dict:
     parts = {name: part for name, part in parts_of(config).items() if options.parts in name}
     if not options.json:
         print(f"a {SECOND} does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
-        print(f"| part | {SECOND}s | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|")
+        print(
+            f"| part | {SECOND}s | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|"
+        )
     rows = []
     for name in progress(list(parts), label="measure", unit="part"):
         row = measured(name, *parts[name], options.runs, peak, bandwidth)
         rows.append(row)
         if not options.json:
-            print(f"| {name} | {row['seconds']:.4f} | {row['gigaflops']:.1f} | {row['gigabytes']:.2f} "
-                  f"| {row['limit_seconds']:.4f} ({row['bound_by']}) | {row['of_limit']:.0%} "
-                  f"| {row['temporary_gigabytes']:.2f} |", flush=True)
+            print(
+                f"| {name} | {row['seconds']:.4f} | {row['gigaflops']:.1f} | {row['gigabytes']:.2f} "
+                f"| {row['limit_seconds']:.4f} ({row['bound_by']}) | {row['of_limit']:.0%} "
+                f"| {row['temporary_gigabytes']:.2f} |",
+                flush=True,
+            )
     result = {
-        "batch_size": options.batch_size, "platform": PLATFORM, "peak_gigaflops": peak / 1e9,
-        "gigabytes_per_second": bandwidth / 1e9, "parts": rows,
+        "batch_size": options.batch_size,
+        "platform": PLATFORM,
+        "peak_gigaflops": peak / 1e9,
+        "gigabytes_per_second": bandwidth / 1e9,
+        "parts": rows,
     }
     if options.json:
         print(json.dumps(result, indent=2))

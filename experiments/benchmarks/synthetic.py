@@ -5,8 +5,8 @@ speech; batches and banks of noise for a step, whose time does not depend on wha
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
+from memo_jax.data.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
 from memo_jax.log import progress
-from memo_jax.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
 
 SHORTEST_SECONDS = 4.0  # of VoxCeleb's utterances
 SECONDS_OF_BANKS = 6.0
@@ -38,7 +38,7 @@ def cuts(rng, lengths):
     for length in lengths:
         sound = sounds[rng.integers(len(sounds))]
         start = rng.integers(len(sound) - length + 1)
-        yield sound[start:start + length]
+        yield sound[start : start + length]
 
 
 def write_dataset(folder, utterances, count: int, *, shards: int = 8, segment_samples: int = SEGMENT_SAMPLES) -> None:
@@ -58,19 +58,20 @@ def write_dataset(folder, utterances, count: int, *, shards: int = 8, segment_sa
 def example_batch(config, seed=0):
     """Returns int16 crops of noise of the config's numbers and lengths."""
     data, rng = config.data, np.random.default_rng(seed)
-    shapes = {
-        "global": (data.global_crops, data.global_seconds), "local": (data.local_crops, data.local_seconds)
-    }
+    shapes = {"global": (data.global_crops, data.global_seconds), "local": (data.local_crops, data.local_seconds)}
     return {
         kind: rng.integers(-3000, 3000, (data.batch_size, count, round(seconds * SAMPLE_RATE)), dtype=np.int16)
-        for kind, (count, seconds) in shapes.items() if count
+        for kind, (count, seconds) in shapes.items()
+        if count
     }
 
 
 def example_banks(seed=0):
     """Returns banks of noise, music and rooms as small as fit a benchmark."""
     rng = np.random.default_rng(seed)
-    noises = {kind: rng.integers(-3000, 3000, (32, round(SECONDS_OF_BANKS * SAMPLE_RATE)), dtype=np.int16)
-              for kind in ("noise", "music")}
+    noises = {
+        kind: rng.integers(-3000, 3000, (32, round(SECONDS_OF_BANKS * SAMPLE_RATE)), dtype=np.int16)
+        for kind in ("noise", "music")
+    }
     decay = np.exp(-np.arange(8000) / 800)
     return noises | {"rir": (rng.normal(size=(32, 8000)) * decay).astype(np.float32)}

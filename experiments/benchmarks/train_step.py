@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+
 from machine import best_seconds
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent
@@ -42,15 +43,33 @@ FRAMES_PER_SECOND = 100
 def reference_config(options) -> dict:
     """The config that experiments/torch_steps.py and parity.py read."""
     return {
-        "batch": options.batch, "ecapa_channels": options.ecapa_channels,
-        "resnet_base_channels": options.resnet_base_channels, "resnet_remat": options.resnet_remat, "dtype": options.dtype,
-        "embed_dim": options.embedding_dim, "prototypes": options.prototypes, "head_hidden": options.head_hidden,
+        "batch": options.batch,
+        "ecapa_channels": options.ecapa_channels,
+        "resnet_base_channels": options.resnet_base_channels,
+        "resnet_remat": options.resnet_remat,
+        "dtype": options.dtype,
+        "embed_dim": options.embedding_dim,
+        "prototypes": options.prototypes,
+        "head_hidden": options.head_hidden,
         "head_bottleneck": options.head_bottleneck,
-        "epochs": 10, "steps_per_epoch": 100, "warmup_epochs": 0, "teacher_temp": [0.04, 0.07],
-        "teacher_temp_warmup_epochs": 5, "student_temp": 0.1, "center_momentum": 0.9, "cross_weight": 1.0,
-        "contrastive_weight": 1.0, "contrastive_temperature": 0.1, "contrastive_scale": 1 / 0.07,
-        "base_lr_already_scaled": 0.2 * options.batch / 256, "min_lr": 1e-5, "teacher_momentum": 0.996,
-        "weight_decay": 5e-5, "clip_per_parameter": 3.0, "freeze_last_layer_epochs": 0, "sgd_momentum": 0.9,
+        "epochs": 10,
+        "steps_per_epoch": 100,
+        "warmup_epochs": 0,
+        "teacher_temp": [0.04, 0.07],
+        "teacher_temp_warmup_epochs": 5,
+        "student_temp": 0.1,
+        "center_momentum": 0.9,
+        "cross_weight": 1.0,
+        "contrastive_weight": 1.0,
+        "contrastive_temperature": 0.1,
+        "contrastive_scale": 1 / 0.07,
+        "base_lr_already_scaled": 0.2 * options.batch / 256,
+        "min_lr": 1e-5,
+        "teacher_momentum": 0.996,
+        "weight_decay": 5e-5,
+        "clip_per_parameter": 3.0,
+        "freeze_last_layer_epochs": 0,
+        "sgd_momentum": 0.9,
     }
 
 
@@ -82,10 +101,14 @@ class TorchSteps:
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where there is one, as JAX's default
         torch.backends.cudnn.benchmark = True
         students = build_students(config)
-        np.savez(weights, **{
-            f"{name}/{key}": tensor.numpy() for name, student in students.items()
-            for key, tensor in student.state_dict().items()
-        })
+        np.savez(
+            weights,
+            **{
+                f"{name}/{key}": tensor.numpy()
+                for name, student in students.items()
+                for key, tensor in student.state_dict().items()
+            },
+        )
         autocast = None if options.dtype == "float32" else self.dtype
         self.training, self.number = Training(config, students, device=self.platform, autocast=autocast), 0
 
@@ -134,12 +157,12 @@ class JaxSteps:
 
         keep_freed_memory()
         import jax
-        from parity import build_recipe, views_of
 
-        from memo_jax import interop
-        from memo_jax.compiler import compiler_options
-        from memo_jax.state import state_from_students
-        from memo_jax.step import train_step_on_features
+        from memo_jax.inference import interop
+        from memo_jax.training.state import state_from_students
+        from memo_jax.training.step import train_step_on_features
+        from memo_jax.xla.compiler import compiler_options
+        from parity import build_recipe, views_of
 
         config, self.dtype = reference_config(options), options.dtype
         recipe, mels = build_recipe(config), mel_power(options)
@@ -151,9 +174,9 @@ class JaxSteps:
             own = {key.split("/", 1)[1]: arrays[key] for key in arrays.files if key.startswith(f"{name}/")}
             students[name] = jax.tree.map(jax.numpy.asarray, interop.branch_from_torch(own, like, name))
             del own
-        self.state = jax.jit(
-            lambda s: state_from_students(s, recipe.branches, recipe.optimizer, recipe.gate_rule)
-        )(students)
+        self.state = jax.jit(lambda s: state_from_students(s, recipe.branches, recipe.optimizer, recipe.gate_rule))(
+            students
+        )
         del students
         self.mels = [jax.numpy.asarray(mel) for mel in mels]
         self.columns = [f"{kind}/{branch}" for kind in ("self", "cross", "contrastive") for branch in recipe.branches]
@@ -216,7 +239,9 @@ def work(options) -> None:
             begin, cpu = time.perf_counter(), time.process_time()
             losses = steps.take_step()
             answer = {
-                "seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu, "losses": losses,
+                "seconds": time.perf_counter() - begin,
+                "cpu_seconds": time.process_time() - cpu,
+                "losses": losses,
                 "peak_bytes": memory_peak() if options.platform == "cpu" else steps.device_peak(),
             }
         elif command.strip() == "flops":
@@ -234,11 +259,13 @@ class Worker:
         limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         self.side = side
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments, "--worker", side, "--weights", str(weights)], text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | limits | {
-                "JAX_PLATFORMS": platform, "OMP_WAIT_POLICY": "PASSIVE", "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            },
+            [sys.executable, __file__, *arguments, "--worker", side, "--weights", str(weights)],
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ
+            | limits
+            | {"JAX_PLATFORMS": platform, "OMP_WAIT_POLICY": "PASSIVE", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
         self.begun = self.answer()
 
@@ -264,7 +291,9 @@ def summary(rows: list[dict], batch: int) -> dict:
     """Median and extremes of a side's steps."""
     seconds = [row["seconds"] for row in rows]
     return {
-        "seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds),
+        "seconds": statistics.median(seconds),
+        "fastest": min(seconds),
+        "slowest": max(seconds),
         "cpu_seconds": statistics.median(row["cpu_seconds"] for row in rows),
         "utterances_per_second": batch / statistics.median(seconds),
         "peak_gigabytes": max(row["peak_bytes"] for row in rows) / 1e9,
@@ -302,8 +331,10 @@ def main(arguments=None) -> dict | None:
     if options.worker:
         return work(options)
     if not importlib.util.find_spec("speakerlab"):
-        print("train_step.py: the PyTorch networks are missing: run it in the environment that `make parity` makes",
-              file=sys.stderr)
+        print(
+            "train_step.py: the PyTorch networks are missing: run it in the environment that `make parity` makes",
+            file=sys.stderr,
+        )
         raise SystemExit(2)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.npz"
@@ -320,9 +351,13 @@ def main(arguments=None) -> dict | None:
     result = {
         "ours": summary([row["jax"] for row in rows[1:]], options.batch),
         "theirs": summary([row["torch"] for row in rows[1:]], options.batch),
-        "threads": options.threads, "batch": options.batch, "compile_seconds": ours.begun["compile_seconds"],
-        "max_relative_loss_difference": differences[0], "max_relative_loss_difference_later": max(differences[1:]),
-        "gigaflops_per_step": flops / 1e9, "peak_gigaflops_per_second": peak / 1e9,
+        "threads": options.threads,
+        "batch": options.batch,
+        "compile_seconds": ours.begun["compile_seconds"],
+        "max_relative_loss_difference": differences[0],
+        "max_relative_loss_difference_later": max(differences[1:]),
+        "gigaflops_per_step": flops / 1e9,
+        "peak_gigaflops_per_second": peak / 1e9,
     }
     result |= {
         "ratio": result["theirs"]["seconds"] / result["ours"]["seconds"],
@@ -335,12 +370,22 @@ def main(arguments=None) -> dict | None:
         return result
     for side in ("ours", "theirs"):
         row = result[side]
-        print(f"{side:7s}{row['seconds']:7.2f} s a step ({row['fastest']:.2f}–{row['slowest']:.2f}), "
-              f"{row['cpu_seconds']:.2f} s of CPU time, {row['utterances_per_second']:.2f} utterances/s, "
-              f"{row['peak_gigabytes']:.2f} GB")
-    for key in ("ratio", "cpu_ratio", "memory_ratio", "max_relative_loss_difference",
-                "max_relative_loss_difference_later", "gigaflops_per_step", "peak_gigaflops_per_second",
-                "fraction_of_peak", "compile_seconds"):
+        print(
+            f"{side:7s}{row['seconds']:7.2f} s a step ({row['fastest']:.2f}–{row['slowest']:.2f}), "
+            f"{row['cpu_seconds']:.2f} s of CPU time, {row['utterances_per_second']:.2f} utterances/s, "
+            f"{row['peak_gigabytes']:.2f} GB"
+        )
+    for key in (
+        "ratio",
+        "cpu_ratio",
+        "memory_ratio",
+        "max_relative_loss_difference",
+        "max_relative_loss_difference_later",
+        "gigaflops_per_step",
+        "peak_gigaflops_per_second",
+        "fraction_of_peak",
+        "compile_seconds",
+    ):
         print(f"{key:36s} {result[key]:.4g}")
     return result
 

@@ -7,8 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memo_jax.compiler import cpu_barrier
 from memo_jax.models.layers import CONVOLUTION, STATISTICS
+from memo_jax.xla.compiler import cpu_barrier
 
 # What the backward pass makes again rather than keep it: nothing; norms, activations and cheap convolutions, from the
 # outputs of the others; or all of a block, from its input.
@@ -27,8 +27,15 @@ def run_with_remat(run, module: nn.Module, x: jax.Array, remat: str) -> jax.Arra
 
 
 def run_blocks(
-    parent: nn.Module, block, names: Sequence[str], x: jax.Array, lengths: jax.Array | None, train: bool, *,
-    scan: bool = False, remat: str = "none",
+    parent: nn.Module,
+    block,
+    names: Sequence[str],
+    x: jax.Array,
+    lengths: jax.Array | None,
+    train: bool,
+    *,
+    scan: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Runs blocks (x, lengths, train) → x that are alike one after another.
 
@@ -53,6 +60,7 @@ def run_blocks(
 
 def _run_in_a_loop(parent: nn.Module, block, names: Sequence[str], x: jax.Array, remat: str) -> jax.Array:
     """As `run_blocks` with `scan`, in train mode."""
+
     def run(x, variables):
         out, updated = block(parent=None).apply(variables, x, None, True, mutable=["batch_stats"])
         return cpu_barrier(out), updated["batch_stats"]

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from memo_jax.models.layers import (
-    BatchNorm, PlaneConv, TimeConv, mask_time, mean_and_variance_time, mean_time, strided_lengths,
+    BatchNorm,
+    PlaneConv,
+    TimeConv,
+    mask_time,
+    mean_and_variance_time,
+    mean_time,
+    strided_lengths,
 )
 from memo_jax.models.resnet import BasicBlock
 
@@ -44,9 +50,7 @@ class FrontEnd(nn.Module):
         for stage, count in enumerate(self.blocks):
             for i in range(count):
                 strides = (1, 2 if i == 0 else 1)
-                x = BasicBlock(self.features, strides, self.dtype, name=f"stage_{stage}_block_{i}")(
-                    x, lengths, train
-                )
+                x = BasicBlock(self.features, strides, self.dtype, name=f"stage_{stage}_block_{i}")(x, lengths, train)
         x = PlaneConv(self.features, 3, (1, 2), self.dtype, name="reduce")(x)
         x = mask_time(jax.nn.relu(BatchNorm(name="reduce_norm")(x, train)), lengths)
         return x.swapaxes(2, 3).reshape(x.shape[0], x.shape[1], -1)  # channel-major
@@ -64,13 +68,20 @@ class ContextAwareMasking(nn.Module):
     def __call__(self, x, lengths=None):
         frames, channels = x.shape[1:]
         local = TimeConv(
-            self.features, self.kernel_size, self.dilation, self.dtype, padding="zeros", use_bias=False,
-            kernel_init=he_normal, name="local",
+            self.features,
+            self.kernel_size,
+            self.dilation,
+            self.dtype,
+            padding="zeros",
+            use_bias=False,
+            kernel_init=he_normal,
+            name="local",
         )(x, lengths)
         # The context is constant within a segment, so the gate is computed once for each.
         context = mean_time(x, lengths)[:, None] + segment_means(x, lengths)
         for name, width, activation in (
-            ("squeeze", channels // 2, jax.nn.relu), ("excite", self.features, jax.nn.sigmoid)
+            ("squeeze", channels // 2, jax.nn.relu),
+            ("excite", self.features, jax.nn.sigmoid),
         ):
             conv = TimeConv(width, dtype=self.dtype, kernel_init=he_normal, bias_init=zeros, name=name)
             context = activation(conv(context))
@@ -127,7 +138,13 @@ class CAMPPlus(nn.Module):
     def __call__(self, x, lengths=None, train=False):
         x = FrontEnd(self.plane_channels, self.plane_blocks, self.dtype, name="front_end")(x, lengths, train)
         x = TimeConv(
-            self.stem_channels, 5, dtype=self.dtype, stride=2, padding="zeros", use_bias=False, kernel_init=he_normal,
+            self.stem_channels,
+            5,
+            dtype=self.dtype,
+            stride=2,
+            padding="zeros",
+            use_bias=False,
+            kernel_init=he_normal,
             name="stem",
         )(x, lengths)
         lengths = strided_lengths(lengths, 2)
@@ -135,7 +152,11 @@ class CAMPPlus(nn.Module):
         for block, (count, dilation) in enumerate(zip(self.layers, self.dilations, strict=True)):
             for i in range(count):
                 layer = DenseLayer(
-                    self.growth, self.bottleneck * self.growth, self.kernel_size, dilation, self.dtype,
+                    self.growth,
+                    self.bottleneck * self.growth,
+                    self.kernel_size,
+                    dilation,
+                    self.dtype,
                     name=f"block_{block}_layer_{i}",
                 )
                 x = jnp.concatenate([x, layer(x, lengths, train)], axis=-1)

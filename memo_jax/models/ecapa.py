@@ -9,7 +9,14 @@ import jax.numpy as jnp
 
 from memo_jax.models.blocks import run_blocks
 from memo_jax.models.layers import (
-    BatchNorm, TimeConv, bias_uniform, mean_and_variance_time, mean_time, parameter, torch_uniform, valid_frames,
+    BatchNorm,
+    TimeConv,
+    bias_uniform,
+    mean_and_variance_time,
+    mean_time,
+    parameter,
+    torch_uniform,
+    valid_frames,
 )
 
 FORMS = ("speechbrain", "wespeaker")
@@ -26,9 +33,9 @@ class ConvReluNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        x = TimeConv(
-            self.features, self.kernel_size, self.dilation, self.dtype, padding=self.padding, name="conv"
-        )(x, lengths)
+        x = TimeConv(self.features, self.kernel_size, self.dilation, self.dtype, padding=self.padding, name="conv")(
+            x, lengths
+        )
         return BatchNorm(name="norm")(jax.nn.relu(x), train)
 
 
@@ -52,7 +59,11 @@ class Res2Block(nn.Module):
         outputs = []
         for i, chunk in enumerate(chunks):
             conv = ConvReluNorm(
-                self.features // self.scale, self.kernel_size, self.dilation, self.dtype, padding_of(self.form),
+                self.features // self.scale,
+                self.kernel_size,
+                self.dilation,
+                self.dtype,
+                padding_of(self.form),
                 name=f"chunk_{i}",
             )
             outputs.append(conv(chunk + outputs[-1] if outputs else chunk, lengths, train))

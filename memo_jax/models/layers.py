@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from memo_jax.compiler import cpu_barrier, gpu_barrier
 from memo_jax.models.packed import packed_convolution
-from memo_jax.reductions import sum_from_first_axis
+from memo_jax.xla.compiler import cpu_barrier, gpu_barrier
+from memo_jax.xla.reductions import sum_from_first_axis
 
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -117,8 +117,12 @@ class TimeConv(nn.Module):
             if self.padding == "reflect":
                 x, pad = reflect_pad_time(x, pad, lengths), 0
             out = jax.lax.conv_general_dilated(
-                mask_time(x, lengths) if pad else x, kernel, (self.stride,), ((pad, pad),),
-                rhs_dilation=(self.dilation,), dimension_numbers=("NWC", "WIO", "NWC"),
+                mask_time(x, lengths) if pad else x,
+                kernel,
+                (self.stride,),
+                ((pad, pad),),
+                rhs_dilation=(self.dilation,),
+                dimension_numbers=("NWC", "WIO", "NWC"),
             )
         if self.use_bias:
             init = self.bias_init or bias_uniform(self.kernel_size * channels)
@@ -152,8 +156,7 @@ class PlaneConv(nn.Module):
             return gpu_barrier(x[:, :: self.strides[0], :: self.strides[1]]) @ kernel[0, 0]
         pad = self.kernel_size // 2
         out = jax.lax.conv_general_dilated(
-            x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         return out if x.shape[-1] == 1 else checkpoint_name(out, CONVOLUTION)
 

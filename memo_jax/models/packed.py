@@ -50,7 +50,10 @@ def packed_convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]
         return x[:, :: strides[0]] @ wide[0, 0]
     after = (outputs // q - 1) * step + groups - before - x.shape[2]
     return jax.lax.conv_general_dilated(
-        x, wide, (strides[0], step), ((size // 2, size // 2), (before, after)),
+        x,
+        wide,
+        (strides[0], step),
+        ((size // 2, size // 2), (before, after)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 

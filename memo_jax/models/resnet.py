@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from memo_jax.models.blocks import run_blocks, run_with_remat
-from memo_jax.models.layers import (
-    BatchNorm, Linear, PlaneConv, mask_time, mean_and_variance_time, strided_lengths,
-)
+from memo_jax.models.layers import BatchNorm, Linear, PlaneConv, mask_time, mean_and_variance_time, strided_lengths
 from memo_jax.models.packed import pack, packing
 
 
@@ -90,7 +88,9 @@ class ResNet34(nn.Module):
             )
             x = run_with_remat(run, self, x, "norms" if by_stage and train else "none")
             lengths = strided_lengths(lengths, 2 if stage else 1)
-        pooled = TemporalStatistics(self.pool_epsilon, self.packed_channels(len(self.blocks) - 1), name="pool")(x, lengths)
+        pooled = TemporalStatistics(self.pool_epsilon, self.packed_channels(len(self.blocks) - 1), name="pool")(
+            x, lengths
+        )
         embedding = Linear(self.embedding_dim, name="embedding")(pooled)
         if self.second_embedding:
             embedding = BatchNorm(affine=False, name="embedding_norm")(jax.nn.relu(embedding), train)

@@ -31,7 +31,7 @@ def stub_torchaudio() -> None:
         stub = types.ModuleType("torchaudio")
         stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
         stub.__version__ = "2.9.0"
-        stub.list_audio_backends = lambda: []
+        stub.list_audio_backends = list
         sys.modules["torchaudio"] = stub
 
 
@@ -134,27 +134,43 @@ class Case(NamedTuple):
 NARROW = {"channels": (32, 32, 32, 32, 96), "lin_neurons": 24}
 CASES = {
     "speechbrain-ecapa": Case(
-        "speechbrain", "ecapa", speechbrain_ecapa, NARROW,
-        {"channels": (512, 512, 512, 512, 1536), "lin_neurons": 256}, 6_390_720,
+        "speechbrain",
+        "ecapa",
+        speechbrain_ecapa,
+        NARROW,
+        {"channels": (512, 512, 512, 512, 1536), "lin_neurons": 256},
+        6_390_720,
     ),
     "3dspeaker-ecapa": Case("3dspeaker", "ecapa", speakerlab_ecapa, NARROW),
     "wespeaker-ecapa": Case(
-        "wespeaker", "ecapa", wespeaker_ecapa,
+        "wespeaker",
+        "ecapa",
+        wespeaker_ecapa,
         {"channels": 32, "embed_dim": 24, "global_context_att": True, "emb_bn": True},
-        {"channels": 512, "embed_dim": 192, "global_context_att": True}, 6_190_720,
+        {"channels": 512, "embed_dim": 192, "global_context_att": True},
+        6_190_720,
     ),
     "wespeaker-ecapa-without-context": Case("wespeaker", "ecapa", wespeaker_ecapa, {"channels": 32, "embed_dim": 24}),
     "wespeaker-resnet": Case(
-        "wespeaker", "resnet", wespeaker_resnet, {"num_blocks": [1, 2, 1, 1], "m_channels": 4, "embed_dim": 24},
-        {"num_blocks": [3, 4, 6, 3], "m_channels": 32, "embed_dim": 256}, 6_634_336,
+        "wespeaker",
+        "resnet",
+        wespeaker_resnet,
+        {"num_blocks": [1, 2, 1, 1], "m_channels": 4, "embed_dim": 24},
+        {"num_blocks": [3, 4, 6, 3], "m_channels": 32, "embed_dim": 256},
+        6_634_336,
     ),
     "3dspeaker-resnet": Case(
-        "3dspeaker", "resnet", speakerlab_resnet,
+        "3dspeaker",
+        "resnet",
+        speakerlab_resnet,
         {"num_blocks": [1, 1, 1, 1], "m_channels": 4, "embedding_size": 24, "two_emb_layer": True},
     ),
     "3dspeaker-campplus": Case(
-        "3dspeaker", "campplus", speakerlab_campplus,
+        "3dspeaker",
+        "campplus",
+        speakerlab_campplus,
         {"layers": (2, 1, 2), "growth_rate": 8, "init_channels": 16, "embedding_size": 24},
-        {"embedding_size": 512}, 7_176_224,
+        {"embedding_size": 512},
+        7_176_224,
     ),
 }

@@ -13,9 +13,20 @@ ROOT = Path(__file__).parents[2]
 
 def test_it_prints_its_numbers_and_the_same_embeddings():
     done = subprocess.run(
-        [sys.executable, ROOT / "experiments" / "benchmarks" / "embed.py", "--width=16", "--utterances=6",
-         "--seconds=1", "--runs=2", "--batch-size=4", "--json"],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        [
+            sys.executable,
+            ROOT / "experiments" / "benchmarks" / "embed.py",
+            "--width=16",
+            "--utterances=6",
+            "--seconds=1",
+            "--runs=2",
+            "--batch-size=4",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from references import CASES, embedding_of, scramble, tensors_of
 
-from memo_jax import interop
+from memo_jax.inference import interop
 from memo_jax.models import parameter_count
 
 FULL = {name: case for name, case in CASES.items() if case.full}

@@ -20,7 +20,7 @@ jnp.float32 = jnp.float64  # the layers ask for float32 by name, their defaults 
 import torch  # noqa: E402
 from references import CASES, embedding_of, scramble, tensors_of  # noqa: E402
 
-from memo_jax import interop  # noqa: E402
+from memo_jax.inference import interop  # noqa: E402
 
 TOLERANCE = 1e-6
 BATCH, FRAMES = 4, 230  # two segments of CAM++, the second one incomplete

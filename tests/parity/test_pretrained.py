@@ -11,8 +11,8 @@ import torch
 from references import package_folder, speakerlab_campplus
 
 from memo_jax import Embedder, cli
-from memo_jax.scoring import cosine_scores, eer, unit_norm
-from memo_jax.trials import read_trials, trial_pairs
+from memo_jax.scoring.metrics import cosine_scores, eer, unit_norm
+from memo_jax.scoring.trials import read_trials, trial_pairs
 
 SPEECH = Path(__file__).parents[3] / "shared" / "speech"
 WEIGHTS = "models/speech_campplus_sv_zh_en_16k-common_advanced/campplus_cn_en_common.pt"

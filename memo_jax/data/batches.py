@@ -1,0 +1,321 @@
+"""A dataset written by `prepare` → utterances by number, and endless, shuffled, resumable batches of random crops."""
+
+import functools
+import multiprocessing
+import operator
+import os
+import sys
+import threading
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from memo_jax.audio import SAMPLE_RATE
+from memo_jax.data.records import Shards
+
+MANIFEST = "manifest.tsv"  # as prepare writes it
+
+
+def open_utterances(path) -> "Utterances":
+    """Opens a dataset written by `memo-jax prepare`.
+
+    Raises:
+      FileNotFoundError: `path` holds no dataset, or one of its files is gone.
+    """
+    return Utterances(path)
+
+
+class Utterances:
+    """The utterances of a dataset: `len(utterances)`, `utterances[i]` → int16 [L] (16 kHz).
+
+    Opening reads a small index only; names and speakers are read from the manifest when first asked for. Copies for
+    other processes (pickle) open their own files.
+    """
+
+    def __init__(self, path):
+        self.path, self._shards = Path(path), Shards(path)
+        self.fingerprint: str = self._shards.metadata["fingerprint"]
+
+    def __len__(self) -> int:
+        return len(self._shards.index)
+
+    def __getitem__(self, index) -> np.ndarray:
+        """Samples of an utterance, int16 [L]; raises OSError naming the file when its record is damaged or gone."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"utterance {index} of {len(self)} in {self.path}")
+        samples, size = int(self.lengths[index]), self._shards.segment_samples
+        return np.concatenate(self._shards.segments(index, range(-(-samples // size))))
+
+    def fill(self, index: int, crops: list[np.ndarray], starts: list[float]) -> None:
+        """Fills each crop, int16 [L], with a part of an utterance, reading only the segments that the crops touch.
+
+        A crop begins at the fraction `start` in [0, 1) of the places where it fits. An utterance shorter than the crop
+        is repeated, from the fraction `start` of its samples on. Raises OSError like `utterances[index]`.
+        """
+        samples, size = int(self.lengths[index]), self._shards.segment_samples
+        places, needed = [], set()
+        for crop, start in zip(crops, starts, strict=True):
+            places.append(int(start * max(samples - len(crop) + 1, 1)))
+            end = min(places[-1] + len(crop), samples)
+            needed.update(range(places[-1] // size, -(-end // size)))
+        needed = sorted(needed)
+        segments = dict(zip(needed, self._shards.segments(index, needed)))
+        for crop, start, place in zip(crops, starts, places):
+            if len(crop) <= samples:
+                _copy(segments, size, place, crop)
+            else:
+                whole = np.concatenate(list(segments.values()))
+                crop[:] = np.resize(np.roll(whole, -int(start * samples)), len(crop))
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+    def __getstate__(self):  # grain sends this to its workers, who need no names
+        return {name: value for name, value in vars(self).items() if name != "_manifest"}
+
+    @property
+    def names(self) -> list[str]:
+        """Name of each utterance: its path relative to the prepared folder."""
+        return self._manifest["name"]
+
+    @property
+    def speakers(self) -> list[str]:
+        """Speaker of each utterance, "" where unknown. For testing only: nothing in training reads it."""
+        return self._manifest["speaker"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each utterance in samples, int64 [len(self)]."""
+        return self._shards.index[:, 1]
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """Length of each utterance in seconds, float64 [len(self)]."""
+        return self.lengths / SAMPLE_RATE
+
+    @functools.cached_property
+    def _manifest(self):
+        with open(self.path / MANIFEST, encoding="utf-8", newline="\n") as file:
+            rows = [line.rstrip("\n").split("\t") for line in file]
+        if len(rows) - 1 != len(self):
+            raise ValueError(
+                f"{self.path / MANIFEST} has {len(rows) - 1} utterances, the dataset {len(self)}: prepare it again"
+            )
+        return dict(zip(rows[0], map(list, zip(*rows[1:]))))
+
+
+def steps_per_epoch(utterances: int, batch_size: int) -> int:
+    """Full batches in an epoch; the utterances that do not fill one are dropped, others in each epoch."""
+    if not 1 <= batch_size <= utterances:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 to {utterances}, the number of utterances")
+    return utterances // batch_size
+
+
+def training_batches(
+    utterances,
+    *,
+    batch_size: int,
+    global_crops: int = 2,
+    global_seconds: float = 4.0,
+    local_crops: int = 4,
+    local_seconds: float = 2.0,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> "TrainingBatches":
+    """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
+
+    Batch number s is a function of the dataset, the seed and s alone. So a run resumes exactly at any step, with any
+    number of workers, and P processes, each taking its rows, see together the very batch that one process sees. Speaker
+    labels are not read.
+
+    A crop starts anywhere in its utterance with equal probability; an utterance shorter than the crop is repeated.
+
+    Args:
+      utterances: `Utterances`, or the path of a dataset.
+      batch_size: B, over all processes.
+      global_crops, global_seconds, local_crops, local_seconds: number and length of the crops of an utterance.
+      seed: 0 ≤ seed < 2³².
+      process_index, process_count: this process takes rows process_index·B/P … (process_index+1)·B/P − 1.
+      workers: processes that read ahead; with 0 a thread of this process does.
+      prefetch: batches read ahead (by each worker).
+
+    Returns:
+      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l]} with `get_state()`
+      and `set_state(state)`. "local" is missing when local_crops is 0.
+
+    Raises:
+      ValueError: a number out of its range; the message says which.
+      OSError: (while iterating) a damaged or vanished shard, named.
+    """
+    if not isinstance(utterances, Utterances):
+        utterances = open_utterances(utterances)
+    crops = {"global": (global_crops, _crop_samples("global_seconds", global_seconds))}
+    if global_crops < 1 or local_crops < 0:
+        raise ValueError(f"global_crops is {global_crops} and local_crops {local_crops}; expected ≥ 1 and ≥ 0")
+    if local_crops:
+        crops["local"] = (local_crops, _crop_samples("local_seconds", local_seconds))
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; expected 0 to 2**32 - 1")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1} (process_count - 1)")
+    if batch_size % process_count:
+        raise ValueError(f"batch_size {batch_size} is not a multiple of the {process_count} processes")
+    if workers < 0 or prefetch < 1:
+        raise ValueError(f"workers is {workers} and prefetch {prefetch}; expected ≥ 0 and ≥ 1")
+    rows = batch_size // process_count
+    batches = _Batches(utterances, crops, batch_size, slice(process_index * rows, (process_index + 1) * rows), seed)
+    return TrainingBatches(batches, workers, prefetch)
+
+
+def _crop_samples(name, seconds):
+    if not seconds * SAMPLE_RATE >= 1:
+        raise ValueError(f"{name} is {seconds}; expected a positive number of seconds")
+    return round(seconds * SAMPLE_RATE)
+
+
+class _Batches:
+    """The endless sequence of batches: `batches[step]`, a pure function."""
+
+    def __init__(self, utterances, crops, batch_size, rows, seed):
+        self.utterances, self.crops, self.batch_size, self.rows, self.seed = utterances, crops, batch_size, rows, seed
+        self.steps = steps_per_epoch(len(utterances), batch_size)
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, step):
+        epoch, position = divmod(int(step), self.steps)
+        indices = _order(self.seed, epoch, len(self.utterances))[position * self.batch_size :][self.rows]
+        # Drawn for all rows, and only then cut to those of this process: the draws do not depend on who reads them.
+        draws = sum(count for count, _ in self.crops.values())
+        starts = np.random.default_rng([1, self.seed, int(step)]).random((self.batch_size, draws))[self.rows]
+        batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}
+        for row, (index, fractions) in enumerate(zip(indices.tolist(), starts.tolist())):
+            self.utterances.fill(index, [crop for crops in batch.values() for crop in crops[row]], fractions)
+        return batch
+
+
+@functools.lru_cache(maxsize=2)  # reading ahead may already be in the next epoch
+def _order(seed, epoch, count):
+    """The order of the utterances in an epoch: a permutation of range(count)."""
+    order = np.arange(count, dtype=np.int32)
+    np.random.default_rng([0, seed, epoch]).shuffle(order)
+    return order
+
+
+def _copy(segments, size, place, crop):
+    """Copies samples from number `place` on, out of segments of `size` samples, into `crop` [L]."""
+    filled = 0
+    while filled < len(crop):
+        number, offset = divmod(place + filled, size)
+        part = segments[number][offset : offset + len(crop) - filled]
+        crop[filled : filled + len(part)] = part
+        filled += len(part)
+
+
+class TrainingBatches(grain.DatasetIterator):
+    """Iterator over `_Batches` that reads ahead; made by `training_batches`."""
+
+    def __init__(self, batches, workers, prefetch):
+        super().__init__()
+        self._batches, self._workers, self._prefetch = batches, workers, prefetch
+        self._step, self._reader = 0, None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in an epoch."""
+        return self._batches.steps
+
+    def __next__(self):
+        if self._closed:
+            raise ValueError("these training batches are closed")
+        if self._reader is None:
+            self._reader = iter(self._read_ahead())
+        try:
+            batch = next(self._reader)
+        except Exception as error:  # the reader would go on behind what it could not read: another call must not
+            self._close_reader()
+            if isinstance(error, RuntimeError) and self._workers:  # as grain tells of a worker that ended by itself
+                raise OSError(
+                    f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps for want "
+                    f"of memory: try fewer workers ({error})"
+                ) from error
+            raise
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict:
+        """The position, for JSON: number of batches taken, and what they were taken from."""
+        return {
+            "step": self._step,
+            "batch_size": self._batches.batch_size,
+            "seed": self._batches.seed,
+            "fingerprint": self._batches.utterances.fingerprint,
+        }
+
+    def set_state(self, state: dict) -> None:
+        """Continues after the batches that were taken at `get_state`, exactly, with any number of workers or processes.
+
+        Raises:
+          ValueError: the state is of another dataset, batch size or seed.
+        """
+        for key, ours in self.get_state().items():
+            if key != "step" and state[key] != ours:
+                raise ValueError(
+                    f"the saved data position has {key} {state[key]}, this run {ours}: continue with the "
+                    "dataset and configuration of the saved run, or start a new one"
+                )
+        self._close_reader()
+        self._step = int(state["step"])
+
+    def start_prefetch(self) -> None:
+        """Begins to read ahead before the first batch is asked for."""
+        if self._reader is None:
+            self._reader = iter(self._read_ahead())
+        self._reader.start_prefetch()
+
+    def close(self) -> None:
+        """Stops threads and workers."""
+        self._close_reader()
+        super().close()
+
+    def _close_reader(self):
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _read_ahead(self):
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=self._prefetch)
+        dataset = grain.MapDataset.source(self._batches)[self._step :].to_iter_dataset(options)
+        if self._workers:
+            _mark_flags_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.multiprocessing.MultiprocessingOptions(
+                    num_workers=self._workers, per_worker_buffer_size=self._prefetch
+                ),
+                _end_with_parent,
+            )
+        return dataset
+
+
+def _end_with_parent(worker, workers):
+    """Runs in each worker: ends it when the process that it reads for is no more, killed perhaps."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _mark_flags_as_parsed():
+    """Grain's workers read absl flags, which are never parsed outside an absl program."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()

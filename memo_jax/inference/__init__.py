@@ -1,0 +1,6 @@
+"""A trained network at work: embeddings of recordings, and everything that is done with a network's file.
+
+Read `embedder` first, the class that users import, then `workdir` and `model_file`, from which it loads, and `batches`,
+which groups recordings by length. `embed_recordings`, `gallery`, `evaluate`, `export` and `convert` are the commands;
+`interop` has the parameter names of other toolkits.
+"""

@@ -1,0 +1,115 @@
+"""Recordings of any length through a function of batches: buckets of similar length, masks, windows of long ones."""
+
+import collections
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from memo_jax import features
+from memo_jax.log import progress
+
+SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
+COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
+FINE_GROWTH = 2**0.125  # of those that had enough for FINE_FROM batches: about a twentieth of the frames is padding
+FINE_FROM = 12  # so that what one more program saves in padding outweighs compiling it, some seconds
+CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches
+BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
+LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
+
+WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
+
+
+def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
+    """Returns the padded length, in samples, of an utterance of that length; lengths grow by that factor."""
+    length = SHORTEST_BUCKET
+    while length < samples:
+        length = -(-int(length * growth) // features.HOP) * features.HOP
+    return length
+
+
+def windows(wave: np.ndarray) -> list[np.ndarray]:
+    """Returns a recording in as few windows of equal length as none is longer than LONGEST_SECONDS; mostly one."""
+    count = -(-len(wave) // round(LONGEST_SECONDS * features.SAMPLE_RATE))
+    return np.array_split(wave, max(count, 1))
+
+
+def apply_to_recordings(
+    function: WaveFunction,
+    waves: Sequence[np.ndarray],
+    rows: Iterable[int] | None = None,
+    label: str = "embedding",
+    quiet: bool = False,
+) -> np.ndarray:
+    """Returns what `function` gives for full recordings, [N, D] float32 in their order.
+
+    Args:
+      function: of int16 waves [N, L], padded with zeros, and their lengths [N].
+      waves: int16 arrays [L], at least one sample each; each is read once, and few are in memory at a time.
+      rows: which of them; all by default.
+      quiet: show no progress.
+    """
+    rows = list(range(len(waves)) if rows is None else rows)
+    stream = apply_to_stream(function, ((position, waves[row]) for position, row in enumerate(rows)))
+    found = dict(progress(stream, len(rows), label, "recording", active=not quiet))
+    return np.stack([found[position] for position in range(len(rows))])
+
+
+def apply_to_stream(
+    function: WaveFunction, waves: Iterable[tuple[int, np.ndarray]]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (key, row float32 [D]) for every (key, int16 wave [L]), not in their order.
+
+    Recordings wait in buckets of similar length until a batch is full, so memory stays bounded however many there are;
+    lengths of which there are many have finer buckets, and those left at the end share a few batches. One longer than
+    LONGEST_SECONDS gives the mean of its windows' rows.
+    """
+    seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
+    waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
+    unfinished: dict[int, list[np.ndarray]] = {}
+    parts: dict[int, int] = {}
+    compiled: set[int] = set()  # lengths that had a full batch
+    seen: collections.Counter[int] = collections.Counter()  # how many had a fine bucket's length
+
+    def full(length):
+        return max(1, round(seconds * features.SAMPLE_RATE / length))
+
+    def run(length, batch, size):
+        padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)  # room left: one-sample recordings
+        for i, (_, wave) in enumerate(batch):
+            padded[i, : len(wave)], true[i] = wave, len(wave)
+        result = np.asarray(function(padded, true), np.float32)
+        for (key, _), row in zip(batch, result):
+            done = unfinished.setdefault(key, [])
+            done.append(row)
+            if len(done) == parts[key]:
+                yield key, np.mean(unfinished.pop(key), axis=0) if parts.pop(key) > 1 else row
+
+    for key, wave in waves:
+        cut = windows(wave)
+        parts[key] = len(cut)
+        for window in cut:
+            length = bucket_length(len(window))
+            seen[length] += 1
+            if seen[length] <= FINE_FROM * full(length):
+                length = bucket_length(len(window), COARSE_GROWTH)
+            waiting.setdefault(length, []).append((key, window))
+            if len(waiting[length]) == full(length):
+                compiled.add(length)
+                yield from run(length, waiting.pop(length), full(length))
+    left: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for key, window in itertools.chain.from_iterable(waiting.values()):
+        known = (length for length in compiled if length >= len(window))
+        left.setdefault(min([bucket_length(len(window), COARSE_GROWTH), *known]), []).append((key, window))
+    lengths = sorted(left)
+    for length, longer in itertools.zip_longest(lengths, lengths[1:]):
+        batches = [left[length][i : i + full(length)] for i in range(0, len(left[length]), full(length))]
+        # The last joins the next longer length where it has room there: one shape less.
+        if longer and longer <= 2 * length and len(batches[-1]) + len(left[longer]) <= full(longer):
+            left[longer].extend(batches.pop())
+        size = full(length)
+        if batches and length not in compiled:
+            size = min(size, 1 << (len(batches[0]) - 1).bit_length())
+        for batch in batches:
+            yield from run(length, batch, size)

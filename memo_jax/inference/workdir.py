@@ -1,0 +1,86 @@
+"""The networks of a training workdir, and the decision thresholds that are kept beside them."""
+
+import dataclasses
+import json
+import os
+
+from memo_jax import config as configs
+from memo_jax.files import as_path, in_bucket, read_text, write_text
+from memo_jax.inference.model_file import (
+    Decision,
+    Model,
+    backbone_variables,
+    model_of_backbone,
+    read_model,
+    write_model,
+)
+from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.xla import sharding
+
+DECISIONS = "decisions.json"  # {fingerprint of a model: its decision}
+
+
+def workdir_model(
+    workdir: str | os.PathLike, branch: str | None = None, role: str = "teacher", step: int | None = None
+) -> Model:
+    """Returns a network of a training workdir, without its heads, as a model.
+
+    Step 0 is the untrained network, which the config's seed decides. The branch is "ecapa" by default, or the first.
+    Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the run does not have.
+    """
+    from memo_jax.training.recipe import build_branches, build_recipe, initial_state
+
+    config = configs.read_config(workdir)
+    if config is None:
+        raise FileNotFoundError(
+            f"{workdir} is not the workdir of a run (it has no config.json)"
+            + ("; of a model file, make a copy here first" if in_bucket(workdir) else "")
+        )
+    branches = build_branches(config)
+    if branch is None:
+        branch = "ecapa" if "ecapa" in branches else next(iter(branches))
+    if branch not in branches:
+        raise ValueError(f"the run in {workdir} has no branch {branch!r}: choose one of {', '.join(branches)}")
+    if role not in ("teacher", "student"):
+        raise ValueError(f"role {role!r}: choose teacher or student")
+    # Held as training holds it, so that programs which training has compiled are found again.
+    mesh = sharding.data_mesh()
+    if step == 0:
+        variables = initial_state(config, build_recipe(config, 1), mesh).teacher[branch]
+    else:
+        if step is None and (steps := saved_steps(workdir)):
+            step = steps[-1]
+        state, _ = load_raw(workdir, step, only=[role])
+        variables = sharding.replicate(mesh, state[role][branch])
+    model = model_of_backbone(
+        branches[branch].backbone,
+        backbone_variables(variables),
+        provenance={
+            "workdir": str(workdir),
+            "branch": branch,
+            "role": role,
+            "step": int(step),
+            "config": json.loads(configs.config_to_json(config)),
+        },
+    )
+    return dataclasses.replace(model, decision=read_decisions(workdir).get(model.fingerprint))
+
+
+def read_decisions(workdir: str | os.PathLike) -> dict[str, Decision]:
+    """Returns {fingerprint: decision} of the networks of a workdir that were tuned; raises ValueError if damaged."""
+    path = as_path(workdir) / DECISIONS
+    try:
+        text = read_text(path)
+        return {} if text is None else {key: Decision(**value) for key, value in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged ({error}): delete it and tune the threshold again") from None
+
+
+def save_decision(path: str | os.PathLike, model: Model, decision: Decision) -> None:
+    """Keeps a decision with a model: in the model file at `path`, or beside the checkpoints of the workdir there."""
+    if in_bucket(path) or os.path.isdir(path):
+        kept = read_decisions(path) | {model.fingerprint: decision}
+        decisions = {key: dataclasses.asdict(value) for key, value in kept.items()}
+        write_text(as_path(path) / DECISIONS, json.dumps(decisions, indent=2, ensure_ascii=False) + "\n")
+    else:
+        write_model(path, dataclasses.replace(read_model(path), decision=decision))

@@ -1,0 +1,174 @@
+"""What the text of a compiled program (XLA's HLO) tells: its collectives, and how long XLA thinks that it takes."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+
+from memo_jax.planning.chips import Gpu, Tpu
+
+INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)|\S+) (?P<kind>[a-z][a-z\-]*)\((?P<rest>.*)"
+)
+ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# Of GPUs: what is no work, or is told of elsewhere.
+NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id")
+ESTIMATES = ("indexing-cost-model", "", "sol")  # XLA's for GPUs, the one that knows of tiles first
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Returns {kind: (number, bytes)} of a compiled program's collectives, bytes of what a chip gets out of them."""
+    found = {}
+    for kind, size, _ in _collectives(text):
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + size)
+    return found
+
+
+def collective_seconds(text: str, chip: Tpu | Gpu, chips: int) -> float:
+    """Returns how long a compiled program's collectives take, if nothing else is done meanwhile.
+
+    Where XLA has an estimate (some GPUs), by that, which knows of the time to begin one; else by their bytes over the
+    links: a ring sends each part of what it reduces around twice, of what it gathers once.
+    """
+    total = 0.0
+    for kind, size, estimate in _collectives(text):
+        rounds = (2 if kind == "all-reduce" else 1) * (chips - 1) / chips
+        total += rounds * size / chip.links if estimate is None else estimate
+    return total
+
+
+def _collectives(text: str) -> Iterator[tuple[str, int, float | None]]:
+    """Yields kind, bytes and XLA's estimate of the seconds of each."""
+    seen = set()
+    for line in text.splitlines():
+        instruction = INSTRUCTION.match(line)
+        kind = instruction and instruction["kind"].removesuffix("-start")
+        if kind not in COLLECTIVES:
+            continue
+        channel = re.search(r"channel_id=(\d+)", line)
+        if channel and channel[1] in seen:  # a copy of it inside a fusion that overlaps it with other work
+            continue
+        seen.add(channel and channel[1])
+        arrays = [array for array in ARRAY.findall(instruction["type"]) if array != ("u32", "")]  # but for contexts
+        if instruction["kind"].endswith("-start") and kind != "all-reduce":  # what goes in stands before what comes out
+            arrays = arrays[len(arrays) // 2 :]
+        yield kind, sum(_bytes(*array) for array in arrays), _estimate(instruction["rest"])
+
+
+def estimated_seconds(text: str, chip: Tpu | Gpu) -> float:
+    """Returns how long a compiled program takes without its collectives: loops by their trips, of branches the dearest.
+
+    By XLA's cost model, which writes its estimate beside each operation. Of GPUs it has none of convolutions, copies and
+    Fourier transforms, and of some GPUs none at all: these take as long as their FLOPs at the peak, or their bytes at the
+    memory's bandwidth, whichever is longer.
+    """
+    if isinstance(chip, Tpu):
+        return _total(text, _cycles) / chip.clock
+    return _total(text, lambda line, types: _gpu_seconds(line, types, chip))
+
+
+def _total(text: str, cost: Callable[[re.Match, dict], float]) -> float:
+    """Sums up cost(instruction, types of what stands before it) over what a program runs."""
+    computations, entry = _computations(text)
+
+    def of(name):
+        total, types = 0, {}
+        for line in computations.get(name, ()):
+            instruction = INSTRUCTION.match(line)
+            if not instruction:
+                continue
+            types[instruction["name"]] = instruction["type"]
+            if instruction["kind"] == "while":
+                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
+                total += of(body) * _trips(computations.get(condition, ()))
+            elif instruction["kind"] == "conditional":
+                total += max(map(of, _branches(line)))
+            elif instruction["kind"] == "call":
+                total += of(re.search(r"to_apply=%?([\w.\-]+)", line)[1])
+            else:
+                total += cost(instruction, types)
+        return total
+
+    return of(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    computations, name, entry = {}, None, None
+    for line in text.splitlines():
+        begin = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        if begin:
+            name = begin[2]
+            computations[name] = []
+            entry = name if begin[1] else entry
+        elif line.startswith("}"):
+            name = None
+        elif name:
+            computations[name].append(line)
+    return computations, entry
+
+
+def _branches(line: str) -> Iterator[str]:
+    named = re.search(r"branch_computations=\{(.*?)\}|true_computation=(\S+), false_computation=(\S+)", line)
+    return (branch.strip(" %,") for branch in ",".join(filter(None, named.groups())).split(","))
+
+
+def _trips(condition: list[str]) -> int:
+    """How often a loop runs that counts from 0 up to a constant; 1 where its condition is another."""
+    constants = [int(found[1]) for line in condition if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", line))]
+    return constants[0] if len(constants) == 1 and any("direction=LT" in line for line in condition) else 1
+
+
+def _cycles(instruction: re.Match, types: dict) -> int:
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction["rest"])
+    return int(estimate[1]) if estimate else 0
+
+
+def _gpu_seconds(instruction: re.Match, types: dict, chip: Gpu) -> float:
+    kind, rest = instruction["kind"], instruction["rest"]
+    if kind in NO_WORK or kind.removesuffix("-start").removesuffix("-done") in COLLECTIVES:
+        return 0
+    estimate = _estimate(rest)
+    if estimate is not None:
+        return estimate
+    operands = [types.get(name, "") for name in re.findall(r"%([\w.\-]+)", rest.partition(")")[0])]
+    moved = sum(_bytes(*array) for array in ARRAY.findall(instruction["type"] + " ".join(operands)))
+    return max(moved / chip.bandwidth, _library_flops(instruction, operands) / _peak(operands, rest, chip))
+
+
+def _estimate(rest: str) -> float | None:
+    """Returns what XLA's compiler for GPUs reckons that an instruction takes, in seconds."""
+    found = re.search(r'"reification_cost":(\[.*?\])', rest)
+    estimates = {each["name"]: each["exec_time_us"] for each in json.loads(found[1])} if found else {}
+    return next((estimates[name] / 1e6 for name in ESTIMATES if name in estimates), None)
+
+
+def _library_flops(instruction: re.Match, operands: list[str]) -> float:
+    """FLOPs of a call of cuDNN's convolutions or of cuBLAS's products; 0 of anything else."""
+    target = re.search(r'custom_call_target="__(cudnn\$conv(\w+?)|cublas\S*?)"', instruction["rest"])
+    if not target:
+        return 0
+    left, right, result = (ARRAY.search(of) for of in (*operands[:2], instruction["type"]))
+    if not target[2]:
+        contracted = re.search(r'"lhs_contracting_dimensions":\["(\d+)"\]', instruction["rest"])
+        return 2 * _elements(result[2]) * int(left[2].split(",")[int(contracted[1])])
+    kernel, out = {"BackwardInput": (right, left), "BackwardFilter": (result, right)}.get(target[2], (right, result))
+    features = re.search(r"dim_labels=\w+->(\w+)", instruction["rest"])[1].index("f")
+    return 2 * _elements(out[2]) * _elements(kernel[2]) / int(out[2].split(",")[features])
+
+
+def _peak(operands: list[str], rest: str, chip: Gpu) -> float:
+    """FLOP/s of products of such operands: half as many in TensorFloat-32, and where that is forbidden no matrix units."""
+    if not operands or not operands[0].startswith(("f32", "(f32")):
+        return chip.peak
+    in_full = "operand_precision={highest" in rest
+    return 2 * chip.multiprocessors * chip.lanes * chip.clock if in_full else chip.peak / 2
+
+
+def _elements(shape: str) -> int:
+    return math.prod(int(size) for size in shape.split(",") if size)
+
+
+def _bytes(dtype: str, shape: str) -> int:
+    return _elements(shape) * (8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])) // 8

@@ -1,0 +1,272 @@
+"""Pictures of a run in files: learning curves, DET curves, score histograms.
+
+Each `…_figure` (here and in figures.py) returns a matplotlib Figure; each `plot_…` saves one.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+
+from memo_jax.log import read_metrics
+from memo_jax.scoring.figures import (
+    COLORS,
+    DASHES,
+    HALO,
+    INK,
+    MUTED,
+    STYLE,
+    det_figure,
+    label_ends,
+    running_mean,
+    save_figure,
+    score_histogram_figure,
+)
+
+
+def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, **options) -> Path:
+    """Draws the learning curves of a run's metrics.jsonl into a picture; options as `learning_curve_figure`."""
+    rows = read_metrics(metrics_jsonl)
+    if not rows:
+        raise ValueError(f"{metrics_jsonl}: no metrics yet, so there is nothing to draw")
+    return save_figure(learning_curve_figure(rows, **options), out_png)
+
+
+def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], out_png: str | os.PathLike, **options) -> Path:
+    """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a picture."""
+    return save_figure(det_figure(systems, **options), out_png)
+
+
+def plot_score_histogram(scores, target, out_png: str | os.PathLike, **options) -> Path:
+    """Draws the distributions of target and nontarget scores into a picture; options as `score_histogram_figure`."""
+    return save_figure(score_histogram_figure(scores, target, **options), out_png)
+
+
+class Panel(NamedTuple):
+    """One panel of the learning curves: the metrics it shows (a pattern of names), its title, what its axis means."""
+
+    pattern: str
+    title: str
+    unit: str
+    while_open: bool = False  # its metrics mean nothing once the gate is closed
+    noisy: bool = True  # drawn as running means; a schedule is drawn as it is
+
+
+EER = Panel(r"eer/.+", "Equal error rate", "percent of trials, lower is better")
+PANELS = (
+    EER,
+    Panel(r"loss/(self|cross)/.+", "Distillation loss", "cross-entropy to the teacher, nats"),
+    Panel(r"loss/contrastive/.+|gate/loss", "Contrastive loss", "NT-Xent times its weight, nats", True),
+    Panel(r"alignment/.+|gate/alignment", "Do both losses agree?", "cosine of their gradients at the embedding", True),
+    Panel(r"kl/.+", "KL divergence", "student from teacher, nats; 0 with low entropy: collapse"),
+    Panel(r"teacher_entropy/.+", "Teacher entropy", "nats; towards 0: one-hot collapse"),
+    Panel(r"mean_teacher_entropy/.+", "Entropy of the mean teacher", "nats; high: all prototypes are in use"),
+    Panel(r"embedding_std/.+", "Embedding spread", "standard deviation; towards 0: collapse"),
+    Panel(r"loss(/[^/]+)?", "Total loss", "nats, with the contrastive term while its gate is open"),
+    Panel(r"gradient_norm", "Gradient norm", "all parameters, before clipping"),
+    Panel(r"lr", "Learning rate", "of the optimiser", noisy=False),
+    Panel(r"momentum", "Teacher momentum", "share of the old one kept each step", noisy=False),
+    Panel(r"teacher_temp", "Teacher temperature", "of the softmax", noisy=False),
+    Panel(r"utterances_per_second", "Speed", "utterances a second"),
+)
+# Axes, marks, or drawn otherwise.
+NOT_DRAWN = {"step", "epoch", "seconds_per_step", "cpu_seconds", "gate/open", "gate/closed_at"}
+HEADS = ("self", "cross", "contrastive")
+
+
+class Series(NamedTuple):
+    """One metric over training."""
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def learning_curve_figure(
+    rows: Sequence[Mapping], *, title: str = "Learning curves", references: Mapping[str, float] | None = None
+) -> Figure:
+    """The learning curves of a run as one figure, a panel for each kind of metric that occurs in the rows.
+
+    Thick lines are running means, faint ones the values; each line is labelled with its name and last value. A dotted
+    vertical line marks the step at which the gate closed. Metrics of an unknown kind get a panel of their own.
+
+    Args:
+      rows: metrics.jsonl as dicts, each with "step".
+      references: error rates in percent to compare the EER with, by name (drawn as horizontal lines).
+    """
+    series = _series_by_name(rows)
+    closed_at = gate_closing_step(rows)
+    panels = [(panel, found) for panel in _panels(series) if (found := _panel_series(panel, series))]
+    if not panels:
+        raise ValueError("the rows hold no metric to draw, only " + ", ".join(sorted(set().union(*rows))))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    branches = _branches(series)
+    last = rows[-1]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.2 * columns, 0.75 + 2.75 * lines), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.11, wspace=0.02, hspace=0.02)
+        subtitle = [f"step {last['step']:,}"]
+        if "epoch" in last:
+            subtitle.append(f"epoch {last['epoch']:.1f}")
+        if "loss/contrastive/" in "".join(series):
+            subtitle.append(
+                "contrastive loss still on"
+                if closed_at is None
+                else f"contrastive loss stopped by its gate at step {closed_at:,}"
+            )
+        figure.suptitle(f"{title}  ·  " + "  ·  ".join(subtitle), x=0.012, ha="left", fontsize=13, weight="bold")
+        axes = figure.subplots(lines, columns, squeeze=False).ravel()
+        for number, (ax, (panel, found)) in enumerate(zip(axes, panels)):
+            ax.set_xlim(0, max(1, last["step"]))
+            _draw_panel(ax, panel, found, branches, (references or {}) if panel is EER else {})
+            if closed_at is not None:
+                _mark_closing(ax, closed_at, named=panel.while_open)
+            if number + columns >= len(panels):
+                ax.set_xlabel("step")
+        for ax in axes[len(panels) :]:
+            ax.remove()
+    return figure
+
+
+def gate_closing_step(rows: Sequence[Mapping]) -> int | None:
+    """The step at which the gate closed, or None while it is open, and where it never was open."""
+    was_open = False
+    for row in rows:
+        is_open = row.get("gate/open")
+        if is_open is not None and is_open < 1 and was_open:
+            closed_at = row.get("gate/closed_at")
+            return int(row["step"] if closed_at is None or closed_at < 0 else closed_at)
+        was_open = was_open or bool(is_open)
+    return None
+
+
+def _mark_closing(ax: Axes, step: int, named: bool):
+    """A dotted vertical line where the gate closed, with a name if asked for."""
+    ax.axvline(step, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
+    if named:
+        left = step < 0.7 * ax.get_xlim()[1]
+        ax.annotate(
+            f"gate closes,\nstep {step:,}",
+            (step, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(5 if left else -5, 0),
+            textcoords="offset points",
+            ha="left" if left else "right",
+            va="top",
+            fontsize=8,
+            color=MUTED,
+            path_effects=HALO,
+        )
+
+
+def _series_by_name(rows) -> dict[str, Series]:
+    """Every numeric metric; a step at which it is missing, not finite, or meaningless for a closed gate is left out."""
+    of_open_gate = re.compile("|".join(panel.pattern for panel in PANELS if panel.while_open))
+    points = {}
+    for row in rows:
+        is_open = row.get("gate/open") in (None, 1)
+        for name, value in row.items():
+            drawn = name not in NOT_DRAWN and isinstance(value, (int, float)) and np.isfinite(value)
+            if drawn and (is_open or not of_open_gate.fullmatch(name)):
+                points.setdefault(name, []).append((row["step"], value))
+    return {name: Series(name, *np.array(pairs, float).T) for name, pairs in points.items()}
+
+
+def _panels(series) -> list[Panel]:
+    """The known panels, then one for each further kind of metric."""
+    known = re.compile("|".join(panel.pattern for panel in PANELS))
+    kinds = {}
+    for name in series:
+        if not known.fullmatch(name):
+            kinds.setdefault(name.split("/")[0], []).append(re.escape(name))
+    others = [Panel("|".join(names), kind.replace("_", " ").capitalize(), "") for kind, names in kinds.items()]
+    return [*PANELS, *others]
+
+
+def _panel_series(panel: Panel, series: Mapping[str, Series]) -> list[Series]:
+    found = [one for name, one in series.items() if re.fullmatch(panel.pattern, name)]
+    if len(found) == 2:  # with a single branch, the sum over branches says nothing new
+        found = [one for one in found if one.name != "loss"]
+    # the gate's running mean says something beside the losses it watches, and nothing alone
+    return [] if all(one.name.startswith("gate/") for one in found) else found
+
+
+def _identity(name: str) -> tuple[str, str]:
+    """The (branch, head) that a metric is about, each "" where it is about none."""
+    parts = name.split("/")[1:]
+    head = next((part for part in parts if part in HEADS), "")
+    return "/".join(part for part in parts if part not in HEADS), head
+
+
+def _branches(series) -> list[str]:
+    """Branch names, which get the same colour in every panel, in order of appearance."""
+    named = (_identity(name)[0] for name in series if not name.startswith(("eer/", "gate/")))
+    return list(dict.fromkeys(branch.split("-")[0] for branch in named if branch))
+
+
+def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str], references: Mapping[str, float]):
+    ax.set_title(panel.title, loc="left", fontsize=10.5, weight="bold", pad=19)
+    ax.annotate(
+        panel.unit,
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 6),
+        textcoords="offset points",
+        fontsize=8.5,
+        color=MUTED,
+    )
+    labels, shown = [], []
+    for number, one in enumerate(found):
+        smooth = running_mean(one.values, len(one.values) // 60 if panel.noisy else 0)
+        name, color, dashes = _look(one.name, number, branches)
+        if smooth is not one.values:
+            ax.plot(one.steps, one.values, color=color, linewidth=0.6, alpha=0.22, zorder=2)
+        ax.plot(
+            one.steps,
+            smooth,
+            color=color,
+            linewidth=1.7,
+            linestyle=dashes,
+            zorder=3,
+            marker="o" if len(one.steps) <= 30 else None,
+            markersize=4,
+            clip_on=len(one.steps) > 30,
+        )
+        value = f"\n{one.values[-1]:.2f} %, best {one.values.min():.2f} %" if panel is EER else f"  {smooth[-1]:.4g}"
+        labels.append((smooth[-1], f"{name}{value}".strip(), color))
+        shown.append(smooth)
+    for name, value in references.items():
+        ax.axhline(value, color=MUTED, linewidth=1.1, linestyle=DASHES[3], zorder=1)
+        labels.append((value, f"{name}\n{value:.2f} %", MUTED))
+        shown.append([value])
+    # limits around the running means, so that single outliers do not flatten everything else
+    low, high = np.concatenate(shown).min(), np.concatenate(shown).max()
+    pad = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
+    ax.set_ylim(0 if panel is EER else low - pad, high + pad)
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.8g}"))
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ends = max(one.steps[-1] for one in found)
+    label_ends(ax, labels, ends / ax.get_xlim()[1] if panel.while_open else 1.0)
+
+
+def _look(name: str, number: int, branches: list[str]) -> tuple[str, str, object]:
+    """What a metric's line is called in its panel, its colour and its dashes: colour means branch, dashes mean head."""
+    if name in ("gate/loss", "gate/alignment"):
+        return "gate's mean", INK, DASHES[2]
+    if name == "loss":
+        return "sum", INK, "-"
+    branch, head = _identity(name)
+    if name.startswith("eer/") or branch.split("-")[0] not in branches:
+        return branch, COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
+    said = branch if head in ("", "contrastive") else f"{branch} {head}"
+    return said, COLORS[branches.index(branch.split("-")[0]) % len(COLORS)], DASHES[1] if head == "cross" else "-"

@@ -1,0 +1,356 @@
+"""The report of a run: one HTML page that holds its pictures and sounds and needs no other file, nor the internet."""
+
+import base64
+import dataclasses
+import html
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import memo_jax
+from memo_jax import config as configs
+from memo_jax.data.batches import Utterances, open_utterances
+from memo_jax.features import SAMPLE_RATE
+from memo_jax.files import as_path, check_bucket, make_folder, write_text
+from memo_jax.inference.evaluate import TrialEvaluation, network_name
+from memo_jax.inference.workdir import workdir_model
+from memo_jax.log import read_metrics
+from memo_jax.models import parameter_count
+from memo_jax.report.learning_curves import gate_closing_step, learning_curve_figure
+from memo_jax.report.template import PAGE, SCRIPT, STYLE_SHEET
+from memo_jax.scoring import metrics
+from memo_jax.scoring.figures import det_figure, embedding_map_figure, score_histogram_figure
+from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
+from memo_jax.scoring.trials import speaker_folder
+
+HARDEST = 6  # trials of each kind
+CLIP_SECONDS = 8.0  # of a recording that can be listened to
+MAP_SPEAKERS, MAP_RECORDINGS = 60, 1500  # most on the map: more would be no map
+
+
+@dataclasses.dataclass
+class Tested:
+    """What the trials say of a run: scores and error rates by system, the embeddings of the best branch."""
+
+    evaluation: TrialEvaluation
+    scores: dict[str, np.ndarray]
+    rates: dict[str, dict]
+    best: str
+    embeddings: np.ndarray
+
+
+def write_report(
+    workdir: str | os.PathLike,
+    output: str | os.PathLike | None = None,
+    *,
+    data: str | os.PathLike | None = None,
+    trials: str | os.PathLike | None = None,
+    step: int | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Writes the report of a run; returns its path.
+
+    Args:
+      workdir: of a training run.
+      output: the page; report.html in the workdir by default.
+      data, trials: dataset and trial list to test on; those of the run's config by default. Without any, the page has
+        the training alone, and says so.
+      step: which checkpoint to test; the latest by default.
+      quiet: show no progress.
+
+    Raises:
+      FileNotFoundError: no such run, dataset or list. ValueError: the workdir has no metrics, or bad trials.
+      OSError: the page cannot be written.
+    """
+    workdir = as_path(workdir)
+    check_bucket(workdir)
+    config = configs.read_config(workdir)
+    if config is None:
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no config.json)")
+    rows = read_metrics(workdir)
+    if not rows:
+        raise ValueError(f"{workdir} has no metrics yet, so there is nothing to report")
+    data, trials = data or config.evaluation.data or None, trials or config.evaluation.trials or None
+    if (data is None) != (trials is None):
+        raise ValueError("give both the dataset and the trial list: --data DATASET --trials FILE")
+    tested = None if trials is None else tested_run(workdir, config, data, trials, step, quiet)
+    output = workdir / "report.html" if output is None else Path(output)
+    make_folder(output.parent)
+    write_text(output, page(workdir, config, rows, tested, data, trials))
+    return output
+
+
+def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
+    """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
+    evaluation = TrialEvaluation(open_utterances(data), trials)
+    scores, embeddings = {}, {}
+    for branch in config.model.branches:
+        model = workdir_model(workdir, branch, "teacher", step)
+        name = network_name(model)
+        embeddings[name] = evaluation.embeddings(model.function, quiet=quiet)
+        scores[name] = evaluation.scores(embeddings[name])
+    if len(scores) > 1:
+        scores["all branches, scores averaged"] = metrics.average_scores(list(scores.values()))
+    scores["log-mel statistics"] = evaluation.statistics_scores(quiet)
+    rates = {
+        name: error_report(found, evaluation.target)
+        | {"eer_interval": eer_interval(found, evaluation.trials, evaluation.speakers(), replicates=200)}
+        for name, found in scores.items()
+    }
+    best = min(embeddings, key=lambda name: rates[name]["eer"])
+    return Tested(evaluation, scores, rates, best, embeddings[best])
+
+
+def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
+    """Returns the page as HTML text."""
+    name = Path(workdir).resolve().name
+    last = rows[-1]
+    references = {"log-mel statistics": tested.rates["log-mel statistics"]["eer"]} if tested else {}
+    sections = [
+        ("run", "What was trained on what", facts_table(run_facts(workdir, config, rows))),
+        (
+            "curves",
+            "Learning curves",
+            picture(
+                learning_curve_figure(rows, title=name, references=references),
+                "Losses, error rates, entropies and schedules over the steps of training",
+            ),
+        ),
+    ]
+    if tested is None:
+        note = (
+            "<p class=note>This run has no trial list, so nothing is said here about telling speakers apart. Give "
+            "one: <code>memo-jax report WORKDIR --data DATASET --trials FILE</code>.</p>"
+        )
+        sections.append(("test", "Telling speakers apart", note))
+    else:
+        sections += [
+            ("test", "Telling speakers apart", test_section(tested, data, trials)),
+            ("map", "Map of the embeddings", map_section(tested)),
+            ("hardest", "Hardest trials", hardest_section(tested)),
+        ]
+    links = "".join(f'<a href="#{key}">{html.escape(title)}</a>' for key, title, _ in sections)
+    body = "".join(
+        f'<section id="{key}"><h2>{html.escape(title)}</h2>{content}</section>' for key, title, content in sections
+    )
+    step = f"step {last['step']:,}" + (f", epoch {last['epoch']:.1f}" if "epoch" in last else "")
+    return PAGE.format(
+        title=html.escape(f"{name}: report of a run"),
+        name=html.escape(name),
+        step=step,
+        style=STYLE_SHEET,
+        cards="".join(headline(rows, tested)),
+        links=links,
+        body=body,
+        script=SCRIPT,
+        version=memo_jax.__version__,
+    )
+
+
+def headline(rows, tested: Tested | None) -> list[str]:
+    """Yields the few numbers that somebody looks for first, as cards."""
+    if tested is not None:
+        for name, rates in tested.rates.items():
+            interval = rates["eer_interval"]
+            between = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "equal error rate"
+            kind = "card plain" if name == "log-mel statistics" else "card"
+            yield (
+                f'<div class="{kind}"><b>{rates["eer"]:.2f} %</b><span>EER, {html.escape(name)}</span>'
+                f"<small>{between}</small></div>"
+            )
+    closed = gate_closing_step(rows)
+    if closed is not None:
+        yield f'<div class="card plain"><b>{closed:,}</b><span>step at which the gate closed</span></div>'
+    elif any(row.get("gate/open") for row in rows):
+        yield '<div class="card plain"><b>open</b><span>gate, to the end of these metrics</span></div>'
+
+
+def run_facts(workdir, config, rows) -> dict[str, str]:
+    """Returns what the run is, by name, in the words of a methods section."""
+    facts = {"Recordings": _dataset_text(config.data.train)}
+    for branch in config.model.branches:
+        model = workdir_model(workdir, branch)
+        facts[f"Network {branch}"] = (
+            f"{parameter_count(model.variables['params']):,} parameters, embeddings of {model.dimension} numbers"
+        )
+    d, a, g = config.data, config.augment, config.gate
+    facts["Crops"] = (
+        f"{d.global_crops} of {d.global_seconds:g} s for students and teachers, {d.local_crops} of "
+        f"{d.local_seconds:g} s for students; {d.batch_size} utterances a step"
+    )
+    banks = [f"{kind} from {a[kind]}" for kind in ("noise", "music", "speech", "rirs") if a[kind]]
+    if not a.speech and a.babble_from_batch:
+        banks.append("babble of the batch")
+    facts["Augmentation"] = ", ".join(banks) or "none"
+    weights = config.loss
+    losses = [f"self-distillation × {weights.self:g}"]
+    if len(config.model.branches) > 1 and weights.cross:
+        losses.append(f"cross-distillation × {weights.cross:g} ({weights.cross_head} head)")
+    if g.rule != "never" and weights.contrastive:
+        losses.append(f"contrastive × {weights.contrastive:g} while the gate is open")
+        closed = gate_closing_step(rows)
+        facts["Gate"] = f"rule “{g.rule}”, " + (f"closed at step {closed:,}" if closed is not None else "not closed")
+    facts["Losses"] = f"{', '.join(losses)}; {config.model.prototypes:,} prototypes"
+    optimizer = config.optimizer
+    facts["Optimiser"] = (
+        f"{optimizer.name}, learning rate {optimizer.learning_rate:g} at a batch of 256; teacher "
+        f"momentum {config.teacher.momentum:g} to {config.teacher.end_momentum:g}"
+    )
+    last = rows[-1]
+    facts["Length"] = f"{last['step']:,} steps" + (f", {last['epoch']:.1f} epochs" if "epoch" in last else "")
+    if "cpu_seconds" in last:
+        facts["Length"] += f"; {last['cpu_seconds'] / 3600:.2f} processor hours since the last start"
+    facts["Seed"] = str(config.seed)
+    return facts
+
+
+def _dataset_text(path) -> str:
+    try:
+        utterances = open_utterances(path)
+        return f"{path}: {len(utterances):,} utterances, {utterances.seconds.sum() / 3600:.2f} h, no labels read"
+    except (OSError, ValueError):
+        return f"{path} (not there any more)"
+
+
+def test_section(tested: Tested, data, trials) -> str:
+    """Returns error rates as a table, DET curves and score histograms."""
+    evaluation = tested.evaluation
+    head = "".join(
+        f"<th>{column}</th>"
+        for column in ("", "EER", "95 % interval", *(f"minDCF({p})" for p in P_TARGETS), "threshold of EER")
+    )
+    lines = []
+    for name, rates in tested.rates.items():
+        interval = rates["eer_interval"]
+        cells = [
+            f"{rates['eer']:.2f} %",
+            f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "–",
+            *(f"{rates[f'min_dcf_{p}']:.3f}" for p in P_TARGETS),
+            f"{rates['eer_threshold']:.3f}",
+        ]
+        lines.append(f"<tr><th scope=row>{html.escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    target = evaluation.target
+    said = (
+        f"<p>{len(target):,} trials of {html.escape(Path(trials).name)} over {len(evaluation.rows):,} recordings "
+        f"of {html.escape(str(data))}, {int(target.sum()):,} of them target trials. The intervals are by bootstrap "
+        "over speakers. The log-mel statistics show what room and microphone alone give away.</p>"
+    )
+    det = det_figure({name: (scores, target) for name, scores in tested.scores.items()})
+    pictures = [picture(det, "DET curves of all systems")]
+    for name, scores in tested.scores.items():
+        thresholds = {}
+        for p in P_TARGETS:
+            point = metrics.min_dcf_point(scores, target, p)
+            if np.isfinite(point.threshold):
+                thresholds[f"minDCF({p}) {point.value:.3f}"] = point.threshold
+        figure = score_histogram_figure(scores, target, title=name, thresholds=thresholds)
+        pictures.append(picture(figure, f"Histogram of the scores by {name}"))
+    return f"{said}<table class=rates><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>" + (
+        f"{pictures[0]}<div class=pair>{''.join(pictures[1:])}</div>"
+    )
+
+
+def map_section(tested: Tested) -> str:
+    """Returns the map of the best branch's embeddings, with what can be read off it."""
+    evaluation = tested.evaluation
+    names = [evaluation.utterances.names[row] for row in evaluation.rows]
+    table = evaluation.speakers()
+    try:
+        speakers = np.array([table[name] if isinstance(table, Mapping) else speaker_folder(name) for name in names])
+    except ValueError:
+        return "<p class=note>Nobody knows the speakers of these recordings, so there is nothing to colour.</p>"
+    chosen = _chosen_for_map(speakers)
+    points = embedding_map(tested.embeddings[chosen])
+    shown = len(np.unique(speakers[chosen]))
+    figure = embedding_map_figure(points, speakers[chosen], title=tested.best)
+    every = len(np.unique(speakers))
+    said = (
+        f"<p>{len(chosen):,} recordings of {shown} speakers{f' of {every}' if every > shown else ''}, brought from "
+        f"{tested.embeddings.shape[1]} dimensions to two by t-SNE of the cosine distances: who is near in the map "
+        "is near in the embedding, but distances between groups mean little. The network has not seen the "
+        "speakers' names; they colour the map only.</p>"
+    )
+    return said + picture(figure, "Two-dimensional map of the embeddings, coloured by speaker")
+
+
+def _chosen_for_map(speakers: np.ndarray) -> np.ndarray:
+    """Rows of evenly chosen speakers, and of each about as many recordings."""
+    kinds = np.unique(speakers)
+    kinds = kinds[np.linspace(0, len(kinds) - 1, min(len(kinds), MAP_SPEAKERS)).round().astype(int)]
+    most = max(MAP_RECORDINGS // len(kinds), 1)
+    return np.sort(np.concatenate([np.flatnonzero(speakers == kind)[:most] for kind in kinds]))
+
+
+def embedding_map(embeddings: np.ndarray) -> np.ndarray:
+    """Returns points [N, 2] whose neighbours are those of the embeddings [N, D] by cosine; seeded."""
+    from sklearn.manifold import TSNE
+
+    units = metrics.unit_norm(embeddings)
+    if len(units) < 4:
+        return np.pad(units, ((0, 0), (0, 2)))[:, :2]
+    perplexity = min(30.0, (len(units) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(units)
+
+
+def hardest_section(tested: Tested) -> str:
+    """Returns tables of the trials that the best branch gets most wrong, to listen to."""
+    scores, evaluation = tested.scores[tested.best], tested.evaluation
+    target, threshold = evaluation.target, tested.rates[tested.best]["eer_threshold"]
+    clips: dict[int, str] = {}
+    parts = [
+        f"<p>By {html.escape(tested.best)}, which accepts from {threshold:.3f} on at equal error. "
+        f"The first {CLIP_SECONDS:g} s of each recording.</p>"
+    ]
+    for title, wanted, order in (
+        ("One speaker, but least alike", target, scores),
+        ("Different speakers, but most alike", ~target, -scores),
+    ):
+        rows = np.flatnonzero(wanted)
+        rows = rows[np.argsort(order[rows], kind="stable")][:HARDEST]
+        lines = []
+        for row in rows:
+            wrong = (scores[row] >= threshold) != target[row]
+            cells = "".join(_clip_cell(evaluation, position, clips) for position in evaluation.pairs[row])
+            lines.append(
+                f"<tr><td class=score>{scores[row]:.3f}<small>{'wrong' if wrong else 'right'}</small></td>{cells}</tr>"
+            )
+        parts.append(f"<h3>{title}</h3><table class=trials><tbody>{''.join(lines)}</tbody></table>")
+    return "".join(parts)
+
+
+def _clip_cell(evaluation: TrialEvaluation, position: int, clips: dict[int, str]) -> str:
+    """A table cell with the name of a recording and a player."""
+    row = int(evaluation.rows[position])
+    if row not in clips:
+        clips[row] = _sound(evaluation.utterances, row)
+    name = html.escape(evaluation.utterances.names[row])
+    return f'<td><code>{name}</code><audio controls preload="metadata" src="{clips[row]}"></audio></td>'
+
+
+def _sound(utterances: Utterances, row: int) -> str:
+    """The beginning of a recording as an address that holds it: MP3, which every browser plays."""
+    import soundfile
+
+    samples = utterances[row][: round(CLIP_SECONDS * SAMPLE_RATE)]
+    file = io.BytesIO()
+    soundfile.write(file, samples, SAMPLE_RATE, format="MP3")
+    return "data:audio/mpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def picture(figure: Figure, description: str) -> str:
+    """Returns a figure as an image element that holds it."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", facecolor="white", bbox_inches="tight", pad_inches=0.1)
+    address = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
+    return f'<figure><img src="{address}" alt="{html.escape(description)}"></figure>'
+
+
+def facts_table(facts: Mapping[str, str]) -> str:
+    """Returns names and texts as a table."""
+    rows = ((html.escape(name), html.escape(text)) for name, text in facts.items())
+    lines = "".join(f"<tr><th scope=row>{name}</th><td>{text}</td></tr>" for name, text in rows)
+    return f"<table class=facts><tbody>{lines}</tbody></table>"

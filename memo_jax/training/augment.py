@@ -1,0 +1,200 @@
+"""Augmentation on the device: noise, music and speech at a signal-to-noise ratio, and reverberation, crop by crop.
+
+Every draw of crop i comes from `fold_in(key, i)`, so neither the size of the batch nor the number of devices changes
+it. Banks of recordings are ordinary arguments: hold them whole on every device and split the waves by row.
+Then only babble moves crops between devices.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from memo_jax.xla.compiler import each_device_its_rows
+
+CATEGORIES = ("noise", "music", "speech")
+SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}
+BABBLE_VOICES = 3
+
+_SILENCE = 1e-12  # energy of a crop; a single int16 sample of 1 has 9e-10
+
+
+def augment(
+    key, waves, banks, *, clean=1 / 6, both=1 / 3, reverb_share=0.25, snr_db=SNR_DB, babble_from_batch=True, views=1
+):
+    """Augments every crop by a draw of its own: left clean, one kind (reverberation or an added recording), or both.
+
+    The share `clean` always stays clean; with `clean=1`, whatever `both`, the waves come back unchanged. If only one
+    kind is available, it takes the whole rest; if none is, the waves come back unchanged. The category of an added
+    recording is uniform over those available. In a crop with both kinds the recording is added to the reverberated
+    speech, which is what a microphone in the room picks up; its energy is that of the dry crop.
+
+    Args:
+      key: a jax.random key.
+      waves: float [N, L] in [-1, 1].
+      banks: any of "noise", "music", "speech" → int16 (or float in [-1, 1]) [recordings, S], and "rir" →
+        float [responses, R]. A recording longer than a crop is cut at a random place, a shorter one is repeated.
+      clean, both: shares of crops left clean and given both kinds; the rest gets one kind.
+      reverb_share: share of reverberation among the crops given one kind.
+      snr_db: {category: (lowest, highest)}, the range of the uniform signal-to-noise ratio in dB.
+      babble_from_batch: without a "speech" bank, add up three other utterances' crops of this batch instead. Only these
+        crops then depend on their neighbours. It needs at least two utterances in the batch.
+      views: crops of each utterance, in neighbouring rows: row i is of utterance i // views. Babble for an utterance is
+        not made from its own crops.
+
+    Returns:
+      float32 [N, L], not clipped.
+
+    Raises:
+      ValueError: on shares outside [0, 1], a missing or reversed SNR range, or a bank of unknown name,
+        wrong type or wrong shape.
+    """
+    if waves.ndim != 2 or not jnp.issubdtype(waves.dtype, jnp.floating):
+        raise ValueError(f"waves must be float [N, L] in [-1, 1], got {waves.dtype}{list(waves.shape)}")
+    utterances = waves.shape[0] // views
+    if utterances * views != waves.shape[0]:
+        raise ValueError(f"a batch of {waves.shape[0]} crops cannot hold {views} views of every utterance")
+    banks = {name: jnp.asarray(bank) for name, bank in banks.items()}
+    babble = babble_from_batch and "speech" not in banks and utterances > 1
+    categories = [name for name in CATEGORIES if name in banks or (name == "speech" and babble)]
+    if clean == 1:
+        both = 0.0
+    _check(banks, categories, clean, both, reverb_share, snr_db)
+
+    waves = waves.astype(jnp.float32)
+    if clean == 1 or not (categories or "rir" in banks):
+        return waves
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(waves.shape[0]))
+    kind_keys, category_keys, source_keys, snr_keys, rir_keys = jax.vmap(jax.random.split, (0, None), 1)(keys, 5)
+
+    reverberated, noisy = draw_kinds(
+        kind_keys, clean, both, reverb_share, can_reverberate="rir" in banks, can_add=bool(categories)
+    )
+    out = waves
+    if "rir" in banks:
+        rows = jax.vmap(lambda k: jax.random.randint(k, (), 0, banks["rir"].shape[0]))(rir_keys)
+        out = jnp.where(reverberated[:, None], reverberate(waves, banks["rir"][rows]), out)
+    if categories:
+        category = jax.vmap(lambda k: jax.random.randint(k, (), 0, len(categories)))(category_keys)
+        low, high = jnp.array([snr_db[name] for name in categories], jnp.float32)[category].T
+        snr = low + (high - low) * jax.vmap(jax.random.uniform)(snr_keys)
+        added = jnp.zeros_like(waves)
+        for number, name in enumerate(categories):
+            if name in banks:
+                source = draw_recordings(source_keys, banks[name], waves.shape[1])
+            else:
+                source = mix_babble(source_keys, waves, views)
+            added = jnp.where((category == number)[:, None], source, added)
+        out = jnp.where(noisy[:, None], add_at_snr(out, added, snr), out)
+    return out
+
+
+def draw_kinds(keys, clean, both, reverb_share, *, can_reverberate=True, can_add=True):
+    """Which crops are reverberated and to which a recording is added, two bool [N], for keys [N]."""
+    u, v = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys).T
+    changed, with_both = u >= clean, u >= 1 - both
+    if not (can_reverberate and can_add):
+        return changed & can_reverberate, changed & can_add
+    reverb_alone = v < reverb_share
+    return changed & (with_both | reverb_alone), changed & (with_both | ~reverb_alone)
+
+
+def add_at_snr(waves, noise, snr_db):
+    """Waves [..., L] plus noise [..., L] scaled to 10 log10(energy of the wave / energy of the noise) = snr_db [...].
+
+    Energies are sums over the whole crop. Where either is silent, the wave is returned unchanged.
+    """
+    signal, interference = _energy(waves), _energy(noise)
+    audible = (signal > _SILENCE) & (interference > _SILENCE)
+    gain = jnp.sqrt(signal / jnp.where(audible, interference, 1.0) * 10 ** (-snr_db[..., None] / 10))
+    return waves + jnp.where(audible, gain, 0.0) * noise
+
+
+def reverberate(waves, responses):
+    """Waves [N, L] convolved each with its room impulse response [N, R], cut to L samples, at the energy of the input.
+
+    The delay of the direct sound stays. Where nothing of the reverberated sound falls within the L samples (a silent
+    crop or response, a delay beyond the end), the wave is returned unchanged.
+    """
+    responses = responses[:, : waves.shape[1]].astype(jnp.float32)
+    wet = _convolve(waves.astype(jnp.float32), responses)
+    dry_energy, wet_energy = _energy(waves), _energy(wet)
+    # Against the rounding of the transform, which would be blown up to the energy of the input.
+    audible = wet_energy > 1e-8 * dry_energy * _energy(responses)
+    return jnp.where(audible, wet * jnp.sqrt(dry_energy / jnp.where(audible, wet_energy, 1.0)), waves)
+
+
+def draw_recordings(keys, bank, samples):
+    """For each of the keys [N] a random recording of the bank [n, S] from a random place, float32 [N, samples]."""
+    bank = jnp.asarray(bank)
+    rows, length = bank.shape
+
+    def draw(key):
+        row_key, place_key = jax.random.split(key)
+        row = jax.random.randint(row_key, (), 0, rows)
+        if length >= samples:
+            place = jax.random.randint(place_key, (), 0, length - samples + 1)
+            return jax.lax.dynamic_slice(bank, (row, place), (1, samples))[0]
+        place = jax.random.randint(place_key, (), 0, length)
+        repeated = jnp.tile(bank[row], -(-samples // length) + 1)
+        return jax.lax.dynamic_slice(repeated, (place,), (samples,))
+
+    drawn = jax.vmap(draw)(keys)
+    scale = 1 / 32768 if drawn.dtype == jnp.int16 else 1.0
+    return drawn.astype(jnp.float32) * scale
+
+
+def mix_babble(keys, waves, views=1):
+    """For each crop [N, L] the sum of crops of three other utterances (fewer in a tiny batch), float32 [N, L].
+
+    Row i is of utterance i // views; view v is mixed with views v.
+    """
+    waves = jnp.asarray(waves)
+    utterances = waves.shape[0] // views
+    voices = min(BABBLE_VOICES, utterances - 1)
+    # Stepping on from one's own utterance by a number from each of three ranges that do not meet
+    # (1 … a, a+1 … b, b+1 … utterances-1) never lands on oneself nor twice on the same one.
+    edges = [1 + (utterances - 1) * voice // voices for voice in range(voices + 1)]
+    low, high = jnp.array(edges[:-1]), jnp.array(edges[1:])
+    steps = jax.vmap(lambda k: jax.random.randint(k, (voices,), low, high))(keys)
+    rows = (jnp.arange(waves.shape[0])[:, None] + steps * views) % waves.shape[0]
+    return sum(waves[rows[:, voice]] for voice in range(voices))
+
+
+def _energy(x):
+    """Sum of squares over the last axis, kept as an axis of one."""
+    return jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+
+
+@each_device_its_rows
+def _convolve(waves, responses):
+    """The first L samples of the convolution of every row of waves [N, L] with its row of responses [N, R], R ≤ L.
+
+    Overlap-add: blocks as long as the response, rounded up to a power of two, so that the transforms stay short and
+    of a size that CPU and TPU both do well.
+    """
+    rows, samples = waves.shape
+    taps = responses.shape[1]
+    block = 1 << (taps - 1).bit_length()
+    blocks = -(-samples // block)
+    parts = jnp.pad(waves, ((0, 0), (0, blocks * block - samples))).reshape(rows, blocks, block)
+    spectrum = jnp.fft.rfft(parts, 2 * block) * jnp.fft.rfft(responses, 2 * block)[:, None]
+    full = jnp.fft.irfft(spectrum, 2 * block)
+    carried = jnp.pad(full[:, :-1, block:], ((0, 0), (1, 0), (0, 0)))  # what rings on into the next block
+    return (full[:, :, :block] + carried).reshape(rows, blocks * block)[:, :samples]
+
+
+def _check(banks, categories, clean, both, reverb_share, snr_db):
+    """Raises ValueError unless the settings of `augment` make sense."""
+    shares = {"clean": clean, "both": both, "clean + both": clean + both, "reverb_share": reverb_share}
+    for name, share in shares.items():
+        if not 0 <= share <= 1 + 1e-6:  # two shares that make a whole may round above it
+            raise ValueError(f"{name} = {share} is not a share between 0 and 1")
+    for name in categories:
+        if name not in snr_db or not snr_db[name][0] <= snr_db[name][1]:
+            raise ValueError(f"snr_db needs {name!r}: (lowest, highest) in dB, got {snr_db.get(name)}")
+    for name, bank in banks.items():
+        if name not in (*CATEGORIES, "rir"):
+            raise ValueError(f"unknown bank {name!r}; banks are {', '.join(CATEGORIES)} and rir")
+        if bank.ndim != 2 or 0 in bank.shape:
+            raise ValueError(f"bank {name!r} must be [recordings, samples] and not empty, got {list(bank.shape)}")
+        if not (jnp.issubdtype(bank.dtype, jnp.floating) or (bank.dtype == jnp.int16 and name != "rir")):
+            raise ValueError(f"bank {name!r} has type {bank.dtype}; recordings are int16 or float, responses float")

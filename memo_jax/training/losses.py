@@ -1,0 +1,145 @@
+"""The losses of MeMo: distillation between views, contrastive on embeddings, the centre. Arrays in, arrays out."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from memo_jax.xla.reductions import logsumexp, over_last_axis
+
+
+def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
+    """Returns x / max(‖x‖, epsilon) along an axis, with a finite gradient at zero."""
+    squared = jnp.square(x).sum(axis=axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
+
+
+def teacher_distributions(
+    teacher_logits: jax.Array, center: jax.Array, temperature: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns softmax((logits − center)/temperature) of a teacher, what students learn, and its entropies.
+
+    Args:
+      teacher_logits: [W, B, K] float32; no gradient flows into them.
+      center: [K] float32, from before this step.
+      temperature: positive.
+
+    Returns:
+      Probabilities [W, B, K], and in nats `teacher_entropy` (mean entropy of a distribution) and `mean_teacher_entropy`
+      (entropy of the mean distribution): with K prototypes, collapse shows as a teacher entropy of ln K (uniform) or as
+      a mean-teacher entropy of 0 (one prototype for everybody).
+    """
+    logs = jax.lax.stop_gradient((teacher_logits - center) / temperature)
+    logs = logs - logsumexp(logs)[..., None]
+    probabilities = jnp.exp(logs)
+    mean = probabilities.mean(axis=(0, 1))
+    return probabilities, {
+        "teacher_entropy": -over_last_axis(jnp.sum, probabilities * logs).mean(),
+        "mean_teacher_entropy": -jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30))),
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def distillation(student_logits: jax.Array, probabilities: jax.Array, temperature: float, seen: int) -> jax.Array:
+    """Returns the DINO loss, in nats (Caron et al., 2021, eq. 2–3): the mean over the batch and over pairs of views.
+
+    A pair is a teacher's view i and a student's other view v, its loss −⟨p_i, log_softmax(s_v / temperature)⟩. Nothing
+    of size pairs × B × K is made, and the gradient, written out, keeps nothing of size V × B × K beside the logits.
+
+    Args:
+      student_logits: s [V, B, K] float32.
+      probabilities: p [W, B, K] of `teacher_distributions`; no gradient flows into them.
+      temperature: the student's, positive.
+      seen: W where the student's first W views are the teacher's, each no pair with itself; 0 where none is.
+    """
+    return _distillation_and_residuals(student_logits, probabilities, temperature, seen)[0]
+
+
+def _count_pairs(views, teacher_views, seen):
+    """Of how many pairs of views `distillation` is the mean."""
+    return views * teacher_views - seen
+
+
+def shares_of_pairs(views: Sequence[int]) -> list[float]:
+    """Returns what share of all pairs of views those of each crop length have, global crops first."""
+    counts = [_count_pairs(count, views[0], 0 if i else count) for i, count in enumerate(views)]
+    return [count / sum(counts) for count in counts]
+
+
+def _partners(views, teacher_views, seen):
+    """How many teacher views each student view is compared with, [V]."""
+    return teacher_views - (jnp.arange(views) < seen)
+
+
+def _distillation_and_residuals(student_logits, probabilities, temperature, seen):
+    (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
+    # The cross-entropy is logsumexp(s) − ⟨p, s⟩, and the views are summed before the product.
+    normalizers = logsumexp(student_logits / temperature)
+    others = student_logits.sum(axis=0)
+    if seen:
+        others = others - student_logits[:seen]
+    products = over_last_axis(jnp.sum, probabilities * others).sum()
+    total = jnp.vdot(_partners(views, teacher_views, seen), normalizers.sum(axis=-1)) - products / temperature
+    pairs = _count_pairs(views, teacher_views, seen)
+    return total / (pairs * batch), (student_logits, probabilities, normalizers)
+
+
+def _distillation_gradient(temperature, seen, residuals, gradient):
+    student_logits, probabilities, normalizers = residuals
+    (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
+    everybody = probabilities.sum(axis=0)
+    others = jnp.concatenate(
+        [everybody - probabilities[:seen], jnp.broadcast_to(everybody, (views - seen, *everybody.shape))]
+    )
+    student = jnp.exp(student_logits / temperature - normalizers[:, :, None])
+    scale = gradient / (temperature * _count_pairs(views, teacher_views, seen) * batch)
+    return scale * (_partners(views, teacher_views, seen)[:, None, None] * student - others), None
+
+
+distillation.defvjp(_distillation_and_residuals, _distillation_gradient)
+
+
+def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float) -> jax.Array:
+    """Returns momentum·center + (1 − momentum)·mean of the raw teacher logits [W, B, K] over views and batch."""
+    return momentum * center + (1 - momentum) * teacher_logits.mean(axis=(0, 1))
+
+
+def contrastive(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+    """Returns NT-Xent between student and teacher embeddings of different views (Chen et al., 2020, eq. 1).
+
+    For every pair of views i ≠ j the 2B rows [teacher view i; student view j] are compared by cosine; each row is an
+    anchor whose positive is the same utterance in the other half and whose negatives are all other rows, its own half
+    included. Negatives come from the whole (global) batch.
+
+    Args:
+      student: [V, B, D] embeddings of the views that the teacher has seen, too.
+      teacher: [V, B, D]; no gradient flows into them.
+      temperature: positive.
+    """
+    views, batch, _ = student.shape
+    student = l2_normalize(student.astype(jnp.float32))
+    teacher = jax.lax.stop_gradient(l2_normalize(teacher.astype(jnp.float32)))
+    itself = jnp.eye(2, dtype=bool)[:, None, :, None] & jnp.eye(batch, dtype=bool)[:, None]
+    losses = []
+    for i in range(views):
+        for j in range(views):
+            if i != j:
+                # Halves keep an axis of their own: joined, a batch split over many devices would have to be dealt anew.
+                rows = jnp.stack([teacher[i], student[j]])  # [2, B, D]
+                similarity = jnp.einsum("abd,ced->abce", rows, rows, precision="highest") / temperature
+                others = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, similarity), axis=(2, 3))
+                positive = (rows[0] * rows[1]).sum(axis=-1) / temperature
+                losses.append((others - positive).mean())
+    return jnp.stack(losses).mean()
+
+
+def embedding_deviation(embeddings: jax.Array) -> jax.Array:
+    """Returns how far L2-normalised embeddings [N, D] spread: 1 when uniform on the sphere, 0 when all are alike."""
+    unit = l2_normalize(embeddings.astype(jnp.float32))
+    return jnp.sqrt(jnp.maximum(unit.var(axis=0).sum(), 0.0))
+
+
+def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Returns the mean cosine between matching rows of two gradients [..., D]; a row without gradient counts as 0."""
+    return (l2_normalize(a) * l2_normalize(b)).sum(axis=-1).mean()

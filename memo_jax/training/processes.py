@@ -1,0 +1,126 @@
+"""Processes that train together: how they join, agree, stop at the same step, and end when one of them is lost."""
+
+import hashlib
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 30  # a process that was silent for so long is lost, and ends the others
+SHUTDOWN_SECONDS = 60  # how long the end of a process waits for that of the others
+LAST_WORDS_SECONDS = 5.0  # the first process, whose end is that of all, lets the others say first why they end
+# How XLA's errors begin when a peer is gone. Others, RESOURCE_EXHAUSTED say, are of this process itself.
+LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
+
+
+class StopRequested(Exception):
+    """SIGTERM was sent to this process, or to another that trains with it; what was to be kept has been kept."""
+
+
+def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Connects this process with those that train with it, before anything else touches a device.
+
+    Without arguments, JAX finds the others on Cloud TPU, under Slurm, Open MPI and Kubernetes.
+
+    Args:
+      coordinator: host and port, on which process 0 listens.
+      num_processes: how many there are.
+      process_id: which this is, from 0.
+
+    Raises:
+      ValueError: the arguments are wrong, or missing where there is nothing to find them by.
+      OSError: the others cannot be reached.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if not missing and not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id is {process_id}: must be 0 to {num_processes - 1}, as --num_processes says")
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator is {coordinator!r}: give host and port, such as 10.0.0.1:1234")
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            # Told everything, JAX need not look around; under Slurm it would still take one device a process.
+            cluster_detection_method=None if missing else "deactivate",
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"no TPU pod, Slurm, Open MPI or Kubernetes found to join the processes by ({error}): "
+            f"give {', '.join(missing) or 'other values'}"
+        ) from error
+    except RuntimeError as error:
+        raise OSError(f"cannot join the other processes: {error}") from error
+
+
+def leave() -> None:
+    """Disconnects when all is done; waits for the others, which are about to do so, too."""
+    jax.distributed.shutdown()
+
+
+def leave_at_once(status: int) -> None:
+    """Ends this process for an error that others may not have, without waiting for them: they notice and end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+        time.sleep(LAST_WORDS_SECONDS)
+    os._exit(status)
+
+
+def is_of_lost_process(error: BaseException) -> bool:
+    """Whether an error of a computation tells that another process is gone."""
+    return jax.process_count() > 1 and LOST.match(str(error)) is not None
+
+
+def check_agreement(values: dict[str, str]) -> None:
+    """Raises ValueError, in all processes, naming the keys whose text is not the same in all of them."""
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(value.encode()).digest()[:8] for value in values.values()]
+    rows = multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2))
+    for name, of_all in zip(values, np.moveaxis(np.asarray(rows), 0, 1), strict=True):
+        other = [i for i, digest in enumerate(of_all) if (digest != of_all[0]).any()]
+        if other:
+            raise ValueError(
+                f"{name} differs between the processes: that of process {other[0]} is not that of process "
+                "0; all must read the same files and be given the same command"
+            )
+
+
+class StopRequest:
+    """SIGTERM as a question that a loop asks at every step: `with StopRequest() as stop: … if stop.reached(step)`.
+
+    Among several processes the answer turns to yes at the same step in all, whichever of them the signal was sent to.
+    A process that trains alone is ended at once by a second signal.
+    """
+
+    def __enter__(self) -> "StopRequest":
+        self._asked, self._handler = False, None
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked after every step, by all processes."""
+        return self._asked or jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None

@@ -1,0 +1,134 @@
+"""What a run was made with, kept beside it: versions, commit, command, hardware, data, and every start of the run."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from memo_jax.files import as_path, read_text, write_text
+
+RUN_FILE = "run.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy", "soundfile")
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, of memo-jax and of the packages that a run's numbers depend on."""
+    import memo_jax
+
+    found = {"python": platform.python_version(), "memo-jax": memo_jax.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def commit() -> str | None:
+    """Returns the commit of the checkout that memo_jax runs from, with "+changes" where its files differ from it.
+
+    None where memo_jax was installed from a package, or git is not there.
+    """
+    package = Path(__file__).parent
+
+    def git(*arguments) -> str | None:
+        command = ["git", "-C", str(package), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An environment may lie within a checkout of something else, which does not track it.
+    if not git("ls-files", "--error-unmatch", Path(__file__).name):
+        return None
+    head = git("rev-parse", "HEAD")
+    return f"{head}+changes" if head and git("status", "--porcelain", "--untracked-files=no") else head
+
+
+def hardware() -> dict:
+    """Returns processor, cores that this process may use, memory, and the devices of all processes."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gigabytes = None
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        gigabytes = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    return {
+        "processor": _processor(),
+        "cores": cores,
+        "memory_gib": gigabytes,
+        "system": platform.system(),
+        "devices": jax.device_count(),
+        "device": jax.devices()[0].device_kind,
+        "platform": jax.devices()[0].platform,
+        "processes": jax.process_count(),
+    }
+
+
+def _processor() -> str:
+    """The name that the kernel gives, which says more than the architecture that platform.processor() knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def read_run(workdir: str | os.PathLike) -> dict | None:
+    """Returns what `RunRecord` wrote, None where there is nothing (a run of an earlier version). ValueError if damaged."""
+    path = as_path(workdir) / RUN_FILE
+    try:
+        text = read_text(path)
+        if text is None:
+            return None
+        run = json.loads(text)
+        run["starts"][0]["versions"]
+        return run
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to go on without it") from None
+
+
+class RunRecord:
+    """Writes `<workdir>/run.json`: seed and data of the run, and for each time it was started with what, from where.
+
+    A start's `last_step`, `seconds` and `cpu_seconds` are filled in when it ends; a start that was killed lacks them.
+    With `active=False` (every process but the first) nothing is written.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, *, seed: int, data: dict, begin: int, active: bool = True):
+        self._path, self._active = as_path(workdir) / RUN_FILE, active
+        self._began = time.monotonic()
+        if not active:
+            return
+        before = read_run(workdir) or {"starts": []}
+        self._start = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "first_step": begin + 1,
+            "command": sys.argv,
+            "commit": commit(),
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        # What a start from the beginning replaces is not part of the run.
+        earlier = before["starts"] if begin else []
+        self._run = {"seed": seed, "data": data, "starts": [*earlier, self._start]}
+        self._write()
+
+    def end(self, step: int) -> None:
+        """Records the last step that was taken."""
+        if self._active:
+            self._start |= {
+                "last_step": step,
+                "seconds": round(time.monotonic() - self._began, 1),
+                "cpu_seconds": round(time.process_time(), 1),
+            }
+            self._write()
+
+    def _write(self) -> None:
+        write_text(self._path, json.dumps(self._run, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,70 @@
+"""The train state: everything a step reads and writes, and everything a checkpoint keeps of it."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from memo_jax.models import Branch
+from memo_jax.training.gate import Gate, GateRule, initial_gate
+
+Variables = dict[str, Any]  # {"params": …, "batch_stats": …}
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Students, teachers and all that training carries from step to step.
+
+    Attributes:
+      step: how many steps have been taken, int32.
+      student, teacher: {branch: {"params", "batch_stats"}}.
+      center: {branch: {head: [K]}}, of the teacher of that branch.
+      opt_state: {branch: {part: the optimiser's state}}; parts of a student are its backbone and each head, which are
+        updated one after the other.
+      gate: the state of the contrastive gate.
+    """
+
+    step: jax.Array
+    student: dict[str, Variables]
+    teacher: dict[str, Variables]
+    center: dict[str, dict[str, jax.Array]]
+    opt_state: dict[str, dict[str, optax.OptState]]
+    gate: Gate
+
+
+def student_params(state: TrainState) -> dict[str, Any]:
+    """Returns the students' parameters, {branch: params}."""
+    return {name: variables["params"] for name, variables in state.student.items()}
+
+
+def initial_state(
+    key: jax.Array, branches: dict[str, Branch], mels: int, optimizer: optax.GradientTransformation, rule: GateRule
+) -> TrainState:
+    """Returns the state before the first step: teachers are exact copies of the students, centres are zero."""
+    student = {}
+    for i, (name, branch) in enumerate(branches.items()):
+        variables = branch.init(jax.random.fold_in(key, i), jnp.zeros((2, 32, mels)), train=True)
+        student[name] = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+    return state_from_students(student, branches, optimizer, rule)
+
+
+def state_from_students(
+    student: dict[str, Variables], branches: dict[str, Branch], optimizer: optax.GradientTransformation, rule: GateRule
+) -> TrainState:
+    """Returns the state before the first step for students of given variables."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        student=student,
+        teacher=jax.tree.map(jnp.copy, student),
+        center={
+            name: {head: jnp.zeros((branch.head.prototypes,), jnp.float32) for head in branch.head_names}
+            for name, branch in branches.items()
+        },
+        opt_state={
+            name: {part: optimizer.init(of_part) for part, of_part in variables["params"].items()}
+            for name, variables in student.items()
+        },
+        gate=initial_gate(rule),
+    )

@@ -1,0 +1,62 @@
+"""Devices: the data mesh, who holds what, and host batches as global arrays. The only file that knows about devices."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = "data"
+
+
+def data_mesh(devices=None) -> Mesh:
+    """Returns a mesh of all (or the given) devices along one axis, over which batches are split.
+
+    The devices of a process follow each other, so that its rows of a batch do, too, and a batch is the same whoever
+    reads which part of it.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    # Explicit axes, the default, refuse products over a sharded axis such as NT-Xent's z zᵀ.
+    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole: the banks, and most of the train state."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays whose first axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def split_longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Returns the sharding of an array whose longest axis that the devices can share evenly is split over them."""
+    axes = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
+    if not axes:
+        return replicated(mesh)
+    longest = max(axes, key=lambda axis: shape[axis])
+    return NamedSharding(mesh, PartitionSpec(*(DATA_AXIS if axis == longest else None for axis in range(len(shape)))))
+
+
+def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns the global arrays of which each process gives its rows."""
+    sharding = split_batch(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def replicate(mesh: Mesh, tree):
+    """Returns a pytree of host arrays held whole by every device."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x)), tree)
+
+
+def on_one_device(tree):
+    """Returns a pytree of replicated arrays as one device of this process holds it, for programs it runs alone."""
+    return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), tree)
+
+
+def parts_here(x) -> list:
+    """Returns the parts of an array that this process holds, each once; a host array is the one part of itself."""
+    return (
+        list({str(shard.index): shard.data for shard in x.addressable_shards}.values())
+        if isinstance(x, jax.Array)
+        else [x]
+    )

@@ -1,0 +1,141 @@
+"""`prepare --check`: a sound dataset passes, and whatever is damaged in another is named."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+
+import tiny
+from memo_jax.data import prepare as prepare_module
+from memo_jax.data.check import check, check_summary
+from memo_jax.data.prepare import prepare
+
+RATE = 16000
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch):
+    """Ten utterances of two speakers in five shards; the last is longer than two segments."""
+    monkeypatch.setattr(prepare_module, "RECORDINGS_PER_SHARD", 2)
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        path = tmp_path / "speech" / f"s{number // 5}" / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        length = RATE + 1000 * number if number < 9 else 30 * RATE
+        soundfile.write(path, rng.integers(-9999, 9999, length).astype(np.int16), RATE)
+    prepare(tmp_path / "speech", tmp_path / "set", workers=1)
+    return tmp_path / "set"
+
+
+def shard(dataset, number):
+    return dataset / f"speech-train.array_record-{number:05d}-of-00005"
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def only_problem(dataset):
+    ((file, problem),) = check(dataset, workers=1)["problems"]
+    return file, problem
+
+
+def test_a_sound_dataset_has_no_problems_and_the_command_exits_0(dataset):
+    report = check(dataset, workers=1)
+    assert report["problems"] == [] and report["utterances"] == 10 and report["shards"] == 5
+    status, text = tiny.here("prepare", "--check", dataset, "--workers", "2")
+    assert status == 0 and "10 utterances, 0.01 hours, 5 shards, all as prepared" in text
+
+
+def test_a_flipped_bit_anywhere_in_a_record_is_found_and_the_command_exits_2(dataset):
+    path, name = shard(dataset, 1), "s0/2.wav"
+    sound = path.read_bytes()
+    samples = soundfile.read(dataset.parent / "speech" / name, dtype="int16")[0].tobytes()
+    begin = sound.index(samples)
+    for at in [sound.index(name.encode()), *np.linspace(begin, begin + len(samples) - 1, 7, dtype=int)]:
+        data = bytearray(sound)
+        data[at] ^= 1
+        path.write_bytes(data)
+        file, problem = only_problem(dataset)
+        assert file == path.name and problem.startswith("record 0 cannot be read")
+    status, text = tiny.here("prepare", "--check", dataset, "--workers", "1")
+    assert status == 2 and "is damaged: 1 problem in 10 utterances" in text and f"{path.name}: record 0" in text
+
+
+@pytest.mark.parametrize("kept", [0, 0.2, 0.5, 0.99])
+def test_a_truncated_shard_is_named(dataset, kept):
+    path = shard(dataset, 2)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    file, problem = only_problem(dataset)
+    assert file == path.name and ("cannot be read" in problem or "records, expected 2" in problem)
+
+
+def test_all_that_is_damaged_is_named_up_to_a_number(dataset):
+    os.unlink(shard(dataset, 0))
+    path = shard(dataset, 4)
+    path.write_bytes(path.read_bytes()[:100])
+    report = check(dataset, workers=1)
+    assert [file for file, _ in report["problems"]] == [shard(dataset, 0).name, path.name]
+    assert "is gone" in report["problems"][0][1]
+    assert check_summary(dataset, report, most=1).count("\n  ") == 2
+    assert "… and 1 more" in check_summary(dataset, report, most=1)
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("s0/1.wav", "s0/7.wav", "utterance s0/7.wav: the record's name and speaker are 's0/1.wav' 's0'"),
+        ("s0/1.wav\ts0", "s0/1.wav\ts1", "utterance s0/1.wav: the record's name and speaker are 's0/1.wav' 's0'"),
+        ("1.0625000", "1.0625001", r"utterance s0/1.wav: 1.0625000 s, the manifest says 1.0625001"),
+        ("1.0625000\t", "1.0625000\t0", "utterance s0/1.wav: checksum "),
+        ("name\tspeaker", "speaker\tname", "line 1 is not as prepare wrote it"),
+        ("s0/1.wav\ts0\t", "s0/1.wav\t", "line 3 is not as prepare wrote it"),
+    ],
+)
+def test_an_edited_manifest_is_named_with_what_was_edited(dataset, old, new, said):
+    edit(dataset / "manifest.tsv", old, new)
+    assert said in only_problem(dataset)[1]
+
+
+def test_a_row_too_few_or_no_manifest_at_all(dataset):
+    lines = (dataset / "manifest.tsv").read_text().splitlines(keepends=True)
+    (dataset / "manifest.tsv").write_text("".join(lines[:4] + lines[5:]))
+    assert only_problem(dataset) == ("manifest.tsv", "9 utterances, the dataset has 10")
+    os.unlink(dataset / "manifest.tsv")
+    assert only_problem(dataset)[0] == "manifest.tsv"
+
+
+def test_two_records_that_changed_places_are_found(dataset):
+    """Each shard is sound, and all counts agree."""
+    one, two = shard(dataset, 0), shard(dataset, 1)
+    one_bytes, two_bytes = one.read_bytes(), two.read_bytes()
+    one.write_bytes(two_bytes), two.write_bytes(one_bytes)
+    problems = check(dataset, workers=1)["problems"]
+    assert {file for file, _ in problems} == {one.name, two.name}
+    assert any("utterance s0/0.wav: the record's name and speaker are 's0/2.wav'" in problem for _, problem in problems)
+
+
+def test_damaged_metadata_is_named(dataset):
+    index = np.load(dataset / "index.npy")
+    index[3, 1] += 1_000_000
+    np.save(dataset / "index.npy", index)
+    assert only_problem(dataset) == ("index.npy", "missing or damaged")
+    index[3, 1] -= 1_000_000
+    np.save(dataset / "index.npy", index)
+    metadata = json.loads((dataset / "metadata.json").read_text())
+    (dataset / "metadata.json").write_text(json.dumps(metadata | {"fingerprint": "0" * 32}))
+    assert "fingerprint 000" in only_problem(dataset)[1]
+    (dataset / "dataset_info.json").write_text("{")
+    assert only_problem(dataset)[0] == "dataset_info.json"
+
+
+def test_what_is_no_dataset_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a dataset"):
+        check(tmp_path)
+    for arguments in (["--check", tmp_path, "--output", "x"], ["--output", "x"], ["--input", "x"]):
+        status, text = tiny.here("prepare", *arguments)
+        assert status == 2 and ("stands alone" in text or "is missing" in text)

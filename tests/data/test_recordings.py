@@ -1,0 +1,299 @@
+"""Folders, archives, Kaldi folders and shards: which recordings they hold, under which names, and their samples."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+
+import tiny
+from memo_jax.audio import AudioError
+from memo_jax.data.recordings import find_recordings, input_kind, is_streamed, read_recording
+from recording_files import WRITERS, audio_bytes, noise, write_files, write_tar, write_zip
+
+VOXCELEB = ["id10270/5r0dWxy17C8/00001.wav", "id10270/5r0dWxy17C8/00002.wav", "id10271/1gtz-CUIygI/00001.wav"]
+
+
+def named(recordings):
+    return [(item.name, item.speaker) for item in recordings]
+
+
+def test_a_folder_is_a_speaker(tmp_path):
+    write_files(tmp_path / "in", {"b/x/1.wav": None, "a/1.wav": None, "flat.wav": None, "notes.txt": b"text"})
+    recordings, left_out = find_recordings([tmp_path / "in"])
+    assert named(recordings) == [("a/1.wav", "a"), ("b/x/1.wav", "b"), ("flat.wav", "")]
+    assert left_out == [(str(tmp_path / "in" / "notes.txt"), "not a recording: extension .txt")]
+    assert [item.source for item in recordings] == [str(tmp_path / "in" / item.name) for item in recordings]
+    np.testing.assert_array_equal(read_recording(recordings[0], max_seconds=9), noise(seed=1))
+
+
+@pytest.mark.parametrize("given", ["", "dev", "dev/aac", "dev/aac/id10270", "dev/aac/id10270/5r0dWxy17C8"])
+def test_voxceleb_is_named_as_its_lists_name_it_whatever_folder_is_given(tmp_path, given, monkeypatch):
+    root = write_files(tmp_path / "vox", {f"dev/aac/{name}": None for name in VOXCELEB})
+    expected = [
+        (name, name[:7])
+        for name in VOXCELEB
+        if given.split("/")[2:] == name.split("/")[: len(given.split("/")) - 2] or given.count("/") < 2
+    ]
+    for path in (root / given, os.path.relpath(root / given, tmp_path / "vox" / "dev")):
+        monkeypatch.chdir(tmp_path / "vox" / "dev")
+        recordings, _ = find_recordings([path])
+        assert named(recordings) == expected
+        assert all(len(read_recording(item, max_seconds=9)) == len(noise()) for item in recordings)
+
+
+def test_voxceleb_in_the_current_folder(tmp_path, monkeypatch):
+    write_files(tmp_path, {f"id10270/{name}": None for name in ("a/1.wav", "b/1.wav")})
+    monkeypatch.chdir(tmp_path / "id10270")
+    recordings, _ = find_recordings(["."])
+    assert named(recordings) == [("id10270/a/1.wav", "id10270"), ("id10270/b/1.wav", "id10270")]
+    assert len(read_recording(recordings[0], max_seconds=9)) == len(noise())
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_archives_are_read_in_place(tmp_path, suffix):
+    """Names are paths in the archive; the samples are those of the files, in every format."""
+    samples = {
+        f"s{index}/{index}.{kind.lower()}": (noise(seed=index), kind)
+        for index, kind in enumerate(["WAV", "FLAC", "AIFF"])
+    }
+    content = {name: audio_bytes(*value) for name, value in samples.items()}
+    path = WRITERS[suffix](tmp_path / f"in{suffix}", {"./README.md": b"text"} | content)
+    assert input_kind(path) == "archive"
+    recordings, left_out = find_recordings([path])
+    assert named(recordings) == [(name, name[:2]) for name in samples]
+    assert left_out == [(f"{path}/README.md", "not a recording: extension .md")]
+    if not any(map(is_streamed, recordings)):
+        for item in recordings:
+            np.testing.assert_array_equal(read_recording(item, max_seconds=9), samples[item.name][0])
+    assert [item.source for item in recordings] == [f"{path}/{name}" for name in samples]
+    assert {item.file for item in recordings} == {str(path)}
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_a_folder_in_an_archive_can_be_the_input_and_voxceleb_is_recognised(tmp_path, suffix):
+    content = {f"LibriSpeech/train/{name}": audio_bytes(noise()) for name in ("19/198/0.wav", "26/495/0.wav")}
+    path = WRITERS[suffix](tmp_path / f"in{suffix}", content)
+    assert named(find_recordings([path / "LibriSpeech/train"])[0]) == [("19/198/0.wav", "19"), ("26/495/0.wav", "26")]
+    path = WRITERS[suffix](tmp_path / f"vox{suffix}", {f"dev/aac/{name}": audio_bytes(noise()) for name in VOXCELEB})
+    assert named(find_recordings([path])[0]) == [(name, name[:7]) for name in VOXCELEB]
+    with pytest.raises(FileNotFoundError, match="no such folder of recordings, nor archive"):
+        find_recordings([tmp_path / "out.zip" / "folder"])
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".stored.zip", ".tar", ".tar.gz", ".tar.xz"])
+@pytest.mark.parametrize("kept", [0.3, 0.9])
+def test_an_archive_cut_short_is_an_error(tmp_path, suffix, kept):
+    path = WRITERS[suffix](
+        tmp_path / f"in{suffix}", {f"{index}.wav": audio_bytes(noise(seed=index)) for index in range(20)}
+    )
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"in{suffix}: not an archive, damaged or cut short .*get the file again"):
+        find_recordings([path])
+
+
+def test_what_is_damaged_in_an_archive_is_an_error_of_its_member(tmp_path):
+    content = {f"{index}.wav": audio_bytes(noise(seed=index)) for index in range(3)}
+    path = write_zip(tmp_path / "in.zip", content, zipfile.ZIP_STORED)
+    recordings, _ = find_recordings([path])
+    data = bytearray(path.read_bytes())
+    data[recordings[1].extent.offset + 5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(AudioError, match="in.zip/1.wav: damaged in its archive: wrong checksum"):
+        read_recording(recordings[1], max_seconds=9)
+    np.testing.assert_array_equal(read_recording(recordings[2], max_seconds=9), noise(seed=2))
+    path.write_bytes(bytes(len(data)))
+    with pytest.raises(AudioError, match="damaged in its archive: no header"):
+        read_recording(recordings[0], max_seconds=9)
+    os.unlink(path)
+    with pytest.raises(AudioError, match="cannot be opened: No such file"):
+        read_recording(recordings[0], max_seconds=9)
+
+
+def test_a_zip_that_lies_about_a_size_takes_no_memory(tmp_path):
+    """A hundred megabytes of zeros that are said to be 1,000 bytes."""
+    path = write_zip(tmp_path / "in.zip", {"bomb.wav": bytes(100_000_000)})
+    (item,), _ = find_recordings([path])
+    item = item._replace(extent=item.extent._replace(size=1000))
+    with pytest.raises(AudioError, match="wrong checksum"):
+        read_recording(item, max_seconds=9)
+    item = item._replace(extent=item.extent._replace(size=3 << 30))
+    with pytest.raises(AudioError, match="too large to be read from an archive"):
+        read_recording(item, max_seconds=9)
+
+
+def test_links_and_encrypted_members_are_named(tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        info = tarfile.TarInfo("link.wav")
+        info.type, info.linkname = tarfile.SYMTYPE, "a.wav"
+        tar.addfile(info)
+    path = write_zip(tmp_path / "in.zip", {"a.wav": audio_bytes(noise())})
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(data)
+    recordings, left_out = find_recordings([tmp_path / "in.tar", path])
+    assert recordings == [] and [reason for _, reason in left_out] == [
+        "a link in its archive",
+        "encrypted in its archive",
+    ]
+
+
+def test_an_end_mark_in_the_middle_of_a_tar_is_an_error(tmp_path):
+    """What follows it would be lost without a word, as when two tars are concatenated."""
+    content = {f"{index}.wav": audio_bytes(noise(20, index)) for index in range(3)}
+    one = write_tar(tmp_path / "one.tar", content).read_bytes()
+    (tmp_path / "two.tar").write_bytes(one + one)
+    with pytest.raises(ValueError, match="its end mark is at byte"):
+        find_recordings([tmp_path / "two.tar"])
+
+
+def test_no_archive_is_named(tmp_path):
+    for name in ("a.zip", "a.tar", "a.tgz"):
+        (tmp_path / name).write_bytes(b"something else" * 99)
+        with pytest.raises(ValueError, match=f"{name}: not an archive"):
+            find_recordings([tmp_path / name])
+    (tmp_path / "a.wav").write_bytes(audio_bytes(noise()))
+    with pytest.raises(ValueError, match="a.wav: expected a folder, a zip, a tar"):
+        find_recordings([tmp_path / "a.wav"])
+
+
+def kaldi_folder(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (folder / name.replace("_", ".")).write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_kaldi_folders_name_utterances_and_speakers(tmp_path):
+    write_files(tmp_path / "audio", {"one.wav": None, "two words.wav": None})
+    folder = kaldi_folder(
+        tmp_path / "data",
+        wav_scp=[f"utt-2 {tmp_path}/audio/two words.wav", "utt-1 ../audio/one.wav"],
+        utt2spk=["utt-1 anna", "utt-2 bert"],
+    )
+    assert input_kind(folder) == "Kaldi folder"
+    recordings, left_out = find_recordings([folder])
+    assert named(recordings) == [("utt-1", "anna"), ("utt-2", "bert")] and left_out == []
+    for seed, item in enumerate(recordings):
+        np.testing.assert_array_equal(read_recording(item, max_seconds=9), noise(seed=seed))
+    (folder / "utt2spk").unlink()
+    assert named(find_recordings([folder])[0]) == [("utt-1", ""), ("utt-2", "")]
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG"])
+def test_segments_of_kaldi_are_parts_of_recordings(tmp_path, kind):
+    samples = noise(3.0)
+    write_files(tmp_path, {"one.audio": audio_bytes(samples, kind)})
+    folder = kaldi_folder(
+        tmp_path / "data",
+        wav_scp=[f"rec {tmp_path}/one.audio"],
+        segments=["utt-a rec 0.5 1.25", "utt-b rec 2.0 -1", "utt-c rec 2.5 3.4", "utt-d rec 2.5 3.6", "utt-e rec 4 5"],
+    )
+    recordings, _ = find_recordings([folder])
+    whole = read_recording(recordings[0]._replace(span=None), max_seconds=9)
+    for item, (first, last) in zip(recordings, [(8000, 20000), (32000, 48000), (40000, 48000)]):
+        np.testing.assert_allclose(read_recording(item, max_seconds=9), whole[first:last], atol=2)
+    for item in recordings[3:]:
+        with pytest.raises(AudioError, match="no such part"):
+            read_recording(item, max_seconds=9)
+
+
+def test_commands_of_kaldi_run_only_when_told(tmp_path):
+    write_files(tmp_path, {"one.wav": None})
+    folder = kaldi_folder(
+        tmp_path / "data",
+        wav_scp=[f"utt-1 touch {tmp_path}/ran; cat {tmp_path}/one.wav |", "utt-2 echo no such codec >&2; exit 3 |"],
+    )
+    with pytest.raises(ValueError, match="utt-1 is the output of a command, 'touch .*--run-commands"):
+        find_recordings([folder])
+    assert not (tmp_path / "ran").exists()
+    good, bad = find_recordings([folder], run_commands=True)[0]
+    np.testing.assert_array_equal(read_recording(good, max_seconds=9), noise())
+    with pytest.raises(AudioError, match="command failed: status 3: no such codec"):
+        read_recording(bad, max_seconds=9)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"wav_scp": ["utt"]}, "wav.scp, line 1: one field only"),
+        ({"wav_scp": ["utt a.wav", "utt b.wav"]}, "wav.scp, line 2: 'utt' is there twice"),
+        ({"wav_scp": ["utt a.wav"], "utt2spk": ["utt anna", "utt anna"]}, "utt2spk, line 2: 'utt' is there twice"),
+        (
+            {"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1", "utt2 other 0 1"]},
+            "segments, line 2: .*no recording 'other'",
+        ),
+        (
+            {"wav_scp": ["rec a.wav"], "segments": ["utt rec 1"]},
+            "segments, line 1: expected 'utterance recording begin end'",
+        ),
+        ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 2 1"]}, "segments, line 1: expected"),
+    ],
+)
+def test_wrong_kaldi_files_are_named_with_their_line(tmp_path, files, message):
+    with pytest.raises(ValueError, match=message):
+        find_recordings([kaldi_folder(tmp_path / "data", **files)])
+
+
+def test_shards_of_wespeaker(tmp_path, monkeypatch):
+    """Keys are the names, and may look like file names; speakers are those of the shards."""
+    for shard in range(2):
+        write_tar(
+            tmp_path / f"shards_{shard}.tar",
+            {
+                f"id1000{shard}/v/1.wav.spk": f"id1000{shard}".encode(),
+                f"id1000{shard}/v/1.wav.wav": audio_bytes(noise()),
+                f"utt{shard}.spk": b"other",
+                f"utt{shard}.flac": audio_bytes(noise(seed=1), "FLAC"),
+            },
+        )
+    expected = [("id10000/v/1.wav", "id10000"), ("id10001/v/1.wav", "id10001"), ("utt0", "other"), ("utt1", "other")]
+    (tmp_path / "shard.list").write_text(f"{tmp_path}/shards_0.tar\nshards_1.tar\n")
+    assert input_kind(tmp_path / "shard.list") == "list of shards"
+    recordings, left_out = find_recordings([tmp_path / "shard.list"])
+    assert named(recordings) == expected and left_out == []
+    np.testing.assert_array_equal(read_recording(recordings[2], max_seconds=9), noise(seed=1))
+    assert named(find_recordings([tmp_path / "shards_0.tar", tmp_path / "shards_1.tar"])[0]) == expected
+    (tmp_path / "bad.list").write_text("shards_0.tar\nshards_7.tar\n")
+    with pytest.raises(FileNotFoundError, match="bad.list, line 2: shards_7.tar: no such file"):
+        find_recordings([tmp_path / "bad.list"])
+
+
+def test_inputs_of_all_kinds_mix_and_names_must_differ(tmp_path):
+    write_files(tmp_path / "folder", {"a/1.wav": None})
+    kaldi_folder(tmp_path / "kaldi", wav_scp=[f"b/1 {tmp_path}/folder/a/1.wav"])
+    inputs = [tmp_path / "folder", tmp_path / "kaldi"]
+    for suffix in (".zip", ".tar", ".tar.gz"):
+        inputs.append(WRITERS[suffix](tmp_path / f"in{suffix}", {f"{suffix}/1.wav": audio_bytes(noise())}))
+    assert [item.name for item in find_recordings(inputs)[0]] == [
+        ".tar/1.wav",
+        ".zip/1.wav",
+        "a/1.wav",
+        "b/1",
+        ".tar.gz/1.wav",
+    ]
+    write_zip(tmp_path / "same.zip", {"a/1.wav": audio_bytes(noise())})
+    with pytest.raises(ValueError, match="folder/a/1.wav and .*same.zip/a/1.wav would both be called a/1.wav"):
+        find_recordings([*inputs, tmp_path / "same.zip"])
+
+
+def test_the_benchmark_of_listing_runs():
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("no /proc to measure memory by")
+    program = tiny.ROOT / "experiments" / "benchmarks" / "listing.py"
+    run = subprocess.run(
+        [sys.executable, program, "--recordings", "100", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=tiny.environment(),
+    )
+    results = json.loads(run.stdout)
+    assert results.keys() == {"folder", "zip", "tar", "tar.gz"}
+    for row in results.values():
+        assert row.keys() == {"recordings", "list_seconds", "list_megabytes", "read_plan_seconds"}
+        assert row["recordings"] == 100

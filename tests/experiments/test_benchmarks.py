@@ -1,0 +1,192 @@
+"""Every benchmark runs, at a size that measures nothing, and prints what it says it prints."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "benchmarks"
+
+
+def run(name, *arguments, environment=None):
+    return subprocess.run(
+        [sys.executable, FOLDER / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment or tiny.environment(),
+        timeout=300,
+    )
+
+
+def printed_json(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_records():
+    results = printed_json(run("records.py", "--utterances=4", "--long-seconds=6", "--json"))
+    formats = {(row["content"], row["options"]): row for row in results["formats"]}
+    plain = formats["PCM", "group_size:1,uncompressed"]
+    # 115.2 MB an hour of 16-bit samples at 16 kHz; with few utterances, the file's padding to 64 kB counts
+    assert 115.2 < plain["megabytes_per_hour"] < 140
+    assert formats["FLAC", "group_size:1,uncompressed"]["megabytes_per_hour"] < plain["megabytes_per_hour"]
+    rows = [*results["formats"], *(row for rows in results["segments"].values() for row in rows)]
+    assert all(value > 0 for row in rows for value in row.values() if not isinstance(value, str))
+    assert len(results["segments"]) == 2
+
+
+def test_dataset_size():
+    done = run("dataset_size.py", "--utterances", 70, 200, "--shards=2", "--json")
+    rows = printed_json(done)["sizes"]
+    assert [row["utterances"] for row in rows] == [70, 200]
+    assert rows[1]["index_megabytes"] - rows[0]["index_megabytes"] == pytest.approx(130 * 16 / 1e6)
+    assert all(row["open_seconds"] > 0 and row["all_shards_megabytes"] >= 0 for row in rows)
+
+
+LOAD = ("--utterances=12", "--seconds=3", "--batch-size=4", "--measure-seconds=0.1")
+
+
+def test_load_ours_only():
+    results = printed_json(run("load.py", "--ours-only", "--json", *LOAD))
+    assert results["utterances_per_second_per_core"] > 0 and "ratio" not in results
+    assert [(row["loader"], row["workers"]) for row in results["rows"]] == [("ours", 0), ("ours", 1)]
+
+
+def test_load_says_what_to_install_where_torch_is_missing(tmp_path):
+    """A finder of modules that hides PyTorch stands in for an environment without it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, package=None: None if name == 'torch' else find(name, package)\n"
+    )
+    environment = tiny.environment()
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), environment["PYTHONPATH"]))
+    done = run("load.py", "--json", *LOAD, environment=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "memo-jax[torch]" in done.stderr and "--ours-only" in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install '.[torch]'")
+def test_load_compares_with_pytorch():
+    results = printed_json(run("load.py", "--json", *LOAD))
+    assert results["ratio"] == pytest.approx(
+        results["utterances_per_second_per_core"] / results["theirs_per_second_per_core"]
+    )
+    assert {row["loader"] for row in results["rows"]} == {"ours", "theirs", "theirs, crops only"}
+    assert all(row["per_second_per_core"] > 0 for row in results["rows"])
+    table = run("load.py", "--workers=0", *LOAD)
+    assert table.returncode == 0 and "ours / theirs, per core" in table.stdout
+
+
+EMBED = ("--width=16", "--utterances=3", "--seconds=1", "--runs=2", "--json")
+
+
+def test_embed_ours_only():
+    results = printed_json(run("embed.py", "--ours-only", *EMBED))
+    assert results["recordings"] == 3 and len(results["seconds"]["ours"]) == 2
+    assert results["audio_seconds_per_second"]["ours"] > 0 and 0 < results["fraction_of_peak"] < 1
+    assert "ratio" not in results
+
+
+def test_embed_says_what_to_install_where_the_networks_are_missing():
+    if importlib.util.find_spec("speakerlab"):
+        pytest.skip("they are there")
+    done = run("embed.py", *EMBED)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "speakerlab-slim" in done.stderr and "--ours-only" in done.stderr
+
+
+SMALLEST = (
+    "--config.model.ecapa_channels=(8,8,8,8,24)",
+    "--config.model.embedding_dim=8",
+    "--config.model.head_hidden=8",
+    "--config.model.head_bottleneck=4",
+    "--config.model.branches=ecapa",
+    "--config.loss.cross=0.0",
+    "--config.model.prototypes=64",
+)
+
+
+def test_loss():
+    results = printed_json(run("loss.py", "--batch=2", "--prototypes=512", "--runs=1", "--json"))
+    assert results["max_difference"] < 1e-6
+    assert results["ratio"] == results["pairwise"]["cpu_seconds"] / results["ours"]["cpu_seconds"]
+    assert results["memory_ratio"] == results["pairwise"]["temporary_bytes"] / results["ours"]["temporary_bytes"] > 2
+
+
+def test_step_parts():
+    done = run(
+        "step_parts.py",
+        "--batch-size=2",
+        "--runs=1",
+        "--parts=ecapa, forward",
+        "--json",
+        *SMALLEST,
+        "--config.data.global_seconds=0.4",
+        "--config.data.local_seconds=0.2",
+    )
+    rows = {row["part"]: row for row in printed_json(done)["parts"]}
+    assert set(rows) == {"ecapa, forward", "ecapa, forward and backward"}
+    assert all(row["seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
+    backward, forward = rows["ecapa, forward and backward"], rows["ecapa, forward"]
+    assert 2 < backward["gigaflops"] / forward["gigaflops"] < 4
+
+
+@pytest.fixture
+def scaling():
+    spec = importlib.util.spec_from_file_location("scaling", FOLDER / "scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_scaling_measures_a_point(scaling):
+    point = scaling.BASE | {"batch": 4, "branches": 1, "prototypes": 64}
+    found = printed_json(
+        run(
+            "scaling.py",
+            "--point",
+            json.dumps(point),
+            "--steps=1",
+            *SMALLEST,
+            "--config.augment.clean=1.0",
+            "--config.data.local_crops=0",
+            "--config.gate.rule=never",
+        )
+    )
+    assert set(found) == set(scaling.QUANTITIES) and all(value > 0 for value in found.values())
+
+
+def test_scaling_reports_growth(scaling, tmp_path, monkeypatch, capsys):
+    """Of made-up times: of the batch's square, and of nothing."""
+
+    def made_up(point, *_):
+        return {"step_cpu_seconds": point["batch"] ** 2, "compile_cpu_seconds": 7, "megabytes": point["prototypes"]}
+
+    monkeypatch.setattr(scaling, "measured_apart", made_up)
+    results = scaling.main(["--axes=batch,prototypes", "--points=3", "--output", str(tmp_path)])
+    assert [row["batch"] for row in results["rows"]["batch"]] == [4, 8, 16]
+    assert results["growth"]["batch"] == pytest.approx(
+        {"step_cpu_seconds": 2, "compile_cpu_seconds": 0, "megabytes": 0}
+    )
+    assert results["growth"]["prototypes"]["megabytes"] == pytest.approx(1)
+    assert "| 16 | 256.000 | 7.0 | 4096 |" in capsys.readouterr().out
+    assert json.loads((tmp_path / "scaling.json").read_text()) == results
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_scaling_names_an_axis_that_it_does_not_have():
+    done = run("scaling.py", "--axes=batch,views")
+    assert done.returncode == 1 and "no axis views: choose of batch, prototypes" in done.stderr
+
+
+def test_train_step_says_what_it_needs():
+    if importlib.util.find_spec("speakerlab"):
+        pytest.skip("it is there")
+    done = run("train_step.py", "--json")
+    assert done.returncode == 2 and done.stdout == "" and "make parity" in done.stderr

@@ -1,0 +1,227 @@
+"""experiments/parity.py: our train step against steps of an independent PyTorch implementation.
+
+tests/reference_steps.npz holds steps that experiments/make_reference.py took in float64, and the losses of the
+same steps taken with one mistake each. It was written by
+
+    make_reference.py make reference_steps.npz --float64 --mistakes
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+
+PROJECT = Path(__file__).parents[2]
+TINY = PROJECT / "tests" / "reference_steps.npz"
+MEMO = PROJECT.parent / "shared" / "reference" / "memo_steps.npz"
+
+
+@pytest.fixture(scope="module")
+def parity():
+    spec = importlib.util.spec_from_file_location("parity", PROJECT / "experiments" / "parity.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_main(parity, *arguments) -> tuple[int, str]:
+    """Returns the exit status and what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        status = parity.main([str(argument) for argument in arguments])
+    return status, out.getvalue()
+
+
+def typed(path: Path) -> tuple[int, dict]:
+    """Returns the exit status of parity.py as a user types it, its steps compiled as for training, and its result."""
+    command = [sys.executable, PROJECT / "experiments" / "parity.py", path]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=tiny.as_users_compile())
+    return done.returncode, json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """What parity.py prints of the tiny file, and its exit status."""
+    return typed(TINY)
+
+
+@pytest.fixture(scope="module")
+def our_run(parity):
+    """Our steps on the tiny file, and the reference's."""
+    reference = parity.Reference(TINY)
+    return reference.run(reference.initial_students()), reference.reached()
+
+
+def check_keys(result: dict, path: Path):
+    with np.load(path) as file:
+        losses = file["losses"]
+        kept = {name.split("/")[0] for name in file.files if name.startswith("after")}
+    assert np.shape(result["losses"]) == losses.shape
+    assert set(result["state"]) == kept
+    for deviation in result["state"].values():
+        assert set(deviation) == {"parameters", "statistics", "centers"}
+    assert set(result["embeddings"]) == {"before", "after"}
+
+
+def test_tiny_reference_is_reproduced(judged):
+    status, result = judged
+    assert result["passed_tolerance"] == []
+    assert status == 0
+    check_keys(result, TINY)
+    # Before training has amplified anything, float32 leaves room for roundings only.
+    assert np.max(result["losses"][0]) < 1e-5
+    assert result["state"]["after0"]["parameters"] < 1e-4
+    assert result["embeddings"]["before"] < 1e-5
+
+
+def test_tiny_reference_puts_every_part_of_the_step_to_the_test(parity):
+    """A setting at a neutral value (a weight of 1, a rate of 0) would hide whether the step heeds it."""
+    reference = parity.Reference(TINY)
+    config, arrays = reference.config, reference.arrays
+    assert config["cross_weight"] != 1 and config["weight_decay"] > 0 and arrays["schedule/lr"][0] > 0
+    temperature = reference.recipe.schedules.teacher_temp
+    steps = len(arrays["losses"])
+    assert float(temperature(0)) != float(temperature(steps - 1))
+    assert 0 < reference.recipe.schedules.prototypes_from < steps
+    for i, state in reference.reached().states.items():
+        kinds = {(parity.kind_of(name), *name.split("/")[:2]) for name in state}
+        roles = {(role, branch) for role in ("student", "teacher") for branch in parity.BRANCHES}
+        assert kinds >= {(kind, *role) for kind in ("parameters", "statistics") for role in roles}, i
+        assert {name for name in state if name.startswith("center/")} == {
+            f"center/{kind}/{branch}" for kind in parity.HEADS for branch in parity.BRANCHES
+        }
+
+
+def test_shared_reference_is_reproduced():
+    if not MEMO.is_file():
+        pytest.skip(f"needs {MEMO.name}, the reference steps beside the project")
+    status, result = typed(MEMO)
+    assert result["passed_tolerance"] == []
+    assert status == 0
+    check_keys(result, MEMO)
+    # Ten times the float32 noise that comes with the file.
+    for step, noise in ((0, 1e-6), (3, 2e-4), (7, 4e-3)):
+        assert np.max(result["losses"][step]) < 10 * noise
+    assert result["state"]["after0"]["parameters"] < 10 * 1e-7
+    # This bound holds for the ECAPA-TDNNs; PyTorch's own ResNet in float32 and float64 ends 2e-3 apart.
+    for role in ("student", "teacher"):
+        assert result["deviations"][f"parameters/after7/{role}/ecapa"] < 10 * 5e-6
+
+
+def with_tensor(run, step: int, name: str, change):
+    """Returns a run, one array of whose state after a step is changed."""
+    state = run.states[step]
+    return run._replace(states=run.states | {step: state | {name: change(state[name])}})
+
+
+def failed(parity, ours, reference, noise) -> list[str]:
+    """Returns the checks that fail against a reference."""
+    return [line.split(":")[0] for line in parity.report(ours, reference, noise)["passed_tolerance"]]
+
+
+with np.load(TINY) as file:
+    MISTAKES = sorted(name.split("/")[1] for name in file.files if name.startswith("mistake/"))
+
+
+def test_there_are_mistakes():
+    assert {"tanh_gelu", "decayed_biases", "global_clip", "center_momentum", "teacher_momentum"} <= set(MISTAKES)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_is_caught(parity, judged, our_run, mistake):
+    """Whether our step or the reference makes the mistake is the same to a comparison, so the reference makes it."""
+    ours, reference = our_run
+    with np.load(TINY) as file:
+        mistaken = reference._replace(losses=file[f"mistake/{mistake}/losses"])
+    caught = failed(parity, ours, mistaken, judged[1]["noise"])
+    assert caught and all(check.startswith("losses/") for check in caught)
+
+
+@pytest.mark.parametrize(
+    ("check", "tensor", "change"),
+    [
+        # Prototypes frozen by a zeroed gradient, so that decay still shrinks them; being normalised, no loss shows it.
+        (
+            "parameters",
+            "student/ecapa/self_head.last_layer.weight_v",
+            lambda v, c: v * (1 - c["base_lr_already_scaled"] * c["weight_decay"]),
+        ),
+        # A running variance over n instead of n − 1 values: no training loss shows it either.
+        ("statistics", "student/resnet/self_head.mlp.1.running_var", lambda v, c: v * (1 - 0.1 / (4 * c["batch"]))),
+        ("statistics", "teacher/ecapa/backbone.asp_bn.norm.running_mean", lambda v, c: 0.999 * v),
+        ("parameters", "teacher/resnet/backbone.conv1.weight", lambda v, c: v[..., ::-1]),
+        ("centers", "center/cross/ecapa", lambda v, c: v * 1.0001),
+        ("parameters", "student/ecapa/self_head.mlp.4.bias", lambda v, c: np.full_like(v, np.nan)),
+    ],
+)
+def test_change_of_state_is_caught(parity, judged, our_run, check, tensor, change):
+    ours, reference = our_run
+    config = parity.Reference(TINY).config
+    changed = with_tensor(reference, 0, tensor, lambda value: change(value, config))
+    (caught,) = failed(parity, ours, changed, judged[1]["noise"])
+    assert caught.startswith(f"{check}/after0")
+
+
+def test_swapped_cross_centers_are_caught(parity, judged, our_run):
+    ours, reference = our_run
+    state = reference.states[0]
+    swapped = with_tensor(reference, 0, "center/cross/ecapa", lambda _: state["center/cross/resnet"])
+    assert failed(parity, ours, swapped, judged[1]["noise"]) == ["centers/after0"]
+
+
+def rewritten(path: Path, changes: dict) -> Path:
+    """Writes the tiny file with some arrays replaced, those that are None left out."""
+    with np.load(TINY) as file:
+        arrays = {name: file[name] for name in file.files} | changes
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+def test_a_wrong_file_exits_with_1(parity, tmp_path):
+    with np.load(TINY) as file:
+        losses = file["losses"]
+    losses[1, 0] *= 1.001
+    status, out = run_main(parity, rewritten(tmp_path / "wrong.npz", {"losses": losses}))
+    assert status == 1
+    assert [line.split(":")[0] for line in json.loads(out)["passed_tolerance"]] == ["losses/step1/ecapa"]
+
+
+def tiny_config(**changes) -> np.ndarray:
+    with np.load(TINY) as file:
+        return np.array(json.dumps(json.loads(str(file["config"])) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"config": None}, "config"),
+        ({"losses": None}, "losses"),
+        ({"config": np.array("{")}, ""),
+        ({"config": np.array('{"prototypes": 8}')}, "head_hidden"),
+        ({"step0/global_mel": None}, "step0/global_mel"),
+        ({"init/student/resnet/backbone.conv1.weight": None}, "backbone.conv1.weight"),
+        ({"init/student/resnet/backbone.conv1.weight": np.zeros((2, 1, 5, 5), np.float32)}, "backbone.conv1.weight"),
+        ({"init/student/ecapa/backbone.fc.conv.bias": np.array(["a"] * 12)}, ""),
+    ],
+)
+def test_unusable_file_exits_with_2(parity, tmp_path, capsys, changes, named):
+    path = rewritten(tmp_path / "unusable.npz", changes)
+    assert parity.main([str(path)]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and str(path) in error and named in error
+
+
+@pytest.mark.parametrize("content", [None, b"", b"plain text", TINY.read_bytes()[:5000]])
+def test_file_that_is_no_npz_exits_with_2(parity, tmp_path, capsys, content):
+    path = tmp_path / "no.npz"
+    if content is not None:
+        path.write_bytes(content)
+    assert parity.main([str(path)]) == 2
+    assert str(path) in capsys.readouterr().err

@@ -1,0 +1,217 @@
+"""`memo-jax convert`: weights by PyTorch's names to model files and back, as a user types it; nothing here needs torch.
+
+That the networks compute what PyTorch's do is for `make parity`.
+"""
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import tiny
+from memo_jax.inference import convert, interop
+from memo_jax.inference.model_file import model_of_backbone, read_model, write_model
+from memo_jax.models import Branch, build_backbone
+from memo_jax.models.heads import DINOHead
+from memo_jax.training.checkpoint import load_raw
+
+ECAPA = {"channels": (16, 16, 16, 16, 48), "embedding_dim": 16}
+WESPEAKER = ECAPA | {"form": "wespeaker", "embedding_norm": True, "global_context": False}
+RESNET = {"base_channels": 2, "blocks": (2, 1, 1, 1), "embedding_dim": 16}
+CAMPPLUS = {
+    "layers": (2, 1, 1),
+    "growth": 4,
+    "stem_channels": 8,
+    "plane_channels": 2,
+    "plane_blocks": (2, 1),
+    "embedding_dim": 16,
+}
+NETWORKS = [  # kind, backbone, arguments, whether the names alone tell the kind, some name there
+    ("speechbrain", "ecapa", ECAPA, True, "blocks.1.res2net_block.blocks.6.conv.conv.weight"),
+    ("3dspeaker", "ecapa", ECAPA, False, "asp.tdnn.norm.norm.running_var"),
+    ("wespeaker", "ecapa", WESPEAKER, True, "layer4.se_res2block.1.bns.6.running_mean"),
+    ("wespeaker", "resnet", RESNET, True, "layer1.1.conv2.weight"),
+    ("3dspeaker", "resnet", RESNET | {"second_embedding": True, "pool_epsilon": 1e-8}, False, "seg_2.weight"),
+    ("3dspeaker", "campplus", CAMPPLUS, True, "xvector.block1.tdnnd2.cam_layer.linear_local.weight"),
+    ("speaker-net", "ecapa", ECAPA, True, "backbone.fc.conv.bias"),
+    ("speaker-net", "resnet", RESNET, True, "backbone.seg_1.weight"),
+]
+IDS = [f"{kind}-{backbone}" for kind, backbone, *_ in NETWORKS]
+
+
+def variables_of(module, seed=0):
+    """Variables of a network's shapes, every number different."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: random.normal(0, 1, x.shape).astype(np.float32), interop.shapes_of(module))
+
+
+def torch_tensors(kind, backbone, arguments):
+    """{PyTorch name: array} of a network, counters of batch norms as PyTorch keeps them included."""
+    variables = variables_of(build_backbone(backbone, **arguments))
+    tensors = interop.backbone_to_torch(variables, kind, backbone, arguments.get("form", "speechbrain"))
+    counters = [name.replace("running_var", interop.COUNTER) for name in tensors if name.endswith("running_var")]
+    return tensors | {name: np.array(i, np.int64) for i, name in enumerate(counters)}
+
+
+def assert_same(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, x in expected.items():
+        assert tensors[name].dtype == x.dtype
+        np.testing.assert_array_equal(tensors[name], x, err_msg=name)
+
+
+@pytest.mark.parametrize(("kind", "backbone", "arguments", "known", "some_name"), NETWORKS, ids=IDS)
+def test_there_and_back_is_exact(kind, backbone, arguments, known, some_name, tmp_path):
+    """PyTorch's file → model file → PyTorch's file: the same names, types and bits; sizes and form are found."""
+    tensors = torch_tensors(kind, backbone, arguments)
+    assert some_name in tensors
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    model, back = tmp_path / "model.safetensors", tmp_path / "back.safetensors"
+    said = [] if known else ["--kind", kind]
+    status, printed = tiny.here("convert", tmp_path / "theirs.safetensors", "--output", model, *said)
+    assert status == 0 and f"{kind} {backbone}" in printed
+    written = read_model(model)
+    assert written.front_end == interop.FRONT_ENDS[kind]
+    assert {name: written.arguments[name] for name in arguments} == arguments
+    status, printed = tiny.here("convert", model, "--to", kind, "--output", back)
+    assert status == 0, printed
+    assert_same(load_file(back), tensors)
+
+
+def test_names_of_two_toolkits_are_pointed_out(tmp_path):
+    """The front end depends on the toolkit, so a user has to know which one was taken."""
+    save_file(torch_tensors("speechbrain", "ecapa", ECAPA), tmp_path / "theirs.safetensors")
+    status, printed = tiny.here("convert", tmp_path / "theirs.safetensors", "--output", tmp_path / "model.safetensors")
+    assert status == 0 and "speechbrain_fbank" in printed and "3dspeaker" in printed and "--kind" in printed
+
+
+def without(tensors, name):
+    del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: without(t, "seg_1.bias"), "1 missing: seg_1.bias"),
+        (lambda t: t.update({"layer1.9.extra": np.zeros(3)}), "1 unmatched: layer1.9.extra"),
+        (lambda t: t.update({"bn1.weight": np.zeros(5, np.float32)}), r"'bn1.weight' has shape [5], expected [2]"),
+        (
+            lambda t: t.update({"conv1.weight": np.zeros((2, 1, 5, 5), np.float32)}),
+            "[2, 1, 5, 5], expected [2, 1, 3, 3]",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change, said, tmp_path):
+    tensors = torch_tensors("wespeaker", "resnet", RESNET)
+    change(tensors)
+    path = tmp_path / "theirs.safetensors"
+    save_file(tensors, path)
+    status, printed = tiny.here("convert", path, "--output", tmp_path / "model.safetensors")
+    assert status == 2 and str(path) in printed and said in printed
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "said"),
+    [
+        (None, [], "no such file"),
+        (b"plain text", [], "neither safetensors nor a PyTorch checkpoint"),
+        ({"a.weight": np.zeros(2, np.float32)}, [], "they begin with a.weight"),
+        ("resnet", ["--kind", "speechbrain"], "not those of speechbrain"),
+        ("resnet", ["--part", "teacher_resnet"], "no part 'teacher_resnet'"),
+        ("resnet", ["--branch", "resnet"], "--branch is for conversion to PyTorch"),
+        ("resnet", ["--to", "wespeaker"], "memo-jax convert"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(content, arguments, said, tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        save_file(torch_tensors("wespeaker", "resnet", RESNET) if content == "resnet" else content, path)
+    status, printed = tiny.here("convert", path, "--output", tmp_path / "out.safetensors", *arguments)
+    assert status == 2 and said in printed
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_network_that_a_toolkit_lacks_and_a_wrong_ending_are_refused(tmp_path):
+    module = build_backbone("ecapa", **WESPEAKER)
+    write_model(tmp_path / "m.safetensors", model_of_backbone(module, variables_of(module)))
+    for to, output, said in (
+        ("speechbrain", "out.safetensors", "no ecapa in wespeaker's form"),
+        ("wespeaker", "out.txt", "must end in"),
+    ):
+        status, printed = tiny.here("convert", tmp_path / "m.safetensors", "--to", to, "--output", tmp_path / output)
+        assert status == 2 and said in printed
+        assert not (tmp_path / output).exists()
+
+
+def test_classifier_is_left_out_and_prefix_of_parallel_training_is_taken_off(tmp_path):
+    """wespeaker's checkpoints have a classifier for training, and DistributedDataParallel puts "module." in front."""
+    tensors = torch_tensors("wespeaker", "resnet", RESNET)
+    given = tensors | {"projection.weight": np.zeros((9, 16), np.float32)}
+    save_file({f"module.{name}": x for name, x in given.items()}, tmp_path / "theirs.safetensors")
+    model = convert.torch_to_model(tmp_path / "theirs.safetensors")
+    assert model.provenance["left_out"] == 1
+    assert_same(convert.model_to_torch(model, "wespeaker"), tensors)
+
+
+def speaker_net_branches():
+    head = DINOHead(24, 16, 8)
+    sizes = {"ecapa": ECAPA, "resnet": RESNET}
+    branches = {name: Branch(build_backbone(name, **arguments), head) for name, arguments in sizes.items()}
+    return branches, {
+        role: {name: variables_of(branch, seed=10 * i + len(name)) for name, branch in branches.items()}
+        for i, role in enumerate(("student", "teacher"))
+    }
+
+
+def test_checkpoint_of_the_authors_gives_students_teachers_and_heads(tmp_path):
+    """Every number of four networks with two heads each, there and back; the command takes the ECAPA-TDNN's teacher."""
+    branches, variables = speaker_net_branches()
+    path = convert.write_tensors(tmp_path / "checkpoint0084.safetensors", convert.speaker_net_of_branches(variables))
+    found = convert.branches_of_speaker_net(path)
+    for role, networks in variables.items():
+        for name, expected in networks.items():
+            branch, got = found[role][name]
+            assert branch.head == branches[name].head and branch.head_names == ("self", "cross")
+            assert jax.tree.structure(got) == jax.tree.structure(expected)
+            jax.tree.map(np.testing.assert_array_equal, got, expected)
+    for part, role, name in ((None, "teacher", "ecapa"), ("student_resnet", "student", "resnet")):
+        output = tmp_path / "model.safetensors"
+        said = ["--part", part] if part else []
+        status, printed = tiny.here("convert", path, "--output", output, *said)
+        assert status == 0 and f"speaker-net {name}" in printed, printed
+        expected = {kind: tree["backbone"] for kind, tree in variables[role][name].items()}
+        jax.tree.map(np.testing.assert_array_equal, read_model(output).variables, expected)
+
+
+def test_a_gain_other_than_one_is_refused(tmp_path):
+    """Ours are fixed at one, as in the authors' recipe; dropping another silently would change the head."""
+    _, variables = speaker_net_branches()
+    tensors = convert.speaker_net_of_branches(variables)
+    tensors["teacher_ecapa"]["module.self_head.last_layer.weight_g"][3] = 2
+    path = convert.write_tensors(tmp_path / "checkpoint.safetensors", tensors)
+    with pytest.raises(ValueError, match="teacher_ecapa.*weight_g.*gains"):
+        convert.branches_of_speaker_net(path)
+
+
+def test_network_of_a_workdir_by_pytorchs_names():
+    """A trained network goes to other programs: the teacher's ResNet of a run, as wespeaker would name it."""
+    workdir, _ = tiny.trained_run()
+    output = tiny.temporary_folder() / "resnet.safetensors"
+    status, printed = tiny.here("convert", workdir, "--to", "wespeaker", "--branch", "resnet", "--output", output)
+    assert status == 0 and "its input is log_mel" in printed, printed
+    assert load_file(output)["seg_1.weight"].shape == (16, 2 * 8 * 2 * 10)
+
+
+def test_workdir_becomes_a_checkpoint_of_the_authors():
+    """All that distillation has trained, heads included, as the authors' program saves it, and back."""
+    workdir, _ = tiny.trained_run()
+    output = tiny.temporary_folder() / "checkpoint.safetensors"
+    status, printed = tiny.here("convert", workdir, "--to", "speaker-net", "--output", output)
+    assert status == 0 and "student_ecapa" in printed and "teacher_resnet" in printed, printed
+    state, found = load_raw(workdir)[0], convert.branches_of_speaker_net(output)
+    for role in ("student", "teacher"):
+        for name, (_, variables) in found[role].items():
+            jax.tree.map(np.testing.assert_array_equal, variables, state[role][name])

@@ -1,0 +1,227 @@
+"""`memo-jax embed`, `verify`, `enroll` and `identify` as they are typed, above all with recordings that are none."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import soundfile
+
+import tiny
+from memo_jax.inference import embed_recordings as module
+from memo_jax.inference.embedder import Embedder
+from memo_jax.scoring.embedding_file import read_embeddings
+
+RATE = 16000
+
+
+def embed(output, *inputs, model=None):
+    return tiny.here("embed", *inputs, "--model", model or tiny.model_file(), "--output", output)
+
+
+def json_of(text):
+    return json.loads(text[text.index("{\n") : text.rindex("}") + 1])
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return tiny.material().corpus
+
+
+def test_files_folders_and_datasets_give_the_same_embeddings_by_name(corpus, tmp_path):
+    status, text = embed(tmp_path / "folder.npz", corpus)
+    assert status == 0 and "20 embeddings of 8 numbers" in text and "20/20 recording" in text, text
+    folder = read_embeddings(tmp_path / "folder.npz")
+    assert folder.names == [f"s{i}/{j}.wav" for i in range(5) for j in range(4)]
+    assert folder.model == tiny.untrained_model().fingerprint
+    with np.load(tmp_path / "folder.npz") as file:  # as anybody would read it
+        assert file["names"].tolist() == folder.names and str(file["model"]) == folder.model
+        assert file["embeddings"].dtype == np.float32 and file["embeddings"].shape == (20, 8)
+
+    status, text = tiny.here(
+        "embed",
+        tiny.material().dataset,
+        corpus / "s0" / "0.wav",
+        "--model",
+        tiny.model_file(),
+        "--output",
+        tmp_path / "both.parquet",
+        "--json",
+    )
+    assert status == 0, text
+    report = json_of(text)
+    both = read_embeddings(tmp_path / "both.parquet")
+    assert report["recordings"] == 21 and report["left_out"] == [] and report["model"] == both.model == folder.model
+    assert both.names == [*folder.names, str(corpus / "s0" / "0.wav")]
+    np.testing.assert_allclose(both.embeddings[:20], folder.embeddings, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(both.embeddings[20], folder.embeddings[0], rtol=1e-4, atol=1e-5)
+    alone = Embedder.load(tiny.model_file()).embed(corpus / "s3" / "2.wav")
+    np.testing.assert_allclose(folder.embeddings[folder.names.index("s3/2.wav")], alone, rtol=1e-4, atol=1e-5)
+
+
+def tone(seconds, rate=RATE, level=0.3):
+    time = np.arange(round(seconds * rate)) / rate
+    return level * (np.sin(2 * np.pi * 220 * time) + 0.3 * np.random.default_rng(0).normal(size=len(time)))
+
+
+@pytest.fixture(scope="module")
+def odd_recordings(tmp_path_factory):
+    """A folder of recordings that are odd but fine, and of files that are none: {name: reason, None for fine}."""
+    folder = tmp_path_factory.mktemp("odd") / "mit Leerzeichen"
+    folder.mkdir()
+    expected = {}
+
+    def write(name, samples, rate=RATE, reason=None, **options):
+        soundfile.write(folder / name, samples, rate, **options)
+        expected[name] = reason
+        return folder / name
+
+    write("8 kHz.wav", tone(1, 8000), 8000)
+    write("48 kHz.wav", tone(1, 48000), 48000)
+    write("stereo.flac", np.stack([tone(1), -tone(1) / 2], axis=1))
+    write("24 bit.wav", tone(1), subtype="PCM_24")
+    write("float.wav", tone(1), subtype="FLOAT")
+    write("clipping.wav", tone(1, level=3.0))
+    write("grüße 你好.wav", tone(0.7))
+    write("silence.wav", np.zeros(RATE), reason="silence")
+    write("10 ms.wav", tone(0.01), reason="shorter than 0.5 s")
+    broken = tone(1)
+    broken[100] = np.nan
+    write("nan.wav", broken, subtype="FLOAT", reason="NaN or infinite samples")
+    whole = write("cut.wav", tone(1), reason="truncated").read_bytes()
+    (folder / "cut.wav").write_bytes(whole[: len(whole) // 2])
+    for name, content, reason in (
+        ("empty.wav", b"", "empty file"),
+        ("zeros.wav", bytes(5000), "not readable as audio"),
+        ("text.wav", b"no sound at all\n" * 50, "not readable as audio"),
+    ):
+        (folder / name).write_bytes(content)
+        expected[name] = reason
+    (folder / "notes.txt").write_text("not even called a recording, so not missed")
+    return folder, expected
+
+
+def test_what_cannot_be_used_is_counted_told_and_left_out_and_the_rest_is_embedded(odd_recordings, tmp_path):
+    folder, expected = odd_recordings
+    status, text = embed(tmp_path / "odd.npz", folder)
+    assert status == 1 and "7 embeddings" in text and "left out 7 recordings" in text, text
+    assert set(read_embeddings(tmp_path / "odd.npz").names) == {name for name, reason in expected.items() if not reason}
+    rows = [line.split("\t") for line in (tmp_path / "odd.left_out.tsv").read_text(encoding="utf-8").splitlines()]
+    assert rows[0] == ["name", "reason"] and len(rows) == 8
+    for name, reason in rows[1:]:
+        assert reason.startswith(expected[name]) and f"left out: {name}: {expected[name]}" in text
+    status, text = embed(tmp_path / "odd.npz", folder / "float.wav")
+    assert status == 0 and not (tmp_path / "odd.left_out.tsv").exists()  # that of another run would be a lie
+
+
+def test_verify_names_what_it_cannot_use_and_takes_what_is_odd_but_fine(odd_recordings):
+    folder, expected = odd_recordings
+    good = folder / "float.wav"
+    for name, reason in expected.items():
+        status, text = tiny.here("verify", good, folder / name, "--model", tiny.model_file())
+        if reason is None:
+            assert status in (0, 1) and "score" in text, text
+        else:
+            assert status == 2 and f"{name}: {reason}" in text, text
+
+
+def test_nothing_usable_is_an_error_with_the_list(odd_recordings, tmp_path):
+    folder, _ = odd_recordings
+    status, text = embed(tmp_path / "none.npz", folder / "empty.wav", folder / "silence.wav")
+    assert status == 2 and "none of the 2 recordings can be used" in text
+    assert not (tmp_path / "none.npz").exists() and (tmp_path / "none.left_out.tsv").exists()
+    (tmp_path / "folder").mkdir()
+    status, text = embed(tmp_path / "none.npz", tmp_path / "folder")
+    assert status == 2 and f"no recordings in {tmp_path / 'folder'}" in text
+
+
+def test_inputs_and_outputs_that_cannot_be_are_named(corpus, tmp_path):
+    shutil.copytree(corpus / "s0", tmp_path / "s0")
+    for inputs, output, message in (
+        ((tmp_path / "gone",), "a.npz", "gone: no such file, folder or dataset"),
+        ((corpus / "s0", tmp_path / "s0"), "a.npz", "two recordings would be called '0.wav'"),
+        ((corpus,), "a.csv", "ends in .npz or .parquet"),
+        ((corpus,), "file/a.npz", "file"),
+    ):
+        (tmp_path / "file").write_text("")
+        status, text = embed(tmp_path / output, *inputs)
+        assert status == 2 and message in text, text
+    assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("size", ["0", "8k"])
+def test_a_disk_that_takes_nothing_is_named(size, corpus, tmp_path):
+    """Read-only ("0"), and full: no half file stays."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs the right to mount a small file system")
+    options = "ro" if size == "0" else f"size={size}"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        (tmp_path / "filler").write_bytes(bytes(8192)) if size != "0" else None
+    except OSError:
+        pass
+    try:
+        status, text = embed(tmp_path / "a.npz", corpus)
+        assert status == 2 and str(tmp_path) in text, text
+        assert ("Read-only file system" if size == "0" else "No space left on device") in text
+        assert not list(tmp_path.glob("*.npz"))
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
+    """Interrupted after 8 of 20 recordings: these are not read again, and the result is the same."""
+    embed(tmp_path / "whole.npz", corpus)
+    embedder, read = Embedder.load(tiny.model_file()), []
+    apply = module.apply_to_stream
+
+    def interrupted(function, waves):
+        for count, item in enumerate(apply(function, ((key, wave) for key, wave in waves))):
+            if count == 8:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(module, "apply_to_stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.embed_recordings(embedder, [corpus], tmp_path / "cut.npz", quiet=True)
+    assert not (tmp_path / "cut.npz").exists()
+    monkeypatch.setattr(module, "apply_to_stream", apply)
+    original = module.read_recording
+    monkeypatch.setattr(module, "read_recording", lambda item: read.append(item) or original(item))
+    report = module.embed_recordings(embedder, [corpus], tmp_path / "cut.npz", quiet=True)
+    assert len(read) == 12 and report["recordings"] == 20
+    whole, cut = read_embeddings(tmp_path / "whole.npz"), read_embeddings(tmp_path / "cut.npz")
+    assert whole.names == cut.names and whole.model == cut.model
+    np.testing.assert_allclose(whole.embeddings, cut.embeddings, rtol=1e-4, atol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.npz", "cut.npz"}
+
+
+def test_verify_says_and_returns_its_decision(corpus):
+    a, b = corpus / "s0" / "0.wav", corpus / "s1" / "0.wav"
+    status, text = tiny.here("verify", a, a, "--model", tiny.model_file())
+    assert status == 0 and "one speaker: score 1.0000, accepted from 0.4000 on (a list)" in text
+    status, text = tiny.here("verify", a, b, "--model", tiny.model_file(), "--threshold", "1", "--json")
+    result = json_of(text)
+    assert status == 1 and result["decision"] is False and result["threshold"] == 1 and -1 <= result["score"] < 1
+    assert result["threshold_source"] == "given" and result["model"] == tiny.untrained_model().fingerprint
+
+
+def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
+    gallery = tmp_path / "people.npz"
+
+    def command(name, *arguments):
+        return tiny.here(name, *arguments, "--model", tiny.model_file(), "--gallery", gallery)
+
+    status, text = command("identify", corpus / "s0" / "0.wav")
+    assert status == 2 and "no such gallery" in text
+    status, text = command("enroll", "Ada", corpus / "s0" / "0.wav", corpus / "s0" / "1.wav")
+    assert status == 0 and "Ada is enrolled; 1 in" in text
+    status, text = command("enroll", "Ada", corpus / "s1" / "0.wav")
+    assert status == 2 and "'Ada' is enrolled already" in text
+    status, text = command("identify", corpus / "s0" / "0.wav")
+    assert status == 0 and text.startswith("Ada: nearest Ada, score")
+    status, text = command("identify", corpus / "s0" / "0.wav", "--threshold", "2", "--json")
+    assert status == 1 and json_of(text)["name"] is None and json_of(text)["nearest"] == "Ada"

@@ -1,0 +1,84 @@
+"""Model files: what is written comes back, and what is not a whole model file is refused by name."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import tiny
+from memo_jax.inference.model_file import Model, ModelFileError, read_model, write_model
+
+ARGUMENTS = {"embedding_dim": 8, "base_channels": 2, "blocks": (1, 1, 1, 1)}
+
+
+def test_a_model_comes_back_as_it_was_written(tmp_path):
+    model = tiny.untrained_model()
+    assert model.backbone == "resnet" and model.arguments["blocks"] == (1, 1, 1, 1)
+    path = write_model(tmp_path / "model.safetensors", model)
+    read = read_model(path)
+    assert [path.name] == [left.name for left in tmp_path.iterdir()]
+    for field in ("backbone", "arguments", "front_end", "provenance", "decision", "fingerprint", "module"):
+        assert getattr(read, field) == getattr(model, field), field
+    jax.tree.map(np.testing.assert_array_equal, read.variables, dict(model.variables))
+
+
+def test_a_fingerprint_tells_networks_apart_and_nothing_else():
+    model = tiny.untrained_model()
+    assert len(model.fingerprint) == 32
+    other = jax.tree.map(lambda leaf: leaf, model.variables)
+    other["params"]["embedding"]["bias"] = np.nextafter(other["params"]["embedding"]["bias"], np.float32(9))
+    for changed in ({"variables": other}, {"front_end": "none"}, {"arguments": {**model.arguments, "dtype": "int8"}}):
+        assert dataclasses.replace(model, **changed).fingerprint != model.fingerprint
+    for same in ({"decision": None}, {"provenance": {}}, {"arguments": dict(reversed(model.arguments.items()))}):
+        assert dataclasses.replace(model, **same).fingerprint == model.fingerprint
+
+
+def test_what_does_not_fit_its_network_is_not_written(tmp_path):
+    model = tiny.untrained_model()
+    for arguments, named in (
+        ({**ARGUMENTS, "embedding_dim": 9}, r"params/embedding/bias has shape \(8,\), the resnet needs \(9,\)"),
+        ({**ARGUMENTS, "blocks": (2, 1, 1, 1)}, "stage_0_block_1.* has shape missing"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            write_model(tmp_path / "model", Model("resnet", arguments, model.variables))
+    with pytest.raises(ValueError, match="unknown front end 'cepstrum'"):
+        write_model(tmp_path / "model", dataclasses.replace(model, front_end="cepstrum"))
+    with pytest.raises(OSError, match="gone"):
+        write_model(tmp_path / "gone" / "model", model)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_whole_model_file_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    whole = write_model(path, tiny.untrained_model()).read_bytes()
+    with pytest.raises(FileNotFoundError, match="no such model file"):
+        read_model(tmp_path / "none")
+    for content, reason in (
+        (b"", "not a model file"),
+        (b"text that is no model", "not a model file"),
+        (whole[:5000], "not a model file"),
+        (whole[:-200], "not a model file"),
+        (whole[:-9] + b"\1" + whole[-8:], "damaged"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ModelFileError, match=f"{path}: {reason}"):
+            read_model(path)
+    save_file({"conv1.weight": np.zeros(3, np.float32)}, path)
+    with pytest.raises(ModelFileError, match="memo-jax convert"):
+        read_model(path)
+
+
+def test_a_version_that_is_not_known_is_said(tmp_path):
+    path = write_model(tmp_path / "model.safetensors", tiny.untrained_model())
+    with safe_open(path, framework="numpy") as file:
+        text, arrays = file.metadata()["memo_jax"], {name: file.get_tensor(name) for name in file.keys()}
+    for old, new, said in (
+        ('"format": 1', '"format": 99', "format 99"),
+        ("resnet", "transformer", "has no transformer on log_mel"),
+    ):
+        save_file(arrays, path, {"memo_jax": text.replace(old, new)})
+        with pytest.raises(ModelFileError, match=said):
+            read_model(path)

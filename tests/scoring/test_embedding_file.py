@@ -1,0 +1,82 @@
+"""Files of embeddings: what is written comes back, others' npz are read, and what is neither is named."""
+
+import numpy as np
+import pytest
+
+from memo_jax.scoring.embedding_file import (
+    Embeddings,
+    OtherModelError,
+    check_same_model,
+    read_embeddings,
+    write_embeddings,
+)
+
+ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
+NAMES = ["a/1.wav", "zwei Wörter.wav", "你好"]
+
+
+@pytest.mark.parametrize("name", ["e.npz", "e.parquet", "E.NPZ"])
+def test_what_is_written_comes_back(name, tmp_path):
+    path = write_embeddings(tmp_path / name, Embeddings(NAMES, ROWS, "f" * 32))
+    read = read_embeddings(path)
+    assert read.names == NAMES and read.model == "f" * 32 and len(read) == 3
+    np.testing.assert_array_equal(read.embeddings, ROWS)
+    assert [left.name for left in tmp_path.iterdir()] == [name]
+
+
+def test_parquet_has_a_column_of_names_and_one_of_lists(tmp_path):
+    from pyarrow import parquet
+
+    table = parquet.read_table(write_embeddings(tmp_path / "e.parquet", Embeddings(NAMES, ROWS, "m")))
+    assert table.column_names == ["name", "embedding"] and table["embedding"][1].as_py() == [4.0, 5.0, 6.0, 7.0]
+
+
+def test_an_npz_of_another_program_is_read(tmp_path):
+    np.savez(tmp_path / "e.npz", names=np.array(NAMES[:2], "U"), embeddings=ROWS[:2].astype(np.float64))
+    read = read_embeddings(tmp_path / "e.npz")
+    assert read.model == "" and read.embeddings.dtype == np.float32 and read.names == NAMES[:2]
+    np.savez(tmp_path / "e.npz", names=np.array([b"a", b"b"]), embeddings=ROWS[:2])
+    assert read_embeddings(tmp_path / "e.npz").names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"names": np.array(NAMES)}, "expected `names`"),
+        ({"names": np.array(NAMES, object), "embeddings": ROWS}, "not a file of embeddings.*pickle"),
+        (
+            {"names": np.array(NAMES[:2]), "embeddings": ROWS},
+            r"floats \[N, D\] for the 2 `names`, not float32 \[3, 4\]",
+        ),
+        ({"names": np.array(NAMES), "embeddings": ROWS[0]}, r"not float32 \[4\]"),
+        ({"names": np.array(["a", "b", "a"]), "embeddings": ROWS}, "'a' occurs twice"),
+        (
+            {"names": np.array(NAMES), "embeddings": ROWS * np.float32([[1], [np.inf], [1]])},
+            "'zwei Wörter.wav' is not fin",
+        ),
+    ],
+)
+def test_another_content_is_named(arrays, message, tmp_path):
+    np.savez(tmp_path / "e.npz", **arrays)
+    with pytest.raises(ValueError, match=f"e.npz: .*{message}"):
+        read_embeddings(tmp_path / "e.npz")
+
+
+def test_damaged_and_missing_files_are_named(tmp_path):
+    for name in ("e.npz", "e.parquet"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
+            read_embeddings(tmp_path / name)
+        whole = write_embeddings(tmp_path / name, Embeddings(NAMES, ROWS)).read_bytes()
+        for content in (b"", b"text", whole[: len(whole) // 2]):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{name}: not a file of embeddings"):
+                read_embeddings(tmp_path / name)
+    with pytest.raises(ValueError, match="ends in .npz or .parquet"):
+        write_embeddings(tmp_path / "e.csv", Embeddings(NAMES, ROWS))
+
+
+def test_models_that_are_known_and_differ_do_not_mix():
+    check_same_model("a", "one", "a", "other")
+    check_same_model("", "one", "a", "other")
+    with pytest.raises(OtherModelError, match="one and other are of different models"):
+        check_same_model("a", "one", "b", "other")

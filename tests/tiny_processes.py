@@ -1,0 +1,127 @@
+"""A training so small that several real processes can do it together in a test, and ways to start and end them."""
+
+import concurrent.futures
+import json
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import tiny
+from memo_jax.data.batches import TrainingBatches
+from memo_jax.training import recipe
+
+STEPS, SAVED, KILLED_AT = 12, 8, 10  # of the config: all, the last checkpoint but one
+GONE = {76, -6}  # `cli.LOST`; SIGABRT, where jax ends the process itself
+
+# A process of a training; plans are JSON: what happens in which process at which step, and the command lines to run.
+PROCESS = """
+import json, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import tiny_processes
+from memo_jax import cli
+from memo_jax.training import processes
+plan, index = json.loads(sys.argv[2]), int(sys.argv[3])
+tiny_processes.patch_for_tests(setattr, record=plan["record"] and f"{plan['record']}{index}.npy")
+reached = processes.StopRequest.reached
+
+def with_events(self, step):
+    signals = [number for number, of, at in plan["signals"] if of == index and at == step]
+    for number in signals:
+        os.kill(os.getpid(), number)
+    if plan["slow"]:
+        time.sleep(0.2)
+    return reached(self, step)
+
+leave, processes.leave = processes.leave, lambda: None
+for number, arguments in enumerate(plan["commands"]):
+    if number == 1:
+        processes.join = lambda **_: None
+    if number == len(plan["commands"]) - 1:
+        processes.leave, processes.StopRequest.reached = leave, with_events
+    status = cli.main([*arguments, f"--coordinator=localhost:{plan['port']}", f"--process_id={index}",
+                       f"--num_processes={plan['processes']}"])
+sys.exit(status)
+"""
+
+
+class Layer(nn.Module):
+    """A backbone that compiles in no time, with batch norm and one matrix."""
+
+    embedding_dim: int
+
+    @nn.compact
+    def __call__(self, x, lengths=None, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(jnp.abs(x).mean(axis=1))
+        return nn.Dense(self.embedding_dim)(x)
+
+
+def front_end(key, batch, banks):
+    """Crops as frames, each with noise, and with the crop of the utterance before it in the batch."""
+    x = batch["global"].astype(jnp.float32) / 3000
+    x = x + 0.1 * jax.random.normal(key, x.shape) + 0.1 * jnp.roll(x, 1, axis=0)
+    return (x.reshape(*x.shape[:2], -1, 80),)
+
+
+def patch_for_tests(set_attribute, record=None):
+    """Makes training use these, and keep what it read of every batch in a file."""
+    set_attribute(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
+    set_attribute(recipe, "build_front_end", lambda config: front_end)
+    following, kept = TrainingBatches.__next__, []
+
+    def kept_batch(self):
+        kept.append(following(self)["global"])
+        np.save(record, kept)
+        return {"global": kept[-1]}
+
+    if record:
+        set_attribute(TrainingBatches, "__next__", kept_batch)
+
+
+class Ended(NamedTuple):
+    """A process's exit status, what it printed, and when it ended, in seconds of the monotonic clock."""
+
+    status: int
+    text: str
+    at: float
+
+
+def start(count, *commands, signals=(), slow=False, record=None):
+    """Runs command lines in `count` processes; returns how each ended."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        plan = {
+            "port": free.getsockname()[1],
+            "processes": count,
+            "signals": signals,
+            "slow": slow,
+            "record": record and str(record),
+            "commands": commands,
+        }
+    code = [sys.executable, "-c", PROCESS, str(tiny.ROOT / "tests"), json.dumps(plan)]
+    environment = tiny.environment()
+    running = [
+        subprocess.Popen(
+            [*code, str(index)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for index in range(count)
+    ]
+
+    def ended(process):
+        text, _ = process.communicate(timeout=300)
+        return Ended(process.returncode, text, time.monotonic())
+
+    with concurrent.futures.ThreadPoolExecutor(count) as threads:  # all at once, so that each end is noticed
+        return list(threads.map(ended, running))
+
+
+def command(workdir, *settings):
+    """Of a run with one kind of crop, whose prototypes and momenta the processes share, as they do with large ones."""
+    settings = ("data.local_crops=0", "log_every_steps=1", "split_above_megabytes=0.001", *settings)
+    return tiny.train_arguments(workdir, *settings)

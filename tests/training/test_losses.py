@@ -1,0 +1,187 @@
+"""Losses against their definitions, pair by pair and row by row, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memo_jax.training import losses
+
+STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
+
+
+def draw(seed, *shapes, scale=1.0):
+    random = np.random.default_rng(seed)
+    return [random.normal(0, scale, shape) for shape in shapes]
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def pairwise_distillation(student, teacher, center, xp=np):
+    """The definition: one cross-entropy a pair, averaged."""
+    terms = []
+    for i in range(teacher.shape[0]):
+        for v in range(student.shape[0]):
+            if v != i:
+                target = xp.exp((teacher[i] - center) / TEACHER_TEMP)
+                e = xp.exp(student[v] / STUDENT_TEMP)
+                terms.append(-(target / target.sum(-1, keepdims=True) * xp.log(e / e.sum(-1, keepdims=True))).sum(-1))
+    return sum(term.mean() for term in terms) / len(terms)
+
+
+def distillation(student, teacher, center, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP):
+    """Returns the loss and the indicators, the student's first views being the teacher's."""
+    distributions, entropies = losses.teacher_distributions(teacher, center, teacher_temp)
+    loss = losses.distillation(student, distributions, student_temp, teacher.shape[0])
+    return loss, entropies
+
+
+@pytest.mark.parametrize("views, teacher_views", [(6, 2), (4, 1), (3, 3)])
+def test_distillation_is_the_mean_over_all_pairs_of_different_views(views, teacher_views):
+    student, teacher, center = draw(0, (views, 3, 7), (teacher_views, 3, 7), (7,), scale=0.3)
+    single = [jnp.asarray(x, jnp.float32) for x in (student, teacher, center)]
+    loss, _ = distillation(*single)
+    np.testing.assert_allclose(loss, pairwise_distillation(student, teacher, center), rtol=1e-5)
+
+    gradient = jax.jit(jax.grad(lambda s: distillation(s, *single[1:])[0]))(single[0])
+    expected = jax.jit(jax.grad(lambda s: pairwise_distillation(s, *single[1:], xp=jnp)))(single[0])
+    np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("counts", [(2, 4), (3,), (2, 1, 3)])
+def test_losses_of_each_crop_length_add_up_to_that_of_all_views(counts):
+    """Every pair belongs to one student view, hence to one crop length."""
+    student, teacher, center = map(jnp.float32, draw(6, (sum(counts), 3, 7), (counts[0], 3, 7), (7,), scale=0.3))
+    distributions, _ = losses.teacher_distributions(teacher, center, TEACHER_TEMP)
+    shares, ends = losses.shares_of_pairs(counts), np.cumsum(counts)
+    assert sum(shares) == pytest.approx(1)
+
+    def in_turn(student):
+        return sum(
+            share * losses.distillation(part, distributions, STUDENT_TEMP, 0 if i else counts[0])
+            for i, (share, part) in enumerate(zip(shares, jnp.split(student, ends[:-1]), strict=True))
+        )
+
+    at_once = jax.value_and_grad(lambda s: losses.distillation(s, distributions, STUDENT_TEMP, counts[0]))(student)
+    for ours, theirs in zip(jax.value_and_grad(in_turn)(student), at_once, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_distillation_subtracts_the_given_center_from_the_teacher_alone():
+    """A constant added to teacher logits and centre cancels; one added to the centre of one prototype does not."""
+    student, teacher, center = draw(1, (4, 3, 7), (2, 3, 7), (7,), scale=0.3)
+    value = lambda t, c: float(distillation(*map(jnp.float32, (student, t, c)))[0])  # noqa: E731
+    shift = np.arange(7) / 10
+    assert value(teacher + shift, center + shift) == pytest.approx(value(teacher, center), rel=1e-5)
+    assert abs(value(teacher, center + shift) - value(teacher, center)) > 1e-2
+
+
+def test_no_gradient_reaches_teacher_or_center():
+    student, teacher, center = map(jnp.float32, draw(2, (6, 3, 7), (2, 3, 7), (7,)))
+    gradients = jax.grad(lambda t, c, temp: distillation(student, t, c, 0.1, temp)[0], argnums=(0, 1, 2))(
+        teacher, center, jnp.float32(0.05)
+    )
+    assert all(not np.any(g) for g in gradients)
+    a, b = map(jnp.float32, draw(3, (2, 3, 5), (2, 3, 5)))
+    of_student, of_teacher = jax.grad(lambda s, t: losses.contrastive(s, t, 0.1), argnums=(0, 1))(a, b)
+    assert not np.any(of_teacher) and np.any(of_student)
+
+
+def test_indicators_are_entropies_of_the_teacher_and_the_rest_of_the_loss():
+    student, teacher, center = draw(4, (6, 3, 7), (2, 3, 7), (7,), scale=0.3)
+    loss, indicators = distillation(*map(jnp.float32, (student, teacher, center)))
+    p = softmax((teacher - center) / TEACHER_TEMP)
+    entropy = -(p * np.log(p)).sum(-1).mean()
+    mean = p.mean((0, 1))
+    np.testing.assert_allclose(indicators["teacher_entropy"], entropy, rtol=1e-5)
+    np.testing.assert_allclose(indicators["mean_teacher_entropy"], -(mean * np.log(mean)).sum(), rtol=1e-5)
+    q = softmax(student / STUDENT_TEMP)
+    kl = np.mean([(p[i] * np.log(p[i] / q[v])).sum(-1).mean() for i in range(2) for v in range(6) if v != i])
+    np.testing.assert_allclose(loss - indicators["teacher_entropy"], kl, rtol=1e-4)
+    np.testing.assert_allclose(loss, kl + entropy, rtol=1e-5)
+
+
+def test_indicators_show_both_kinds_of_collapse():
+    uniform = distillation(jnp.zeros((4, 3, 7)), jnp.zeros((2, 3, 7)), jnp.zeros(7))[1]
+    assert float(uniform["teacher_entropy"]) == pytest.approx(np.log(7), rel=1e-5)
+    one_hot = jnp.zeros((2, 3, 7)).at[..., 4].set(5.0)
+    collapsed = distillation(jnp.zeros((4, 3, 7)), one_hot, jnp.zeros(7))[1]
+    assert float(collapsed["mean_teacher_entropy"]) == pytest.approx(0, abs=1e-5)
+
+
+def test_loss_of_many_prototypes_at_extreme_logits_is_finite():
+    student = jnp.zeros((3, 2, 4096)).at[..., 0].set(1.0).at[..., 1].set(-1.0)
+    loss, indicators = distillation(student, -student[:2], jnp.zeros(4096), 0.01, 0.001)
+    assert np.isfinite(float(loss)) and all(np.isfinite(float(x)) for x in indicators.values())
+
+
+def test_center_follows_the_mean_of_raw_teacher_logits():
+    center, logits = draw(5, (7,), (2, 3, 7))
+    updated = losses.updated_center(jnp.float32(center), jnp.float32(logits), 0.9)
+    np.testing.assert_allclose(updated, 0.9 * center + 0.1 * logits.reshape(-1, 7).mean(0), atol=1e-6)
+
+
+def nt_xent(student, teacher, temperature):
+    """The definition: every one of 2B rows is an anchor; its positive is the other row of its utterance."""
+    views, batch = student.shape[:2]
+    unit = lambda x: x / np.linalg.norm(x)  # noqa: E731
+    terms = []
+    for i in range(views):
+        for j in range(views):
+            if i == j:
+                continue
+            rows = [unit(x) for x in teacher[i]] + [unit(x) for x in student[j]]
+            for a, anchor in enumerate(rows):
+                e = {b: np.exp(anchor @ row / temperature) for b, row in enumerate(rows) if b != a}
+                terms.append(-np.log(e[(a + batch) % (2 * batch)] / sum(e.values())))
+    return np.mean(terms)
+
+
+@pytest.mark.parametrize("views, batch", [(2, 4), (3, 2), (2, 1)])
+def test_contrastive_is_nt_xent_over_teacher_and_student_rows(views, batch):
+    student, teacher = draw(6, (views, batch, 5), (views, batch, 5))
+    loss = losses.contrastive(jnp.float32(student), jnp.float32(teacher), 0.1)
+    np.testing.assert_allclose(loss, nt_xent(student, teacher, 0.1), rtol=1e-5, atol=1e-6)
+
+
+def test_contrastive_gradient_is_the_slope_of_its_definition():
+    student, teacher = draw(7, (2, 3, 4), (2, 3, 4))
+    gradient = np.asarray(jax.grad(losses.contrastive)(jnp.float32(student), jnp.float32(teacher), 0.1))
+    slope = np.zeros_like(student)
+    for index in np.ndindex(student.shape):
+        step = np.zeros_like(student)
+        step[index] = 1e-6
+        slope[index] = (nt_xent(student + step, teacher, 0.1) - nt_xent(student - step, teacher, 0.1)) / 2e-6
+    np.testing.assert_allclose(gradient, slope, atol=1e-5 * np.abs(slope).max() + 1e-6)
+
+
+def test_contrastive_sees_directions_only_and_equal_rows_leave_it_at_chance():
+    student, teacher = draw(8, (2, 3, 5), (2, 3, 5))
+    loss = losses.contrastive(jnp.float32(student), jnp.float32(teacher), 0.1)
+    scaled = losses.contrastive(jnp.float32(7 * student), jnp.float32(teacher / 3), 0.1)
+    np.testing.assert_allclose(loss, scaled, rtol=1e-5)
+    same = jnp.ones((2, 3, 5))
+    np.testing.assert_allclose(losses.contrastive(same, same, 0.1), np.log(5), rtol=1e-5)
+
+
+def test_zero_embeddings_give_finite_gradients():
+    gradient = jax.grad(losses.contrastive)(jnp.zeros((2, 3, 5)), jnp.ones((2, 3, 5)), 0.1)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_embedding_deviation_tells_spread_from_collapse():
+    spread = np.random.default_rng(0).normal(0, 1, (2000, 32))
+    assert float(losses.embedding_deviation(jnp.float32(spread))) == pytest.approx(1, abs=0.01)
+    assert float(losses.embedding_deviation(jnp.ones((8, 32)))) == pytest.approx(0, abs=1e-3)
+
+
+def test_alignment_is_the_mean_cosine_of_matching_rows():
+    a, b = draw(9, (2, 3, 5), (2, 3, 5))
+    a[0, 0] = 0
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    expected = np.divide((a * b).sum(-1), norms, out=np.zeros((2, 3)), where=norms > 0).mean()
+    np.testing.assert_allclose(losses.alignment(jnp.float32(a), jnp.float32(b)), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses.alignment(jnp.float32(b), jnp.float32(-b)), -1, rtol=1e-5)

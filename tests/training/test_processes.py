@@ -1,0 +1,178 @@
+"""Training in several real processes over gloo: as one process does it, stopped, killed, and gone on in other numbers.
+
+All runs are of a network of one layer and a front end as small, since what is tested is around them: `test_sharding.py`
+has the real ones on several devices.
+"""
+
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from memo_jax.log import read_metrics
+from memo_jax.training import processes
+from memo_jax.training.checkpoint import load_raw, saved_steps
+from tiny_processes import GONE, KILLED_AT, SAVED, STEPS, command, patch_for_tests, start
+
+
+def losses(workdir):
+    rows = read_metrics(workdir)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step once, in order: one process writes"
+    return np.array([row["loss"] for row in rows])
+
+
+def assert_same_losses(one, other):
+    """Float32 noise, which training amplifies; another crop makes 1e-2 at once.
+
+    At the first step 3e-6: processes add up in another order, which moves an embedding by a few roundings of 1.2e-7,
+    and NT-Xent, most of this loss, divides by a temperature of 0.1.
+    """
+    one, other = losses(one), losses(other)
+    np.testing.assert_allclose(one[0], other[0], rtol=3e-6)
+    np.testing.assert_allclose(one, other, rtol=2e-4)
+
+
+def state(workdir, step):
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(load_raw(workdir, step)[0])
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run by one process; by two; by two of which one is sent SIGTERM; and that one gone on with."""
+    folder = tmp_path_factory.mktemp("processes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch_for_tests(patch.setattr, record=folder / "alone.npy")
+        status, text = tiny.here(*command(folder / "alone"))
+    assert status == 0, text
+    two = start(
+        2, command(folder / "two"), command(folder / "stopped"), signals=[(15, 1, 5)], slow=True, record=folder / "two"
+    )
+    stopped_at = saved_steps(folder / "stopped")[-1]
+    shutil.copytree(folder / "stopped", folder / "resumed")
+    resumed = start(2, command(folder / "resumed"))
+    return SimpleNamespace(folder=folder, two=two, stopped_at=stopped_at, resumed=resumed)
+
+
+def test_two_processes_train_as_one_does(runs):
+    """The losses are those of one process, to float32 noise; so are the batches, of which each reads its half. One
+    process alone talks."""
+    assert [one.status for one in runs.two] == [75, 75], runs.two
+    assert_same_losses(runs.folder / "two", runs.folder / "alone")
+    alone = np.load(runs.folder / "alone.npy")
+    halves = [np.load(runs.folder / f"two{index}.npy")[:STEPS] for index in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), alone)
+    assert (
+        len(np.unique(alone[: tiny.STEPS_PER_EPOCH].reshape(-1, alone.shape[-1]), axis=0))
+        == 2 * tiny.SPEAKERS * tiny.UTTERANCES
+    ), "each utterance once in an epoch"
+    first, second = (one.text for one in runs.two)
+    assert "on 2 cpu device(s) of 2 processes" in first and "training: 12/12 step" in first
+    assert "training" not in second and "utterances" not in second
+
+
+def test_sigterm_to_one_process_stops_all_at_one_step_with_a_checkpoint(runs):
+    """Both say at which step and end with a status of its own; gone on with, the run ends as if it had not been
+    stopped, bit for bit."""
+    assert 5 <= runs.stopped_at < STEPS
+    for one in runs.two:
+        assert f"SIGTERM: stopped after step {runs.stopped_at}, which is saved" in one.text
+    assert [one.status for one in runs.resumed] == [0, 0], runs.resumed
+    assert f"resumed after step {runs.stopped_at}" in runs.resumed[0].text
+    whole, resumed = (state(runs.folder / name, STEPS) for name in ("two", "resumed"))
+    assert whole.keys() == resumed.keys() and len(whole) > 20
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, resumed[name], err_msg=name, strict=True)
+    np.testing.assert_array_equal(losses(runs.folder / "resumed"), losses(runs.folder / "two"))
+
+
+def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
+    """Four go on where two were; SIGKILL of one ends the others, with an error, within a minute. One process goes on
+    from the last checkpoint, and the losses are those of one that did it all."""
+    workdir = shutil.copytree(runs.folder / "two", runs.folder / "four")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    (workdir / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp").mkdir()  # half-written, never to be chosen
+    results = start(4, command(workdir), signals=[(9, 2, KILLED_AT)])
+    killed, others = results[2], results[:2] + results[3:]
+    assert killed.status == -9, killed
+    assert all(one.status in GONE for one in others), results
+    assert any("another process is lost, so this one ends, too" in one.text for one in others) or all(
+        "another task died" in one.text for one in others
+    ), results
+    assert max(one.at for one in others) - killed.at < 60
+    assert f"resumed after step {SAVED}" in results[0].text and "processes was 2 and is 4 now" in results[0].text
+    assert saved_steps(workdir)[-1] == SAVED
+    with pytest.MonkeyPatch.context() as patch:
+        patch_for_tests(patch.setattr)
+        with pytest.warns(UserWarning, match="processes was 2 and is 1 now"):
+            status, text = tiny.here(*command(workdir))
+    assert status == 0 and f"resumed after step {SAVED}" in text
+    assert_same_losses(workdir, runs.folder / "alone")
+
+
+def test_sigterm_to_a_process_that_trains_alone_saves_and_ends_it(runs, monkeypatch):
+    """With the same status, and as exactly gone on with; the handler of before is back."""
+    patch_for_tests(monkeypatch.setattr)
+    reached, before = processes.StopRequest.reached, signal.getsignal(signal.SIGTERM)
+
+    def with_signal(self, step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reached(self, step)
+
+    workdir = runs.folder / "alone-stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(processes.StopRequest, "reached", with_signal)
+        status, text = tiny.here(*command(workdir))
+    assert status == 75 and "SIGTERM: stopped after step 5, which is saved" in text
+    assert saved_steps(workdir)[-1] == 5 and signal.getsignal(signal.SIGTERM) is before
+    status, text = tiny.here(*command(workdir))
+    assert status == 0 and "resumed after step 5" in text
+    whole, resumed = state(runs.folder / "alone", STEPS), state(workdir, STEPS)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, resumed[name], err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--coordinator=localhost:1234", "--num_processes=2", "--process_id=2"], "--process_id is 2: must be 0 to 1"),
+        (
+            ["--coordinator=localhost", "--num-processes=2", "--process-id=1"],
+            "give host and port, such as 10.0.0.1:1234",
+        ),
+    ],
+)
+def test_places_among_the_processes_that_cannot_be_are_refused(flags, message, tmp_path):
+    status, text = tiny.here(*command(tmp_path / "run"), *flags)
+    assert status == 2 and message in text and not (tmp_path / "run").exists()
+
+
+def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
+    done = tiny.memo_jax(*command(tmp_path / "run", "--distributed"), "--num_processes=2")
+    assert done.returncode == 2 and "give --coordinator, --process_id" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_differs_between_processes_is_named_in_all(monkeypatch):
+    """Two processes whose config is the same and whose bank is not."""
+    from memo_jax.training.processes import multihost_utils
+
+    def gathered(mine):
+        theirs = mine.copy()
+        theirs[1] += 1
+        return np.stack([mine, theirs])
+
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+    with pytest.raises(ValueError, match="the bank of noise differs between the processes: that of process 1"):
+        processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
+    processes.check_agreement({"the config": "{}", "the bank of noise": "17"})

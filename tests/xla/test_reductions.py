@@ -1,0 +1,35 @@
+"""Reductions in groups: what the plain ones give, for sizes that groups divide and others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memo_jax.xla.compiler import compiler_options
+from memo_jax.xla.reductions import logsumexp, over_last_axis, squared_norm, sum_from_first_axis
+
+SHAPES = [(48, 64), (401, 7), (1, 31, 5), (6, 13, 4, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reductions_are_those_of_numpy(shape):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    exact = x.astype(np.float64)
+    channels = tuple(range(x.ndim - 1))
+    np.testing.assert_allclose(sum_from_first_axis(jnp.asarray(x), 0), exact.sum(0), atol=1e-4)
+    np.testing.assert_allclose(sum_from_first_axis(jnp.asarray(x), channels), exact.sum(channels), atol=1e-4)
+    np.testing.assert_allclose(over_last_axis(jnp.sum, jnp.asarray(x)), exact.sum(-1), atol=1e-4)
+    np.testing.assert_array_equal(over_last_axis(jnp.max, jnp.asarray(x)), x.max(-1))
+    np.testing.assert_allclose(logsumexp(jnp.asarray(x)), np.log(np.exp(exact).sum(-1)), rtol=1e-6)
+    np.testing.assert_allclose(squared_norm(jnp.asarray(x)), np.square(exact).sum(), rtol=1e-6)
+    np.testing.assert_allclose(squared_norm(jnp.asarray(x.ravel())), np.square(exact).sum(), rtol=1e-6)
+
+
+def test_logsumexp_of_large_numbers_is_finite():
+    np.testing.assert_allclose(logsumexp(jnp.full((2, 32), 1e4)), 1e4 + np.log(32), rtol=1e-6)
+
+
+def test_squares_are_not_written_before_they_are_summed():
+    x = jnp.ones((256, 1024))
+    compiled = jax.jit(squared_norm).lower(x).compile(compiler_options(jax.default_backend()))
+    assert compiled.memory_analysis().temp_size_in_bytes < x.nbytes / 4
