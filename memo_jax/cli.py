@@ -355,13 +355,13 @@ def run_prepare(options) -> int:
         return BAD_INPUT if report["problems"] else 0
     inputs = list(options.input or [])
     if options.tfds:
-        from memo_jax.data.tfds_audio import tfds_input
+        from memo_jax.data.tfds_audio import TfdsInput
 
-        inputs += [tfds_input(name, options.tfds_dir) for name in options.tfds]
+        inputs += [TfdsInput(name, str(options.tfds_dir or "")) for name in options.tfds]
     for name, given in (("input", inputs), ("output", options.output)):
         if not given:
             raise ValueError(f"--{name} is missing: see `memo-jax prepare --help`")
-    from memo_jax.data.prepare import prepare, summary
+    from memo_jax.data.prepare import preparation_text, prepare
 
     report = prepare(
         inputs,
@@ -371,7 +371,7 @@ def run_prepare(options) -> int:
         overwrite=options.overwrite,
         run_commands=options.run_commands,
     )
-    print(summary(report))
+    print(preparation_text(report))
     return 0
 
 

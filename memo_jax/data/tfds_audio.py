@@ -7,6 +7,8 @@ import contextlib
 import functools
 import io
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -17,14 +19,19 @@ PREFIX = "tfds:"
 NAME_FEATURES, SPEAKER_FEATURES = ("id", "utterance_id"), ("speaker_id", "speaker")
 
 
-def tfds_input(name: str, data_dir: str | os.PathLike | None = None) -> str:
-    """The input of `prepare` that stands for NAME[/CONFIG][:SPLIT], to be found in TFDS's folder `data_dir`."""
-    return f"{PREFIX}{name}" + (f"@{os.path.abspath(data_dir)}" if data_dir else "")
+class TfdsInput(NamedTuple):
+    """An input of `prepare` that is no path: the dataset NAME[/CONFIG][:SPLIT], in TFDS's folder `data_dir` ("": its own)."""
 
+    name: str
+    data_dir: str = ""
 
-def is_tfds_input(text: str) -> bool:
-    """Whether `tfds_input` made it."""
-    return text.startswith(PREFIX)
+    @property
+    def text(self) -> str:
+        """The input in one line, as the other functions here take it."""
+        return f"{PREFIX}{self.name}" + (f"@{os.path.abspath(self.data_dir)}" if self.data_dir else "")
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def utterance_names(text: str):
