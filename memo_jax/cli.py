@@ -348,10 +348,10 @@ def run_prepare(options) -> int:
     if options.check:
         if options.input or options.tfds or options.output:
             raise ValueError("--check DATASET stands alone, without --input and --output")
-        from memo_jax.data.check import check, check_summary
+        from memo_jax.data.check import check, check_text
 
         report = check(options.check, workers=options.workers)
-        print(check_summary(options.check, report))
+        print(check_text(options.check, report))
         return BAD_INPUT if report["problems"] else 0
     inputs = list(options.input or [])
     if options.tfds:

@@ -341,6 +341,6 @@ def _damage_named(path):
     else:
         return
     raise ValueError(
-        f"{path}: not an archive, damaged or cut short ({reason}): get the file again, or unpack what is left of it and "
-        "prepare that folder"
+        f"{path}: not an archive, damaged or cut short ({reason}): get the file again, or unpack what is left of it "
+        "and prepare that folder"
     ) from None

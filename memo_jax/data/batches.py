@@ -97,8 +97,9 @@ class Utterances:
     def _manifest(self):
         columns = read_manifest(self.path)
         if len(columns["name"]) != len(self):
+            count = len(columns["name"])
             raise ValueError(
-                f"{self.path / MANIFEST} has {len(columns['name'])} utterances, the dataset {len(self)}: prepare it again"
+                f"{self.path / MANIFEST} has {count} utterances, the dataset {len(self)}: prepare it again"
             )
         return columns
 

@@ -99,7 +99,9 @@ def _speakers(folder, utterances):
             f"({other}): it is of another folder; remove it if speakers are unknown"
         )
     if missing:
-        say(f"{path}: no speaker for {len(missing):,} of {plural(len(utterances), 'utterance')}, such as {missing[0]!r}")
+        say(
+            f"{path}: no speaker for {len(missing):,} of {plural(len(utterances), 'utterance')}, such as {missing[0]!r}"
+        )
     return speakers
 
 

@@ -72,9 +72,7 @@ def _late(recordings, inputs, find, output):
     known = {item.name for item in recordings}
     late = [item.source for item in find(folders)[0] if item.name not in known]
     if late:
-        say(
-            f"left out {plural(len(late), 'recording')} that came after {output} was begun, the first being {late[0]}"
-        )
+        say(f"left out {plural(len(late), 'recording')} that came after {output} was begun, the first being {late[0]}")
     return [(source, "came late: after the dataset was begun") for source in late]
 
 

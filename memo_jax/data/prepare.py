@@ -6,14 +6,14 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from memo_jax import __version__
-from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech
+from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, check_speech
 from memo_jax.data.archives import LARGEST_MEMBER, TarStream
 from memo_jax.data.plan import planned, reasons
-from memo_jax.data.recordings import MAX_SECONDS, Kind, find_recordings, input_kind, read_recording
+from memo_jax.data.recordings import Kind, find_recordings, input_kind, read_recording
 from memo_jax.data.records import LEFT_OUT, MANIFEST, MANIFEST_COLUMNS, SEGMENT_SAMPLES, ShardWriter, write_metadata
 from memo_jax.data.tfds_audio import TfdsInput
 from memo_jax.data.unfinished import Unfinished, explained_write_errors, finish_part, is_dataset, is_empty_folder
@@ -33,6 +33,7 @@ def prepare(
     *,
     min_seconds: float = 0.5,
     max_seconds: float = MAX_SECONDS,
+    channel: str | int = "mean",
     workers: int | None = None,
     overwrite: bool = False,
     run_commands: bool = False,
@@ -55,6 +56,8 @@ def prepare(
       output: folder to create.
       min_seconds: shorter recordings are left out.
       max_seconds: longer recordings are left out.
+      channel: of recordings with several: "mean", or the number of one, from 1. One that the fifth field of a Kaldi
+        folder's segments names comes first.
       workers: processes; all processors if None. 1 works in this process.
       overwrite: whether an earlier dataset at `output`, or the unfinished one of another call, is replaced.
       run_commands: whether commands in a Kaldi folder's wav.scp are run.
@@ -80,6 +83,7 @@ def prepare(
         "inputs": [given.text if isinstance(given, TfdsInput) else os.path.abspath(given) for given in inputs],
         "min_seconds": min_seconds,
         "max_seconds": max_seconds,
+        "channel": channel,
         "run_commands": run_commands,
         "speakers": _digest(speakers),
         "version": __version__,
@@ -99,7 +103,8 @@ def prepare(
             recordings, left_out = planned(unfinished, command, inputs, find, overwrite, output)
             parts = _parts(recordings)
             with explained_write_errors(unfinished, output):
-                _write_parts(unfinished, parts, inputs, min_seconds, max_seconds, workers or os.cpu_count())
+                options = {"min_seconds": min_seconds, "max_seconds": max_seconds, "channel": channel}
+                _write_parts(unfinished, parts, inputs, options, workers or os.cpu_count())
                 report = _finish(unfinished, len(parts), left_out)
                 if report["utterances"]:
                     unfinished.publish(command, report, overwrite)
@@ -112,9 +117,7 @@ def prepare(
             if not unfinished.has_parts():
                 unfinished.discard()
     if not report["utterances"]:
-        raise ValueError(
-            f"no usable recording in {', '.join(map(str, inputs))}{reasons(report['left_out'])}"
-        )
+        raise ValueError(f"no usable recording in {', '.join(map(str, inputs))}{reasons(report['left_out'])}")
     return report | {"output": str(output)}
 
 
@@ -164,13 +167,12 @@ def _parts(recordings):
     return parts
 
 
-def _write_parts(unfinished, parts, inputs, min_seconds, max_seconds, workers):
+def _write_parts(unfinished, parts, inputs, options, workers):
     """Writes the parts that are not done yet, with a progress bar over recordings."""
     write = functools.partial(
         _write_part,
         folder=unfinished.folder,
-        min_seconds=min_seconds,
-        max_seconds=max_seconds,
+        **options,
         inputs=[given for given in inputs if not isinstance(given, TfdsInput) and os.path.exists(given)],
     )
     done = unfinished.parts_done(len(parts))
@@ -208,13 +210,15 @@ def _spooled(numbers, parts, folder):
             yield number, parts[number], spool
 
 
-def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds):
+def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds, channel):
     """Decodes the recordings of a part into one shard, or more when they are long, and declares it complete."""
     rows, left_out, shards, shard = [], [], [], None
     try:
         for index, item in enumerate(recordings):
             try:
-                samples = read_recording(item, max_seconds=max_seconds, spool=spool and (spool[0], spool[1][index]))
+                samples = read_recording(
+                    item, max_seconds=max_seconds, channel=channel, spool=spool and (spool[0], spool[1][index])
+                )
                 check_speech(item.source, samples, min_seconds)
             except AudioError as error:
                 _check_inputs([*inputs, item.archive] if item.archive else inputs)
@@ -273,7 +277,7 @@ def _finish(unfinished, parts, left_out):
 
 
 def _written(path, header, rows):
-    """Yields the rows while it writes them as tab-separated text, a row a line; tabs and breaks are written as \\t, …"""
+    """Yields the rows while it writes them, tab-separated, with tabs and line breaks in them escaped."""
     escapes = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write("\t".join(header) + "\n")

@@ -24,7 +24,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import AudioError, is_audio_name, read_audio
+from memo_jax.audio import MAX_SECONDS, AudioError, is_audio_name, read_audio
 from memo_jax.data import kaldi, tfds_audio
 from memo_jax.data.archives import LARGEST_MEMBER, Extent, is_archive_name, is_compressed_tar, members, open_member
 from memo_jax.data.tfds_audio import TfdsInput
@@ -34,7 +34,6 @@ SPEAKER_FILE = ".spk"  # in wespeaker's shards, beside the recording
 SHARD_LIST = ".list"
 MACOS_FOLDER = "__MACOSX"  # of hidden files, in archives that macOS made
 UNLISTABLE = frozenset("\t\r\n\0")  # characters that a name in a manifest or a list cannot have
-MAX_SECONDS = 4 * 3600.0
 
 
 class Kind(enum.StrEnum):
@@ -166,6 +165,7 @@ def read_recording(
     recording: Recording,
     *,
     max_seconds: float = MAX_SECONDS,
+    channel: str | int = "mean",
     spool: tuple[str, int] | None = None,
 ) -> np.ndarray:
     """Returns the samples of a recording, int16 [L] at 16 kHz.
@@ -173,15 +173,18 @@ def read_recording(
     Args:
       recording: from `find_recordings`.
       max_seconds: the longest accepted.
+      channel: "mean", or the number of a channel from 1; a channel that the recording names itself comes first.
       spool: file, and offset in it, to which a recording of kind STREAMED was copied; required for those.
 
     Raises:
       AudioError: it cannot be used; the message names its source.
       OSError: a temporary file cannot be written.
     """
-    options = {"max_seconds": max_seconds, "span": recording.span or (0.0, None)}
+    start, end = recording.span or (0.0, None)
+    options = {"max_seconds": max_seconds, "channel": recording.channel or channel}
     if recording.kind is Kind.EXAMPLE:
-        return tfds_audio.read_example(recording.root, int(recording.path), max_seconds=max_seconds)
+        return tfds_audio.read_example(recording.root, int(recording.path), **options)
+    options |= {"start": start, "end": end}
     if recording.kind is Kind.FILE:
         return read_audio(recording.source, **options)
     try:
@@ -350,7 +353,7 @@ def _split_archive(path):
 
 
 def _voxceleb_part(path):
-    """ "idXXXXX/video/" of …/idXXXXX/video/utterance, None of any other path."""
+    """The part idXXXXX/video/ of …/idXXXXX/video/utterance, None of any other path."""
     *_, speaker, video, _ = ("", "", *path.split("/"))
     return f"{speaker}/{video}/" if VOXCELEB_SPEAKER.fullmatch(speaker) else None
 
@@ -376,9 +379,7 @@ def _name_problem(name):
 def _output(command):
     """What a shell command writes to stdout; ValueError if it fails or writes too much."""
     with tempfile.TemporaryFile() as errors:  # a pipe that nobody reads would block the command
-        process = subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
-        )
+        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
         data = bytearray()
         with process, contextlib.closing(process.stdout) as pipe:
             while len(data) <= LARGEST_MEMBER and (piece := pipe.read(1 << 20)):

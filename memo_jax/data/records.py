@@ -66,7 +66,7 @@ class ShardWriter:
         return checksum
 
     def close(self) -> dict:
-        """Finishes the file; returns {"path", "segment_samples", "lengths", "checksums"} for JSON, a list item a utterance."""
+        """Finishes the file; returns {"path", "segment_samples", "lengths": […], "checksums": […]}, for JSON."""
         try:
             self._writer.close()
         except RuntimeError as error:
@@ -145,7 +145,7 @@ def samples_of(record: bytes) -> np.ndarray:
 
 
 def segment_of(record: bytes) -> tuple[str, int, np.ndarray]:
-    """Returns the checksum of its utterance, the start and the samples in a record; ValueError if it is no such record."""
+    """Returns the checksum (of the utterance), start and samples in a record; ValueError if it is no such record."""
     places = _values(record, (b"checksum", b"samples", b"start"))
     start = 0
     for byte in reversed(record[slice(*places[b"start"])]):  # a varint
@@ -234,7 +234,9 @@ def _checksums(folder):
         raise FileNotFoundError(f"{folder} is not a dataset ({INFO} is missing): make one with memo-jax prepare")
     path = os.path.join(folder, CHECKSUMS)
     if not os.path.isfile(path):
-        raise ValueError(f"{folder} was not made by this version of memo-jax prepare ({CHECKSUMS} is missing): prepare it again")
+        raise ValueError(
+            f"{folder} was not made by this version of memo-jax prepare ({CHECKSUMS} is missing): prepare it again"
+        )
     with open(path, encoding="utf-8", errors="replace") as file:
         pairs = [line.rstrip("\n").split("  ", 1) for line in file]
     found = {pair[-1]: pair[0] for pair in pairs}

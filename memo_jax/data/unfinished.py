@@ -103,8 +103,8 @@ class Unfinished:
         if os.path.lexists(self._output) and not is_empty_folder(self._output):
             if not overwrite or not is_dataset(self._output):
                 raise FileExistsError(
-                    f"{self._output} appeared while it was prepared, and is not replaced: move it away and give the same "
-                    "command again, which has little left to do"
+                    f"{self._output} appeared while it was prepared, and is not replaced: move it away and give the "
+                    "same command again, which has little left to do"
                 )
             shutil.rmtree(self._replaced, ignore_errors=True)
             os.rename(self._output, self._replaced)
