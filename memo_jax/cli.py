@@ -145,7 +145,17 @@ def build_parser() -> argparse.ArgumentParser:
     )
     trials = shared()
     trials.add_argument(
-        "--trials", required=True, type=Path, metavar="FILE", help="lines `1 enrol test` or `enrol test target`"
+        "--trials",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
+    )
+    trials.add_argument(
+        "--enrollments",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker recording recording …`: who the enrol sides are",
     )
 
     prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds)
@@ -458,14 +468,15 @@ def run_eval(options) -> None:
         step=options.step,
         crops=options.crops,
         crop_seconds=options.crop_seconds,
+        enrollments=options.enrollments,
         save_threshold=options.save_threshold,
         replicates=options.replicates,
     )
-    print(
-        json.dumps(results, indent=2)
-        if options.json
-        else f"{evaluation_text(results)}\n{options.output / 'results.json'}\n{options.output / 'det.png'}"
-    )
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    written = ("results.json", "det.png") if "eer" in results else ("results.json", "scores.txt")
+    print("\n".join([evaluation_text(results), *(str(options.output / name) for name in written)]))
 
 
 def load_embedder(options, gallery=None):
@@ -568,7 +579,7 @@ def run_export(options) -> None:
 
 def run_score(options) -> None:
     """memo-jax score."""
-    from memo_jax.scoring.score import score, summary
+    from memo_jax.scoring.score import score, score_text
 
     results = score(
         options.embeddings,
@@ -579,10 +590,11 @@ def run_score(options) -> None:
         calibration_trials=options.calibrate,
         compare=options.compare,
         speakers=options.speakers,
+        enrollments=options.enrollments,
         replicates=options.replicates,
         scores_file=options.scores,
     )
-    print(json.dumps(results, indent=2) if options.json else summary(results))
+    print(json.dumps(results, indent=2) if options.json else score_text(results))
 
 
 def keep_compiled_programs() -> None:
