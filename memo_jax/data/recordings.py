@@ -130,11 +130,11 @@ def read_recording(recording: Recording, *, max_seconds: float = 4 * 3600, spool
     Raises:
       AudioError: it cannot be used; the message names its source.
     """
-    source, span = recording.source, recording.span or (0.0, None)
+    source, (start, end) = recording.source, recording.span or (0.0, None)
     if tfds_audio.is_tfds_input(recording.root):
         return tfds_audio.read_example(recording.root, int(recording.path), max_seconds=max_seconds)
     if recording.extent is None and recording.root != "|":
-        return read_audio(source, max_seconds=max_seconds, span=span)
+        return read_audio(source, max_seconds=max_seconds, start=start, end=end)
     try:
         if recording.root == "|":
             data = _output(recording.path)
@@ -148,7 +148,7 @@ def read_recording(recording: Recording, *, max_seconds: float = 4 * 3600, spool
         raise AudioError(source, str(error)) from None
     file = io.BytesIO(data)
     file.name = source
-    return read_audio(file, max_seconds=max_seconds, span=span)
+    return read_audio(file, max_seconds=max_seconds, start=start, end=end)
 
 
 def files_below(folder, exclude=None):
