@@ -390,20 +390,20 @@ def run_prepare(options) -> int:
     if options.check:
         if options.input or options.tfds or options.output:
             raise ValueError("--check DATASET stands alone, without --input and --output")
-        from memo_jax.data.check import check, check_summary
+        from memo_jax.data.check import check, check_text
 
         report = check(options.check, workers=options.workers)
-        print(check_summary(options.check, report))
+        print(check_text(options.check, report))
         return BAD_INPUT if report["problems"] else 0
     inputs = list(options.input or [])
     if options.tfds:
-        from memo_jax.data.tfds_audio import tfds_input
+        from memo_jax.data.tfds_audio import TfdsInput
 
-        inputs += [tfds_input(name, options.tfds_dir) for name in options.tfds]
+        inputs += [TfdsInput(name, str(options.tfds_dir or "")) for name in options.tfds]
     for name, given in (("input", inputs), ("output", options.output)):
         if not given:
             raise ValueError(f"--{name} is missing: see `memo-jax prepare --help`")
-    from memo_jax.data.prepare import prepare, summary
+    from memo_jax.data.prepare import preparation_text, prepare
 
     report = prepare(
         inputs,
@@ -413,7 +413,7 @@ def run_prepare(options) -> int:
         overwrite=options.overwrite,
         run_commands=options.run_commands,
     )
-    print(summary(report))
+    print(preparation_text(report))
     return 0
 
 

@@ -112,10 +112,10 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
     try:
         yield partial
         if fsync:
-            _flush_to_disk(partial)
+            flush_to_disk(partial)
         os.replace(partial, path)
         if fsync:
-            _flush_to_disk(path.parent)
+            flush_to_disk(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -123,7 +123,8 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
             partial.unlink(missing_ok=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Makes a file, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,6 +8,7 @@ samples. `error`, `part` and `window` are what these share.
 from memo_jax.audio.error import SAMPLE_RATE, AudioError
 from memo_jax.audio.read import (
     AUDIO_EXTENSIONS,
+    MAX_SECONDS,
     as_audio,
     audio_seconds,
     check_speech,
@@ -20,6 +21,7 @@ from memo_jax.audio.read import (
 
 __all__ = [
     "AUDIO_EXTENSIONS",
+    "MAX_SECONDS",
     "SAMPLE_RATE",
     "AudioError",
     "as_audio",
