@@ -11,9 +11,9 @@ import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances, open_utterances
-from memo_jax.files import as_path, write_text
+from memo_jax.files import as_path, check_writable, write_text
 from memo_jax.inference.batches import apply_to_recordings
-from memo_jax.inference.embedder import load_model, log_mel_statistics
+from memo_jax.inference.embedder import check_embedding, load_model, log_mel_statistics
 from memo_jax.inference.model_file import Decision, Model, embedding_function
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration
@@ -51,9 +51,12 @@ class TrialEvaluation:
                 raise ValueError(f"{trials} has no {kind} trial: error rates need both kinds")
 
     def embeddings(self, function, crops: int = 0, crop_seconds: float = 4.0, quiet: bool = False) -> np.ndarray:
-        """Returns the embeddings [M, D] of the full recordings, or [M, crops, D] of their crops, as `rows`."""
+        """Returns the embeddings of `rows`: [M, D] of the full recordings, or [M, crops, D] of their crops.
+
+        Raises ValueError, naming the recording, for an embedding that is not finite.
+        """
         if not crops:
-            return apply_to_recordings(function, self.utterances, self.rows, quiet=quiet)
+            return self._checked(apply_to_recordings(function, self.utterances, self.rows, quiet=quiet))
         per_crop = [
             apply_to_recordings(
                 function,
@@ -64,7 +67,12 @@ class TrialEvaluation:
             )
             for i in range(crops)
         ]
-        return np.stack(per_crop, axis=1)
+        return self._checked(np.stack(per_crop, axis=1))
+
+    def _checked(self, embeddings):
+        for row, embedding in zip(self.rows, embeddings):
+            check_embedding(self.utterances.names[row], embedding)
+        return embeddings
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
         """Returns the cosine score of every trial, [N], rounded as in scores.txt so that both give the same errors."""
@@ -177,6 +185,7 @@ def evaluate(
     network = load_model(model, branch=branch, role=role, step=step)
     evaluation = TrialEvaluation(open_utterances(data), trials)
     output = Path(output)
+    check_writable(output / "results.json")  # before the minutes that embedding takes
     output.mkdir(parents=True, exist_ok=True)
     scores = evaluation.scores(evaluation.embeddings(network.function, crops, crop_seconds, quiet))
     baseline = evaluation.statistics_scores(quiet)

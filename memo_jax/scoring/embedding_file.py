@@ -1,14 +1,14 @@
 """Files of embeddings: npz, or parquet by the name's ending, with the names and the model that they are of."""
 
+import collections
 import dataclasses
-import json
 import os
-import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from memo_jax.files import replacing
+from memo_jax.files import one_line, replacing
 
 FORMATS = (".npz", ".parquet")
 
@@ -78,7 +78,19 @@ def _write_parquet(path, names, embeddings, model):
 
     column = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embeddings.ravel()), embeddings.shape[1])
     table = pyarrow.table({"name": pyarrow.array(names, pyarrow.string()), "embedding": column})
-    parquet.write_table(table.replace_schema_metadata({"model": model}), path)
+    # Pages are stored uncompressed with their checksums: speech embeddings do not compress.
+    parquet.write_table(
+        table.replace_schema_metadata({"model": model, "checksum": _checksum(names, embeddings, model)}),
+        path,
+        write_page_checksum=True,
+        compression="none",
+    )
+
+
+def _checksum(names, embeddings, model) -> str:
+    """CRC-32 of all that a file holds: Parquet's own checksums do not cover lengths, names of columns and metadata."""
+    content = "\0".join([model, *names]).encode("utf-8", "surrogatepass")
+    return f"{zlib.crc32(np.ascontiguousarray(embeddings, '<f4').tobytes(), zlib.crc32(content)):08x}"
 
 
 def read_embeddings(path: str | os.PathLike) -> Embeddings:
@@ -86,7 +98,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 
     Raises:
       OSError: naming the file, when it cannot be opened.
-      ValueError: naming the file: another content, names that occur twice, numbers that are not finite.
+      ValueError: naming the file: other content, damage, names that occur twice, embeddings that are zero or not finite.
     """
     path = check_output_name(path)
     if not path.is_file():
@@ -94,10 +106,12 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
     try:
         read = _read_npz if path.suffix.lower() == ".npz" else _read_parquet
         names, embeddings, model = read(path)
-    except (ValueError, KeyError, zipfile.BadZipFile, EOFError, TypeError) as error:
-        reason = json.dumps(str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+    except PermissionError:
+        raise
+    except Exception as error:  # NumPy, zipfile and pyarrow raise over a dozen kinds for a damaged file
         raise ValueError(
-            f"{path}: not a file of embeddings, or damaged ({reason}); expected `names` [N] and `embeddings` [N, D]"
+            f"{path}: not a file of embeddings, or damaged ({one_line(error)}); expected `names` [N] and `embeddings` "
+            "[N, D]"
         ) from error
     if embeddings.ndim != 2 or embeddings.dtype.kind != "f" or len(names) != len(embeddings):
         raise ValueError(
@@ -105,11 +119,14 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
             f"{embeddings.dtype} {list(embeddings.shape)}"
         )
     if len(set(names)) < len(names):
-        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        twice = next(name for name, count in collections.Counter(names).items() if count > 1)
         raise ValueError(f"{path}: {twice!r} occurs twice among the names")
     if not np.isfinite(embeddings).all():
         row = int(np.flatnonzero(~np.isfinite(embeddings).all(axis=1))[0])
         raise ValueError(f"{path}: the embedding of {names[row]!r} is not finite")
+    zero = np.flatnonzero(~embeddings.any(axis=1))
+    if zero.size:
+        raise ValueError(f"{path}: the embedding of {names[zero[0]]!r} is zero, so it has no direction to compare")
     return Embeddings(names, np.asarray(embeddings, np.float32), model)
 
 
@@ -125,10 +142,20 @@ def _read_parquet(path):
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
+        table = parquet.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
     names = table["name"].to_pylist()
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("`name` must be text")
     column = table["embedding"].combine_chunks()
+    widths = {None if row is None else len(row) for row in column}
+    if len(widths) > 1 or None in widths:
+        raise ValueError("the rows of `embedding` have different lengths")
     embeddings = np.asarray(column.flatten()).reshape(len(names), -1)
-    return names, embeddings, (table.schema.metadata or {}).get(b"model", b"").decode()
+    metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    model = metadata.get("model", "")
+    if "checksum" in metadata and metadata["checksum"] != _checksum(names, embeddings, model):
+        raise ValueError("its checksum differs: it has changed since it was written")
+    return names, embeddings, model
