@@ -164,13 +164,13 @@ def split_by_speaker(recordings, seed):
 
 def prepared(recordings, dataset):
     """Path of the dataset of these recordings, prepared unless it is there."""
-    from memo_jax.data.prepare import prepare, summary
+    from memo_jax.data.prepare import preparation_text, prepare
 
     if (dataset / "dataset_info.json").exists():
         say(f"2. Dataset {dataset}: already prepared.")
     else:
         say(f"2. Preparing the dataset {dataset}.")
-        say(f"   {summary(prepare([recordings], dataset))}")
+        say(f"   {preparation_text(prepare([recordings], dataset))}")
     return dataset
 
 
