@@ -172,7 +172,9 @@ def test_commands_that_no_test_runs_are_understood(monkeypatch):
 def test_config_keys_that_pages_name_exist():
     known = leaves(load_config(tiny.ROOT / "configs" / "base.py"))
     groups = "augment|collapse|data|gate|loss|model|optimizer|teacher"
-    named = {key for page in PAGES + OTHER_PAGES for key in re.findall(rf"`((?:{groups})\.(?!py`)\w+)`", page.read_text())}
+    named = {
+        key for page in PAGES + OTHER_PAGES for key in re.findall(rf"`((?:{groups})\.(?!py`)\w+)`", page.read_text())
+    }
     assert len(named) > 10 and not named - set(known)
 
 
