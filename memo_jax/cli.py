@@ -440,10 +440,10 @@ def run_plan(options) -> int:
 
     config = load_config(options.config, options.overrides)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for is not here
-    from memo_jax.planning.plan import plan, summary
+    from memo_jax.planning.plan import plan, plan_text
 
     result = plan(config, options.topology, options.utterances)
-    print(json.dumps(result, indent=2) if options.json else summary(result))
+    print(json.dumps(result, indent=2) if options.json else plan_text(result))
     return 0 if result["fits"] else NO
 
 

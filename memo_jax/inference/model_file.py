@@ -21,7 +21,7 @@ import numpy as np
 
 from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.files import replacing
-from memo_jax.models import BACKBONES, LEVERS, build_backbone
+from memo_jax.models import BACKBONES, EXECUTION_FIELDS, build_backbone
 
 FORMAT = 1
 METADATA_KEY = "memo_jax"
@@ -119,18 +119,13 @@ def embedding_function(backbone: nn.Module, variables, front_end: str = "log_mel
     return functools.partial(_embed_integers, backbone, front_end, variables)
 
 
-def backbone_variables(variables):
-    """Returns the backbone's part of a branch's variables."""
-    return {kind: tree["backbone"] for kind, tree in variables.items()}
-
-
 def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **fields) -> Model:
     """Returns the model of a backbone that is an object; `fields` as those of `Model`."""
     name = next(name for name, kind in BACKBONES.items() if type(backbone) is kind)
     arguments = {
         field.name: getattr(backbone, field.name)
         for field in dataclasses.fields(backbone)
-        if field.name not in ("parent", "name", *LEVERS)
+        if field.name not in ("parent", "name", *EXECUTION_FIELDS)
     }
     return Model(name, {key: _argument(value) for key, value in arguments.items()}, variables, **fields)
 
