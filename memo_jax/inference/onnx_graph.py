@@ -8,6 +8,7 @@ built, so that a wrong axis is an error here and not in somebody's telephone. (o
 converts JAX programs but cannot be installed beside orbax-checkpoint.)
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,9 @@ import spox.opset.ai.onnx.v17 as op
 from spox import Tensor, Var, argument
 
 from memo_jax import features
-from memo_jax.models.campplus import SEGMENT
-from memo_jax.models.ecapa import padding_of
+from memo_jax.models.campplus import SEGMENT, CAMPPlus
+from memo_jax.models.ecapa import ECAPATDNN, padding_of
+from memo_jax.models.resnet import ResNet34
 
 OPSET = 17  # ReduceMean still has its axes as an attribute; runtimes on phones have had it since 2022
 
@@ -187,9 +189,7 @@ def basic_block(x, variables, strides):
     """`resnet.BasicBlock`."""
     shortcut = x
     if "shortcut" in variables["params"]:
-        shortcut = norm(
-            plane_conv(x, inside(variables, "shortcut"), strides), inside(variables, "shortcut_norm")
-        )
+        shortcut = norm(plane_conv(x, inside(variables, "shortcut"), strides), inside(variables, "shortcut_norm"))
     x = op.relu(norm(plane_conv(x, inside(variables, "conv_0"), strides), inside(variables, "norm_0")))
     x = norm(plane_conv(x, inside(variables, "conv_1")), inside(variables, "norm_1"))
     return op.relu(op.add(x, shortcut))
@@ -272,10 +272,7 @@ def campplus(network, variables: Variables, x: Var) -> Var:
     return norm(last_axis_removed(embedding), inside(variables, "embedding_norm"))
 
 
-BACKBONES = {"ecapa": ecapa, "resnet": resnet, "campplus": campplus}
-
-
-# Front ends: waves [B, L] in [-1, 1] → [B, T, 80]
+# Front ends, in two parts: waves [B, L] in [-1, 1] → spectrum [B, T, 80], and spectrum → what the network takes
 
 
 def mel_spectrum(waves: Var, basis: np.ndarray, mel: np.ndarray) -> Var:
@@ -297,47 +294,74 @@ def without_mean(x: Var) -> Var:
 
 
 def log_mel(waves: Var) -> Var:
-    """`features.log_mel_input`."""
+    """Logarithm of `features.mel_power`."""
     reach = features.WINDOW // 2
     padded = op.pad(waves, constant([0, reach, 0, reach], np.int64), mode="reflect")
     power = mel_spectrum(padded, features._fourier_basis(), features._mel_basis())
-    centered = without_mean(op.log(op.add(power, constant(features.LOG_FLOOR))))
+    return op.log(op.add(power, constant(features.LOG_FLOOR)))
+
+
+def normalized(x: Var) -> Var:
+    """Mean 0 and variance 1 over time, as `features.normalized_log_mel`."""
+    centered = without_mean(x)
     variance = op.add(mean(op.mul(centered, centered), 1), constant(features.NORM_EPSILON))
     return op.div(centered, op.sqrt(variance))
 
 
-def kaldi_fbank(waves: Var, window: str = "povey", scale: float = 1.0) -> Var:
-    """`features.kaldi_fbank_input`."""
-    missing = op.max([op.sub(constant(features.WINDOW, np.int64), size(waves, 1, np.int64)), constant(0, np.int64)])
-    missing = op.unsqueeze(missing, constant([0], np.int64))
-    padded = op.pad(waves, op.concat([constant([0, 0, 0], np.int64), missing], axis=0))
-    mel = mel_spectrum(padded, features._kaldi_basis(window) * np.float32(scale), features._kaldi_mel_basis())
-    return without_mean(op.log(op.max([mel, constant(np.finfo(np.float32).eps)])))
+def kaldi_fbank(waves: Var, window: str, scale: float = 1.0, high: float = 8000.0, snip_edges: bool = True) -> Var:
+    """`features.kaldi_fbank_input` before its mean is subtracted."""
+    if snip_edges:
+        missing = op.sub(constant(features.WINDOW, np.int64), size(waves, 1, np.int64))
+        missing = op.unsqueeze(op.max([missing, constant(0, np.int64)]), constant([0], np.int64))
+        padded = op.pad(waves, op.concat([constant([0, 0, 0], np.int64), missing], axis=0))
+    else:
+        head = backwards(waves, first=(features.WINDOW - features.HOP) // 2 - 1, end=np.iinfo(np.int64).min)
+        padded = op.concat([head, waves, backwards(waves, first=-1, end=-features.WINDOW // 2 - 1)], axis=1)
+    basis = features._kaldi_basis(window) * np.float32(scale)
+    mel = mel_spectrum(padded, basis, features._kaldi_mel_basis(high))
+    return op.log(op.max([mel, constant(np.finfo(np.float32).eps)]))
+
+
+def backwards(x: Var, first: int, end: int) -> Var:
+    """Returns x[:, first:end:-1]."""
+    return op.slice(x, *(constant([value], np.int64) for value in (first, end, 1, -1)))
 
 
 def speechbrain_fbank(waves: Var) -> Var:
-    """`features.speechbrain_fbank_input`."""
+    """Decibels of `features.speechbrain_fbank_input`."""
     reach = features.WINDOW // 2
     padded = op.pad(waves, constant([0, reach, 0, reach], np.int64))
     mel = mel_spectrum(padded, features._speechbrain_basis(), features._speechbrain_mel_basis())
-    decibels = op.mul(op.log(op.max([mel, constant(1e-10)])), constant(10 / np.log(10)))
-    loudest = op.reduce_max(decibels, axes=(1, 2), keepdims=1)
-    return without_mean(op.max([decibels, op.sub(loudest, constant(80))]))
+    return op.mul(op.log(op.max([mel, constant(1e-10)])), constant(10 / np.log(10)))
 
 
-FRONT_ENDS = {
+def within_80_decibels(x: Var) -> Var:
+    """At most 80 dB below the loudest bin, minus the mean over time."""
+    loudest = op.reduce_max(x, axes=(1, 2), keepdims=1)
+    return without_mean(op.max([x, op.sub(loudest, constant(80))]))
+
+
+SPECTRA = {
     "log_mel": log_mel,
-    "kaldi_fbank": kaldi_fbank,
-    "wespeaker_fbank": lambda waves: kaldi_fbank(waves, window="hamming", scale=32768.0),
+    "kaldi_fbank": functools.partial(kaldi_fbank, window="povey"),
+    "wespeaker_fbank": functools.partial(kaldi_fbank, window="hamming", scale=32768.0),
+    "sherpa_fbank": functools.partial(kaldi_fbank, window="povey", high=7600.0, snip_edges=False),
     "speechbrain_fbank": speechbrain_fbank,
 }
+NORMALIZATIONS = dict.fromkeys(SPECTRA, without_mean) | {"log_mel": normalized, "speechbrain_fbank": within_80_decibels}
 
 
-def feature_input() -> Var:
-    """Returns the input of a graph that takes features, float32 [B, T, 80]."""
-    return argument(Tensor(np.float32, ("B", "T", features.MEL_BINS)))
+def of_features(network, front_end: str, variables: Variables) -> tuple[Var, Var]:
+    """Returns (features float32 [B, T, 80], embeddings [B, D]): the front end's normalisation and the network."""
+    x = argument(Tensor(np.float32, ("B", "T", features.MEL_BINS)))
+    return x, _embedding(network, variables, NORMALIZATIONS[front_end](x))
 
 
-def waveform_input() -> Var:
-    """Returns the input of a graph that takes waves in [-1, 1], float32 [B, L]."""
-    return argument(Tensor(np.float32, ("B", "L")))
+def of_waveforms(network, front_end: str, variables: Variables) -> tuple[Var, Var]:
+    """Returns (waves float32 [B, L] in [-1, 1] at 16 kHz, embeddings [B, D]): the front end and the network."""
+    waves = argument(Tensor(np.float32, ("B", "L")))
+    return waves, _embedding(network, variables, NORMALIZATIONS[front_end](SPECTRA[front_end](waves)))
+
+
+def _embedding(network, variables, x):
+    return {ECAPATDNN: ecapa, ResNet34: resnet, CAMPPlus: campplus}[type(network)](network, variables, x)
