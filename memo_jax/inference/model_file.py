@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memo_jax.features import FRONT_ENDS, MEL_BINS
-from memo_jax.files import replacing
+from memo_jax.files import one_line, replacing
 from memo_jax.models import BACKBONES, EXECUTION_FIELDS, build_backbone
 
 FORMAT = 1
@@ -205,7 +205,7 @@ def read_model(path: str | os.PathLike) -> Model:
                 None if header["decision"] is None else Decision(**header["decision"]),
             )
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{path}: not a model file, or damaged ({_reason(error)})") from error
+        raise ModelFileError(f"{path}: not a model file, or damaged ({one_line(error)})") from error
     if model.backbone not in BACKBONES or model.front_end not in FRONT_ENDS:
         raise ModelFileError(f"{path}: this version of memo-jax has no {model.backbone} on {model.front_end}")
     # What was written was checked against the network, so it is enough that nothing has changed since.
@@ -242,7 +242,3 @@ def _json_ready(arguments):
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
