@@ -274,7 +274,29 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="FILE",
-        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone",
+        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone; name.onnx: an ONNX file",
+    )
+    export.add_argument(
+        "--onnx-input",
+        choices=("waveform", "feats"),
+        default="waveform",
+        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
+    )
+    export.add_argument(
+        "--onnx-weights",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of an ONNX file: as they are, half the size, or quantised (default: %(default)s)",
+    )
+    export.add_argument(
+        "--onnx-runtime",
+        choices=("sherpa-onnx", "wespeaker"),
+        help="write features and metadata as this runtime expects them",
+    )
+    export.add_argument(
+        "--other-front-end",
+        action="store_true",
+        help="let that runtime compute other features than the model was trained with; prints what that costs",
     )
 
     score = command("score", run_score, "score a trial list with embeddings", trials, replicates, as_json)
@@ -562,7 +584,13 @@ def run_export(options) -> None:
     from memo_jax.inference.export import export
 
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
-    paths = [str(path) for path in export(model, options.output)]
+    onnx_options = {
+        "inputs": "feats" if options.onnx_runtime else options.onnx_input,
+        "weights": options.onnx_weights,
+        "runtime": options.onnx_runtime,
+        "other_front_end": options.other_front_end,
+    }
+    paths = [str(path) for path in export(model, options.output, **onnx_options)]
     print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
 
 

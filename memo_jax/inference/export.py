@@ -1,6 +1,7 @@
 """Networks for use elsewhere: model files, and programs of JAX's export format, waveforms in and embeddings out."""
 
 import dataclasses
+import functools
 import json
 import os
 import zipfile
@@ -14,6 +15,7 @@ import numpy as np
 
 from memo_jax.files import one_line, replacing
 from memo_jax.inference.model_file import Decision, Model, ModelFileError, header_of, write_model
+from memo_jax.inference.onnx_file import write_onnx
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, HEADER = "program.jaxexport", "model.json"  # members of an artifact, a zip file
@@ -31,21 +33,28 @@ class Artifact:
     decision: Decision | None
 
 
-def export(model: Model, outputs) -> list[Path]:
-    """Writes a model to files, each in the format that its ending names; returns their paths.
+def export(model: Model, outputs, **onnx_options) -> list[Path]:
+    """Writes a model to files, each in the format that its extension names; returns their paths.
 
-    name.safetensors is a model file (`model_file`), name.zip an artifact (`write_artifact`).
+    name.safetensors is a model file (`model_file`), name.zip an artifact (`write_artifact`), name.onnx an ONNX file
+    (`onnx_file.write_onnx`, which takes `onnx_options`).
 
     Raises:
-      ValueError: an ending that names no format, a model that has no weights any more. OSError: cannot be written.
+      ValueError: an unknown extension, a model without weights, or options that `write_onnx` refuses.
+      ImportError: an ONNX file without the extra `onnx`.
+      OSError: a file cannot be written.
     """
-    writers = {".safetensors": write_model, ".zip": write_artifact}
+    writers = {
+        ".safetensors": write_model,
+        ".zip": write_artifact,
+        ".onnx": functools.partial(write_onnx, **onnx_options),
+    }
     if not isinstance(model, Model):
         raise ValueError("an exported program has no weights to export: give the workdir or model file that it is of")
     outputs = [Path(output) for output in outputs]
     for output in outputs:
         if output.suffix.lower() not in writers:
-            raise ValueError(f"{output}: the ending of its name says no format: choose one of {', '.join(writers)}")
+            raise ValueError(f"{output}: unknown extension: choose one of {', '.join(writers)}")
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
         writers[output.suffix.lower()](output, model)

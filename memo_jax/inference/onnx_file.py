@@ -5,6 +5,7 @@ Two forms: `feats` [B, T, 80] → `embs` [B, D], which sherpa-onnx and wespeaker
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import memo_jax
 from memo_jax.features import FRONT_ENDS, SAMPLE_RATE
 from memo_jax.files import replacing
-from memo_jax.inference.model_file import Model
+from memo_jax.inference.model_file import Model, embed_waves
 
 INPUTS = ("waveform", "feats")
 WEIGHTS = ("float32", "float16", "int8")
@@ -36,7 +37,7 @@ def write_onnx(
     inputs: str = "waveform",
     weights: str = "float32",
     runtime: str | None = None,
-    another_front_end: bool = False,
+    other_front_end: bool = False,
 ) -> Path:
     """Writes a network as an ONNX file, whole or not at all, and checks it with onnxruntime; returns its path.
 
@@ -49,7 +50,8 @@ def write_onnx(
       weights: "float32"; "float16": kept as float16 and computed in float32; "int8": quantised dynamically, for matrix
         products and convolutions.
       runtime: of "feats": "sherpa-onnx" or "wespeaker", whose metadata the file gets.
-      another_front_end: let a runtime compute other features than the model was trained with.
+      other_front_end: let a runtime compute other features than the model was trained with; prints the cosine that it
+        costs.
 
     Raises:
       ImportError: the extra `onnx` is not installed.
@@ -60,13 +62,17 @@ def write_onnx(
     if runtime is not None and (runtime not in RUNTIMES or inputs != "feats"):
         raise ValueError(f"runtime {runtime!r} with inputs {inputs!r}: choose one of {tuple(RUNTIMES)}, with feats")
     needed, metadata = RUNTIMES.get(runtime, (model.front_end, {}))
-    if needed != model.front_end and not another_front_end:
-        cosine = front_end_cosine(model, needed)
-        raise ValueError(
-            f"{runtime} computes {needed}, and this model was trained with {model.front_end}: its embeddings would "
-            f"only have a cosine of {cosine:.3f} to the right ones. Train with --config.features.front_end={needed}, "
-            "or export the form that takes waveforms"
+    if needed != model.front_end:
+        difference = (
+            f"{runtime} computes {needed} and this model was trained with {model.front_end}: the embeddings have a "
+            f"cosine of {front_end_cosine(model, needed):.3f} to the right ones"
         )
+        if not other_front_end:
+            raise ValueError(
+                f"{difference}. Train with --config.features.front_end={needed}, export waveforms as the input, or "
+                "accept it with --other-front-end"
+            )
+        print(f"memo-jax: {difference}", file=sys.stderr)
     content = onnx_bytes(model, inputs, weights, metadata)
     with replacing(path) as partial:
         partial.write_bytes(content)
@@ -155,9 +161,9 @@ def front_end_cosine(model: Model, front_end: str, seed: int = 0) -> float:
     """
     waves = np.stack([_speech_like(3 * SAMPLE_RATE, np.random.default_rng((seed, i))) for i in range(10)])
     lengths = np.full(len(waves), waves.shape[1], np.int32)
+    embed = jax.jit(embed_waves, static_argnums=(0, 1))
     own, other = (
-        np.asarray(model.module.apply(model.variables, *FRONT_ENDS[name](waves, lengths)))
-        for name in (model.front_end, front_end)
+        np.asarray(embed(model.module, name, model.variables, waves, lengths)) for name in (model.front_end, front_end)
     )
     return float(np.mean((own * other).sum(1) / (np.linalg.norm(own, axis=1) * np.linalg.norm(other, axis=1))))
 

@@ -21,7 +21,7 @@ from memo_jax.models.campplus import SEGMENT, CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN, padding_of
 from memo_jax.models.resnet import ResNet34
 
-OPSET = 17  # ReduceMean still has its axes as an attribute; runtimes on phones have had it since 2022
+OPSET = 17  # of 2022, which runtimes on phones have; a file states the lowest opset that its operators need
 
 Variables = Mapping[str, Any]  # {"params": …, "batch_stats": …} of a module
 
