@@ -299,6 +299,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="let that runtime compute other features than the model was trained with; prints what that costs",
     )
 
+    push = command("push", run_push, "upload a model to the Hugging Face Hub", network)
+    push.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
+    push.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
+    push.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
+    push.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
+    push.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
+
     score = command("score", run_score, "score a trial list with embeddings", trials, replicates, as_json)
     score.add_argument(
         "--embeddings",
@@ -592,6 +601,25 @@ def run_export(options) -> None:
     }
     paths = [str(path) for path in export(model, options.output, **onnx_options)]
     print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
+
+
+def run_push(options) -> None:
+    """memo-jax push."""
+    from memo_jax.inference.embedder import load_model
+    from memo_jax.inference.hub import push
+
+    model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+    results = [json.loads(path.read_text("utf-8")) for path in options.results]
+    url = push(
+        model,
+        options.repository,
+        results=results,
+        license=options.license,
+        datasets=options.dataset,
+        private=options.private,
+        onnx=not options.no_onnx,
+    )
+    print(url)
 
 
 def run_score(options) -> None:

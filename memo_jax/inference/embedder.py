@@ -14,6 +14,7 @@ from memo_jax.audio import as_audio, check_speech, read_audio
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery
+from memo_jax.inference.hub import is_hub_name, read_hub_model
 from memo_jax.inference.model_file import Model, read_model
 from memo_jax.scoring.metrics import unit_norm
 
@@ -206,12 +207,16 @@ def load_model(
 
     That of an artifact has no layers and weights to look at (`export.Artifact`).
     """
+    given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
+    if is_hub_name(path):
+        if given:
+            raise ValueError(f"{path} holds one network: choose a {given[0]} in a workdir")
+        return read_hub_model(path)
     path = as_path(path)
     check_bucket(path)
     if not in_bucket(path) and not os.path.isdir(path):
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path}: no such workdir or model file")
-        given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
         if given:
             raise ValueError(f"{path} is a model file, which holds one network: choose a {given[0]} in a workdir")
         if zipfile.is_zipfile(path):
