@@ -159,7 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--trials", required=True, type=Path, metavar="FILE", help="lines `1 enrol test` or `enrol test target`"
     )
 
-    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds)
+    prepare = command(
+        "prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds, channel
+    )
     prepare.add_argument(
         "--input",
         action="append",
@@ -409,6 +411,7 @@ def run_prepare(options) -> int:
         inputs,
         options.output,
         min_seconds=options.min_seconds,
+        channel=options.channel,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
