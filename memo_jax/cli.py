@@ -169,7 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="lines `speaker recording recording …`: who the enrol sides are",
     )
 
-    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds)
+    prepare = command(
+        "prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds, channel
+    )
     prepare.add_argument(
         "--input",
         action="append",
@@ -450,6 +452,7 @@ def run_prepare(options) -> int:
         inputs,
         options.output,
         min_seconds=options.min_seconds,
+        channel=options.channel,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
