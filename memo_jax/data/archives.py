@@ -28,11 +28,12 @@ ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 LARGEST_MEMBER = 2 << 30  # bytes of a recording
-LARGEST_SKIPPED = 1 << 40  # bytes of a file in a compressed tar, which must be decompressed to get past it
+LARGEST_SKIPPED = 1 << 40  # bytes of any other file in a tar; to get past it in a compressed one takes time
 IN_MEMORY = 64 << 20  # bytes; a larger member is decoded from a temporary file
 LARGEST_HEADER = 1 << 20  # bytes of all headers of a file in a tar, long names and the like included
 MOST_FILLING = 1 << 20  # bytes of zeros after the end mark of a tar, which is filled up to a whole record
-CHUNK = 1 << 16  # bytes; deflate expands them to at most 66 MB
+ZIP_END = (1 << 16) + 256  # most bytes that the records at the end of a zip and its comment take
+CHUNK = 1 << 20  # bytes that are read or decompressed at a time
 SPEAKER_BYTES = 1 << 12  # most that is read of a member whose content is asked for
 
 
@@ -149,7 +150,6 @@ class _Tar:
 
     def __init__(self, path):
         opened = _compression(path)
-        self.is_compressed = opened is not None
         self.file = (opened or open)(path, "rb")
         self.number = -1  # of the file that `next` returned last
         try:
@@ -171,8 +171,8 @@ class _Tar:
                 return None
             if self._tar.offset <= self._offset or info.size < 0:
                 raise tarfile.ReadError(f"a negative size in the header at byte {info.offset:,}")
-            if self.is_compressed and info.size > LARGEST_SKIPPED:
-                raise tarfile.ReadError(f"a file of {info.size:,} bytes in it")
+            if info.size > LARGEST_SKIPPED:
+                raise tarfile.ReadError(f"a size of {info.size:,} bytes in the header at byte {info.offset:,}")
             self._offset = self._tar.offset
             if not info.isdir():
                 self.number += 1
@@ -240,6 +240,8 @@ def _tar_problem(info):
 def _zip_members(path):
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
+        if (count := _zip_count(archive.fp)) not in (len(infos), len(infos) % 65536):  # some writers count modulo 2^16
+            raise zipfile.BadZipFile(f"its directory has {len(infos):,} entries of {count:,}")
         first = min((info.header_offset for info in infos), default=0)
         archive.fp.seek(0)
         if first and archive.fp.read(4) == b"PK\3\4":
@@ -248,6 +250,17 @@ def _zip_members(path):
             if not info.is_dir():
                 problem = _zip_problem(info)
                 yield Member(_clean(info.filename), None if problem else _zip_extent(info), problem)
+
+
+def _zip_count(file):
+    """How many entries a zip has, by the record at its end: a damaged length in an entry hides those that follow."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - ZIP_END))
+    end = file.read()
+    record = end.rindex(b"PK\5\6")
+    count = int.from_bytes(end[record + 10 : record + 12], "little")
+    large = end.rfind(b"PK\6\6", 0, record)  # of Zip64, for which the other is filled with ones
+    return int.from_bytes(end[large + 32 : large + 40], "little") if count == 0xFFFF and large >= 0 else count
 
 
 def _zip_problem(info):
@@ -278,15 +291,23 @@ def _unpacked(path, extent):
             file.seek(extent.offset)
             if extent.crc is not None:
                 _skip_zip_header(file, extent.name_crc)
-            unpack = zlib.decompressobj(-zlib.MAX_WBITS) if extent.deflated else None
-            for data in _chunks(file, extent.stored):
-                yield data if unpack is None else unpack.decompress(data)
+            chunks = _chunks(file, extent.stored)
+            yield from _inflated(chunks) if extent.deflated else chunks
     except EOFError as error:
         raise ValueError(f"truncated in its archive: {error}") from None
     except zlib.error as error:
         raise ValueError(f"damaged in its archive: {error}") from None
     except OSError as error:
         raise ValueError(f"cannot be opened: {error.strerror}") from None
+
+
+def _inflated(chunks):
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    for data in chunks:
+        while data:
+            yield inflate.decompress(data, CHUNK)
+            data = inflate.unconsumed_tail
+    yield inflate.flush()
 
 
 def _skip_zip_header(file, name_crc):

@@ -193,8 +193,8 @@ def test_a_missing_ffmpeg_is_told_before_the_work(tmp_path, monkeypatch, capsys)
     (tmp_path / "in" / "a" / "2.m4a").write_bytes(b"something")
     monkeypatch.setenv("PATH", str(tmp_path))
     report = prepare(tmp_path / "in", tmp_path / "set", workers=1)
-    assert "ffmpeg is missing: 1 recordings that need it, such as" in capsys.readouterr().err
-    assert report["utterances"] == 1 and report["left_out"][0][1].startswith("ffmpeg is missing: it is needed")
+    assert "ffmpeg is missing: without it, 1 recording will be left out, such as" in capsys.readouterr().err
+    assert report["utterances"] == 1 and [os.path.basename(file) for file, _ in report["left_out"]] == ["2.m4a"]
     os.unlink(tmp_path / "in" / "a" / "1.wav")
     with pytest.raises(ValueError, match="ffmpeg is missing, and all recordings need it, such as .*2.m4a: install it"):
         prepare(tmp_path / "in", tmp_path / "other", workers=1)
@@ -218,7 +218,7 @@ def test_voxceleb2_as_it_comes_serves_trial_lists_that_say_wav(tmp_path, suffix)
     assert trial_pairs(read_trials(tmp_path / "trials.txt"), utterances.names).tolist() == [[0, 1]]
     assert utterances.speakers == ["id00012", "id00013"]
     assert [(file, reason.split(":")[0]) for file, reason in report["left_out"]] == [
-        (f"{archive}/dev/aac/id00013/21Uxsk56VDQ/00002.m4a", "ffmpeg failed")
+        (f"{archive}/dev/aac/id00013/21Uxsk56VDQ/00002.m4a", "truncated")
     ]
 
 
@@ -298,7 +298,7 @@ def test_a_disk_that_fills_is_an_error_that_leaves_nothing(speech, tmp_path):
         [sys.executable, "-c", program, speech, tmp_path / "out" / "set"], capture_output=True, text=True, timeout=60
     )
     assert f"cannot write {tmp_path / 'out' / 'set'}: File too large" in run.stdout, run.stderr
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path) == ["speech"]
 
 
 def test_what_a_killed_run_left_is_no_obstacle(speech, tmp_path):
