@@ -238,7 +238,8 @@ def draw(output, trials, results):
     """The two pictures: learning_curve.png, and det.png of all three systems, from what the evaluations wrote."""
     import numpy as np
 
-    from memo_jax.report.learning_curves import plot_det, plot_learning_curve
+    from memo_jax.report.learning_curves import plot_learning_curve
+    from memo_jax.scoring.figures import plot_det
     from memo_jax.scoring.trials import read_trials
 
     target = read_trials(trials).target
