@@ -82,6 +82,9 @@ def folder_of_a_reader(tmp_path_factory):
         shutil.copy(corpus / utterance, folder / name)
     for trials in ("recordings/trials.txt", "voxceleb1/veri_test2.txt"):
         tiny.write_trials(folder / trials)
+    (folder / "recordings" / "speakers.txt").write_text("Ada s0/0.wav s0/1.wav\nBo s1/0.wav s1/1.wav\n")
+    (folder / "recordings" / "speaker_trials.txt").write_text("Ada s0/2.wav target\nBo s0/2.wav nontarget\n")
+    (folder / "recordings" / "pairs.txt").write_text("s0/0.wav s1/0.wav\n")
     shutil.make_archive(folder / "voxceleb2" / "vox2_aac", "zip", corpus)
     (folder / "kaldi" / "train").mkdir(parents=True)
     (folder / "kaldi" / "train" / "wav.scp").write_text(f"utterance-1 {corpus}/s0/1.wav\n")
