@@ -340,8 +340,8 @@ def _compression(path):
 
 
 def _clean(name):
-    """A member's name without "./" before it."""
-    return posixpath.normpath(name).lstrip("/")
+    """A member's name as a path below the archive, whatever "/", "./" and "../" are in it."""
+    return posixpath.normpath("/" + name).lstrip("/")
 
 
 def _too_large(size):

@@ -14,6 +14,7 @@ from memo_jax.audio import as_audio, check_speech, read_audio
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery, changing_gallery
+from memo_jax.inference.hub import is_hub_name, read_hub_model
 from memo_jax.inference.model_file import Model, ModelFileError, check_finite, check_threshold, read_model
 from memo_jax.scoring.metrics import unit_norm
 
@@ -235,6 +236,11 @@ def load_model(
 
     That of an exported program (`export.Artifact`) has no layers and weights to look at.
     """
+    given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
+    if is_hub_name(path):
+        if given:
+            raise ValueError(f"{path} has a single network: --{given[0]} is for workdirs")
+        return read_hub_model(path)
     path = as_path(path)
     check_bucket(path)
     if in_bucket(path) or os.path.isdir(path):
@@ -248,7 +254,6 @@ def load_model(
         return model
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such workdir or model file")
-    given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
     if given:
         raise ValueError(f"{path} is a file with a single network: --{given[0]} is for workdirs")
     if zipfile.is_zipfile(path):

@@ -21,6 +21,7 @@ from memo_jax.inference.model_file import (
     parsed_header,
     write_model,
 )
+from memo_jax.inference.onnx_file import write_onnx
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, HEADER = "program.jaxexport", "model.json"  # members of an exported program, which is a zip file
@@ -55,13 +56,16 @@ def check_outputs(outputs: Iterable[str | os.PathLike]) -> None:
         check_writable(output)
 
 
-def export(model: Model | Artifact, outputs: Iterable[str | os.PathLike]) -> list[Path]:
+def export(model: Model | Artifact, outputs: Iterable[str | os.PathLike], **onnx_options) -> list[Path]:
     """Writes a model to files, each in the format that its ending names; returns their paths.
 
-    name.safetensors is a model file (`model_file`), name.zip an exported program (`write_artifact`).
+    name.safetensors is a model file (`model_file`), name.zip an exported program (`write_artifact`), name.onnx an
+    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`).
 
     Raises:
-      ValueError: an ending that is no known format, a model without weights, or weights that are not finite.
+      ValueError: an ending that is no known format, a model without weights, weights that are not finite, or options that
+        `write_onnx` refuses.
+      ImportError: an ONNX file without the extra `onnx`.
       OSError: naming the file, if it cannot be written.
     """
     if not isinstance(model, Model):
@@ -70,7 +74,8 @@ def export(model: Model | Artifact, outputs: Iterable[str | os.PathLike]) -> lis
     check_outputs(outputs)
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[output.suffix.lower()](output, model)
+        options = onnx_options if output.suffix.lower() == ".onnx" else {}
+        WRITERS[output.suffix.lower()](output, model, **options)
     return outputs
 
 
@@ -98,7 +103,7 @@ def write_artifact(path: str | os.PathLike, model: Model) -> Path:
     return Path(path)
 
 
-WRITERS = {".safetensors": write_model, ".zip": write_artifact}
+WRITERS = {".safetensors": write_model, ".zip": write_artifact, ".onnx": write_onnx}
 
 
 def read_artifact(path: str | os.PathLike) -> Artifact:
