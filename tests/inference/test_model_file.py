@@ -61,7 +61,7 @@ def test_what_is_no_whole_model_file_is_named(tmp_path):
         (b"text that is no model", "not a model file"),
         (whole[:5000], "not a model file"),
         (whole[:-200], "not a model file"),
-        (whole[:-9] + b"\1" + whole[-8:], "damaged"),
+        (whole[:-9] + b"\1" + whole[-8:], "not a model file, or damaged .its weights"),
     ):
         path.write_bytes(content)
         with pytest.raises(ModelFileError, match=f"{path}: {reason}"):
