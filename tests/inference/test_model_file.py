@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tiny
-from memo_jax.inference.model_file import Model, ModelFileError, read_model, write_model
+from memo_jax.inference.model_file import Model, ModelFileError, header_text, read_model, write_model
 
 ARGUMENTS = {"embedding_dim": 8, "base_channels": 2, "blocks": (1, 1, 1, 1)}
 
@@ -71,15 +71,18 @@ def test_what_is_no_whole_model_file_is_named(tmp_path):
         read_model(path)
 
 
-def test_a_version_that_is_not_known_is_said(tmp_path):
-    path = write_model(tmp_path / "model.safetensors", tiny.untrained_model())
+def test_another_version_and_another_description_are_named(tmp_path):
+    model = tiny.untrained_model()
+    path = write_model(tmp_path / "model.safetensors", model)
     with safe_open(path, framework="numpy") as file:
         text, arrays = file.metadata()["memo_jax"], {name: file.get_tensor(name) for name in file.keys()}
-    for old, new, said in (
-        ('"format": 1', '"format": 99', "format 99"),
-        ("resnet", "transformer", "has no transformer on log_mel"),
+    for changed, said in (
+        (text.replace('"format": 2', '"format": 99'), "format 99"),
+        (text.replace("resnet", "ecapa"), "description is not the one that was written"),
+        (header_text(dataclasses.replace(model, backbone="transformer")), "has no transformer with log_mel"),
     ):
-        save_file(arrays, path, {"memo_jax": text.replace(old, new)})
+        assert changed != text
+        save_file(arrays, path, {"memo_jax": changed})
         with pytest.raises(ModelFileError, match=said):
             read_model(path)
 
