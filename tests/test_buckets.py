@@ -206,7 +206,7 @@ def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
 def test_what_must_be_in_the_file_system_says_so(tmp_path):
     material = tiny.material()
     status, text = tiny.train_here(tmp_path / "run", "data.train=gs://bucket/data")
-    assert status == 2 and "gs://bucket/data is no path of the file system, as is needed here: copy it" in text
+    assert status == 2 and "gs://bucket/data is not in the file system, where this must be: copy it" in text
     for arguments in (
         [
             "eval",
@@ -224,7 +224,7 @@ def test_what_must_be_in_the_file_system_says_so(tmp_path):
         ["prepare", "--input", "gs://bucket/o", "--output", tmp_path / "data"],
     ):
         status, text = tiny.here(*arguments)
-        assert status == 2 and "error: gs://bucket/o is no path of the file system" in text
+        assert status == 2 and "error: gs://bucket/o is not in the file system" in text
     assert not list(tmp_path.iterdir())
 
 
