@@ -59,6 +59,8 @@ def requested() -> bool:
 
 def _remember(*_) -> None:
     global _requested
+    if _requested:
+        _end()
     _requested = True
     raise KeyboardInterrupt
 
@@ -74,5 +76,9 @@ def _end_at_second(watched: int) -> None:
         while numbers := pipe.read(1):
             count += numbers[0] == signal.SIGINT
             if count == 2:
-                print("memo-jax: interrupted", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)
+                _end()
+
+
+def _end() -> None:
+    print("memo-jax: interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
