@@ -16,7 +16,8 @@ from memo_jax.config import save_config
 from memo_jax.inference.model_file import read_model
 from memo_jax.log import MetricsLog, read_metrics
 from memo_jax.training.checkpoint import Checkpointer, load_raw, saved_steps
-from memo_jax.training.recipe import build_recipe, initial_state
+from memo_jax.training.program import create_state
+from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
 
 RUN = "gs://bucket/runs/one"
@@ -58,7 +59,7 @@ def runs(bucket, tmp_path_factory):
     found = saved_steps(RUN), [row["step"] for row in read_metrics(RUN)]
     second = "runs/one/checkpoints/8/"
     bucket.objects.pop(second + "commit_success.txt", None)
-    bucket.objects[second + "state/left"] = 1, b"of a save that was cut short"
+    bucket.objects[second + "d/left"] = 1, b"of a save that was cut short"
     unmarked = saved_steps(RUN)
     with pytest.MonkeyPatch.context() as patch:
         tiny_processes.patch_for_tests(patch.setattr)
@@ -78,7 +79,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
     assert steps[0] == 4 and set(steps) <= {4, 8} and logged[:8] == list(range(1, 9))
     assert runs.unmarked == [4]
     assert "resumed after step 4" in runs.text
-    assert saved_steps(RUN) == [8, 12] and not any("/state/left" in name for name in bucket.objects)
+    assert saved_steps(RUN) == [8, 12] and not any("/d/left" in name for name in bucket.objects)
     whole, resumed = load_raw(runs.local)[0], load_raw(RUN)[0]
     assert len(jax.tree.leaves(whole)) > 20
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), whole, resumed)
@@ -105,7 +106,7 @@ def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_p
     there."""
     local, remote = tmp_path / "trained", "gs://bucket/trained"
     config = tiny.tiny_config(f"data.train={tiny.material().dataset}", "model.branches=resnet")
-    state = initial_state(config, build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
+    state = create_state(config, build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
     save_config(local, config)
     with Checkpointer(local) as checkpoints, MetricsLog(local) as log:
         checkpoints.save(6, state)
@@ -175,12 +176,11 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_and_is_repeated(refusing
         with Checkpointer("gs://bucket/failing") as checkpoints:
             checkpoints.save(1, state)
             checkpoints.wait()
-            refusing.refuses = lambda method, name: method == "POST" and "/checkpoints/2/state/" in name
+            refusing.refuses = lambda method, name: method == "POST" and "/checkpoints/2/d" in name
             checkpoints.save(2, state)
     assert saved_steps("gs://bucket/failing") == [1]
     refusing.refuses = lambda method, name: False
     with Checkpointer("gs://bucket/failing") as checkpoints:
-        checkpoints.restore(state)
         checkpoints.save(2, {"weights": state["weights"] + 1})
     np.testing.assert_array_equal(load_raw("gs://bucket/failing")[0]["weights"], [1, 2, 3])
 
@@ -205,7 +205,7 @@ def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
 def test_what_must_be_in_the_file_system_says_so(tmp_path):
     material = tiny.material()
     status, text = tiny.train_here(tmp_path / "run", "data.train=gs://bucket/data")
-    assert status == 2 and "gs://bucket/data is no path of the file system, as is needed here: copy it" in text
+    assert status == 2 and "gs://bucket/data is not in the file system, where this must be: copy it" in text
     for arguments in (
         [
             "eval",
@@ -223,7 +223,7 @@ def test_what_must_be_in_the_file_system_says_so(tmp_path):
         ["prepare", "--input", "gs://bucket/o", "--output", tmp_path / "data"],
     ):
         status, text = tiny.here(*arguments)
-        assert status == 2 and "error: gs://bucket/o is no path of the file system" in text
+        assert status == 2 and "error: gs://bucket/o is not in the file system" in text
     assert not list(tmp_path.iterdir())
 
 

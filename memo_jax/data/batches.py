@@ -15,13 +15,13 @@ import grain
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
-from memo_jax.data.records import Shards
+from memo_jax.data.records import MANIFEST, Shards, read_manifest
 
-MANIFEST = "manifest.tsv"  # as prepare writes it
 MAX_CROP_SECONDS = 3600.0
 
+
 class Utterances:
-    """The utterances of a dataset written by `memo-jax prepare`: `len(utterances)`, `utterances[i]` → int16 [L] (16 kHz).
+    """The utterances of a dataset by `memo-jax prepare`: `len(utterances)`, `utterances[i]` → int16 [L] at 16 kHz.
 
     Opening reads only a small index; names and speakers are read from the manifest on first use. Copies for other
     processes (pickle) open their own files.
@@ -94,17 +94,17 @@ class Utterances:
 
     @functools.cached_property
     def _manifest(self):
-        with open(self.path / MANIFEST, encoding="utf-8", newline="\n") as file:
-            rows = [line.rstrip("\n").split("\t") for line in file]
-        if len(rows) - 1 != len(self):
+        columns = read_manifest(self.path)
+        if len(columns["name"]) != len(self):
+            count = len(columns["name"])
             raise ValueError(
-                f"{self.path / MANIFEST} has {len(rows) - 1} utterances, the dataset {len(self)}: prepare it again"
+                f"{self.path / MANIFEST} has {count} utterances, the dataset {len(self)}: prepare it again"
             )
-        return dict(zip(rows[0], map(list, zip(*rows[1:]))))
+        return columns
 
 
 def steps_per_epoch(utterances: int, batch_size: int) -> int:
-    """Returns the number of full batches in an epoch. The utterances left over, different ones each epoch, are dropped."""
+    """Returns the number of full batches in an epoch; what is left over, different utterances each time, is dropped."""
     if not 1 <= batch_size <= utterances:
         raise ValueError(f"batch_size is {batch_size}; expected 1 to {utterances}, the number of utterances")
     return utterances // batch_size
@@ -136,10 +136,14 @@ def training_batches(
     Args:
       utterances: `Utterances`, or the path of a dataset.
       batch_size: B, over all processes.
-      global_crops, global_seconds, local_crops, local_seconds: number and length of the crops of an utterance.
+      global_crops: number of the long crops of an utterance, at least 1.
+      global_seconds: length of each, at most MAX_CROP_SECONDS.
+      local_crops: number of the short crops; 0 for none.
+      local_seconds: length of each, likewise.
       seed: 0 ≤ seed < 2³².
       start: number of the first batch, that is, how many have been taken before.
-      process_index, process_count: this process takes rows process_index·B/P … (process_index+1)·B/P − 1.
+      process_index: of P; this process takes rows process_index·B/P … (process_index+1)·B/P − 1.
+      process_count: P, which divides B.
       workers: processes that read ahead; with 0 a thread of this process does.
       prefetch: batches read ahead (by each worker).
 
@@ -190,7 +194,7 @@ class _Batches:
     def __getitem__(self, step):
         epoch, position = divmod(int(step), self.steps)
         indices = _order(self.seed, epoch, len(self.utterances))[position * self.batch_size :][self.rows]
-        # Drawn for all rows and then cut to those of this process, so that a row does not depend on which process reads it.
+        # Drawn for all rows, then cut to those of this process: a row is the same whichever process reads it.
         draws = sum(count for count, _ in self.crops.values())
         starts = np.random.default_rng([1, self.seed, int(step)]).random((self.batch_size, draws))[self.rows]
         batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}

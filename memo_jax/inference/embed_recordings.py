@@ -57,9 +57,9 @@ def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
 
 def _sources_of(path: Path, given) -> Iterator[Source]:
     if (path / "dataset_info.json").is_file():
-        from memo_jax.data.batches import open_utterances
+        from memo_jax.data.batches import Utterances
 
-        utterances = open_utterances(path)
+        utterances = Utterances(path)
         yield from (Source(name, _reader(utterances.__getitem__, row)) for row, name in enumerate(utterances.names))
     elif path.is_file() and is_archive_name(path) and is_compressed_tar(path):
         raise ValueError(
@@ -200,8 +200,8 @@ def _decoded(sources, todo, min_seconds) -> Iterator[tuple[int, np.ndarray | Non
                 future.cancel()
 
 
-def summary(report: dict) -> str:
-    """Returns what `embed_recordings` did in the form that a person reads."""
+def embedding_text(report: dict) -> str:
+    """Returns the report of `embed_recordings` as text for people."""
     text = f"{report['recordings']:,} embeddings of {report['dimension']} numbers"
     if report["left_out"]:
         listed = Path(report["output"]).with_suffix(".left_out.tsv")

@@ -6,15 +6,9 @@ import os
 
 from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, read_text, write_text
-from memo_jax.inference.model_file import (
-    Decision,
-    Model,
-    backbone_variables,
-    model_of_backbone,
-    read_model,
-    write_model,
-)
+from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, write_model
 from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.training.state import backbone_variables
 from memo_jax.xla import sharding
 
 DECISIONS = "decisions.json"  # {fingerprint of a model: its decision}
@@ -28,7 +22,8 @@ def workdir_model(
     Step 0 is the untrained network, which the config's seed decides. The branch is "ecapa" by default, or the first.
     Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the run does not have.
     """
-    from memo_jax.training.recipe import build_branches, build_recipe, initial_state
+    from memo_jax.training.program import create_state
+    from memo_jax.training.recipe import build_branches, build_recipe
 
     config = configs.read_config(workdir)
     if config is None:
@@ -46,7 +41,7 @@ def workdir_model(
     # Held as training holds it, so that programs which training has compiled are found again.
     mesh = sharding.data_mesh()
     if step == 0:
-        variables = initial_state(config, build_recipe(config, 1), mesh).teacher[branch]
+        variables = create_state(config, build_recipe(config, 1), mesh).teacher[branch]
     else:
         if step is None and (steps := saved_steps(workdir)):
             step = steps[-1]

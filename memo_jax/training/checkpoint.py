@@ -1,7 +1,7 @@
 """Checkpoints of a run: the train state, written by orbax, and a manifest by which any damage is noticed.
 
-Layout: `<workdir>/checkpoints/<step>/` with orbax's files and `manifest.json`: the names, shapes and types of the arrays,
-the checksum of every file, and JSON of the caller's. A checkpoint appears, manifest included, by renaming a finished
+Layout: `<workdir>/checkpoints/<step>/` with orbax's files and `manifest.json`: the names, shapes and types of the
+arrays, the checksum of every file, and JSON of the caller's. A checkpoint appears, manifest included, by renaming a finished
 folder: a run killed at any moment leaves whole checkpoints and at most a temporary folder, which nobody reads and the
 next `Checkpointer` removes. In a bucket, where folders cannot be renamed, a checkpoint is whole once its folder has
 `commit_success.txt`, which is written last.
@@ -77,7 +77,7 @@ class Checkpointer:
         """Saves a pytree of arrays, and `extra`, which is JSON, as the checkpoint of a step after all others.
 
         Raises:
-          OSError: the disk is full or cannot be written (perhaps the save before failed); earlier checkpoints are intact.
+          OSError: the disk is full or cannot be written, perhaps in the save before; earlier checkpoints are intact.
           ValueError: `extra` is not JSON, or a checkpoint of this step or a later one exists.
         """
         self.wait()
