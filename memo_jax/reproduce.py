@@ -152,7 +152,7 @@ def environment_differences(run: Path, output: Path) -> list[str]:
     return lines + [f"{name}: {a} → {b}" for name, a, b in pairs if a != b]
 
 
-def summary(run, found: dict) -> str:
+def comparison_text(run: str | os.PathLike, found: dict) -> str:
     """Returns what was found in the form that a person reads."""
     lines = [f"warning: {line}" for line in found["environment"]]
     lines.append(f"{run} again in {found['output']}: {found['steps']} rows of metrics compared")

@@ -162,7 +162,7 @@ def test_a_bucket_that_may_not_be_read_or_written_is_named(refusing):
     assert status == 2 and "gs://bucket/refused: the bucket cannot be used: 403" in text
     refusing.refuses = lambda method, name: method != "GET"
     status, text = tiny.train_here("gs://bucket/refused")
-    assert status == 2 and "memo-jax: error: gs://bucket/refused/config.json: Forbidden" in text
+    assert status == 2 and "memo-jax: error: gs://bucket/refused: cannot lock it: Forbidden" in text
     assert not any(name.startswith("refused") for name in refusing.objects)
 
 
@@ -171,7 +171,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_and_is_repeated(refusing
     with pytest.raises(
         OSError,
         match=r"gs://bucket/failing/checkpoints/2: cannot save .*; the checkpoint of step 1 is "
-        "intact. See that the bucket can be written",
+        "intact. Make sure that the bucket can be written",
     ):
         with Checkpointer("gs://bucket/failing") as checkpoints:
             checkpoints.save(1, state)
