@@ -166,9 +166,7 @@ def test_damaged_metadata_is_one_clear_line(dataset, name, damage):
     assert (name, "missing" if damage == "missing" else "damaged or changed") in check(dataset, workers=1)["problems"]
     status, text = tiny.here("prepare", "--check", dataset)
     assert status == 2 and f"{name}: " in text
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=f"{name} is (gone|damaged).*prepare the dataset again"
-    ):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is (gone|damaged).*prepare the dataset again"):
         open_utterances(dataset)
 
 
