@@ -164,13 +164,13 @@ def split_by_speaker(recordings, seed):
 
 def prepared(recordings, dataset):
     """Path of the dataset of these recordings, prepared unless it is there."""
-    from memo_jax.data.prepare import prepare, summary
+    from memo_jax.data.prepare import preparation_text, prepare
 
     if (dataset / "dataset_info.json").exists():
         say(f"2. Dataset {dataset}: already prepared.")
     else:
         say(f"2. Preparing the dataset {dataset}.")
-        say(f"   {summary(prepare([recordings], dataset))}")
+        say(f"   {preparation_text(prepare([recordings], dataset))}")
     return dataset
 
 
@@ -238,7 +238,8 @@ def draw(output, trials, results):
     """The two pictures: learning_curve.png, and det.png of all three systems, from what the evaluations wrote."""
     import numpy as np
 
-    from memo_jax.report.learning_curves import plot_det, plot_learning_curve
+    from memo_jax.report.learning_curves import plot_learning_curve
+    from memo_jax.scoring.figures import plot_det
     from memo_jax.scoring.trials import read_trials
 
     target = read_trials(trials).target

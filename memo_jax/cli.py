@@ -109,10 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     model = shared(network, as_json)
     model.add_argument(
         "--model",
-        required=True,
         type=Path,
         metavar="MODEL",
-        help="workdir of a training run, model file, or exported program",
+        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
     )
     threshold = shared()
     threshold.add_argument(
@@ -156,10 +155,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     trials = shared()
     trials.add_argument(
-        "--trials", required=True, type=Path, metavar="FILE", help="lines `1 enrol test` or `enrol test target`"
+        "--trials",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
+    )
+    trials.add_argument(
+        "--enrollments",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker recording recording …`: who the enrol sides are",
     )
 
-    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds)
+    prepare = command(
+        "prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds, channel
+    )
     prepare.add_argument(
         "--input",
         action="append",
@@ -290,8 +301,39 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="FILE",
-        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone",
+        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone; name.onnx: an ONNX file",
     )
+    export.add_argument(
+        "--onnx-input",
+        choices=("waveform", "feats"),
+        default="waveform",
+        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
+    )
+    export.add_argument(
+        "--weights",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of a model file or ONNX file: as they are, half the size, or (ONNX) quantised (default: %(default)s)",
+    )
+    export.add_argument(
+        "--onnx-runtime",
+        choices=("sherpa-onnx", "wespeaker"),
+        help="write features and metadata as this runtime expects them",
+    )
+    export.add_argument(
+        "--other-front-end",
+        action="store_true",
+        help="let that runtime compute other features than the model was trained with; prints what that costs",
+    )
+
+    push = command("push", run_push, "upload a model to the Hugging Face Hub", network)
+    push.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
+    push.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
+    push.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
+    push.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
+    push.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
 
     score = command("score", run_score, "score a trial list with embeddings", trials, replicates, as_json)
     score.add_argument(
@@ -409,6 +451,7 @@ def run_prepare(options) -> int:
         inputs,
         options.output,
         min_seconds=options.min_seconds,
+        channel=options.channel,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
@@ -500,14 +543,15 @@ def run_eval(options) -> None:
         step=options.step,
         crops=options.crops,
         crop_seconds=options.crop_seconds,
+        enrollments=options.enrollments,
         save_threshold=options.save_threshold,
         replicates=options.replicates,
     )
-    print(
-        json.dumps(results, indent=2)
-        if options.json
-        else f"{evaluation_text(results)}\n{options.output / 'results.json'}\n{options.output / 'det.png'}"
-    )
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    written = ("results.json", "det.png") if "eer" in results else ("results.json", "scores.txt")
+    print("\n".join([evaluation_text(results), *(str(options.output / name) for name in written)]))
 
 
 def load_embedder(options, gallery=None):
@@ -630,13 +674,38 @@ def run_export(options) -> None:
 
     check_outputs(options.output)
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
-    paths = [str(path) for path in export(model, options.output)]
+    onnx_options = {
+        "inputs": "feats" if options.onnx_runtime else options.onnx_input,
+        "weights": options.weights,
+        "runtime": options.onnx_runtime,
+        "other_front_end": options.other_front_end,
+    }
+    paths = [str(path) for path in export(model, options.output, **onnx_options)]
     print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
+
+
+def run_push(options) -> None:
+    """memo-jax push."""
+    from memo_jax.inference.embedder import load_model
+    from memo_jax.inference.hub import push
+
+    model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+    results = [json.loads(path.read_text("utf-8")) for path in options.results]
+    url = push(
+        model,
+        options.repository,
+        results=results,
+        license=options.license,
+        datasets=options.dataset,
+        private=options.private,
+        onnx=not options.no_onnx,
+    )
+    print(url)
 
 
 def run_score(options) -> None:
     """memo-jax score."""
-    from memo_jax.scoring.score import score, summary
+    from memo_jax.scoring.score import score, score_text
 
     results = score(
         options.embeddings,
@@ -647,10 +716,11 @@ def run_score(options) -> None:
         calibration_trials=options.calibrate,
         compare=options.compare,
         speakers=options.speakers,
+        enrollments=options.enrollments,
         replicates=options.replicates,
         scores_file=options.scores,
     )
-    print(json.dumps(results, indent=2) if options.json else summary(results))
+    print(json.dumps(results, indent=2) if options.json else score_text(results))
 
 
 def keep_compiled_programs() -> None:

@@ -1,7 +1,4 @@
-"""Pictures of a run in files: learning curves, DET curves, score histograms.
-
-Each `…_figure` (here and in figures.py) returns a matplotlib Figure; each `plot_…` saves one.
-"""
+"""The learning curves of a run as a picture."""
 
 import os
 import re
@@ -16,19 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
 from memo_jax.log import read_metrics
-from memo_jax.scoring.figures import (
-    COLORS,
-    DASHES,
-    HALO,
-    INK,
-    MUTED,
-    STYLE,
-    det_figure,
-    label_ends,
-    running_mean,
-    save_figure,
-    score_histogram_figure,
-)
+from memo_jax.scoring.figures import COLORS, DASHES, HALO, INK, MUTED, STYLE, label_ends, running_mean, save_figure
 
 
 def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, **options) -> Path:
@@ -37,16 +22,6 @@ def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.Path
     if not rows:
         raise ValueError(f"{metrics_jsonl}: no metrics yet, so there is nothing to draw")
     return save_figure(learning_curve_figure(rows, **options), out_png)
-
-
-def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], out_png: str | os.PathLike, **options) -> Path:
-    """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a picture."""
-    return save_figure(det_figure(systems, **options), out_png)
-
-
-def plot_score_histogram(scores, target, out_png: str | os.PathLike, **options) -> Path:
-    """Draws the distributions of target and nontarget scores into a picture; options as `score_histogram_figure`."""
-    return save_figure(score_histogram_figure(scores, target, **options), out_png)
 
 
 class Panel(NamedTuple):

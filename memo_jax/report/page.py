@@ -18,13 +18,14 @@ from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, check_bucket, make_folder, write_text
 from memo_jax.inference.evaluate import TrialEvaluation, network_name
 from memo_jax.inference.workdir import workdir_model
-from memo_jax.log import read_metrics
+from memo_jax.log import plural, read_metrics
 from memo_jax.models import parameter_count
 from memo_jax.report.learning_curves import gate_closing_step, learning_curve_figure
 from memo_jax.report.template import PAGE, SCRIPT, STYLE_SHEET
 from memo_jax.scoring import metrics
 from memo_jax.scoring.figures import det_figure, embedding_map_figure, score_histogram_figure
 from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
+from memo_jax.training.run_record import read_run
 
 HARDEST = 6  # trials of each kind
 CLIP_SECONDS = 8.0  # of a recording that can be listened to
@@ -86,6 +87,7 @@ def write_report(
 def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
     """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
     evaluation = TrialEvaluation(open_utterances(data), trials)
+    evaluation.trials.require_both_kinds()
     scores, embeddings = {}, {}
     for branch in config.model.branches:
         model = workdir_model(workdir, branch, "teacher", step)
@@ -96,8 +98,7 @@ def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
         scores["all branches, scores averaged"] = metrics.average_scores(list(scores.values()))
     scores["log-mel statistics"] = evaluation.statistics_scores(quiet)
     rates = {
-        name: error_report(found, evaluation.target)
-        | {"eer_interval": eer_interval(found, evaluation.trials, evaluation.speakers(), replicates=200)}
+        name: error_report(found, evaluation.target) | eer_interval(found, evaluation.trials, evaluation.speakers())
         for name, found in scores.items()
     }
     best = min(embeddings, key=lambda name: rates[name]["eer"])
@@ -155,7 +156,8 @@ def headline(rows, tested: Tested | None) -> list[str]:
     if tested is not None:
         for name, rates in tested.rates.items():
             interval = rates["eer_interval"]
-            between = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "equal error rate"
+            between = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}, " if interval else ""
+            between += f"minDCF({P_TARGETS[0]}) {rates[f'min_dcf_{P_TARGETS[0]}']:.3f}"
             kind = "card plain" if name == "log-mel statistics" else "card"
             yield (
                 f'<div class="{kind}"><b>{rates["eer"]:.2f} %</b><span>EER, {html.escape(name)}</span>'
@@ -170,7 +172,7 @@ def headline(rows, tested: Tested | None) -> list[str]:
 
 def run_facts(workdir, config, rows) -> dict[str, str]:
     """Returns what the run is, by name, in the words of a methods section."""
-    facts = {"Recordings": _dataset_text(config.data.train)}
+    facts = {"Recordings": _dataset_text(config.data.train, (read_run(workdir) or {}).get("data", {}))}
     for branch in config.model.branches:
         model = workdir_model(workdir, branch)
         facts[f"Network {branch}"] = (
@@ -207,12 +209,18 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
     return facts
 
 
-def _dataset_text(path) -> str:
+def _dataset_text(path, recorded: Mapping) -> str:
+    """What the run was trained on: as run.json has it, and its length where that very dataset is still there."""
+    text = f"{recorded.get('train', path)}"
+    if "utterances" in recorded:
+        text += f": {plural(recorded['utterances'], 'utterance')}, fingerprint {recorded['fingerprint'][:12]}"
     try:
         utterances = open_utterances(path)
-        return f"{path}: {len(utterances):,} utterances, {utterances.seconds.sum() / 3600:.2f} h, no labels read"
     except (OSError, ValueError):
-        return f"{path} (not there any more)"
+        return f"{text} (not there any more)"
+    if recorded.get("fingerprint", utterances.fingerprint) != utterances.fingerprint:
+        return f"{text} (another dataset is there now)"
+    return f"{text}; {utterances.seconds.sum() / 3600:.2f} h, no labels read"
 
 
 def test_section(tested: Tested, data, trials) -> str:

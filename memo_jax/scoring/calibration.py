@@ -15,7 +15,8 @@ class Calibration(NamedTuple):
     scale: float
     offset: float
 
-    def __call__(self, scores):
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Returns the log-likelihood ratios of scores."""
         return self.scale * np.asarray(scores, np.float64) + self.offset
 
 

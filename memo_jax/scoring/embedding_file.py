@@ -55,8 +55,8 @@ def check_output_name(path: str | os.PathLike) -> Path:
 def write_embeddings(path: str | os.PathLike, content: Embeddings) -> Path:
     """Writes a file of embeddings, whole or not at all; returns its path.
 
-    npz: arrays `names` (text [N]), `embeddings` (float32 [N, D]) and `model` (text). Parquet: columns `name` and
-    `embedding` (a list of D float32), the model in the metadata of the schema under "model".
+    npz: arrays `names` (text [N]), `embeddings` (float32 [N, D]), `model` and `checksum` (text). Parquet: columns `name`
+    and `embedding` (a list of D float32); "model" and "checksum" in the metadata of the schema.
 
     Raises:
       ValueError: an ending that is neither. OSError: naming the file, when it cannot be written.
@@ -66,7 +66,10 @@ def write_embeddings(path: str | os.PathLike, content: Embeddings) -> Path:
     with replacing(path) as partial:
         if path.suffix.lower() == ".npz":
             with open(partial, "wb") as file:
-                np.savez(file, names=np.array(content.names, str), embeddings=embeddings, model=np.array(content.model))
+                arrays = {"names": np.array(content.names, str), "embeddings": embeddings}
+                arrays |= {"model": np.array(content.model)}
+                arrays |= {"checksum": np.array(_checksum(content.names, embeddings, content.model))}
+                np.savez(file, **arrays)
         else:
             _write_parquet(partial, content.names, embeddings, content.model)
     return path
@@ -88,7 +91,7 @@ def _write_parquet(path, names, embeddings, model):
 
 
 def _checksum(names, embeddings, model) -> str:
-    """CRC-32 of all that a file holds: Parquet's own checksums do not cover lengths, names of columns and metadata."""
+    """CRC-32 of all that a file holds; those of zip and Parquet do not cover names, lengths and metadata."""
     content = "\0".join([model, *names]).encode("utf-8", "surrogatepass")
     return f"{zlib.crc32(np.ascontiguousarray(embeddings, '<f4').tobytes(), zlib.crc32(content)):08x}"
 
@@ -98,7 +101,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 
     Raises:
       OSError: naming the file, when it cannot be opened.
-      ValueError: naming the file: other content, damage, names that occur twice, embeddings that are zero or not finite.
+      ValueError: naming the file: other content, damage, names that occur twice, an embedding of zeros or not finite.
     """
     path = check_output_name(path)
     if not path.is_file():
@@ -133,12 +136,17 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 def _read_npz(path):
     with np.load(path, allow_pickle=False) as file:
         names, embeddings = file["names"], file["embeddings"]
-        model = str(file["model"]) if "model" in file.files and file["model"].ndim == 0 else ""
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()], embeddings, model
+        model, checksum = (
+            str(file[key]) if key in file.files and file[key].ndim == 0 else "" for key in ("model", "checksum")
+        )
+    names = [name.decode() if isinstance(name, bytes) else str(name) for name in names.tolist()]
+    _check(names, embeddings, model, checksum)
+    return names, embeddings, model
 
 
 def _read_parquet(path):
     import pyarrow
+    import pyarrow.compute
     from pyarrow import parquet
 
     try:
@@ -150,12 +158,16 @@ def _read_parquet(path):
     if not all(isinstance(name, str) for name in names):
         raise ValueError("`name` must be text")
     column = table["embedding"].combine_chunks()
-    widths = {None if row is None else len(row) for row in column}
-    if len(widths) > 1 or None in widths:
+    if column.null_count or len(set(pyarrow.compute.list_value_length(column).to_pylist())) > 1:
         raise ValueError("the rows of `embedding` have different lengths")
     embeddings = np.asarray(column.flatten()).reshape(len(names), -1)
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     model = metadata.get("model", "")
-    if "checksum" in metadata and metadata["checksum"] != _checksum(names, embeddings, model):
-        raise ValueError("its checksum differs: it has changed since it was written")
+    _check(names, embeddings, model, metadata.get("checksum", ""))
     return names, embeddings, model
+
+
+def _check(names, embeddings, model, checksum):
+    """Raises ValueError where a file has a checksum and its content another one."""
+    if checksum and checksum != _checksum(names, embeddings, model):
+        raise ValueError("its checksum differs: it has changed since it was written")

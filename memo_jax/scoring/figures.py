@@ -22,6 +22,7 @@ COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, "#444444"]
 INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
 DASHES = ["-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2))]
 STYLE = {
+    "text.parse_math": False,  # names that people give are never markup
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -93,6 +94,11 @@ def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_he
             linespacing=1.15,
             path_effects=HALO,
         )
+
+
+def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, **options) -> Path:
+    """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a file; options as `det_figure`."""
+    return save_figure(det_figure(systems, **options), path)
 
 
 PERCENT_TICKS = np.array(

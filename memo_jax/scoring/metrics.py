@@ -75,7 +75,8 @@ def as_norm(scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohor
     """
     if not 2 <= top <= len(cohort):
         raise ValueError(
-            f"AS-norm with the {top:,} nearest of a cohort of {len(cohort):,} recordings: choose from 2 to {len(cohort):,}"
+            f"AS-norm with the {top:,} nearest of a cohort of {len(cohort):,} recordings: choose from 2 to "
+            f"{len(cohort):,}"
         )
     rows, inverse = np.unique(np.asarray(pairs), return_inverse=True)
     sides, cohort_units = _directions(np.asarray(embeddings)[rows]), _directions(cohort)

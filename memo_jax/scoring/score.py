@@ -253,8 +253,8 @@ def score_text(results: Mapping) -> str:
     lines = [f"{plural(results['trials'], 'trial')}"]
     if results.get("cohort_in_trials"):
         lines.append(
-            f"  WARNING: {plural(results['cohort_in_trials'], 'recording')} of the cohort take part in the trials. Error "
-            "rates come out too low: take a cohort of other recordings"
+            f"  WARNING: {plural(results['cohort_in_trials'], 'recording')} of the cohort take part in the trials. "
+            "Error rates come out too low: take a cohort of other recordings"
         )
     if "eer" not in results:
         return "\n".join([*lines, "  the list has no labels: scores are written, error rates are unknown"])

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from memo_jax.report import learning_curves as report
-from memo_jax.scoring.figures import det_figure, save_figure, score_histogram_figure
+from memo_jax.scoring.figures import det_figure, embedding_map_figure, plot_det, save_figure, score_histogram_figure
 from memo_jax.scoring.metrics import eer
 
 
@@ -181,14 +181,14 @@ def test_det_legend_goes_from_worst_to_best_and_dots_sit_on_the_diagonal(tmp_pat
     dots = [line.get_data() for line in figure.axes[0].lines if line.get_marker() == "o"]
     low, high = figure.axes[0].get_xlim()
     assert len(dots) == 3 and all(x == y and low < x[0] < high for x, y in dots)
-    assert imread(report.plot_det(systems, tmp_path / "det.png")).shape[0] > 500
+    assert imread(plot_det(systems, tmp_path / "det.png")).shape[0] > 500
 
 
 def test_det_of_extreme_systems(tmp_path):
     target = np.array([True, False] * 20)
     kinds = {"perfect": target.astype(float), "reversed": -1.0 * target, "ties": np.zeros(40)}
     systems = {name: (scores, target) for name, scores in kinds.items()}
-    report.plot_det(systems, tmp_path / "det.png")
+    plot_det(systems, tmp_path / "det.png")
     assert "perfect\nEER 0.00 %" in texts(det_figure(systems))
     with pytest.raises(ValueError, match="system 'mine': .*are target trials"):
         det_figure({"mine": (np.zeros(2), np.ones(2, bool))})
@@ -205,4 +205,24 @@ def test_histogram_shows_all_trials_and_the_errors_at_the_threshold(tmp_path):
     assert sums[2] == pytest.approx(100 * eer(scores, target), abs=0.2)
     assert sums[5] == pytest.approx(100 * eer(scores, target), abs=0.2)
     assert "strict, at 2.5" in texts(figure) and "equal error" in texts(figure)
-    report.plot_score_histogram(np.zeros(4), target[:4], tmp_path / "ties.png")
+    save_figure(score_histogram_figure(np.zeros(4), target[:4]), tmp_path / "ties.png")
+
+
+@pytest.mark.parametrize("name", ["$x$ and $y$", r"a\\frac{b}", "100 $", "a_b^c", "<b>&amp;", "李 $\\alpha$", "$$"])
+def test_no_name_is_parsed_as_markup(tmp_path, name):
+    """Names come from folders, files and configs: any text is drawn as it is."""
+    scores, target = trials(2.0)
+    points, speakers = np.random.default_rng(0).normal(size=(6, 2)), np.array([name, "b"] * 3)
+    kept = rows()
+    kept[-1][f"eer/{name}"] = 3.0
+    for figure in (
+        det_figure({name: (scores, target)}, title=name),
+        score_histogram_figure(scores, target, title=name, thresholds={name: 1.0}),
+        embedding_map_figure(points, speakers, title=name),
+        report.learning_curve_figure(kept, title=name, references={name: 20.0}),
+    ):
+        save_figure(figure, tmp_path / "a.svg")
+        shown = [
+            text for text in figure.findobj(lambda artist: hasattr(artist, "get_parse_math")) if name in text.get_text()
+        ]
+        assert shown and not any(text.get_parse_math() for text in shown)
