@@ -40,6 +40,11 @@ def get_config() -> ConfigDict:
     augment.bank_megabytes = 512.0  # most memory of each bank on a device; of more, a seeded choice
     augment.rir_seconds = 0.5  # room responses are cut there
 
+    features = config.features = ConfigDict()
+    # What networks take: log_mel (the authors'), wespeaker_fbank, kaldi_fbank (3D-Speaker's), speechbrain_fbank, or
+    # sherpa_fbank, which alone lets an exported network run in sherpa-onnx.
+    features.front_end = "log_mel"
+
     model = config.model = ConfigDict()
     model.branches = ("ecapa", "resnet")  # of ecapa, resnet, campplus, those that learn together; one is plain DINO
     model.embedding_dim = 256  # numbers in an embedding

@@ -134,19 +134,41 @@ def _power_spectrum(padded, basis):
     return jnp.square(spectrum[..., :bins]) + jnp.square(spectrum[..., bins:])
 
 
-def kaldi_fbank_input(waves, lengths=None, window="povey", scale=1.0):
-    """Kaldi's filter-bank features minus their mean over time: ([N, 1 + L // 160, 80], valid frames [N]).
+def kaldi_fbank_input(waves, lengths=None, window="povey", scale=1.0, high=8000.0, snip_edges=True):
+    """Kaldi's filter-bank features minus their mean over time: (float32 [N, T, 80], valid frames int [N]).
 
-    25-ms frames every 10 ms that lie wholly inside the utterance (one under 25 ms is filled up with zeros), mean
-    removed, pre-emphasis 0.97, `window` "povey" or "hamming", power spectrum of 512 points, 80 mel bins over 20–8000 Hz,
-    natural logarithm, no dither. `scale` multiplies the waves, which matters for the floor of the logarithm alone.
+    25-ms frames every 10 ms, each minus its mean, pre-emphasised by 0.97 and windowed; power spectrum of 512 points, 80
+    mel bins from 20 Hz, natural logarithm, no dither. Agrees with kaldi-native-fbank.
+
+    Args:
+      waves: float [N, L], 16 kHz, in [-1, 1].
+      lengths: int [N], true lengths in samples of utterances padded to L.
+      window: "povey" or "hamming".
+      scale: multiplies the waves; it matters for the floor of the logarithm alone.
+      high: upper edge of the mel bins, Hz.
+      snip_edges: True: frames lie wholly inside the utterance (one of under 25 ms is filled up with zeros), thus
+        1 + (L − 400) // 160 of them. False: (L + 80) // 160, centred on every 10 ms, with the utterance mirrored at its
+        ends.
     """
-    lengths = jnp.full(waves.shape[0], waves.shape[1]) if lengths is None else lengths
-    frames = 1 + jnp.maximum(lengths - WINDOW, 0) // HOP
-    padded = jnp.pad(_silent_behind(waves, lengths), ((0, 0), (0, WINDOW)))
+    waves = waves.astype(jnp.float32)
+    true_lengths = jnp.full(waves.shape[0], waves.shape[1]) if lengths is None else lengths
+    if snip_edges:
+        frames = 1 + jnp.maximum(true_lengths - WINDOW, 0) // HOP
+        padded = jnp.pad(_silent_behind(waves, true_lengths), ((0, 0), (0, WINDOW)))
+    else:
+        frames = (true_lengths + HOP // 2) // HOP
+        padded = _mirrored(waves, lengths, before=(WINDOW - HOP) // 2, after=WINDOW // 2)
     power = _power_spectrum(padded, _kaldi_basis(window)) * scale**2
-    mel = jnp.dot(power, _kaldi_mel_basis(), precision=jax.lax.Precision.HIGHEST)
+    mel = jnp.dot(power, _kaldi_mel_basis(high), precision=jax.lax.Precision.HIGHEST)
     return _centred(jnp.log(jnp.maximum(mel, jnp.finfo(jnp.float32).eps)), frames), frames
+
+
+def _mirrored(waves, lengths, before, after):
+    """Waves [N, L] with so many samples on either side, mirrored with the sample at each end repeated, as by Kaldi."""
+    if lengths is None:
+        return jnp.pad(waves, ((0, 0), (before, after)), mode="symmetric")
+    index = jnp.arange(-before, waves.shape[1] + after) % (2 * lengths[:, None])
+    return jnp.take_along_axis(waves, jnp.minimum(index, 2 * lengths[:, None] - 1 - index), axis=1)
 
 
 def speechbrain_fbank_input(waves, lengths=None):
@@ -179,9 +201,9 @@ def _centred(x, frames):
 
 def log_mel_input(waves, lengths=None):
     """What networks trained here take: (`normalized_log_mel` of `mel_power` [N, T, 80], valid frames [N])."""
-    lengths = jnp.full(waves.shape[0], waves.shape[1]) if lengths is None else lengths
-    frames = frame_count(lengths)
-    return normalized_log_mel(mel_power(waves, lengths), frames), frames
+    frames = None if lengths is None else frame_count(lengths)
+    x = normalized_log_mel(mel_power(waves, lengths), frames)
+    return x, jnp.full(x.shape[0], x.shape[1]) if frames is None else frames
 
 
 # Front ends by the name that a model file has: (waves float [N, L] in [-1, 1], lengths [N]) → (input [N, T, 80], valid
@@ -190,6 +212,7 @@ FRONT_ENDS = {
     "log_mel": log_mel_input,
     "kaldi_fbank": kaldi_fbank_input,  # of 3D-Speaker
     "wespeaker_fbank": functools.partial(kaldi_fbank_input, window="hamming", scale=32768.0),
+    "sherpa_fbank": functools.partial(kaldi_fbank_input, high=7600.0, snip_edges=False),  # of sherpa-onnx
     "speechbrain_fbank": speechbrain_fbank_input,
 }
 
@@ -229,10 +252,10 @@ def _kaldi_basis(window):
 
 
 @functools.cache
-def _kaldi_mel_basis():
-    """Kaldi's mel filters, triangles on the mel axis, float32 [256, 80]."""
+def _kaldi_mel_basis(high=8000.0):
+    """Kaldi's mel filters, triangles on the mel axis from 20 Hz to `high`, float32 [256, 80]."""
     mel = 1127 * np.log1p(np.arange(_BINS) * SAMPLE_RATE / FFT_LENGTH / 700)
-    edges = np.linspace(1127 * np.log1p(20 / 700), 1127 * np.log1p(SAMPLE_RATE / 2 / 700), MEL_BINS + 2)
+    edges = np.linspace(1127 * np.log1p(20 / 700), 1127 * np.log1p(high / 700), MEL_BINS + 2)
     rising = (mel[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - mel[:, None]) / (edges[2:] - edges[1:-1])
     return np.maximum(np.minimum(rising, falling), 0).astype(np.float32)

@@ -82,6 +82,9 @@ def folder_of_a_reader(tmp_path_factory):
         shutil.copy(corpus / utterance, folder / name)
     for trials in ("recordings/trials.txt", "voxceleb1/veri_test2.txt"):
         tiny.write_trials(folder / trials)
+    (folder / "recordings" / "speakers.txt").write_text("Ada s0/0.wav s0/1.wav\nBo s1/0.wav s1/1.wav\n")
+    (folder / "recordings" / "speaker_trials.txt").write_text("Ada s0/2.wav target\nBo s0/2.wav nontarget\n")
+    (folder / "recordings" / "pairs.txt").write_text("s0/0.wav s1/0.wav\n")
     shutil.make_archive(folder / "voxceleb2" / "vox2_aac", "zip", corpus)
     (folder / "kaldi" / "train").mkdir(parents=True)
     (folder / "kaldi" / "train" / "wav.scp").write_text(f"utterance-1 {corpus}/s0/1.wav\n")
@@ -158,7 +161,7 @@ def test_commands_that_no_test_runs_are_understood(monkeypatch):
     for page in PAGES:
         for line in "".join(blocks(page, "bash")).replace("\\\n", "").splitlines():
             found += [shlex.split(part) for part in re.findall(r"memo-jax [^\"\n]+", line) if "install" not in line]
-    assert [words[1] for words in found] == ["train"] * 6 + ["eval"] + ["plan"] * 2
+    assert sorted(words[1] for words in found) == ["eval", "plan", "plan", "push"] + ["train"] * 6 + ["verify"]
     for page in OTHER_PAGES:
         found += [words[words.index("memo-jax") :] for words in commands(page) if "memo-jax" in words]
     assert len(found) > 12
@@ -173,7 +176,9 @@ def test_config_keys_that_pages_name_exist():
     known = leaves(load_config(tiny.ROOT / "configs" / "base.py"))
     groups = "augment|collapse|data|gate|loss|model|optimizer|teacher"
     named = {
-        key for page in PAGES + OTHER_PAGES for key in re.findall(rf"`((?:{groups})\.(?!py`)\w+)`", page.read_text())
+        key
+        for page in PAGES + OTHER_PAGES
+        for key in re.findall(rf"`((?:{groups})\.(?!py`|onnx`|safetensors`)\w+)`", page.read_text())
     }
     assert len(named) > 10 and not named - set(known)
 
