@@ -10,7 +10,7 @@ import flax.linen as nn
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
-from memo_jax.data.batches import Utterances, open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.files import as_path, check_writable, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model, log_mel_statistics
@@ -132,7 +132,7 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
         return None
     if not config.evaluation.data:
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
-    trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
+    trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
 
     def evaluation(recipe, backbones):
         front_end = config.features.front_end
@@ -201,7 +201,7 @@ def evaluate(
       the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
     """
     network = load_model(model, branch=branch, role=role, step=step)
-    evaluation = TrialEvaluation(open_utterances(data), trials, enrollments)
+    evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
     target = evaluation.target
     if target is None and save_threshold is not None:
         raise ValueError(f"{trials} has no labels, so no threshold can be tuned on it: leave out --save-threshold")

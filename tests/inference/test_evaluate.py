@@ -278,7 +278,7 @@ def test_a_run_without_checkpoint_is_no_network(workdir, tmp_path):
 
 def test_a_checkpoint_cut_short_is_named_with_the_one_before_it(workdir, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "run")
-    data = max((copy / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = max((copy / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     status, text = evaluate(tmp_path / "output", workdir=copy)
     assert status == 2 and f"{copy / 'checkpoints' / '6'}: the checkpoint is damaged or cut short" in text
