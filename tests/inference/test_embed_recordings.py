@@ -190,7 +190,9 @@ def test_an_interrupted_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
     assert not (tmp_path / "cut.npz").exists()
     monkeypatch.setattr(module, "apply_to_stream", apply)
     original = module.read_recording
-    monkeypatch.setattr(module, "read_recording", lambda item, **options: read.append(item) or original(item, **options))
+    monkeypatch.setattr(
+        module, "read_recording", lambda item, **options: read.append(item) or original(item, **options)
+    )
     report = module.embed_recordings(embedder, [corpus], tmp_path / "cut.npz", quiet=True)
     assert len(read) == 12 and report["recordings"] == 20
     whole, cut = read_embeddings(tmp_path / "whole.npz"), read_embeddings(tmp_path / "cut.npz")
