@@ -111,10 +111,9 @@ def build_parser() -> argparse.ArgumentParser:
     model = shared(network, as_json)
     model.add_argument(
         "--model",
-        required=True,
         type=Path,
         metavar="MODEL",
-        help="workdir of a training run, model file, or exported program",
+        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
     )
     threshold = shared()
     threshold.add_argument(
@@ -313,10 +312,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
     )
     export.add_argument(
-        "--onnx-weights",
+        "--weights",
         choices=("float32", "float16", "int8"),
         default="float32",
-        help="of an ONNX file: as they are, half the size, or quantised (default: %(default)s)",
+        help="of a model file or ONNX file: as they are, half the size, or (ONNX) quantised (default: %(default)s)",
     )
     export.add_argument(
         "--onnx-runtime",
@@ -681,7 +680,7 @@ def run_export(options) -> None:
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
     onnx_options = {
         "inputs": "feats" if options.onnx_runtime else options.onnx_input,
-        "weights": options.onnx_weights,
+        "weights": options.weights,
         "runtime": options.onnx_runtime,
         "other_front_end": options.other_front_end,
     }

@@ -18,7 +18,7 @@ from memo_jax.inference.model_file import Decision, Model, embedding_function
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration
-from memo_jax.scoring.figures import plot_det
+from memo_jax.scoring.figures import BASELINE, plot_det
 from memo_jax.scoring.score import (
     DECIMALS,
     P_TARGETS,
@@ -92,9 +92,9 @@ class TrialEvaluation:
         sides = self.trials.side_embeddings(embeddings[self._positions])
         return np.round(metrics.cosine_scores(sides, self.trials.pairs), DECIMALS)
 
-    def eer(self, backbone: nn.Module, variables: Any) -> float:
-        """Returns the equal error rate of a backbone with these variables, a fraction."""
-        function = embedding_function(backbone, variables)
+    def eer(self, backbone: nn.Module, variables: Any, front_end: str = "log_mel") -> float:
+        """Returns the equal error rate of a backbone with these variables and this front end, a fraction."""
+        function = embedding_function(backbone, variables, front_end)
         return metrics.eer(self.scores(self.embeddings(function, quiet=True)), self.target)
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
@@ -135,7 +135,11 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
     trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
 
     def evaluation(recipe, backbones):
-        return {f"eer/{name}": 100 * trials.eer(of.backbone, backbones[name]) for name, of in recipe.branches.items()}
+        front_end = config.features.front_end
+        return {
+            f"eer/{name}": 100 * trials.eer(branch.backbone, backbones[name], front_end)
+            for name, branch in recipe.branches.items()
+        }
 
     return evaluation
 
@@ -225,7 +229,7 @@ def evaluate(
     results |= error_report(scores, target) | {"targets": int(target.sum()), "log_mel_statistics": statistics}
     results |= eer_interval(scores, evaluation.trials, evaluation.speakers(), replicates)
     results["worse_than_statistics"] = [key for key in RATES if results[key] > statistics[key]]
-    plot_det({results["network"]: (scores, target), "log-mel statistics": (baseline, target)}, output / "det.png")
+    plot_det({results["network"]: (scores, target), BASELINE: (baseline, target)}, output / "det.png")
     write_scores(output / "scores.txt", evaluation.trials, scores)
     write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
     decision = None
@@ -281,7 +285,7 @@ def evaluation_text(results: dict) -> str:
     if "eer" not in results:
         return f"{', '.join(counts)}\n  the list has no labels: scores are written, error rates are unknown"
     lines = [f"{counts[0]}, {results['targets']:,} of them target, {counts[1]}"]
-    for name, row in ((results["network"], results), ("log-mel statistics", results["log_mel_statistics"])):
+    for name, row in ((results["network"], results), (BASELINE, results["log_mel_statistics"])):
         lines.append(f"  {name:<28} {rates_text(row)}")
     lines.append(interval_note(results))
     if results["worse_than_statistics"]:

@@ -56,11 +56,13 @@ def check_outputs(outputs: Iterable[str | os.PathLike]) -> None:
         check_writable(output)
 
 
-def export(model: Model | Artifact, outputs: Iterable[str | os.PathLike], **onnx_options) -> list[Path]:
+def export(
+    model: Model | Artifact, outputs: Iterable[str | os.PathLike], weights: str = "float32", **onnx_options
+) -> list[Path]:
     """Writes a model to files, each in the format that its ending names; returns their paths.
 
     name.safetensors is a model file (`model_file`), name.zip an exported program (`write_artifact`), name.onnx an
-    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`).
+    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`). `weights` is how model files and ONNX files hold them.
 
     Raises:
       ValueError: an ending that is no known format, a model without weights, weights that are not finite, or options that
@@ -72,10 +74,13 @@ def export(model: Model | Artifact, outputs: Iterable[str | os.PathLike], **onnx
         raise ValueError("an exported program has no weights to export: give the workdir or model file it is from")
     outputs = [Path(output) for output in outputs]
     check_outputs(outputs)
+    if weights != "float32" and any(output.suffix.lower() == ".zip" for output in outputs):
+        raise ValueError(f"an exported program (.zip) has float32 weights: {weights} is for .safetensors and .onnx")
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
-        options = onnx_options if output.suffix.lower() == ".onnx" else {}
-        WRITERS[output.suffix.lower()](output, model, **options)
+        kind = output.suffix.lower()
+        options = {} if kind == ".zip" else {"weights": weights}
+        WRITERS[kind](output, model, **options, **(onnx_options if kind == ".onnx" else {}))
     return outputs
 
 
