@@ -109,10 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     model = shared(network, as_json)
     model.add_argument(
         "--model",
-        required=True,
         type=Path,
         metavar="MODEL",
-        help="workdir of a training run, model file, or exported program",
+        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
     )
     threshold = shared()
     threshold.add_argument(
@@ -169,7 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="lines `speaker recording recording …`: who the enrol sides are",
     )
 
-    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds)
+    prepare = command(
+        "prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds, channel
+    )
     prepare.add_argument(
         "--input",
         action="append",
@@ -300,8 +301,39 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="FILE",
-        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone",
+        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone; name.onnx: an ONNX file",
     )
+    export.add_argument(
+        "--onnx-input",
+        choices=("waveform", "feats"),
+        default="waveform",
+        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
+    )
+    export.add_argument(
+        "--weights",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of a model file or ONNX file: as they are, half the size, or (ONNX) quantised (default: %(default)s)",
+    )
+    export.add_argument(
+        "--onnx-runtime",
+        choices=("sherpa-onnx", "wespeaker"),
+        help="write features and metadata as this runtime expects them",
+    )
+    export.add_argument(
+        "--other-front-end",
+        action="store_true",
+        help="let that runtime compute other features than the model was trained with; prints what that costs",
+    )
+
+    push = command("push", run_push, "upload a model to the Hugging Face Hub", network)
+    push.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
+    push.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
+    push.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
+    push.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
+    push.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
 
     score = command("score", run_score, "score a trial list with embeddings", trials, replicates, as_json)
     score.add_argument(
@@ -419,6 +451,7 @@ def run_prepare(options) -> int:
         inputs,
         options.output,
         min_seconds=options.min_seconds,
+        channel=options.channel,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
@@ -641,8 +674,33 @@ def run_export(options) -> None:
 
     check_outputs(options.output)
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
-    paths = [str(path) for path in export(model, options.output)]
+    onnx_options = {
+        "inputs": "feats" if options.onnx_runtime else options.onnx_input,
+        "weights": options.weights,
+        "runtime": options.onnx_runtime,
+        "other_front_end": options.other_front_end,
+    }
+    paths = [str(path) for path in export(model, options.output, **onnx_options)]
     print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
+
+
+def run_push(options) -> None:
+    """memo-jax push."""
+    from memo_jax.inference.embedder import load_model
+    from memo_jax.inference.hub import push
+
+    model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+    results = [json.loads(path.read_text("utf-8")) for path in options.results]
+    url = push(
+        model,
+        options.repository,
+        results=results,
+        license=options.license,
+        datasets=options.dataset,
+        private=options.private,
+        onnx=not options.no_onnx,
+    )
+    print(url)
 
 
 def run_score(options) -> None:

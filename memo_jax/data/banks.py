@@ -171,7 +171,7 @@ def _of_kind(kind, folder):
     if os.path.basename(os.path.abspath(folder)) != REAL_RIRS:
         return files_below(folder)
     try:  # "--rir-id … --room-id … RIRS_NOISES/real_rirs_isotropic_noises/NAME.wav"
-        with open(os.path.join(folder, RIR_LIST), encoding="utf-8") as file:
+        with open(os.path.join(folder, RIR_LIST), encoding="utf-8-sig") as file:
             names = {os.path.basename(line.split()[-1]) for line in file if line.strip()}
     except FileNotFoundError:
         names = {os.path.basename(path) for path in files_below(folder) if "_noise_" not in os.path.basename(path)}

@@ -14,7 +14,15 @@ from memo_jax.audio import as_audio, check_speech, read_audio
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery, changing_gallery
-from memo_jax.inference.model_file import Model, ModelFileError, check_finite, check_threshold, read_model
+from memo_jax.inference.hub import is_hub_name, read_hub_model
+from memo_jax.inference.model_file import (
+    DEFAULT_MODEL,
+    Model,
+    ModelFileError,
+    check_finite,
+    check_threshold,
+    read_model,
+)
 from memo_jax.scoring.metrics import unit_norm
 
 if TYPE_CHECKING:
@@ -92,7 +100,7 @@ class Embedder:
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike | None = None,
         *,
         branch: str | None = None,
         role: str | None = None,
@@ -100,10 +108,11 @@ class Embedder:
         gallery: str | os.PathLike | None = None,
         channel: str | int = "mean",
     ) -> "Embedder":
-        """Loads the network of a training workdir, a model file, or an exported program.
+        """Loads a network: that of the package, a training workdir, a model file, an exported program, or the Hub.
 
         Args:
-          path: workdir, possibly gs://…, or a file that `memo-jax export` or `memo-jax convert` wrote.
+          path: workdir, possibly gs://…, a file that `memo-jax export` or `memo-jax convert` wrote, or
+            "hf:org/name@revision" (`hub`). None is the network that comes with the package.
           branch: of a workdir: which backbone; "ecapa" by default, or the only one.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
@@ -229,12 +238,22 @@ def _is_one(recordings) -> bool:
 
 
 def load_model(
-    path: str | os.PathLike, *, branch: str | None = None, role: str | None = None, step: int | None = None
+    path: str | os.PathLike | None = None,
+    *,
+    branch: str | None = None,
+    role: str | None = None,
+    step: int | None = None,
 ) -> "Model | Artifact":
     """Returns the network of a workdir, a model file or an exported program; arguments and errors as `Embedder.load`.
 
     That of an exported program (`export.Artifact`) has no layers and weights to look at.
     """
+    given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
+    path = DEFAULT_MODEL if path is None else path
+    if is_hub_name(path):
+        if given:
+            raise ValueError(f"{path} has a single network: --{given[0]} is for workdirs")
+        return read_hub_model(path)
     path = as_path(path)
     check_bucket(path)
     if in_bucket(path) or os.path.isdir(path):
@@ -248,7 +267,6 @@ def load_model(
         return model
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such workdir or model file")
-    given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
     if given:
         raise ValueError(f"{path} is a file with a single network: --{given[0]} is for workdirs")
     if zipfile.is_zipfile(path):

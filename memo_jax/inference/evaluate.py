@@ -92,9 +92,9 @@ class TrialEvaluation:
         sides = self.trials.side_embeddings(embeddings[self._positions])
         return np.round(metrics.cosine_scores(sides, self.trials.pairs), DECIMALS)
 
-    def eer(self, backbone: nn.Module, variables: Any) -> float:
-        """Returns the equal error rate of a backbone with these variables, a fraction."""
-        function = embedding_function(backbone, variables)
+    def eer(self, backbone: nn.Module, variables: Any, front_end: str = "log_mel") -> float:
+        """Returns the equal error rate of a backbone with these variables and this front end, a fraction."""
+        function = embedding_function(backbone, variables, front_end)
         return metrics.eer(self.scores(self.embeddings(function, quiet=True)), self.target)
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
@@ -135,7 +135,11 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
     trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
 
     def evaluation(recipe, backbones):
-        return {f"eer/{name}": 100 * trials.eer(of.backbone, backbones[name]) for name, of in recipe.branches.items()}
+        front_end = config.features.front_end
+        return {
+            f"eer/{name}": 100 * trials.eer(branch.backbone, backbones[name], front_end)
+            for name, branch in recipe.branches.items()
+        }
 
     return evaluation
 

@@ -21,6 +21,7 @@ from memo_jax.inference.model_file import (
     parsed_header,
     write_model,
 )
+from memo_jax.inference.onnx_file import write_onnx
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, HEADER = "program.jaxexport", "model.json"  # members of an exported program, which is a zip file
@@ -55,22 +56,31 @@ def check_outputs(outputs: Iterable[str | os.PathLike]) -> None:
         check_writable(output)
 
 
-def export(model: Model | Artifact, outputs: Iterable[str | os.PathLike]) -> list[Path]:
+def export(
+    model: Model | Artifact, outputs: Iterable[str | os.PathLike], weights: str = "float32", **onnx_options
+) -> list[Path]:
     """Writes a model to files, each in the format that its ending names; returns their paths.
 
-    name.safetensors is a model file (`model_file`), name.zip an exported program (`write_artifact`).
+    name.safetensors is a model file (`model_file`), name.zip an exported program (`write_artifact`), name.onnx an
+    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`). `weights` is how model files and ONNX files hold them.
 
     Raises:
-      ValueError: an ending that is no known format, a model without weights, or weights that are not finite.
+      ValueError: an ending that is no known format, a model without weights, weights that are not finite, or options that
+        `write_onnx` refuses.
+      ImportError: an ONNX file without the extra `onnx`.
       OSError: naming the file, if it cannot be written.
     """
     if not isinstance(model, Model):
         raise ValueError("an exported program has no weights to export: give the workdir or model file it is from")
     outputs = [Path(output) for output in outputs]
     check_outputs(outputs)
+    if weights != "float32" and any(output.suffix.lower() == ".zip" for output in outputs):
+        raise ValueError(f"an exported program (.zip) has float32 weights: {weights} is for .safetensors and .onnx")
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[output.suffix.lower()](output, model)
+        kind = output.suffix.lower()
+        options = {} if kind == ".zip" else {"weights": weights}
+        WRITERS[kind](output, model, **options, **(onnx_options if kind == ".onnx" else {}))
     return outputs
 
 
@@ -98,7 +108,7 @@ def write_artifact(path: str | os.PathLike, model: Model) -> Path:
     return Path(path)
 
 
-WRITERS = {".safetensors": write_model, ".zip": write_artifact}
+WRITERS = {".safetensors": write_model, ".zip": write_artifact, ".onnx": write_onnx}
 
 
 def read_artifact(path: str | os.PathLike) -> Artifact:

@@ -1,6 +1,6 @@
 """Model files: a single network that embeds recordings, with all that is needed to use it, in one safetensors file.
 
-The tensors are the backbone's variables, float32, named by their path ("params/block_0/reduce/conv/kernel"). The file's
+The tensors are the backbone's variables, float32 or float16, named by their path ("params/block_0/reduce/conv/kernel"). The file's
 metadata has one entry, "memo_jax": JSON with `format`, `backbone`, `arguments`, `front_end`, `decision`, `provenance`,
 `fingerprint` (of the network and its weights) and `checksum` (of the JSON itself). Both are checked when a file is
 read, so any damage that would change a result is noticed. Reading a model file runs none of its content.
@@ -27,6 +27,8 @@ from memo_jax.models import BACKBONES, EXECUTION_FIELDS, build_backbone
 
 FORMAT = 2
 METADATA_KEY = "memo_jax"
+WEIGHTS = {"float32": "<f4", "float16": "<f2"}  # how a file may hold them
+DEFAULT_MODEL = Path(__file__).with_name("default_model.safetensors")  # comes with the package; see its card
 
 
 class ModelFileError(ValueError):
@@ -157,16 +159,27 @@ def _argument(value):
     return value if isinstance(value, (bool, int, float, str, type(None))) else jnp.dtype(value).name
 
 
-def write_model(path: str | os.PathLike, model: Model) -> Path:
+def write_model(path: str | os.PathLike, model: Model, weights: str = "float32") -> Path:
     """Writes a model file, whole or not at all; returns its path.
+
+    Args:
+      path: of the file.
+      model: the network.
+      weights: "float32", or "float16" for half the size. Weights are rounded then, which makes another model: its
+        fingerprint is another one. Reading gives float32 in either case.
 
     Raises:
       ValueError: the variables are not those of the backbone or are not finite (names the tensor), or the backbone or
         front end is unknown.
       OSError: naming the file, if it cannot be written.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r}: choose {' or '.join(WEIGHTS)}")
+    if weights == "float16":
+        rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), model.variables)
+        model = dataclasses.replace(model, variables=rounded)
     check_model(model)
-    arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in flattened(model.variables).items()}
+    arrays = {name: np.ascontiguousarray(array, WEIGHTS[weights]) for name, array in flattened(model.variables).items()}
     from safetensors.numpy import save
 
     content = save(arrays, {METADATA_KEY: header_text(model)})
@@ -235,7 +248,7 @@ def read_model(path: str | os.PathLike) -> Model:
                 place = variables
                 for part in parents:
                     place = place.setdefault(part, {})
-                place[leaf] = file.get_tensor(name)
+                place[leaf] = file.get_tensor(name).astype(np.float32, copy=False)
         if header["backbone"] not in BACKBONES or header["front_end"] not in FRONT_ENDS:
             raise ModelFileError(
                 f"{path}: this version of memo-jax has no {header['backbone']} with {header['front_end']}"

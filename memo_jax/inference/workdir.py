@@ -50,6 +50,7 @@ def workdir_model(
     model = model_of_backbone(
         branches[branch].backbone,
         backbone_variables(variables),
+        front_end=config.features.front_end,
         provenance={
             "workdir": str(workdir),
             "branch": branch,

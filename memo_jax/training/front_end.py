@@ -1,4 +1,4 @@
-"""The front end of training, on the device: int16 crops in, augmented and normalised log-mel views out."""
+"""The front end of training, on the device: int16 crops in, augmented views of normalised features out."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memo_jax import features
+from memo_jax.features import FRONT_ENDS
 from memo_jax.training.augment import augment
 
 KINDS = ("global", "local")
 
 
 def training_views(
-    key: jax.Array, batch: Mapping[str, jax.Array], banks: Mapping[str, jax.Array], **settings: Any
+    key: jax.Array, batch: Mapping[str, jax.Array], banks: Mapping[str, jax.Array], *, front_end: str, **settings: Any
 ) -> tuple[jax.Array, ...]:
     """Returns the views of a batch, float32 [B, V, T, 80] for each kind of crop, global crops first.
 
@@ -21,6 +21,7 @@ def training_views(
       key: a jax.random key; every draw of the augmentation comes from it.
       batch: {"global": crops, "local": crops}, int16 [B, V, L] at 16 kHz; "local" may be missing.
       banks: recordings and room responses, as `augment` takes them.
+      front_end: a name in `features.FRONT_ENDS`.
       **settings: the shares and ranges that `augment` takes.
     """
     views = []
@@ -30,6 +31,6 @@ def training_views(
             count = crops.shape[1]
             waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
             waves = augment(jax.random.fold_in(key, i), waves, banks, views=count, **settings)
-            mel = features.normalized_log_mel(features.mel_power(waves))
-            views.append(mel.reshape((-1, count) + mel.shape[1:]))
+            x, _ = FRONT_ENDS[front_end](waves)
+            views.append(x.reshape((-1, count) + x.shape[1:]))
     return tuple(views)

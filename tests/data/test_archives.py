@@ -105,6 +105,9 @@ def test_joined_and_cut_tars_are_refused(tmp_path, suffix):
         (compress(tar[: end // 2]), "cut short"),
         (compress(tar + bytes(2 << 20)), "but more follows"),
         (compress(b""), "it is empty"),
+        (compress(tar) + b"PK and other bytes", "cut short"),
+        (compress(tar) + gzip.compress(tar), "cut short"),
+        (compress(tar) + bz2.compress(tar), "cut short"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"in{suffix}: not an archive.*{message}.*get the file again"):
@@ -120,6 +123,10 @@ def test_joined_zips_are_refused_but_not_those_that_extract_themselves(tmp_path)
     (tmp_path / "two.zip").write_bytes(one + one)
     with pytest.raises(ValueError, match="two.zip: .*another archive begins at byte 0"):
         names(tmp_path / "two.zip")
+    tar = gzip.compress(write_tar(tmp_path / "in.tar", CONTENT).read_bytes())
+    (tmp_path / "more.zip").write_bytes(one + tar)
+    with pytest.raises(ValueError, match="more.zip: .*more follows its end"):
+        names(tmp_path / "more.zip")
     (tmp_path / "self.zip").write_bytes(b"#!/bin/sh\n" + one)
     assert names(tmp_path / "self.zip") == list(CONTENT)
 
@@ -248,3 +255,40 @@ def test_what_changed_between_listing_and_reading_is_noticed(tmp_path):
     with pytest.raises(ValueError, match="in.tar.gz: .*fewer files than before"):
         stream.copy(Extent(0, 700, 700, number=30), io.BytesIO())
     stream.close()
+
+
+def test_files_of_a_zip_that_overlap_are_refused(tmp_path):
+    """A thousand entries for one file of zeros would take a thousand times the time and disk."""
+    path = write_zip(tmp_path / "in.zip", {f"{number}.wav": bytes(100_000) for number in range(3)})
+    data = bytearray(path.read_bytes())
+    offsets = [place for place in range(len(data)) if data[place : place + 4] == b"PK\1\2"]
+    data[offsets[1] + 42 : offsets[1] + 46] = data[offsets[0] + 42 : offsets[0] + 46]
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="in.zip: .*files in it overlap"):
+        names(path)
+
+
+def test_a_zip_with_very_many_entries_and_comments(tmp_path):
+    """More than 65,535, which need Zip64, and a comment at its end."""
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.comment = b"PK made by hand"
+        for number in range(65_537):
+            archive.writestr(zipfile.ZipInfo(f"{number}.wav"), b"")
+    assert sum(1 for _ in members(tmp_path / "in.zip")) == 65_537
+
+
+@pytest.mark.parametrize("suffix", [".tar.bz2", ".tar.xz"])
+def test_parallel_compressors_write_many_streams(tmp_path, suffix):
+    """As pbzip2 and pixz do: a stream for each block, and xz pads them with zeros."""
+    tar = write_tar(tmp_path / "in.tar", CONTENT).read_bytes()
+    pieces = [COMPRESSED[suffix](tar[place : place + 3000]) for place in range(0, len(tar), 3000)]
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(b"".join(pieces) + bytes(8 if suffix == ".tar.xz" else 0))
+    assert names(path) == list(CONTENT)
+    stream, file = TarStream(path), io.BytesIO()
+    stream.copy(Extent(0, 700, 700, number=7), file)
+    stream.close()
+    assert file.getvalue() == CONTENT["s7/7.wav"]
+    path.write_bytes(b"".join(pieces[:2]) + pieces[2][:-9])
+    with pytest.raises(ValueError, match="it ends early"):
+        names(path)

@@ -76,7 +76,7 @@ def test_a_limit_on_memory_chooses_by_seed(tmp_path):
 
 
 def test_beyond_the_limit_every_recording_gives_rows_and_no_more_is_decoded(tmp_path, monkeypatch):
-    """Three hours-long recordings (of 40, 30 and 2 rows) and room for 12: 5, 5 and 2 rows, each one piece of its file."""
+    """Three long recordings (of 40, 30 and 2 rows) and room for 12: 5, 5 and 2 rows, each one piece of its file."""
     whole = [write(tmp_path / f"{index}.wav", noise(1600 * rows, index)) for index, rows in enumerate((40, 30, 2))]
     decoded, read = [], banks.read_audio
     monkeypatch.setattr(

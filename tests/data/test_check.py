@@ -84,7 +84,7 @@ def test_all_that_is_damaged_is_named_up_to_a_number(dataset):
     path.write_bytes(path.read_bytes()[:100])
     report = check(dataset, workers=1)
     assert [file for file, _ in report["problems"]] == [shard(dataset, 0).name, path.name]
-    assert "is missing" in report["problems"][0][1]
+    assert "is gone" in report["problems"][0][1]
     assert check_text(dataset, report, most=1).count("\n  ") == 2
     assert "… and 1 more" in check_text(dataset, report, most=1)
 
@@ -166,9 +166,7 @@ def test_damaged_metadata_is_one_clear_line(dataset, name, damage):
     assert (name, "missing" if damage == "missing" else "damaged or changed") in check(dataset, workers=1)["problems"]
     status, text = tiny.here("prepare", "--check", dataset)
     assert status == 2 and f"{name}: " in text
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=f"{name} is (missing|damaged).*prepare the dataset again"
-    ):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is (gone|damaged).*prepare the dataset again"):
         open_utterances(dataset)
 
 

@@ -11,6 +11,7 @@ import pandas
 import pytest
 import soundfile
 
+import tiny
 from memo_jax.data import prepare as prepare_module
 from memo_jax.data.batches import open_utterances
 from memo_jax.data.prepare import preparation_text, prepare
@@ -305,5 +306,33 @@ def test_what_a_killed_run_left_is_no_obstacle(speech, tmp_path):
     (tmp_path / ".set.partial").mkdir()
     (tmp_path / ".set.partial" / "task-00000-00000").write_bytes(b"half a shard")
     prepare(speech, tmp_path / "set", workers=1)
+    assert len(open_utterances(tmp_path / "set")) == 6
+    assert sorted(os.listdir(tmp_path)) == ["set", "speech"]
+
+
+def test_a_channel_can_be_chosen(tmp_path):
+    """Of two channels that cancel in their mean, one; and a recording without that channel is left out by name."""
+    left = write_recording(tmp_path / "in" / "a" / "mono.wav", seed=1)
+    soundfile.write(tmp_path / "in" / "a" / "two.wav", np.stack([left, -left], axis=1), RATE)
+    status, text = tiny.here("prepare", "--input", tmp_path / "in", "--output", tmp_path / "mean", "--workers", "1")
+    assert status == 0 and "1 utterance, 1 speaker, 0.00 hours, 1 shard\nleft out 1 file (1 × " in text
+    status, _ = tiny.here(
+        *("prepare", "--input", tmp_path / "in", "--output", tmp_path / "second", "--workers", "1", "--channel", "2")
+    )
+    assert status == 0 and open_utterances(tmp_path / "second").names == ["a/two.wav"]
+    np.testing.assert_array_equal(open_utterances(tmp_path / "second")[0], -left)
+    assert "mono.wav\tno channel 2: it has 1" in (tmp_path / "second" / "left_out.tsv").read_text()
+    status, text = tiny.here("prepare", "--input", "x", "--output", "y", "--channel", "left")
+    assert status == 2 and "channel 'left': expected mean, or a number from 1" in text
+
+
+def test_two_at_once_end_with_one_dataset_and_one_refusal(speech, tmp_path):
+    command = ["prepare", "--input", speech, "--output", tmp_path / "set", "--workers", "1"]
+    command = [sys.executable, "-m", "memo_jax", *map(str, command)]
+    both = [subprocess.Popen(command, env=tiny.environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    refused = errors[0 if both[0].returncode else 1]
+    assert "set is in use by process" in refused or "set exists already" in refused
     assert len(open_utterances(tmp_path / "set")) == 6
     assert sorted(os.listdir(tmp_path)) == ["set", "speech"]

@@ -247,6 +247,8 @@ def test_a_utt2spk_of_other_utterances_is_an_error_and_gaps_are_told(tmp_path, c
     (folder / "utt2spk").write_text("u1 bert\nx1 anna\n")
     assert named(find_recordings([folder])[0]) == [("u0", ""), ("u1", "bert"), ("u2", "")]
     assert "utt2spk: no speaker for 2 of 3 utterances, such as 'u0'" in capsys.readouterr().err
+    (folder / "segments").write_text("u1-a u1 0 1\nu2-a u2 0 1\n")  # and the speaker of a whole recording
+    assert named(find_recordings([folder])[0]) == [("u1-a", "bert"), ("u2-a", "")]
 
 
 def test_forms_of_kaldi_paths(tmp_path, monkeypatch):
@@ -330,6 +332,8 @@ def test_the_archive_of_a_folder_gives_what_the_folder_gives(tmp_path, suffix):
     assert sorted(named(recordings)) == expected and {speaker for _, speaker in expected} == {"s0", "s1", "s2", ""}
     assert all(item.source == f"{path}/corpus/{item.name}" for item in recordings)
     assert sorted(named(find_recordings([path / "corpus"])[0])) == expected
+    path = WRITERS[suffix](tmp_path / f"vox{suffix}", {"id10270/v/1.wav": audio_bytes(noise())})
+    assert named(find_recordings([path])[0]) == [("id10270/v/1.wav", "id10270")]
     # A folder of recordings alone may be a speaker, of whom each has an archive.
     path = WRITERS[suffix](
         tmp_path / f"s1{suffix}", {"s1/1.wav": audio_bytes(noise()), "s1/2.wav": audio_bytes(noise())}
@@ -433,6 +437,22 @@ def test_inputs_of_all_kinds_mix_and_names_must_differ(tmp_path):
     write_zip(tmp_path / "same.zip", {"a/1.wav": audio_bytes(noise())})
     with pytest.raises(ValueError, match="folder/a/1.wav and .*same.zip/a/1.wav would both be called a/1.wav"):
         find_recordings([*inputs, tmp_path / "same.zip"])
+
+
+def test_a_member_that_is_there_twice_is_an_error_that_says_so(tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for _ in range(2):
+            info = tarfile.TarInfo("a/1.wav")
+            tar.addfile(info)
+    with pytest.raises(ValueError, match="in.tar/a/1.wav is there twice"):
+        find_recordings([tmp_path / "in.tar"])
+
+
+def test_no_name_leads_out_of_an_archive(tmp_path):
+    path = write_tar(
+        tmp_path / "in.tar", {"../../etc/1.wav": audio_bytes(noise()), "/a/../b/2.wav": audio_bytes(noise())}
+    )
+    assert named(find_recordings([path])[0]) == [("b/2.wav", "b"), ("etc/1.wav", "etc")]
 
 
 def test_the_benchmark_of_listing_runs():

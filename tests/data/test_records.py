@@ -157,7 +157,7 @@ def test_what_is_no_dataset_of_ours_is_named(dataset, tmp_path):
         Shards(tmp_path)
     copy = shutil.copytree(dataset, tmp_path / "copy")
     (copy / records.INDEX).unlink()
-    with pytest.raises(FileNotFoundError, match="index.npy is missing"):
+    with pytest.raises(FileNotFoundError, match="index.npy is gone"):
         Shards(copy)
     shutil.copy(dataset / records.INDEX, copy)
     (copy / records.CHECKSUMS).unlink()
@@ -170,7 +170,7 @@ def test_records_of_another_length_than_the_index_says_are_named(dataset, tmp_pa
     index = np.load(copy / records.INDEX)
     index[3, 1] += 100
     np.save(copy / records.INDEX, index)
-    with pytest.raises(ValueError, match="index.npy is damaged or was changed: restore it"):
+    with pytest.raises(ValueError, match="index.npy is damaged or was changed: restore the file"):
         open_utterances(copy)
     records._write_checksums(copy)
     with pytest.raises(OSError, match=r"00001-of-00002: record 4 cannot be read \(321 samples, 421 expected\)"):

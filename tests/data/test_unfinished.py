@@ -120,9 +120,7 @@ def test_killed_processes_leave_whole_parts_from_which_the_same_command_goes_on(
     }
     again, report = read_again(monkeypatch, slow, output, run_commands=True)
     assert again == COUNT - PER_PART * len(done) and report["utterances"] == COUNT
-    assert (
-        f"going on where an earlier run ended: {PER_PART * len(done)} of {COUNT} recordings" in capfd.readouterr().err
-    )
+    assert f"continuing an earlier run: {PER_PART * len(done)} of {COUNT} recordings" in capfd.readouterr().err
     kept = {path.stat().st_ino: path.stat().st_mtime_ns for path in output.glob("*array_record*")}
     assert shards.items() <= kept.items()  # not written again
     prepare(slow, tmp_path / "whole", workers=1, run_commands=True)
@@ -208,7 +206,7 @@ def test_files_that_came_or_went_between_are_told(speech, tmp_path, monkeypatch,
     names = open_utterances(tmp_path / "set").names
     assert len(names) == COUNT - 1 and "s0/0.wav" in names and "s0/00.wav" not in names
     assert report["left_out"] == [
-        (str(speech / "s0" / "00.wav"), "came late: after the dataset was begun"),
+        (str(speech / "s0" / "00.wav"), "added too late: after the dataset was begun"),
         (str(speech / "s3" / "23.wav"), "no such file"),
     ]
     assert "left out 1 recording that came after" in capsys.readouterr().err
@@ -224,7 +222,7 @@ def test_an_input_that_goes_away_ends_the_work_and_leaves_out_nothing(speech, tm
         return read(item, **options)
 
     monkeypatch.setattr(prepare_module, "read_recording", read_and_lose)
-    with pytest.raises(ValueError, match="speech is not there any more: bring it back"):
+    with pytest.raises(ValueError, match="speech is no longer there: make it available"):
         prepare(speech, tmp_path / "set", workers=1)
     monkeypatch.setattr(prepare_module, "read_recording", read)
     with pytest.raises(FileNotFoundError, match="speech: no such folder"):
@@ -282,7 +280,10 @@ def test_a_folder_that_appeared_meanwhile_is_not_replaced(speech, tmp_path, monk
         return read(item, **options)
 
     for overwrite in (False, True):
-        with monkeypatch.context() as patch, pytest.raises(FileExistsError, match="set appeared while it was prepared"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(FileExistsError, match="set appeared while it was being prepared"),
+        ):
             patch.setattr(prepare_module, "read_recording", read_and_appear)
             prepare(speech, tmp_path / "set", workers=1, overwrite=overwrite)
         assert os.listdir(tmp_path / "set") == ["thesis.tex"]
@@ -322,7 +323,7 @@ def test_ended_after_the_dataset_was_in_its_place_the_same_command_is_done(
         prepare(speech / "s0", tmp_path / "set", workers=1)
     again, report = read_again(monkeypatch, speech, tmp_path / "set")
     assert again == 0 and report | {"output": ""} == whole | {"output": ""}
-    assert "set was finished already" in capsys.readouterr().err
+    assert "set was already finished" in capsys.readouterr().err
     assert files_of(tmp_path / "set") == files_of(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path)) == ["set", "speech", "whole"]
     with pytest.raises(FileExistsError, match="set exists already"):
