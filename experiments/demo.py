@@ -211,7 +211,8 @@ def demo_config(datasets, trials, banks, minutes, seed):
 
 def train_run(config, workdir):
     """Trains, or goes on training; returns the seconds it took."""
-    # Loops that are not unrolled compile a fifth sooner, and take this small step no longer (a large one by a twentieth).
+    # Loops that are not unrolled compile a fifth sooner, and take this small step no longer (a large one by a
+    # twentieth).
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true")
     from memo_jax.cli import keep_compiled_programs
     from memo_jax.inference.evaluate import training_evaluation

@@ -62,11 +62,11 @@ def export(
     """Writes a model to files, each in the format that its ending names; returns their paths.
 
     name.safetensors is a model file (`model_file`), name.zip an exported program (`write_artifact`), name.onnx an
-    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`). `weights` is how model files and ONNX files hold them.
+    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`). `weights` is how both hold them.
 
     Raises:
-      ValueError: an ending that is no known format, a model without weights, weights that are not finite, or options that
-        `write_onnx` refuses.
+      ValueError: an ending that is no known format, a model without weights, weights that are not finite, or
+        options that `write_onnx` refuses.
       ImportError: an ONNX file without the extra `onnx`.
       OSError: naming the file, if it cannot be written.
     """

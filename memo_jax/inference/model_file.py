@@ -1,7 +1,8 @@
 """Model files: a single network that embeds recordings, with all that is needed to use it, in one safetensors file.
 
-The tensors are the backbone's variables, float32 or float16, named by their path ("params/block_0/reduce/conv/kernel"). The file's
-metadata has one entry, "memo_jax": JSON with `format`, `backbone`, `arguments`, `front_end`, `decision`, `provenance`,
+The tensors are the backbone's variables, float32 or float16, named by their path
+("params/block_0/reduce/conv/kernel"). The file's metadata has one entry, "memo_jax": JSON with
+`format`, `backbone`, `arguments`, `front_end`, `decision`, `provenance`,
 `fingerprint` (of the network and its weights) and `checksum` (of the JSON itself). Both are checked when a file is
 read, so any damage that would change a result is noticed. Reading a model file runs none of its content.
 """
