@@ -154,9 +154,9 @@ def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[ja
 def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *, remat: bool = True):
     """Returns a student's embeddings [V, B, D] of each crop length, and its updated batch statistics.
 
-    With `remat`, only the last crop length keeps its activations for the backward pass; the others' are recomputed. At the
-    authors' sizes and a batch of 4 on a CPU, the step then takes 8 % more time and half the temporary memory (0.38 GB
-    instead of 0.73).
+    With `remat`, only the last crop length keeps its activations for the backward pass; the others' are recomputed. At
+    the authors' sizes and a batch of 4 on a CPU, the step then takes 8 % more time and half the temporary memory (0.38
+    GB instead of 0.73).
     """
     embeddings = []
     for i, features in enumerate(views):
@@ -164,8 +164,8 @@ def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *
         if remat and i < len(views) - 1:
             embed = jax.checkpoint(embed)
         of_views, batch_stats = embed(params, batch_stats, features)
-        # One crop length after the other, and in the backward pass in the reverse order: their activations are never held
-        # at the same time (0.38 GB of temporaries instead of 0.55).
+        # One crop length after the other, in the backward pass in the reverse order: their activations are never held at
+        # the same time (0.38 GB of temporaries instead of 0.55).
         params, of_views = materialize_on_cpu((params, of_views))
         embeddings.append(of_views)
     return embeddings, batch_stats
