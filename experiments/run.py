@@ -1,4 +1,4 @@
-"""Runs the study: rows of experiments/ablation.py × seeds, each trained, tested and written down; then the table.
+r"""Runs the study: rows of experiments/ablation.py × seeds, each trained, tested and written down; then the table.
 
     python experiments/run.py --data DATASET --noise DIR --music DIR --rirs DIR \\
         --test NAME=DATASET:TRIALS --test OTHER=DATASET:TRIALS --output DIR
@@ -35,7 +35,7 @@ STOPPED = 3  # how `memo-jax train` ends where the numbers are wrong: a result, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 when every run is done or somebody else's, 1 when some failed, 2 on bad input."""
+    """Runs the command line; returns 0 when every run is done or taken, 1 when some failed, 2 on bad input."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if not (text.startswith("--config.") and "=" in text)]

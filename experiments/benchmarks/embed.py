@@ -3,8 +3,8 @@
     taskset -c 1 python experiments/benchmarks/embed.py --data speech/speechocean762/test --clock cpu --json
 
 Theirs is 3D-Speaker's ECAPA-TDNN (speakerlab-slim, in speechbrain's form) with the same weights, after log-mel features
-by torch.stft; recordings are read by soundfile. Once one at a time, as wespeaker, 3D-Speaker and the MeMo authors do, and
-once in batches: sorted by length, padded, with lengths, which changes the embeddings a little at the padded ends.
+by torch.stft; recordings are read by soundfile. Once one at a time, as wespeaker, 3D-Speaker and the MeMo authors do,
+and once in batches: sorted by length, padded, with lengths, which changes the embeddings a little at the padded ends.
 Each side has a process of its own, and they take turns.
 
 Prints `ratio` and `ratio_batched` (theirs ÷ ours in time, median of the runs, and the `spread` from the smallest to the

@@ -20,8 +20,8 @@ MELS = 80  # of the input of every network here
 NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 COUNTER = "num_batches_tracked"  # of a batch norm in PyTorch; computes nothing
 
-# Their names for our modules. "#" stands for a number in our name; {0}, {1} … are these numbers, then each plus one, then
-# each plus two. "parent/module" takes precedence over "module".
+# Their names for our modules. "#" stands for a number in our name; {0}, {1} … are these numbers, then each plus one,
+# then each plus two. "parent/module" takes precedence over "module".
 SPEECHBRAIN_ECAPA = {
     "stem": "blocks.0",
     "block_#": "blocks.{1}",
