@@ -55,8 +55,8 @@ def check_output_name(path: str | os.PathLike) -> Path:
 def write_embeddings(path: str | os.PathLike, content: Embeddings) -> Path:
     """Writes a file of embeddings, whole or not at all; returns its path.
 
-    npz: arrays `names` (text [N]), `embeddings` (float32 [N, D]), `model` and `checksum` (text). Parquet: columns `name`
-    and `embedding` (a list of D float32); "model" and "checksum" in the metadata of the schema.
+    npz: arrays `names` (text [N]), `embeddings` (float32 [N, D]), `model` and `checksum` (text). Parquet: columns
+    `name` and `embedding` (a list of D float32); "model" and "checksum" in the metadata of the schema.
 
     Raises:
       ValueError: an ending that is neither. OSError: naming the file, when it cannot be written.
