@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memo_jax.data.batches import open_utterances, training_batches
+from memo_jax.data.batches import Utterances, training_batches
 from memo_jax.data.records import SEGMENT_SAMPLES, SHARD_OPTIONS, checksum_of, serialized, write_metadata
 from memo_jax.log import progress
 
@@ -57,7 +57,7 @@ def measure_here(folder: Path, shards: int) -> dict:
 
     options = {"batch_size": 64, "seed": 0, "global_seconds": 0.01, "local_seconds": 0.005}
     before, began = resident_megabytes(), time.perf_counter()
-    utterances = open_utterances(folder)
+    utterances = Utterances(folder)
     opened = time.perf_counter()
     batches = training_batches(utterances, **options)
     next(batches)

@@ -21,6 +21,7 @@ from memo_jax.audio.part import Part, truncated, unreadable
 from memo_jax.audio.window import CACHED, Window
 
 SLACK = 256  # bytes by which a header may promise too much: common writers count their own header as data
+MAX_PARTS = 10_000
 STRAY = 4096  # bytes behind the end of a recording that are ignored when nothing is known that begins like them
 
 
@@ -48,6 +49,8 @@ def find_parts(window: Window) -> list[Part]:
             raise unreadable(window, _described(window))
         found, place = WALKERS[kind](window, place)
         parts += found
+        if len(parts) > MAX_PARTS:
+            raise AudioError(window.name, f"more than {MAX_PARTS:,} recordings in one file")
     if not parts:
         raise unreadable(window, _described(window))
     return parts
@@ -146,6 +149,8 @@ def _wav(window, start):
         elif head[:4] == b"ds64":
             long_size = (place + 16, int.from_bytes(window.read(place + 16, 8), order))
         place += 8 + size + size % 2
+    if len(head) < 8:
+        raise truncated(window, "it ends before its samples")
     begin, promised, patches = place + 8, int.from_bytes(head[4:8], order), ()
     available = window.size - begin
     if promised == 0xFFFFFFFF and long_size:
@@ -200,6 +205,8 @@ def _w64(window, start):
         if len(head) < 24 or size < 24:
             raise truncated(window, "it ends before its samples")
         place += (size + 7) // 8 * 8
+    if len(head) < 24:
+        raise truncated(window, "it ends before its samples")
     begin, promised, patches = place + 24, int.from_bytes(head[16:24], "little") - 24, ()
     available = window.size - begin
     if promised <= 0 < available or promised >= 2**62:
@@ -454,10 +461,12 @@ def _ends_with_flac_frame(window, start, end):
     """Whether the last bytes before `end` are a frame whose checksum is right."""
     begin = max(start, end - LAST_FLAC)
     data = window.read(begin, end - begin)
-    place, told = len(data), int.from_bytes(data[-2:], "big")
-    while (place := data.rfind(b"\xff", 0, place)) >= 0:
-        if data[place + 1 : place + 2] in (b"\xf8", b"\xf9") and _crc16(data[place:-2]) == told:
-            return True
+    place, told, tried = len(data), int.from_bytes(data[-2:], "big"), 0
+    while tried < 16 and (place := data.rfind(b"\xff", 0, place)) >= 0:
+        if data[place + 1 : place + 2] in (b"\xf8", b"\xf9"):
+            tried += 1
+            if _crc16(data[place:-2]) == told:
+                return True
     return False
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from memo_jax.audio.containers import find_parts
-from memo_jax.audio.decode_ffmpeg import FfmpegDecoder
+from memo_jax.audio.decode_ffmpeg import DEMUXERS, FfmpegDecoder
 from memo_jax.audio.decode_soundfile import NotReadable, SoundFileDecoder
 from memo_jax.audio.error import SAMPLE_RATE, AudioError, check_rate
 from memo_jax.audio.samples import FULL_SCALE, Collector, Mixer, to_int16
@@ -211,6 +211,8 @@ def _decoder(window, part, is_alone, start=0.0, end=None):
             if not decoder.is_short:
                 return decoder
             decoder.__exit__()
+    if reason and part.kind not in DEMUXERS:
+        raise AudioError(window.name, f"not readable as audio: {part.kind}: {reason}")
     try:
         return FfmpegDecoder(window, part, is_alone, start, end)
     except AudioError as error:

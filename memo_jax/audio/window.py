@@ -14,7 +14,9 @@ class Window:
         self._start, self._cached = 0, b""
 
     def read(self, start: int, count: int) -> bytes:
-        """Bytes [start, start + count), fewer at the end of the file."""
+        """Bytes [start, start + count), fewer at the end of the file; none from outside it."""
+        if not 0 <= start < self.size:
+            return b""
         begin = start - self._start
         if begin < 0 or begin + count > len(self._cached):
             self.file.seek(start)

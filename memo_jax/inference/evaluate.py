@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import flax.linen as nn
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
-from memo_jax.data.batches import Utterances, open_utterances
-from memo_jax.files import as_path, check_writable, write_text
+from memo_jax.data.batches import Utterances
+from memo_jax.files import as_path, check_writable, in_bucket, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model, log_mel_statistics
+from memo_jax.inference.hub import is_hub_name
 from memo_jax.inference.model_file import Decision, Model, embedding_function
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
@@ -133,7 +135,7 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
         return None
     if not config.evaluation.data:
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
-    trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
+    trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
 
     def evaluation(recipe, backbones):
         front_end = config.features.front_end
@@ -186,23 +188,32 @@ def evaluate(
     log_mel_statistics.txt of plain statistics.
 
     Args:
-      model: workdir of a training run, or a model file.
+      model: workdir of a training run, a model file, or an exported program.
       data: dataset with the recordings of the trials.
       trials: trial list, see `read_trials`; of one without labels, scores are written and no error rates.
-      output: folder for the results; made when missing.
-      branch, role, step: which network of a workdir, see `Embedder.load`.
-      crops, crop_seconds: take so many crops of a recording, spread evenly, and the mean score of all pairs of them,
-        instead of full recordings.
-      save_threshold: one of CRITERIA: keep the threshold that reaches it here, and a calibration, with the model.
+      output: folder for the results; created if missing.
+      branch: which network of a workdir, as the next two; see `Embedder.load`.
+      role: "teacher" or "student".
+      step: of the checkpoint.
+      crops: take so many crops of a recording, spread evenly, and the mean score of all pairs of them, instead of full
+        recordings; 0 for full recordings.
+      crop_seconds: length of a crop.
+      save_threshold: one of CRITERIA: save the threshold at this criterion, and a calibration, with the model.
       enrollments: table of speakers enrolled by several recordings, see `read_trials`.
-      replicates: of the bootstrap for the interval; 0 leaves it out.
+      replicates: of the bootstrap for the interval; 0 for no interval.
+      quiet: show no progress.
 
     Returns:
       What results.json holds: `eer` (percent), `eer_interval`, `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`,
       the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
     """
     network = load_model(model, branch=branch, role=role, step=step)
-    evaluation = TrialEvaluation(open_utterances(data), trials, enrollments)
+    if save_threshold is not None and (is_hub_name(model) or not in_bucket(model) and zipfile.is_zipfile(model)):
+        raise ValueError(
+            f"{model}: no threshold can be saved there: give the workdir or model file that it is from, then export or "
+            "push that again"
+        )
+    evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
     target = evaluation.target
     if target is None and save_threshold is not None:
         raise ValueError(f"{trials} has no labels, so no threshold can be tuned on it: leave out --save-threshold")

@@ -12,7 +12,7 @@ import numpy as np
 
 import memo_jax
 from memo_jax import config as configs
-from memo_jax.data.batches import Utterances, open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, check_bucket, make_folder, write_text
 from memo_jax.inference.evaluate import TrialEvaluation, network_name
@@ -86,7 +86,7 @@ def write_report(
 
 def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
     """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
-    evaluation = TrialEvaluation(open_utterances(data), trials)
+    evaluation = TrialEvaluation(Utterances(data), trials)
     evaluation.trials.require_both_kinds()
     scores, embeddings = {}, {}
     for branch in config.model.branches:
@@ -207,7 +207,7 @@ def _dataset_text(path, recorded: Mapping) -> str:
     if "utterances" in recorded:
         text += f": {plural(recorded['utterances'], 'utterance')}, fingerprint {recorded['fingerprint'][:12]}"
     try:
-        utterances = open_utterances(path)
+        utterances = Utterances(path)
     except FileNotFoundError:
         return f"{text} (not there any more)"
     except (OSError, ValueError):
