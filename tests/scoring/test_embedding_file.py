@@ -119,7 +119,7 @@ def test_a_torn_directory_of_an_npz_is_noticed(tmp_path):
     path = write_embeddings(tmp_path / "e.npz", Embeddings(NAMES, ROWS, "f" * 32))
     content = bytearray(path.read_bytes())
     entry = content.index(b"PK\x01\x02", content.index(b"model.npy", content.index(b"PK\x01\x02")) - 46)
-    content[entry + 30 : entry + 32] = b"\xff\x00"  # 255 bytes of "extra" hide the next entry
+    content[entry + 28 : entry + 30] = b"\xff\xff"  # as if the rest were the entry's name
     path.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         read_embeddings(path)
