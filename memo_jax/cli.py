@@ -10,6 +10,7 @@ from pathlib import Path
 
 from memo_jax import interrupts
 from memo_jax.files import check_local, check_writable, one_line
+from memo_jax.options import build_parser
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
@@ -17,11 +18,9 @@ LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
     ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"}
 )  # these may be gs://…
+
+
 # As interop.KINDS and features.FRONT_ENDS, which are slow to import.
-TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
-FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 
@@ -43,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interrupts.handled():
             check_paths(options)
-            return options.run(options) or 0
+            return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
         if arguments is None and interrupts.requested():
             interrupts.end()  # a process of its own, which need not wait for threads that compile
@@ -74,359 +73,6 @@ def check_paths(options: argparse.Namespace) -> None:
         for path in given if isinstance(given, list) else [given]:
             if isinstance(path, Path) and name not in in_buckets:
                 check_local(path)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all commands; imports nothing heavy."""
-    from memo_jax import __version__
-
-    parser = argparse.ArgumentParser(
-        prog="memo-jax", description="Self-supervised speaker verification: MeMo in JAX.", allow_abbrev=False
-    )
-    parser.add_argument("--version", action="version", version=f"memo-jax {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, run, description, *parents):
-        added = commands.add_parser(
-            name, help=description, description=description, parents=parents, allow_abbrev=False
-        )
-        added.set_defaults(run=run)
-        return added
-
-    # Options that several commands share.
-    def shared(*parents):
-        return argparse.ArgumentParser(add_help=False, parents=parents)
-
-    as_json = shared()
-    as_json.add_argument("--json", action="store_true", help="print JSON instead of text")
-    network = shared()
-    network.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
-    network.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
-    network.add_argument(
-        "--step",
-        type=int,
-        metavar="N",
-        help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
-    )
-    model = shared(network, as_json)
-    model.add_argument(
-        "--model",
-        type=Path,
-        metavar="MODEL",
-        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
-    )
-    threshold = shared()
-    threshold.add_argument(
-        "--threshold",
-        type=cosine,
-        metavar="COSINE",
-        help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
-    )
-    replicates = shared()
-    replicates.add_argument(
-        "--replicates",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
-    )
-    channel = shared()
-    channel.add_argument(
-        "--channel",
-        type=channel_choice,
-        default="mean",
-        metavar="N|mean",
-        help="of recordings with several channels: the mean, or one of them, from 1 (default: %(default)s)",
-    )
-    min_seconds = shared()
-    min_seconds.add_argument(
-        "--min-seconds",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="leave out recordings shorter than this (default: %(default)s)",
-    )
-    gallery = shared()
-    gallery.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
-    config = shared()
-    config.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="Python file with get_config(); change keys with --config.KEY=VALUE",
-    )
-    trials = shared()
-    trials.add_argument(
-        "--trials",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
-    )
-    trials.add_argument(
-        "--enrollments",
-        type=Path,
-        metavar="FILE",
-        help="lines `speaker recording recording …`: who the enrol sides are",
-    )
-
-    prepare = command(
-        "prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds, channel
-    )
-    prepare.add_argument(
-        "--input",
-        action="append",
-        type=Path,
-        metavar="PATH",
-        help="folder of recordings, zip or tar, Kaldi folder, or wespeaker shards; may be given several times",
-    )
-    prepare.add_argument(
-        "--tfds",
-        action="append",
-        metavar="NAME:SPLIT",
-        help="TFDS dataset with an Audio feature, such as librispeech:train_clean100",
-    )
-    prepare.add_argument("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps its datasets")
-    prepare.add_argument("--output", type=Path, metavar="DATASET", help="where the dataset goes")
-    prepare.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
-    prepare.add_argument("--run-commands", action="store_true", help="run the commands in a Kaldi folder's wav.scp")
-    prepare.add_argument(
-        "--check", type=Path, metavar="DATASET", help="instead: read all of this dataset and verify its contents"
-    )
-    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-
-    train = command("train", run_train, "train a new run, or resume the run in a workdir", config)
-    train.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
-    )
-    train.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
-    train.add_argument(
-        "--distributed",
-        action="store_true",
-        help="join the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job",
-    )
-    train.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="instead, with the next two: the address on which process 0 listens for the others",
-    )
-    train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="number of processes")
-    train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="number of this process, from 0")
-
-    reproduce = command("reproduce", run_reproduce, "repeat a run from its config and compare the two", as_json)
-    reproduce.add_argument(
-        "workdir",
-        type=Path,
-        metavar="RUN",
-        help="workdir of the run; if its data have moved, add --config.data.train=DATASET …",
-    )
-    reproduce.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
-
-    plan = command(
-        "plan", run_plan, "tell what training would cost on TPUs or GPUs, without having them", config, as_json
-    )
-    plan.add_argument(
-        "--topology",
-        required=True,
-        metavar="NAME",
-        help="TPUs along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4; GPUs of one machine: a100:8, h100:8, "
-        "h200:8, b200:8; four machines of eight: h100:4x8",
-    )
-    plan.add_argument(
-        "--utterances",
-        type=int,
-        metavar="N",
-        help="utterances in an epoch (default: those of data.train, or of VoxCeleb2)",
-    )
-
-    evaluate = command(
-        "eval", run_eval, "score a trial list with a trained network", network, as_json, trials, replicates
-    )
-    evaluate.add_argument(
-        "--workdir",
-        "--model",
-        dest="model",
-        required=True,
-        type=Path,
-        metavar="MODEL",
-        help="workdir of a training run, model file, or exported program",
-    )
-    evaluate.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
-    evaluate.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
-    evaluate.add_argument(
-        "--crops", type=int, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
-    )
-    evaluate.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
-    evaluate.add_argument(
-        "--save-threshold",
-        nargs="?",
-        const="eer",
-        metavar="CRITERION",
-        choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
-        help="save the threshold at this criterion (default: eer) with the model, for verify and identify",
-    )
-
-    embed = command("embed", run_embed, "turn recordings into embeddings", model, min_seconds, channel)
-    embed.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
-    embed.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
-
-    verify = command(
-        "verify", run_verify, "tell whether two recordings are of the same speaker", model, threshold, channel
-    )
-    verify.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
-
-    enroll = command("enroll", run_enroll, "add a person to a gallery", model, gallery, channel)
-    enroll.add_argument("name", metavar="NAME")
-    enroll.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
-
-    remove = command("remove", run_remove, "remove a person from a gallery", gallery, as_json)
-    remove.add_argument("name", metavar="NAME")
-
-    identify = command(
-        "identify", run_identify, "tell who in a gallery speaks in a recording", model, threshold, gallery, channel
-    )
-    identify.add_argument("recording", type=Path, metavar="RECORDING")
-
-    report = command("report", run_report, "write an HTML page about a training run")
-    report.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
-    report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
-    report.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
-    report.add_argument(
-        "--trials", type=Path, metavar="FILE", help="trial list to test with (default: the run's evaluation.trials)"
-    )
-    report.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
-
-    export = command("export", run_export, "write a network to files for use elsewhere", model)
-    export.add_argument(
-        "--output",
-        nargs="+",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone; name.onnx: an ONNX file",
-    )
-    export.add_argument(
-        "--onnx-input",
-        choices=("waveform", "feats"),
-        default="waveform",
-        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
-    )
-    export.add_argument(
-        "--weights",
-        choices=("float32", "float16", "int8"),
-        default="float32",
-        help="of a model file or ONNX file: as they are, half the size, or (ONNX) quantised (default: %(default)s)",
-    )
-    export.add_argument(
-        "--onnx-runtime",
-        choices=("sherpa-onnx", "wespeaker"),
-        help="write features and metadata as this runtime expects them",
-    )
-    export.add_argument(
-        "--other-front-end",
-        action="store_true",
-        help="let that runtime compute other features than the model was trained with; prints what that costs",
-    )
-
-    push = command("push", run_push, "upload a model to the Hugging Face Hub", network)
-    push.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
-    push.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
-    push.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
-    push.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
-    push.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
-    push.add_argument("--private", action="store_true", help="make a new repository private")
-    push.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
-
-    score = command("score", run_score, "score a trial list with embeddings", trials, replicates, as_json)
-    score.add_argument(
-        "--embeddings",
-        action="append",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged",
-    )
-    score.add_argument(
-        "--cohort",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE",
-        help="embeddings of other recordings, one file for each --embeddings",
-    )
-    score.add_argument("--mean-subtraction", action="store_true", help="subtract the cohort's mean")
-    score.add_argument(
-        "--as-norm", type=int, default=0, metavar="N", help="normalise by the N nearest utterances of the cohort"
-    )
-    score.add_argument(
-        "--calibrate", type=Path, metavar="TRIALS", help="calibrate on these trials, and report actDCF and Cllr"
-    )
-    score.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE",
-        help="embeddings of another system: is the first better?",
-    )
-    score.add_argument(
-        "--speakers",
-        type=Path,
-        metavar="FILE",
-        help="lines `name speaker`, for the interval (default: the first folder of a name)",
-    )
-    score.add_argument("--scores", type=Path, metavar="FILE", help="write lines `score enrol test` to this file")
-
-    convert = command("convert", run_convert, "turn PyTorch weights into a model file, or back", network)
-    convert.add_argument(
-        "input",
-        type=Path,
-        metavar="INPUT",
-        help="safetensors or a PyTorch checkpoint; with --to, a model file or a workdir",
-    )
-    convert.add_argument(
-        "--output",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="model file; with --to, FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch",
-    )
-    convert.add_argument(
-        "--kind", choices=TOOLKITS, help="the toolkit that INPUT is from (default: recognised by parameter names)"
-    )
-    convert.add_argument(
-        "--part",
-        metavar="NAME",
-        help="which network of a checkpoint that holds several (default: teacher_ecapa, or the only one)",
-    )
-    convert.add_argument(
-        "--front-end",
-        choices=FRONT_END_NAMES,
-        help="what the weights take as input (default: what convert --to noted in INPUT, or what the toolkit computes)",
-    )
-    convert.add_argument("--to", choices=TOOLKITS, help="write the network with the names of this toolkit")
-    return parser
-
-
-def cosine(text: str) -> float:
-    """Returns a cosine score of the command line; argparse reports the error."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
-    return value
-
-
-def channel_choice(text: str) -> str | int:
-    """Returns a channel of the command line; argparse reports the error."""
-    from memo_jax.audio import parse_channel
-
-    try:
-        return parse_channel(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_prepare(options) -> int:
@@ -751,3 +397,22 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
         # Not a single arena: threads that compile would wait for it, and later steps take half as long again.
+
+
+RUN = {
+    "prepare": run_prepare,
+    "train": run_train,
+    "reproduce": run_reproduce,
+    "plan": run_plan,
+    "eval": run_eval,
+    "embed": run_embed,
+    "verify": run_verify,
+    "enroll": run_enroll,
+    "remove": run_remove,
+    "identify": run_identify,
+    "report": run_report,
+    "export": run_export,
+    "push": run_push,
+    "score": run_score,
+    "convert": run_convert,
+}

@@ -1,0 +1,449 @@
+"""The options of every command of `memo-jax`; nothing heavy is imported for them."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import memo_jax
+
+TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")  # interop.KINDS, without importing it
+FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
+
+
+Command = Callable[..., argparse.ArgumentParser]  # (name, description, *parents) → the parser of a command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="memo-jax", description="Self-supervised speaker verification: MeMo in JAX.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"memo-jax {memo_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, description, *parents):
+        return commands.add_parser(name, help=description, description=description, parents=parents, allow_abbrev=False)
+
+    shared = shared_options()
+    for add in (
+        add_prepare,
+        add_train,
+        add_reproduce,
+        add_plan,
+        add_eval,
+        add_embed,
+        add_verify,
+        add_enroll,
+        add_remove,
+        add_identify,
+        add_report,
+        add_export,
+        add_push,
+        add_score,
+        add_convert,
+    ):
+        add(command, shared)
+    return parser
+
+
+def shared_options() -> SimpleNamespace:
+    """Returns parsers of options that several commands have, by name."""
+
+    def options(*parents):
+        return argparse.ArgumentParser(add_help=False, parents=parents)
+
+    as_json = options()
+    as_json.add_argument("--json", action="store_true", help="print JSON instead of text")
+    network = options()
+    network.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
+    network.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
+    network.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
+    )
+    model = options(network, as_json)
+    model.add_argument(
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
+    )
+    threshold = options()
+    threshold.add_argument(
+        "--threshold",
+        type=cosine,
+        metavar="COSINE",
+        help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
+    )
+    replicates = options()
+    replicates.add_argument(
+        "--replicates",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
+    )
+    channel = options()
+    channel.add_argument(
+        "--channel",
+        type=channel_choice,
+        default="mean",
+        metavar="N|mean",
+        help="of recordings with several channels: the mean, or one of them, from 1 (default: %(default)s)",
+    )
+    min_seconds = options()
+    min_seconds.add_argument(
+        "--min-seconds",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="leave out recordings shorter than this (default: %(default)s)",
+    )
+    gallery = options()
+    gallery.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+    config = options()
+    config.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="Python file with get_config(); change keys with --config.KEY=VALUE",
+    )
+    trials = options()
+    trials.add_argument(
+        "--trials",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
+    )
+    trials.add_argument(
+        "--enrollments",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker recording recording …`: who the enrol sides are",
+    )
+    return SimpleNamespace(
+        as_json=as_json,
+        network=network,
+        model=model,
+        threshold=threshold,
+        replicates=replicates,
+        channel=channel,
+        min_seconds=min_seconds,
+        gallery=gallery,
+        config=config,
+        trials=trials,
+    )
+
+
+def add_prepare(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax prepare."""
+    added = command("prepare", "turn recordings into a dataset, or check a dataset", shared.min_seconds, shared.channel)
+    added.add_argument(
+        "--input",
+        action="append",
+        type=Path,
+        metavar="PATH",
+        help="folder of recordings, zip or tar, Kaldi folder, or wespeaker shards; may be given several times",
+    )
+    added.add_argument(
+        "--tfds",
+        action="append",
+        metavar="NAME:SPLIT",
+        help="TFDS dataset with an Audio feature, such as librispeech:train_clean100",
+    )
+    added.add_argument("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps its datasets")
+    added.add_argument("--output", type=Path, metavar="DATASET", help="where the dataset goes")
+    added.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    added.add_argument("--run-commands", action="store_true", help="run the commands in a Kaldi folder's wav.scp")
+    added.add_argument(
+        "--check", type=Path, metavar="DATASET", help="instead: read all of this dataset and verify its contents"
+    )
+    added.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
+
+def add_train(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax train."""
+    added = command("train", "train a new run, or resume the run in a workdir", shared.config)
+    added.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
+    )
+    added.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
+    added.add_argument(
+        "--distributed",
+        action="store_true",
+        help="join the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job",
+    )
+    added.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="instead, with the next two: the address on which process 0 listens for the others",
+    )
+    added.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="number of processes")
+    added.add_argument("--process_id", "--process-id", type=int, metavar="I", help="number of this process, from 0")
+
+
+def add_reproduce(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax reproduce."""
+    added = command("reproduce", "repeat a run from its config and compare the two", shared.as_json)
+    added.add_argument(
+        "workdir",
+        type=Path,
+        metavar="RUN",
+        help="workdir of the run; if its data have moved, add --config.data.train=DATASET …",
+    )
+    added.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
+
+
+def add_plan(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax plan."""
+    added = command(
+        "plan", "tell what training would cost on TPUs or GPUs, without having them", shared.config, shared.as_json
+    )
+    added.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help="TPUs along each axis: v5e:4x4, v6e:4x4, v4:2x2x4, v5p:2x2x4; GPUs of one machine: a100:8, h100:8, "
+        "h200:8, b200:8; four machines of eight: h100:4x8",
+    )
+    added.add_argument(
+        "--utterances",
+        type=int,
+        metavar="N",
+        help="utterances in an epoch (default: those of data.train, or of VoxCeleb2)",
+    )
+
+
+def add_eval(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax eval."""
+    added = command(
+        "eval",
+        "score a trial list with a trained network",
+        shared.network,
+        shared.as_json,
+        shared.trials,
+        shared.replicates,
+    )
+    added.add_argument(
+        "--workdir",
+        "--model",
+        dest="model",
+        required=True,
+        type=Path,
+        metavar="MODEL",
+        help="workdir of a training run, model file, or exported program",
+    )
+    added.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
+    added.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
+    added.add_argument(
+        "--crops", type=int, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
+    )
+    added.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
+    added.add_argument(
+        "--save-threshold",
+        nargs="?",
+        const="eer",
+        metavar="CRITERION",
+        choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
+        help="save the threshold at this criterion (default: eer) with the model, for verify and identify",
+    )
+
+
+def add_embed(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax embed."""
+    added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
+    added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
+    added.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+
+
+def add_verify(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax verify."""
+    added = command(
+        "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
+    )
+    added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
+
+
+def add_enroll(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax enroll."""
+    added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
+    added.add_argument("name", metavar="NAME")
+    added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
+
+
+def add_remove(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax remove."""
+    added = command("remove", "remove a person from a gallery", shared.gallery, shared.as_json)
+    added.add_argument("name", metavar="NAME")
+
+
+def add_identify(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax identify."""
+    added = command(
+        "identify",
+        "tell who in a gallery speaks in a recording",
+        shared.model,
+        shared.threshold,
+        shared.gallery,
+        shared.channel,
+    )
+    added.add_argument("recording", type=Path, metavar="RECORDING")
+
+
+def add_report(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax report."""
+    added = command("report", "write an HTML page about a training run")
+    added.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
+    added.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
+    added.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
+    added.add_argument(
+        "--trials", type=Path, metavar="FILE", help="trial list to test with (default: the run's evaluation.trials)"
+    )
+    added.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
+
+
+def add_export(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax export."""
+    added = command("export", "write a network to files for use elsewhere", shared.model)
+    added.add_argument(
+        "--output",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone; name.onnx: an ONNX file",
+    )
+    added.add_argument(
+        "--onnx-input",
+        choices=("waveform", "feats"),
+        default="waveform",
+        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
+    )
+    added.add_argument(
+        "--weights",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of a model file or ONNX file: as they are, half the size, or (ONNX) quantised (default: %(default)s)",
+    )
+    added.add_argument(
+        "--onnx-runtime",
+        choices=("sherpa-onnx", "wespeaker"),
+        help="write features and metadata as this runtime expects them",
+    )
+    added.add_argument(
+        "--other-front-end",
+        action="store_true",
+        help="let that runtime compute other features than the model was trained with; prints what that costs",
+    )
+
+
+def add_push(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax push."""
+    added = command("push", "upload a model to the Hugging Face Hub", shared.network)
+    added.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
+    added.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
+    added.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
+    added.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
+    added.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
+    added.add_argument("--private", action="store_true", help="make a new repository private")
+    added.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
+
+
+def add_score(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax score."""
+    added = command("score", "score a trial list with embeddings", shared.trials, shared.replicates, shared.as_json)
+    added.add_argument(
+        "--embeddings",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged",
+    )
+    added.add_argument(
+        "--cohort",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="embeddings of other recordings, one file for each --embeddings",
+    )
+    added.add_argument("--mean-subtraction", action="store_true", help="subtract the cohort's mean")
+    added.add_argument(
+        "--as-norm", type=int, default=0, metavar="N", help="normalise by the N nearest utterances of the cohort"
+    )
+    added.add_argument(
+        "--calibrate", type=Path, metavar="TRIALS", help="calibrate on these trials, and report actDCF and Cllr"
+    )
+    added.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="embeddings of another system: is the first better?",
+    )
+    added.add_argument(
+        "--speakers",
+        type=Path,
+        metavar="FILE",
+        help="lines `name speaker`, for the interval (default: the first folder of a name)",
+    )
+    added.add_argument("--scores", type=Path, metavar="FILE", help="write lines `score enrol test` to this file")
+
+
+def add_convert(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax convert."""
+    added = command("convert", "turn PyTorch weights into a model file, or back", shared.network)
+    added.add_argument(
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="safetensors or a PyTorch checkpoint; with --to, a model file or a workdir",
+    )
+    added.add_argument(
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="model file; with --to, FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch",
+    )
+    added.add_argument(
+        "--kind", choices=TOOLKITS, help="the toolkit that INPUT is from (default: recognised by parameter names)"
+    )
+    added.add_argument(
+        "--part",
+        metavar="NAME",
+        help="which network of a checkpoint that holds several (default: teacher_ecapa, or the only one)",
+    )
+    added.add_argument(
+        "--front-end",
+        choices=FRONT_END_NAMES,
+        help="what the weights take as input (default: what convert --to noted in INPUT, or what the toolkit computes)",
+    )
+    added.add_argument("--to", choices=TOOLKITS, help="write the network with the names of this toolkit")
+
+
+def cosine(text: str) -> float:
+    """Returns a cosine score of the command line; argparse reports the error."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
+    return value
+
+
+def channel_choice(text: str) -> str | int:
+    """Returns a channel of the command line; argparse reports the error."""
+    from memo_jax.audio import parse_channel
+
+    try:
+        return parse_channel(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
