@@ -20,7 +20,6 @@ BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
 )  # these may be gs://…
 
 
-# As interop.KINDS and features.FRONT_ENDS, which are slow to import.
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line and returns its exit status.
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import memo_jax
 
-TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")  # interop.KINDS, without importing it
+# As interop.KINDS and features.FRONT_ENDS, which are slow to import.
+TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
 FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
 
 
