@@ -247,7 +247,7 @@ def dense_layer(x, variables, dilation):
 
 
 def campplus_planes(network, variables, x):
-    """`campplus.FrontEnd`: [B, T, F] → [B, 4·F, T]."""
+    """`campplus.FrontEndConvolution`: [B, T, F] → [B, 4·F, T]."""
     x = plane_stem(x, variables)
     for stage, count in enumerate(network.plane_blocks):
         for i in range(count):
