@@ -34,7 +34,7 @@ def test_importing_the_package_imports_nothing_heavy_until_the_embedder_is_asked
     done = subprocess.run([sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"], done.stderr
     with pytest.raises(AttributeError, match="Embeder"):
-        memo_jax.Embeder
+        _ = memo_jax.Embeder
 
 
 def test_a_recording_has_one_embedding_however_it_is_given(embedder, corpus):
