@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             check_paths(options)
             return options.run(options) or 0
     except (Exception, KeyboardInterrupt) as error:
+        if arguments is None and interrupts.requested():
+            interrupts.end()  # a process of its own, which need not wait for threads that compile
         status = report_error(error)
         if status is None:
             raise
@@ -469,9 +471,11 @@ def run_train(options) -> None:
     keep_freed_memory()
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
+        from memo_jax.inference.evaluate import training_evaluation
         from memo_jax.training.train import train
 
-        train(config, options.workdir, stop_at_step=options.stop_at_step)
+        evaluation = training_evaluation(config)
+        train(config, options.workdir, evaluation=evaluation, stop_at_step=options.stop_at_step)
 
 
 @contextlib.contextmanager
@@ -505,12 +509,12 @@ def run_reproduce(options) -> int:
     """memo-jax reproduce."""
     keep_compiled_programs()
     keep_freed_memory()
-    from memo_jax.reproduce import reproduce, summary
+    from memo_jax.reproduce import comparison_text, reproduce
 
     workdir = options.workdir.resolve()
     output = options.output or workdir.with_name(f"{workdir.name}-again")
     found = reproduce(options.workdir, output, options.overrides)
-    print(json.dumps(found, indent=2) if options.json else summary(options.workdir, found))
+    print(json.dumps(found, indent=2) if options.json else comparison_text(options.workdir, found))
     return 0 if found["identical"] else NO
 
 

@@ -29,7 +29,7 @@ from array_record.python import array_record_module
 
 from memo_jax.data import prepare as prepare_module
 from memo_jax.data.archives import TarStream, is_compressed_tar, members, open_member
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.data.check import check
 from memo_jax.data.prepare import prepare
 from recording_files import WRITERS, audio_bytes, noise, write_files
@@ -247,7 +247,7 @@ def damaged(content, rng):
 
 def content_of_dataset(folder):
     """All that a dataset tells its readers."""
-    utterances = open_utterances(folder)
+    utterances = Utterances(folder)
     return [np.concatenate(list(utterances)).tobytes(), utterances.names, utterances.speakers, utterances.fingerprint]
 
 

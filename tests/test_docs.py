@@ -224,7 +224,7 @@ def test_the_reference_has_every_key_with_its_default_and_meaning(hooks):
         assert key.meaning and f"| `{key.name}` |" in page
     assert keys["data.global_seconds"].unit == "s" and keys["data.global_seconds"].default == "4.0"
     assert keys["gate.window_steps"].meaning == "instead of `gate.window_epochs`"
-    assert "Prototypes" in keys["split_above_megabytes"].meaning
+    assert "prototypes" in keys["split_above_megabytes"].meaning
     with pytest.raises(ValueError, match="line 3: seed has no comment"):
         hooks.config_keys("def get_config():\n    config = ConfigDict()\n    config.seed = 0\n")
 

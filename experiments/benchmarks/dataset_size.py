@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from memo_jax.data.batches import open_utterances, training_batches
+from memo_jax.data.batches import Utterances, training_batches
 from memo_jax.data.records import SEGMENT_SAMPLES, SHARD_OPTIONS, checksum_of, serialized, write_metadata
 from memo_jax.log import progress
 
@@ -26,7 +26,7 @@ SAMPLES = 320  # 20 ms
 
 
 def write_small_dataset(folder: Path, utterances: int, shards: int) -> None:
-    """Writes as many utterances, all alike: the bytes of one record, again and again."""
+    """Writes a dataset of so many equal utterances: the bytes of one record, repeated."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     samples = np.arange(SAMPLES, dtype=np.int16)
@@ -57,7 +57,7 @@ def measure_here(folder: Path, shards: int) -> dict:
 
     options = {"batch_size": 64, "seed": 0, "global_seconds": 0.01, "local_seconds": 0.005}
     before, began = resident_megabytes(), time.perf_counter()
-    utterances = open_utterances(folder)
+    utterances = Utterances(folder)
     opened = time.perf_counter()
     batches = training_batches(utterances, **options)
     next(batches)
@@ -77,7 +77,7 @@ def measure_here(folder: Path, shards: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The results for people."""
+    """The results as a table."""
     lines = [
         "| utterances | opening, s | first batch, s | memory then, MB | with all shards open, MB | index file, MB |",
         "|---|---|---|---|---|---|",

@@ -1,5 +1,7 @@
-"""What the benchmarks work on: datasets of speech-like sound, made in seconds, as long and about as compressible as
-speech; batches and banks of noise for a step, whose time does not depend on what is in them.
+"""Inputs of the benchmarks: datasets of speech-like sound, and batches and banks of noise.
+
+Datasets are made in seconds, and are as long and about as compressible as speech. Batches and banks are noise: the time
+of a step does not depend on their content.
 """
 
 import numpy as np
@@ -42,7 +44,7 @@ def cuts(rng, lengths):
 
 
 def write_dataset(folder, utterances, count: int, *, shards: int = 8, segment_samples: int = SEGMENT_SAMPLES) -> None:
-    """Writes `count` arrays int16 [L] from an iterable as a dataset that `data.open_utterances` reads."""
+    """Writes `count` arrays int16 [L] from an iterable as a dataset that `data.Utterances` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     written, writer, per_shard = [], None, -(-count // shards)
     for number, samples in enumerate(progress(utterances, total=count, label="write", unit="utterance")):

@@ -39,7 +39,7 @@ def prepare(
     run_commands: bool = False,
     speakers: dict[str, str] | None = None,
 ) -> dict:
-    """Turns recordings into a dataset that `batches.open_utterances` reads.
+    """Turns recordings into a dataset that `batches.Utterances` reads.
 
     Every file of the inputs is either in the dataset or in its report of what was left out. Names, speakers and order
     are those of `recordings.find_recordings`, whatever the number of workers. The output appears whole or not at all,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech, is_audio_name, read_audio
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.data.recordings import UNLISTABLE, Kind, Recording, find_recordings, input_kind, is_hidden, read_recording
 from memo_jax.files import one_line, replacing, write_text
 from memo_jax.inference.batches import apply_to_stream
@@ -78,7 +78,7 @@ def find_sources(
 
 def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
     if (path / "dataset_info.json").is_file():
-        utterances = open_utterances(path)
+        utterances = Utterances(path)
         for row, name in enumerate(utterances.names):
             yield Source(name, _call(utterances.__getitem__, row), _call(f"{utterances.fingerprint} {{}}".format, row))
         return

@@ -11,7 +11,7 @@ import flax.linen as nn
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
-from memo_jax.data.batches import Utterances, open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.files import as_path, check_writable, in_bucket, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model, log_mel_statistics
@@ -20,7 +20,7 @@ from memo_jax.inference.model_file import Decision, Model, embedding_function
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration
-from memo_jax.scoring.figures import plot_det
+from memo_jax.scoring.figures import BASELINE, plot_det
 from memo_jax.scoring.score import (
     DECIMALS,
     P_TARGETS,
@@ -29,6 +29,7 @@ from memo_jax.scoring.score import (
     error_report,
     interval_note,
     rates_text,
+    warnings_of,
     write_scores,
 )
 from memo_jax.scoring.trials import read_trials, recording_rows, speaker_folder, trial_pairs
@@ -134,7 +135,7 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
         return None
     if not config.evaluation.data:
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
-    trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
+    trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
 
     def evaluation(recipe, backbones):
         front_end = config.features.front_end
@@ -212,7 +213,7 @@ def evaluate(
             f"{model}: no threshold can be saved there: give the workdir or model file that it is from, then export or "
             "push that again"
         )
-    evaluation = TrialEvaluation(open_utterances(data), trials, enrollments)
+    evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
     target = evaluation.target
     if target is None and save_threshold is not None:
         raise ValueError(f"{trials} has no labels, so no threshold can be tuned on it: leave out --save-threshold")
@@ -223,6 +224,7 @@ def evaluate(
     results: dict[str, Any] = {
         "trials": len(evaluation.trials),
         "recordings": len(evaluation.rows),
+        "self_trials": int(evaluation.trials.self_tests.sum()),
         "network": network_name(network),
         "fingerprint": network.fingerprint,
         "model": str(as_path(model)),
@@ -240,7 +242,7 @@ def evaluate(
     results |= error_report(scores, target) | {"targets": int(target.sum()), "log_mel_statistics": statistics}
     results |= eer_interval(scores, evaluation.trials, evaluation.speakers(), replicates)
     results["worse_than_statistics"] = [key for key in RATES if results[key] > statistics[key]]
-    plot_det({results["network"]: (scores, target), "log-mel statistics": (baseline, target)}, output / "det.png")
+    plot_det({results["network"]: (scores, target), BASELINE: (baseline, target)}, output / "det.png")
     write_scores(output / "scores.txt", evaluation.trials, scores)
     write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
     decision = None
@@ -260,7 +262,7 @@ def evaluate(
 def tuned_decision(scores, target, criterion: str, trials) -> Decision:
     """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration.
 
-    Raises ValueError where the criterion is met best by accepting nobody or everybody: that is no threshold.
+    Raises ValueError where the criterion is best met by accepting nobody: that is no threshold.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")
@@ -268,10 +270,9 @@ def tuned_decision(scores, target, criterion: str, trials) -> Decision:
         point, unit = metrics.eer_point(scores, target), 100
     else:
         point, unit = metrics.min_dcf_point(scores, target, float(criterion.removeprefix("min_dcf_"))), 1
-    if not scores.min() <= point.threshold <= scores.max():
-        whom = "nobody" if point.threshold > scores.max() else "everybody"
+    if point.threshold > scores.max():
         raise ValueError(
-            f"{criterion} is best ({point.value:.4g}) when {whom} is accepted, so no threshold was saved: these scores "
+            f"{criterion} is best ({point.value:.4g}) when nobody is accepted, so no threshold was saved: these scores "
             "do not tell speakers apart well enough for it; use --save-threshold eer"
         )
     fitted = fit_calibration(scores, target)
@@ -296,9 +297,9 @@ def evaluation_text(results: dict) -> str:
     if "eer" not in results:
         return f"{', '.join(counts)}\n  the list has no labels: scores are written, error rates are unknown"
     lines = [f"{counts[0]}, {results['targets']:,} of them target, {counts[1]}"]
-    for name, row in ((results["network"], results), ("log-mel statistics", results["log_mel_statistics"])):
+    for name, row in ((results["network"], results), (BASELINE, results["log_mel_statistics"])):
         lines.append(f"  {name:<28} {rates_text(row)}")
-    lines.append(interval_note(results))
+    lines += [interval_note(results), *warnings_of(results)]
     if results["worse_than_statistics"]:
         names = ", ".join("EER" if key == "eer" else f"minDCF({key[8:]})" for key in results["worse_than_statistics"])
         lines.append(f"  WARNING: in {names} the network is worse than plain log-mel statistics")

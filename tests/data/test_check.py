@@ -12,7 +12,7 @@ import soundfile
 import tiny
 from memo_jax.data import prepare as prepare_module
 from memo_jax.data import records
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.data.check import check, check_text
 from memo_jax.data.prepare import prepare
 
@@ -152,7 +152,7 @@ def test_an_index_that_claims_a_terabyte_takes_no_memory(dataset):
     agree(dataset)
     assert only_problem(dataset) == ("index.npy", "does not account for the records")
     with pytest.raises(ValueError, match="index.npy is damaged"):
-        open_utterances(dataset)
+        Utterances(dataset)
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json"])
@@ -167,7 +167,7 @@ def test_damaged_metadata_is_one_clear_line(dataset, name, damage):
     status, text = tiny.here("prepare", "--check", dataset)
     assert status == 2 and f"{name}: " in text
     with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is (gone|damaged).*prepare the dataset again"):
-        open_utterances(dataset)
+        Utterances(dataset)
 
 
 def test_a_wrong_fingerprint_with_right_checksums_is_found(dataset):
@@ -181,7 +181,7 @@ def test_a_dataset_of_another_version_is_named(dataset):
     (dataset / "checksums.txt").unlink()
     assert "was not made by this version of memo-jax prepare" in only_problem(dataset)[1]
     with pytest.raises(ValueError, match="set was not made by this version.*prepare it again"):
-        open_utterances(dataset)
+        Utterances(dataset)
 
 
 def test_the_checksums_are_those_of_sha256sum(dataset):
@@ -200,7 +200,7 @@ def test_a_shard_of_another_dataset_is_noticed_when_it_is_read(dataset, monkeypa
         soundfile.write(path, rng.integers(-9999, 9999, length).astype(np.int16), RATE)
     prepare(other, dataset.parent / "set2", workers=1)
     shutil.copy(shard(dataset.parent / "set2", 1), shard(dataset, 1))
-    utterances = open_utterances(dataset)
+    utterances = Utterances(dataset)
     for number in (2, 3):
         with pytest.raises(OSError, match="record . cannot be read .it is of another utterance or dataset"):
             utterances[number]

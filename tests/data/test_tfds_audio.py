@@ -16,7 +16,7 @@ import pytest
 import tiny
 from memo_jax.audio import AudioError
 from memo_jax.data import tfds_audio
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 
 needs_tensorflow = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed: make test-tfds"
@@ -90,7 +90,7 @@ def test_examples_become_utterances(data_dir, tmp_path):
             f"--workers={workers}",
         )
         assert done.returncode == 0 and "left out 1 file (1 × shorter than 0.5 s)" in done.stdout, done.stderr
-    utterances = open_utterances(tmp_path / "one")
+    utterances = Utterances(tmp_path / "one")
     assert sorted(utterances.names) == [f"train-{9 - number}" for number in range(3, -1, -1)]
     for name, speaker, samples in zip(utterances.names, utterances.speakers, utterances):
         number = 9 - int(name[-1])
@@ -106,7 +106,7 @@ def test_other_rates_channels_and_types_are_converted(data_dir, tmp_path):
     from memo_jax.data.tfds_audio import TfdsInput
 
     prepare([TfdsInput("nameless:test", str(data_dir))], tmp_path / "set", workers=1)
-    utterances = open_utterances(tmp_path / "set")
+    utterances = Utterances(tmp_path / "set")
     assert utterances.names == [f"test/{number:08d}" for number in range(3)] and utterances.speakers == [""] * 3
     assert [len(samples) for samples in utterances] == [16000] * 3
 

@@ -15,7 +15,7 @@ import soundfile
 import tiny
 from memo_jax.data import prepare as prepare_module
 from memo_jax.data import records
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.data.prepare import prepare
 from memo_jax.data.recordings import Kind
 from memo_jax.data.unfinished import PLAN, Unfinished
@@ -184,16 +184,16 @@ def test_another_command_is_refused_and_starts_over_when_told(speech, tmp_path, 
     assert parts_of(tmp_path / "set") == before
     report = prepare(speech / "s0", tmp_path / "set", workers=1, overwrite=True)
     assert "starting" in capsys.readouterr().err and report["utterances"] == 6
-    assert open_utterances(tmp_path / "set").names == sorted(path.name for path in (speech / "s0").iterdir())
+    assert Utterances(tmp_path / "set").names == sorted(path.name for path in (speech / "s0").iterdir())
     assert not (tmp_path / ".set.partial").exists()
 
 
 def test_overwriting_goes_on_too_and_the_earlier_dataset_stays_until_the_end(speech, tmp_path, monkeypatch):
     prepare(speech / "s1", tmp_path / "set", workers=1)
     interrupted(monkeypatch, speech, tmp_path / "set", 10, overwrite=True)
-    assert len(open_utterances(tmp_path / "set")) == 6
+    assert len(Utterances(tmp_path / "set")) == 6
     again, _ = read_again(monkeypatch, speech, tmp_path / "set", overwrite=True)
-    assert again == COUNT - 9 and len(open_utterances(tmp_path / "set")) == COUNT
+    assert again == COUNT - 9 and len(Utterances(tmp_path / "set")) == COUNT
 
 
 def test_files_that_came_or_went_between_are_told(speech, tmp_path, monkeypatch, capsys):
@@ -203,7 +203,7 @@ def test_files_that_came_or_went_between_are_told(speech, tmp_path, monkeypatch,
     (speech / "s0" / "0.wav").unlink()  # was done
     (speech / "s3" / "23.wav").unlink()  # was not
     report = prepare(speech, tmp_path / "set", workers=1)
-    names = open_utterances(tmp_path / "set").names
+    names = Utterances(tmp_path / "set").names
     assert len(names) == COUNT - 1 and "s0/0.wav" in names and "s0/00.wav" not in names
     assert report["left_out"] == [
         (str(speech / "s0" / "00.wav"), "added too late: after the dataset was begun"),
@@ -354,7 +354,7 @@ def test_overwriting_that_ends_between_its_two_renames_loses_neither_dataset(spe
         prepare(speech, tmp_path / "set", workers=1)
     assert files_of(tmp_path / "set") == before
     again, _ = read_again(monkeypatch, speech, tmp_path / "set", overwrite=True)
-    assert again == 0 and len(open_utterances(tmp_path / "set")) == COUNT
+    assert again == 0 and len(Utterances(tmp_path / "set")) == COUNT
 
 
 @pytest.mark.parametrize("name", [PLAN, "part-00001.json"])

@@ -278,7 +278,7 @@ def test_a_run_without_checkpoint_is_no_network(workdir, tmp_path):
 
 def test_a_checkpoint_cut_short_is_named_with_the_one_before_it(workdir, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "run")
-    data = max((copy / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = max((copy / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     status, text = evaluate(tmp_path / "output", workdir=copy)
     assert status == 2 and f"{copy / 'checkpoints' / '6'}: the checkpoint is damaged or cut short" in text
@@ -311,7 +311,7 @@ def test_a_disk_that_takes_nothing_is_named(size, workdir, tmp_path):
 
 
 def test_a_threshold_that_accepts_nobody_is_refused_and_the_results_are_kept(workdir, tmp_path, monkeypatch):
-    """Where every score is alike, the least cost at a low prior is that of accepting nobody: no threshold does it."""
+    """If all scores are alike, accepting nobody costs least at a low prior: no threshold reaches that cost."""
     from memo_jax.inference.evaluate import TrialEvaluation, tuned_decision
 
     rng = np.random.default_rng(0)

@@ -74,8 +74,9 @@ def test_what_is_no_whole_model_file_is_named(tmp_path):
         read_model(path)
 
 
-def test_a_version_that_is_not_known_is_said(tmp_path):
-    path = write_model(tmp_path / "model.safetensors", tiny.untrained_model())
+def test_another_version_and_another_description_are_named(tmp_path):
+    model = tiny.untrained_model()
+    path = write_model(tmp_path / "model.safetensors", model)
     with safe_open(path, framework="numpy") as file:
         text, arrays = file.metadata()["memo_jax"], {name: file.get_tensor(name) for name in file.keys()}
     for changes, said in (
