@@ -82,7 +82,7 @@ parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest -n 0 tests/parity/test_gradients.py
 	$(PARITY)/bin/python -m pytest -n 2 tests/parity/test_embeddings.py tests/parity/test_front_ends.py \
 		tests/parity/test_pretrained.py tests/parity/test_embed_benchmark.py \
-		tests/parity/test_train_step_benchmark.py
+		tests/parity/test_train_step_benchmark.py tests/parity/test_torch_files.py
 
 # PyTorch comes first and by version, else the references would bring a build for CUDA of several gigabytes. They come
 # without their dependencies, which none of the networks needs; what speechbrain imports nevertheless is named.

@@ -124,3 +124,102 @@ def test_prepare_as_typed(tmp_path):
     assert "Jürgen Müller/grüß dich.wav" in (tmp_path / "set" / "manifest.tsv").read_text(encoding="utf-8")
     status, text = tiny.here("prepare", "--input", one, "--output", tmp_path / "set", "--workers", "1")
     assert status == 2 and "--overwrite" in text
+
+
+MODEL, AUDIO = "--model none.safetensors", "none.wav"
+MISTAKES = [
+    *(f"{command} --nonsense" for command in COMMANDS),
+    *(f"{command} --json=1" for command in ("eval", "embed", "verify", "identify", "plan")),
+    "embed",
+    "embed a.wav",
+    f"embed a.wav {MODEL} --output e.csv",
+    f"embed a.wav {MODEL} --output e",
+    f"embed a.wav {MODEL} --output .",
+    f"embed a.wav {MODEL} --output file/e.npz",
+    f"embed a.wav {MODEL} --output e.npz",
+    f"embed a.wav {MODEL} --output e.npz --min-seconds long",
+    f"embed a.wav {MODEL} --output e.npz --channel 0",
+    f"embed a.wav {MODEL} --output e.npz --channel left",
+    f"embed a.wav {MODEL} --output gs://bucket/e.npz",
+    "embed a.wav --model file --output e.npz",
+    "embed a.wav --model . --output e.npz",
+    f"verify a.wav {MODEL}",
+    f"verify a.wav b.wav c.wav {MODEL}",
+    *(f"verify a.wav b.wav {MODEL} --threshold {value}" for value in ("2", "-1.01", "nan", "inf", "high")),
+    *(f"identify a.wav {MODEL} --gallery g.npz --threshold {value}" for value in ("1.5", "nan")),
+    f"verify a.wav b.wav {MODEL} --role parent",
+    f"verify a.wav b.wav {MODEL} --step last",
+    f"verify a.wav b.wav {MODEL} --channel -1",
+    f"enroll Ada {MODEL} --gallery g.npz",
+    f"enroll Ada a.wav {MODEL}",
+    f"enroll Ada a.wav {MODEL} --gallery g.txt",
+    f"identify a.wav {MODEL} --gallery g.npz",
+    "remove",
+    "remove Ada",
+    "remove Ada --gallery g.npz",
+    "remove Ada --gallery file",
+    f"export {MODEL}",
+    f"export {MODEL} --output a.onx",
+    f"export {MODEL} --output file/a.zip",
+    f"export {MODEL} --output a.safetensors --weights float8",
+    "convert",
+    "convert none.pt",
+    "convert none.pt --output m.safetensors",
+    "convert file --output m.safetensors",
+    "convert file --output m.safetensors --kind kaldi",
+    "convert file --output m.safetensors --front-end mfcc",
+    "convert file --output m.safetensors --branch ecapa",
+    "convert file --output m.safetensors --to wespeaker --kind wespeaker",
+    "convert file --output m.safetensors --to wespeaker --front-end log_mel",
+    "convert file --output m.txt --to wespeaker",
+    "convert file --output file/m.safetensors",
+    "eval --model none --data d --trials t",
+    "eval --model none --data d --trials t --output o",
+    "eval --model none --data d --trials t --output o --save-threshold f1",
+    "eval --model none --data d --trials t --output o --crops many",
+    "eval --model none --data d --trials t --output o --replicates few",
+    "score --trials t",
+    "score --embeddings e.npz --trials t",
+    "score --embeddings file --trials t",
+    "score --embeddings e.npz --trials t --as-norm many",
+    "report",
+    "report none",
+    "report file",
+    "reproduce none",
+    "plan --config none.py --topology v5e:4x4",
+    "train --config none.py --workdir w",
+    "train --config file --workdir w",
+    "train --config none.py --workdir s3://bucket/w",
+    "train --workdir w",
+    "prepare",
+    "prepare --input none",
+    "prepare --input none --output o",
+    "prepare --input file --output o",
+    "prepare --input none --output o --min-seconds short",
+    "prepare --input none --output o --channel 1.5",
+    "prepare --check none",
+    "prepare --check file",
+    "prepare --check none --input none",
+    "--verzion",
+    "verfy a.wav b.wav",
+]
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_of_status_2_and_leaves_nothing(line, tmp_path, monkeypatch):
+    """What argparse finds has its usage in front; no traceback, and no file or folder is left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("text")
+    status, text = tiny.here(*line.split())
+    assert status == 2, text
+    error = [line for line in text.splitlines() if "error: " in line]
+    assert len(error) == 1 and text.rstrip().endswith(error[0]) and "Traceback" not in text, text
+    assert text.startswith("usage: ") or text.count("\n") == 1, text
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_names_that_are_given_without_importing_are_those_there_are():
+    from memo_jax.features import FRONT_ENDS
+    from memo_jax.inference.interop import KINDS
+
+    assert set(cli.TOOLKITS) == set(KINDS) and set(cli.FRONT_END_NAMES) == set(FRONT_ENDS)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,6 +211,17 @@ def _safetensors_content(path):
 def _torch_content(path) -> dict[str, np.ndarray | Unusable]:
     import pickle
 
+    if zipfile.is_zipfile(path):  # torch itself does not look at the checksums
+        try:
+            with zipfile.ZipFile(path) as file:
+                wrong = file.testzip()
+        except Exception as error:
+            raise ValueError(f"{path}: not a PyTorch checkpoint, or damaged ({one_line(error)})") from None
+        if wrong is not None:
+            raise ValueError(
+                f"{path}: damaged: {wrong} in it does not match its checksum (if torch.save was told to write none, "
+                "save the file again)"
+            )
     torch = _torch(f"{path} was written by torch.save, and reading it")
     # Plain numbers of NumPy, which schedules leave in the state of an optimiser; nothing here can run code.
     scalar = np._core.multiarray.scalar

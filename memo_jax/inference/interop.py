@@ -262,7 +262,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
       timeless: whether their kernels lack the time axis in the modules of `TIMELESS`.
 
     Raises:
-      ValueError: lists the names that are missing and those that have no place, or each tensor of a wrong shape with
+      ValueError: lists the names that are missing and those that have no place, or the tensors of a wrong shape with
         both shapes, or names a tensor that holds NaN or infinite values.
     """
     places = {theirs: (ours, shape) for ours, theirs, shape in torch_tensors(like, name, timeless)}
@@ -271,7 +271,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
     if missing or unknown:
         raise ValueError(
             "; ".join(
-                f"{len(names)} {what}: {', '.join(names)}"
+                f"{len(names)} {what}: {_some(names)}"
                 for what, names in (("missing", missing), ("unmatched", unknown))
                 if names
             )
@@ -282,7 +282,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
         if np.shape(tensors[theirs]) != shape
     ]
     if wrong:
-        raise ValueError("; ".join(wrong))
+        raise ValueError(_some(wrong, "; "))
     with np.errstate(over="ignore"):  # of doubles beyond float32: told in the next lines
         values = {ours: np.asarray(tensors[theirs], np.float32) for theirs, (ours, _) in places.items()}
     for theirs, (ours, _) in places.items():
@@ -296,6 +296,10 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
         return np.ascontiguousarray(transposed).reshape(leaf.shape)
 
     return jax.tree_util.tree_map_with_path(value, like)
+
+
+def _some(texts, separator: str = ", ", most: int = 8) -> str:
+    return separator.join([*texts[:most], *([f"and {len(texts) - most} more"] if len(texts) > most else [])])
 
 
 def to_torch(variables: Any, name: Callable, timeless: bool = False) -> dict[str, np.ndarray]:

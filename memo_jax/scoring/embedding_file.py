@@ -166,7 +166,7 @@ def _read_parquet(path):
     column = table["embedding"].combine_chunks()
     if column.null_count or len(set(pyarrow.compute.list_value_length(column).to_pylist())) > 1:
         raise ValueError("the rows of `embedding` have different lengths")
-    embeddings = np.asarray(column.flatten()).reshape(len(names), -1)
+    embeddings = np.asarray(column.flatten()).reshape(len(names), -1 if names else 1)  # no rows: an empty gallery
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     model = metadata.get("model", "")
     _check(names, embeddings, model, metadata.get("checksum", ""))

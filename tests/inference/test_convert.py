@@ -76,6 +76,75 @@ def test_there_and_back_is_exact(kind, backbone, arguments, known, some_name, tm
     status, printed = tiny.here("convert", model, "--to", kind, "--output", back)
     assert status == 0, printed
     assert_same(load_file(back), tensors)
+    again = tmp_path / "again.safetensors"
+    status, printed = tiny.here("convert", back, "--output", again, *said)  # what we wrote, we read
+    assert status == 0, printed
+    assert read_model(again).fingerprint == written.fingerprint
+
+
+def test_the_front_end_travels_along_or_is_given(tmp_path):
+    """A network of log-mel features, by wespeaker's names and back: safetensors notes it, and --front-end wins."""
+    theirs, back = tmp_path / "theirs.safetensors", tmp_path / "back.safetensors"
+    status, printed = tiny.here("convert", tiny.model_file(), "--to", "wespeaker", "--output", theirs)
+    assert status == 0 and "its input is log_mel" in printed and "wespeaker itself computes wespeaker_fbank" in printed
+    assert "--front-end" not in printed
+    status, printed = tiny.here("convert", theirs, "--output", back)
+    assert status == 0 and "front end log_mel" in printed
+    assert read_model(back).fingerprint == tiny.untrained_model().fingerprint
+    status, printed = tiny.here("convert", theirs, "--output", back, "--front-end", "kaldi_fbank")
+    assert status == 0 and read_model(back).front_end == "kaldi_fbank"
+    save_file(load_file(theirs), theirs)  # as any other program would write it
+    assert tiny.here("convert", theirs, "--output", back)[0] == 0
+    assert read_model(back).front_end == "wespeaker_fbank"
+    assert tiny.here("convert", theirs, "--output", back, "--front-end", "log_mel")[0] == 0
+    assert read_model(back).fingerprint == tiny.untrained_model().fingerprint
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "resnet.", "model._orig_mod.module.", "a.b.c."])
+def test_prefixes_are_looked_through(prefix, tmp_path):
+    tensors = torch_tensors("wespeaker", "resnet", RESNET)
+    given = {f"{prefix}{name}": x for name, x in tensors.items()}
+    beside = {
+        "n_averaged": np.array(7),
+        "criterion.weight": np.zeros((3, 16), np.float32),
+        "optimizer.0.step": np.ones(1),
+    }
+    save_file(given | beside, tmp_path / "theirs.safetensors")
+    model = convert.torch_to_model(tmp_path / "theirs.safetensors")
+    assert_same(convert.model_to_torch(model, "wespeaker"), tensors)
+
+
+def test_networks_of_a_checkpoint_are_told_apart_by_their_prefixes(tmp_path):
+    """As of a trainer of one's own: two networks in one state_dict, of which nobody can guess the wanted one."""
+    networks = {name: torch_tensors("wespeaker", "resnet", RESNET) for name in ("online", "target")}
+    networks["target"]["seg_1.bias"] = networks["target"]["seg_1.bias"] + 1
+    given = {f"state_dict.model.{part}.{name}": x for part, tensors in networks.items() for name, x in tensors.items()}
+    save_file(given, tmp_path / "theirs.safetensors")
+    with pytest.raises(ValueError, match="several networks: choose a part of online, target"):
+        convert.torch_to_model(tmp_path / "theirs.safetensors")
+    model = convert.torch_to_model(tmp_path / "theirs.safetensors", part="target")
+    assert_same(convert.model_to_torch(model, "wespeaker"), networks["target"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_named(value, tmp_path):
+    tensors = torch_tensors("wespeaker", "resnet", RESNET)
+    tensors["conv1.weight"].flat[3] = value
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    status, printed = tiny.here("convert", tmp_path / "theirs.safetensors", "--output", tmp_path / "model.safetensors")
+    assert status == 2 and "tensor 'conv1.weight' has 1 of 18 values that are NaN or infinite" in printed
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_half_precision_is_read(tmp_path):
+    import ml_dtypes
+
+    tensors = torch_tensors("wespeaker", "resnet", RESNET)
+    for name, kind in (("conv1.weight", np.float16), ("seg_1.weight", ml_dtypes.bfloat16), ("bn1.weight", np.float64)):
+        tensors[name] = tensors[name].astype(kind)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    found = convert.model_to_torch(convert.torch_to_model(tmp_path / "theirs.safetensors"), "wespeaker")
+    assert_same(found, {name: x if x.dtype == np.int64 else x.astype(np.float32) for name, x in tensors.items()})
 
 
 def test_names_of_two_toolkits_are_pointed_out(tmp_path):
@@ -120,6 +189,8 @@ def test_tensors_that_do_not_fit_are_named(change, said, tmp_path):
         ("resnet", ["--kind", "speechbrain"], "not those of speechbrain"),
         ("resnet", ["--part", "teacher_resnet"], "no part 'teacher_resnet'"),
         ("resnet", ["--branch", "resnet"], "--branch is for conversion to PyTorch"),
+        ("resnet", ["--to", "wespeaker", "--front-end", "log_mel"], "--front-end is for conversion from PyTorch"),
+        ("resnet", ["--front-end", "mfcc"], "invalid choice: 'mfcc'"),
         ("resnet", ["--to", "wespeaker"], "memo-jax convert"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import zipfile
 
 import numpy as np
 import pytest
@@ -227,3 +228,103 @@ def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
     assert status == 0 and text.startswith("Ada: nearest Ada, score")
     status, text = command("identify", corpus / "s0" / "0.wav", "--threshold", "1", "--json")
     assert status == 1 and json_of(text)["name"] is None and json_of(text)["nearest"] == "Ada"
+
+
+class Norms:
+    """An embedder without a network: the embedding tells the level of a recording, and how often it was asked for."""
+
+    fingerprint, dimension, channel = "levels", 2, "mean"
+
+    def __init__(self, stop_after=None):
+        self.calls, self.stop_after = 0, stop_after
+
+    def apply(self, waves, lengths):
+        if self.stop_after is not None and self.calls >= self.stop_after:
+            raise KeyboardInterrupt
+        self.calls += len(waves)
+        return np.stack([np.abs(waves.astype(np.float64)).sum(1) / lengths, lengths], axis=1)
+
+
+def write_levels(folder, level, count=40):
+    folder.mkdir()
+    for i in range(count):
+        soundfile.write(folder / f"{i:02d}.wav", tone(1, level=level), RATE)
+    return folder
+
+
+def interrupted_run(folder, output):
+    """Embeds a folder until the first batches are done; returns how many recordings are saved."""
+    with pytest.raises(KeyboardInterrupt):
+        module.embed_recordings(Norms(stop_after=16), [folder], output, quiet=True)
+    (begun,) = output.parent.glob(f".{output.name}.begun.npz")
+    with np.load(begun) as file:
+        return len(file["names"])
+
+
+def test_a_run_resumed_with_other_recordings_of_the_same_names_embeds_those(tmp_path):
+    """Another folder, or files of the same folder that were replaced meanwhile."""
+    quiet, loud = write_levels(tmp_path / "a", 0.05), write_levels(tmp_path / "b", 0.3)
+    whole = module.embed_recordings(Norms(), [loud], tmp_path / "whole.npz", quiet=True)
+    assert whole["recordings"] == 40
+    assert 0 < interrupted_run(quiet, tmp_path / "o.npz") < 40
+    module.embed_recordings(Norms(), [loud], tmp_path / "o.npz", quiet=True)
+    wanted = read_embeddings(tmp_path / "whole.npz").embeddings
+    np.testing.assert_array_equal(read_embeddings(tmp_path / "o.npz").embeddings, wanted)
+
+    kept = interrupted_run(quiet, tmp_path / "o.npz")
+    for path in sorted(quiet.iterdir())[:5]:
+        shutil.copy(loud / path.name, path)
+    embedder = Norms()
+    module.embed_recordings(embedder, [quiet], tmp_path / "o.npz", quiet=True)
+    found = read_embeddings(tmp_path / "o.npz").embeddings
+    np.testing.assert_array_equal(found[:5], wanted[:5])
+    assert (found[5:, 0] < wanted[5:, 0] / 2).all() and embedder.calls >= 40 - kept
+    assert not list(tmp_path.glob(".o*"))
+
+
+def test_other_options_begin_anew(tmp_path):
+    folder = write_levels(tmp_path / "a", 0.1)
+    assert interrupted_run(folder, tmp_path / "o.npz") > 0
+    report = module.embed_recordings(Norms(), [folder], tmp_path / "o.npz", min_seconds=0.6, quiet=True)
+    assert report["recordings"] == 40 and report["seconds"] == 40.0
+
+
+def test_names_that_no_list_can_hold_and_members_that_cannot_be_read_are_listed(tmp_path):
+    """One such name loses nothing else, neither in a folder or archive nor when it is given itself."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    soundfile.write(folder / "ok.wav", tone(1), RATE)
+    for name in ("M\udcfcller.wav", "line\nbreak.wav", "._hidden.wav"):
+        shutil.copy(folder / "ok.wav", folder / name)
+    (folder / "notes.txt").write_text("no recording, so not missed")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as file:
+        file.write(folder / "ok.wav", "s/1.wav", zipfile.ZIP_LZMA)
+        file.write(folder / "ok.wav", "s/2.wav", zipfile.ZIP_STORED)
+    odd = ["M\\xfcller.wav", "line\\nbreak.wav"]
+    for inputs, used, listed in (
+        ([folder], ["ok.wav"], odd),
+        ([folder / "ok.wav", folder / "M\udcfcller.wav"], [str(folder / "ok.wav")], odd[:1]),
+        ([tmp_path / "z.zip"], ["s/2.wav"], ["s/1.wav"]),
+    ):
+        report = module.embed_recordings(Norms(), inputs, tmp_path / "e.npz", quiet=True)
+        assert read_embeddings(tmp_path / "e.npz").names == used
+        assert sorted(name.rpartition("in/")[2].rpartition("z.zip/")[2] for name, _ in report["left_out"]) == listed
+        lines = (tmp_path / "e.left_out.tsv").read_text(encoding="utf-8").splitlines()
+        assert lines[1:] == ["\t".join(item) for item in report["left_out"]]
+
+
+def test_an_embedding_that_is_not_finite_names_the_recording(tmp_path):
+    folder = write_levels(tmp_path / "a", 0.1, count=3)
+    embedder = Norms()
+    embedder.apply = lambda waves, lengths: np.full((len(waves), 2), np.nan)
+    with pytest.raises(ValueError, match=r"0\d.wav: its embedding is not finite"):
+        module.embed_recordings(embedder, [folder], tmp_path / "e.npz", quiet=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"a"}
+
+
+def test_two_processes_cannot_write_the_same_output(tmp_path):
+    from memo_jax.locks import LockedError, exclusive
+
+    folder = write_levels(tmp_path / "a", 0.1, count=2)
+    with exclusive(tmp_path / "e.npz"), pytest.raises(LockedError, match="e.npz is in use by process"):
+        module.embed_recordings(Norms(), [folder], tmp_path / "e.npz", quiet=True)
