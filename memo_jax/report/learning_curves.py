@@ -111,6 +111,7 @@ def learning_curve_figure(
                 color=MUTED,
             )
             _draw_panel(ax, panel, found, branches, references or {}, rows)
+            _mark_closing(ax, gate_closing_step(rows), named=panel.while_open)
             if number + columns >= len(panels):
                 ax.set_xlabel("step")
         for ax in axes[len(panels) :]:
@@ -135,6 +136,7 @@ def learning_curve_panels(
             figure = Figure(figsize=(4.3, 2.3), layout="constrained")
             ax = figure.subplots()
             _draw_panel(ax, panel, found, branches, references or {}, rows)
+            _mark_closing(ax, gate_closing_step(rows), named=False)
             ax.set_xlabel("step")
             made.append((panel, figure))
     return made
@@ -176,8 +178,10 @@ def gate_closing_step(rows: Sequence[Mapping]) -> int | None:
     return None
 
 
-def _mark_closing(ax: Axes, step: int, named: bool):
-    """A dotted vertical line where the gate closed, with a name if asked for."""
+def _mark_closing(ax: Axes, step: int | None, named: bool):
+    """A dotted vertical line where the gate closed, if it did, with a name if asked for."""
+    if step is None:
+        return
     ax.axvline(step, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
     if named:
         left = step < 0.7 * ax.get_xlim()[1]
@@ -278,9 +282,6 @@ def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str]
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ends = max(one.steps[-1] for one in found)
     label_ends(ax, labels, ends / ax.get_xlim()[1] if panel.while_open else 1.0)
-    closed_at = gate_closing_step(rows)
-    if closed_at is not None:
-        _mark_closing(ax, closed_at, named=panel.while_open)
 
 
 def _look(name: str, number: int, branches: list[str]) -> tuple[str, str, object]:

@@ -221,8 +221,9 @@ def curves_section(rows, branches, tested: Tested | None) -> str:
     """Returns the learning curves, one picture a panel."""
     references = {BASELINE: tested.rates[BASELINE]["eer"]} if tested else {}
     said = f"{', '.join(progress_texts(rows))}. Thick lines are running means, faint ones the values."
-    if gate_closing_step(rows) is not None:
-        said += " The dotted vertical line marks the step at which the gate closed."
+    closed_at = gate_closing_step(rows)
+    if closed_at is not None:
+        said += f" The dotted vertical line marks step {closed_at:,}, at which the gate closed."
     panels = learning_curve_panels(rows, branches=branches, references=references)
     pictures = "".join(
         figure_element(picture(figure, f"{panel.title} over the steps of training"), panel.title, panel.unit)
