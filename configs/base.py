@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     """Returns the base config, which other configs change."""
     config = ConfigDict()
     config.seed = 0  # initialisation, order of the data, crops and augmentation
+    config.init = ""  # model file whose network the branch of its kind starts from; "" starts from random weights
 
     # How long. The schedules of learning rate and teacher momentum span exactly this.
     config.total_epochs = 150.0
@@ -52,6 +53,7 @@ def get_config() -> ConfigDict:
     model.resnet_remat = "none"  # the same of the ResNet
     model.resnet_packed = False  # for TPUs: neighbouring frequencies side by side fill their lanes; rounding differs
     model.resnet_scan = False  # for TPUs: a loop over the blocks of a stage that are alike compiles sooner
+    model.ecapa_stride = 1  # frames that its first convolution moves on by; 2 takes half the time
     model.ecapa_form = "speechbrain"  # whose ECAPA-TDNN: speechbrain (and the authors) or wespeaker
     model.ecapa_embedding_norm = False  # a batch norm after its embedding, which wespeaker has for self-supervision
     model.campplus_layers = (12, 24, 16)  # layers of each dense block of a CAM++
@@ -71,6 +73,7 @@ def get_config() -> ConfigDict:
     loss.cross_head = "cross"  # "cross": a head of its own for cross-distillation; "self": one head for both
     loss.contrastive = 1 / 0.07  # weight of NT-Xent on the embeddings while the gate is open
     loss.contrastive_temperature = 0.1  # of NT-Xent
+    loss.contrastive_margin = 0.0  # taken off the cosine of a positive pair: above 0 the loss is AM-NT-Xent
 
     gate = config.gate = ConfigDict()
     gate.rule = "plateau"  # when contrastive learning stops: plateau, conflict, step, always (on), never (on)

@@ -15,6 +15,7 @@ from memo_jax.models.layers import (
     mean_and_variance_time,
     mean_time,
     parameter,
+    strided_lengths,
     torch_uniform,
     valid_frames,
 )
@@ -30,12 +31,13 @@ class ConvReluNorm(nn.Module):
     dilation: int = 1
     dtype: jnp.dtype = jnp.float32
     padding: str = "reflect"
+    stride: int = 1
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        x = TimeConv(self.features, self.kernel_size, self.dilation, self.dtype, padding=self.padding, name="conv")(
-            x, lengths
-        )
+        x = TimeConv(
+            self.features, self.kernel_size, self.dilation, self.dtype, self.stride, self.padding, name="conv"
+        )(x, lengths)
         return BatchNorm(name="norm")(jax.nn.relu(x), train)
 
 
@@ -181,7 +183,8 @@ class ECAPATDNN(nn.Module):
 
     `form` is that of speechbrain or of wespeaker, which pads by zeros, passes the last chunk of a Res2 block, and has no
     batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192). `global_context=False`
-    computes attention from single frames; `embedding_norm` ends with a batch norm. `remat` is one of `REMATS`.
+    computes attention from single frames; `embedding_norm` ends with a batch norm. `stride` is that of the first
+    convolution: 2 leaves every other frame to all that follows. `remat` is one of `REMATS`.
 
     Raises ValueError for an unknown form.
     """
@@ -197,6 +200,7 @@ class ECAPATDNN(nn.Module):
     form: str = "speechbrain"
     global_context: bool = True
     embedding_norm: bool = False
+    stride: int = 1
     remat: str = "none"
 
     @nn.compact
@@ -204,8 +208,15 @@ class ECAPATDNN(nn.Module):
         if self.form not in FORMS:
             raise ValueError(f"unknown form of ECAPA-TDNN {self.form!r}: choose one of {', '.join(FORMS)}")
         x = ConvReluNorm(
-            self.channels[0], self.kernel_sizes[0], self.dilations[0], self.dtype, padding_of(self.form), name="stem"
+            self.channels[0],
+            self.kernel_sizes[0],
+            self.dilations[0],
+            self.dtype,
+            padding_of(self.form),
+            self.stride,
+            name="stem",
         )(x, lengths, train)
+        lengths = strided_lengths(lengths, self.stride)
         outputs = []
         for i, (width, kernel_size, dilation) in enumerate(
             zip(self.channels[1:-1], self.kernel_sizes[1:], self.dilations[1:], strict=True)

@@ -22,6 +22,7 @@ from memo_jax.xla.compiler import compiler_options
 POSITIVE = (
     "log_every_steps",
     "model.embedding_dim",
+    "model.ecapa_stride",
     "model.resnet_base_channels",
     "model.campplus_growth",
     "model.campplus_channels",
@@ -34,7 +35,13 @@ POSITIVE = (
     "teacher.temp",
     "teacher.end_temp",
 )
-FRACTIONS = ("loss.center_momentum", "teacher.momentum", "teacher.end_momentum", "optimizer.sgd_momentum")
+FRACTIONS = (
+    "loss.center_momentum",
+    "loss.contrastive_margin",
+    "teacher.momentum",
+    "teacher.end_momentum",
+    "optimizer.sgd_momentum",
+)
 
 
 def check_ranges(config) -> None:
@@ -79,6 +86,7 @@ def build_branches(config) -> dict[str, Branch]:
     arguments = {
         "ecapa": {
             "channels": tuple(model.ecapa_channels),
+            "stride": model.ecapa_stride,
             "form": model.ecapa_form,
             "embedding_norm": model.ecapa_embedding_norm,
             "remat": model.ecapa_remat,
@@ -245,11 +253,46 @@ def abstract_state(config, recipe: Recipe, mesh) -> states.TrainState:
 
 
 def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
-    """Returns the state before the first step, which the config's seed alone decides."""
+    """Returns the state before the first step, which the config's seed alone decides, and its `init` where it has one."""
     options = {}
     if mesh is not None:
         options["out_shardings"] = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     if jax.default_backend() == "cpu":
         # It runs once: optimising hundreds of small kernels for it would take several times as long as it saves.
         options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return jax.jit(state_maker(recipe), **options)(jax.random.key(config.seed))
+    state = jax.jit(state_maker(recipe), **options)(jax.random.key(config.seed))
+    return with_backbone(state, config.init, recipe.branches) if config.init else state
+
+
+def with_backbone(state: states.TrainState, path, branches: dict[str, Branch]) -> states.TrainState:
+    """Returns the state with the network of a model file as student and teacher of the branch of its kind.
+
+    Raises ValueError naming the file where no branch has just that network.
+    """
+    from memo_jax.inference.model_file import model_of_backbone, read_model
+
+    model = read_model(path)
+    name = model.backbone
+    if name not in branches or dict(model.arguments) != (
+        wanted := dict(model_of_backbone(branches[name].backbone, {}).arguments)
+    ):
+        found = f"{name} {dict(model.arguments)}"
+        needed = f"{name} {wanted}" if name in branches else " or ".join(branches)
+        raise ValueError(f"init: {path} holds {found}, and the config asks for {needed}: change one of them")
+
+    def begun(variables):
+        new = {
+            kind: of
+            | {
+                "backbone": jax.tree.map(
+                    lambda new, old: jax.device_put(new, old.sharding), model.variables[kind], of["backbone"]
+                )
+            }
+            for kind, of in variables.items()
+        }
+        return variables | new
+
+    return state.replace(
+        student=state.student | {name: begun(state.student[name])},
+        teacher=state.teacher | {name: begun(state.teacher[name])},
+    )

@@ -22,7 +22,8 @@ class LossWeights(NamedTuple):
     """Temperatures and weights of the losses.
 
     `cross` is λ; `cross_head` names the head that cross-distillation uses ("self": one head shared by both). With
-    more than two branches, λ is shared evenly by the other branches' teachers. `contrastive` multiplies NT-Xent.
+    more than two branches, λ is shared evenly by the other branches' teachers. `contrastive` multiplies NT-Xent, of
+    which `contrastive_margin` makes AM-NT-Xent.
     """
 
     student_temp: float = 0.1
@@ -32,6 +33,7 @@ class LossWeights(NamedTuple):
     cross_head: str = "cross"
     contrastive: float = 1.0 / 0.07
     contrastive_temperature: float = 0.1
+    contrastive_margin: float = 0.0
 
 
 class Recipe(NamedTuple):
@@ -124,7 +126,9 @@ def contrastive_term(embeddings, teacher_embeddings, distill_grad, closed, weigh
     """
 
     def contrast(embeddings):
-        loss = losses.contrastive(embeddings, teacher_embeddings, weights.contrastive_temperature)
+        loss = losses.contrastive(
+            embeddings, teacher_embeddings, weights.contrastive_temperature, weights.contrastive_margin
+        )
         return weights.contrastive * loss
 
     def open_gate(embeddings, distill_grad):
