@@ -78,6 +78,10 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
 
     Raises ValueError when the toolkit has no such network.
     """
+    if model.arguments.get("stride", 1) != 1:
+        raise ValueError(
+            f"{kind} has no ecapa whose first convolution has a stride: its weights would mean another network"
+        )
     tensors = interop.backbone_to_torch(
         model.variables, kind, model.backbone, model.arguments.get("form", "speechbrain")
     )

@@ -17,14 +17,16 @@ import soundfile
 import tiny
 from memo_jax.config import read_config
 from memo_jax.data.batches import open_utterances
+from memo_jax.inference.model_file import backbone_variables, write_model
 from memo_jax.inference.workdir import workdir_model
 from memo_jax.log import read_metrics
 from memo_jax.training import collapse
 from memo_jax.training import train as training
 from memo_jax.training.checkpoint import load_raw, saved_steps
 from memo_jax.training.gate import GateRule, initial_gate
-from memo_jax.training.recipe import build_branches, build_recipe
+from memo_jax.training.recipe import build_branches, build_recipe, initial_state
 from memo_jax.training.state import TrainState
+from memo_jax.xla import sharding
 
 TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
 
@@ -260,6 +262,9 @@ def test_a_workdir_belongs_to_its_data(reference, tmp_path):
         (["model.ecapa_form=kaldi"], "model.ecapa_form is 'kaldi': choose speechbrain or wespeaker"),
         (["model.resnet_remat=all"], "model.resnet_remat is 'all': choose one of none, norms, blocks"),
         (["model.prototypes=0"], "model.prototypes is 0"),
+        (["model.ecapa_stride=0"], "model.ecapa_stride is 0"),
+        (["loss.contrastive_margin=-0.1"], "loss.contrastive_margin is -0.1"),
+        (["init=nowhere.safetensors"], "nowhere.safetensors"),
         (["model.dtype=float16"], "choose float32 or bfloat16"),
         (["teacher.momentum=1.5"], "teacher.momentum is 1.5"),
         (["teacher.temp=0.0"], "teacher.temp is 0.0"),
@@ -313,6 +318,39 @@ def test_sizes_and_forms_of_the_config_are_those_of_the_backbones():
     assert (ecapa.form, ecapa.embedding_norm) == ("wespeaker", True)
     assert (campplus.layers, campplus.growth, campplus.embedding_dim) == ((1, 2, 3), 4, 16)
     assert (campplus.stem_channels, campplus.plane_channels) == (8, 4)
+
+
+def test_a_run_starts_from_the_network_of_a_model_file(reference, tmp_path):
+    """Student and teacher of its branch begin as it; the other branch, and the heads, begin as they would have."""
+    model = workdir_model(reference, "ecapa", "teacher")
+    write_model(tmp_path / "ecapa.safetensors", model)
+    config = tiny.tiny_config(f"init={tmp_path / 'ecapa.safetensors'}")
+    plain, begun = (
+        initial_state(c, build_recipe(c, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
+        for c in (tiny.tiny_config(), config)
+    )
+    for role in ("student", "teacher"):
+        jax.tree.map(
+            np.testing.assert_array_equal, backbone_variables(getattr(begun, role)["ecapa"]), dict(model.variables)
+        )
+        old, new = getattr(plain, role), getattr(begun, role)
+        jax.tree.map(np.testing.assert_array_equal, old["resnet"], new["resnet"])
+        jax.tree.map(
+            np.testing.assert_array_equal, old["ecapa"]["params"]["self_head"], new["ecapa"]["params"]["self_head"]
+        )
+    status, text = tiny.train_here(tmp_path / "run", f"init={tmp_path / 'ecapa.safetensors'}", "--stop-at-step=2")
+    assert status == 0, text
+
+
+def test_a_model_file_of_another_network_is_refused(reference, tmp_path):
+    write_model(tmp_path / "ecapa.safetensors", workdir_model(reference, "ecapa", "teacher"))
+    for setting, said in (
+        ("model.embedding_dim=8", "'embedding_dim': 8"),
+        ("model.branches=resnet", "asks for resnet"),
+    ):
+        status, text = tiny.train_here(tmp_path / "run", f"init={tmp_path / 'ecapa.safetensors'}", setting)
+        assert status == 2 and "init: " in text and "ecapa.safetensors" in text and said in text
+    assert not (tmp_path / "run").exists()
 
 
 def test_durations_may_be_epochs(tmp_path):
