@@ -47,9 +47,7 @@ def get_config() -> ConfigDict:
     model.ecapa_channels = (512, 512, 512, 512, 1536)  # of the stem, the three blocks (multiples of 8), their summary
     model.resnet_base_channels = 16  # of the first stage; each further one has twice as many
     model.resnet_blocks = (3, 4, 6, 3)  # residual blocks of each stage; these make a ResNet34
-    model.ecapa_remat = (
-        "none"  # what the backward pass makes again: none; norms, all but large convolutions; blocks, all
-    )
+    model.ecapa_remat = "none"  # what the backward pass recomputes: none; norms: all but large convolutions; blocks
     model.resnet_remat = "none"  # the same of the ResNet
     model.resnet_packed = False  # for TPUs: neighbouring frequencies side by side fill their lanes; rounding differs
     model.resnet_scan = False  # for TPUs: a loop over the blocks of a stage that are alike compiles sooner

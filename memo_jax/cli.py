@@ -1,4 +1,4 @@
-"""The command `memo-jax`: parses, calls one function, prints."""
+"""The command `memo-jax`: parses the command line, calls one function, prints the result."""
 
 import argparse
 import contextlib
@@ -8,24 +8,25 @@ import sys
 import traceback
 from pathlib import Path
 
-from memo_jax.files import check_local
+from memo_jax.files import check_local, one_line
 
-NO = 1  # the answer is no: another speaker, nobody known, some recordings left out
-USAGE_ERROR = 2
-STOPPED = 3
-TERMINATED = 75  # as sysexits.h numbers what may be tried again
-LOST = 76
+NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
+BAD_INPUT = 2
+LOST = 76  # another process of a distributed run has died
+INTERRUPTED = 130
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
     ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"}
-)  # that may be gs://…
+)  # these may be gs://…
+TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")  # interop.KINDS, without importing it
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command line; returns its exit status.
+    """Runs a command line and returns its exit status.
 
-    0: done (verify: one speaker; identify: somebody known). 1: verify: different speakers, identify: nobody known,
-    embed: some recordings were left out. 2: bad input. 3: training stopped because of its numbers. 75: SIGTERM ended
-    training, with a checkpoint. 76: another process of the training is lost. 130: interrupted.
+    0: done (verify: same speaker; identify: somebody known). 1: the answer is no (verify: different speakers; identify:
+    nobody known; reproduce: not identical; plan: does not fit), or embed left recordings out. 2: bad input. 3: training
+    stopped because of its own numbers. 75: SIGTERM ended training after a checkpoint. 76: another process of a
+    distributed run was lost. 130: interrupted by Ctrl-C. An exception's `exit_status` overrides 2.
     """
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
@@ -41,29 +42,28 @@ def main(arguments: list[str] | None = None) -> int:
         check_paths(options)
         return options.run(options) or 0
     except (Exception, KeyboardInterrupt) as error:
-        status = reported(error)
+        status = report_error(error)
         if status is None:
             raise
         return status
 
 
-def reported(error: BaseException) -> int | None:
-    """Says what was wrong and returns the exit status for it, or None for an error that is a fault of the program."""
-    kind = type(error).__name__
+def report_error(error: BaseException) -> int | None:
+    """Prints one line about an error and returns its exit status; None for a bug, which keeps its traceback."""
     if isinstance(error, KeyboardInterrupt):
         print("memo-jax: interrupted", file=sys.stderr)
-        return 130
-    if kind == "StopRequested":
-        print(f"memo-jax: {error}", file=sys.stderr)
-        return TERMINATED
+        return INTERRUPTED
+    status = getattr(error, "exit_status", None)
     if isinstance(error, (ValueError, OSError, ImportError)):
-        print(f"memo-jax: error: {error_text(error)}", file=sys.stderr)
-        return STOPPED if kind == "TrainingStopped" else USAGE_ERROR
-    return None
+        print(f"memo-jax: error: {one_line(error, longest=None)}", file=sys.stderr)
+        return BAD_INPUT if status is None else status
+    if status is not None:
+        print(f"memo-jax: {one_line(error, longest=None)}", file=sys.stderr)
+    return status
 
 
-def check_paths(options) -> None:
-    """Raises ValueError for a URL where a command needs a path of the file system."""
+def check_paths(options: argparse.Namespace) -> None:
+    """Raises ValueError for a URL given to an option that needs a path of the file system."""
     in_buckets = BUCKET_OPTIONS.get(options.command, ())
     for name, given in vars(options).items():
         for path in given if isinstance(given, list) else [given]:
@@ -71,68 +71,107 @@ def check_paths(options) -> None:
                 check_local(path)
 
 
-def error_text(error: Exception) -> str:
-    """Returns what an exception says, without Python's decoration of file errors."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    return str(error) or type(error).__name__
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all commands; nothing heavy is imported for it."""
+    """Returns the parser of all commands; imports nothing heavy."""
     from memo_jax import __version__
 
     parser = argparse.ArgumentParser(
-        prog="memo-jax", description="Speaker verification learned without labels: MeMo in JAX.", allow_abbrev=False
+        prog="memo-jax", description="Self-supervised speaker verification: MeMo in JAX.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"memo-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, run, description):
-        added = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+    def command(name, run, description, *parents):
+        added = commands.add_parser(
+            name, help=description, description=description, parents=parents, allow_abbrev=False
+        )
         added.set_defaults(run=run)
         return added
 
-    def add_json(added):
-        added.add_argument("--json", action="store_true", help="print JSON instead of text")
+    # Options that several commands share.
+    def shared(*parents):
+        return argparse.ArgumentParser(add_help=False, parents=parents)
 
-    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check one")
-    prepare.add_argument(
-        "--input",
-        action="append",
+    as_json = shared()
+    as_json.add_argument("--json", action="store_true", help="print JSON instead of text")
+    network = shared()
+    network.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
+    network.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
+    network.add_argument(
+        "--step",
+        type=int,
+        metavar="N",
+        help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
+    )
+    model = shared(network, as_json)
+    model.add_argument(
+        "--model",
+        required=True,
         type=Path,
-        metavar="PATH",
-        help="folder of recordings, zip or tar, Kaldi folder, or shards of wespeaker; may be given several times",
+        metavar="MODEL",
+        help="workdir of a training run, model file, or exported program",
     )
-    prepare.add_argument(
-        "--tfds",
-        action="append",
-        metavar="NAME:SPLIT",
-        help="dataset of TFDS with an Audio feature, such as librispeech:train_clean100",
+    threshold = shared()
+    threshold.add_argument(
+        "--threshold",
+        type=float,
+        metavar="COSINE",
+        help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
     )
-    prepare.add_argument("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps its datasets")
-    prepare.add_argument("--output", type=Path, metavar="DATASET", help="where the dataset goes")
-    prepare.add_argument("--overwrite", action="store_true", help="replace a dataset that is there")
-    prepare.add_argument(
+    replicates = shared()
+    replicates.add_argument(
+        "--replicates",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
+    )
+    min_seconds = shared()
+    min_seconds.add_argument(
         "--min-seconds",
         type=float,
         default=0.5,
         metavar="S",
         help="leave out recordings shorter than this (default: %(default)s)",
     )
-    prepare.add_argument("--run-commands", action="store_true", help="run the commands in a Kaldi folder's wav.scp")
-    prepare.add_argument(
-        "--check", type=Path, metavar="DATASET", help="instead: read this dataset again and verify all that is in it"
-    )
-    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
-
-    train = command("train", run_train, "train, or go on training, the run of a workdir")
-    train.add_argument(
+    gallery = shared()
+    gallery.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+    config = shared()
+    config.add_argument(
         "--config",
         required=True,
         metavar="FILE",
         help="Python file with get_config(); change keys with --config.KEY=VALUE",
     )
+    trials = shared()
+    trials.add_argument(
+        "--trials", required=True, type=Path, metavar="FILE", help="lines `1 enrol test` or `enrol test target`"
+    )
+
+    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds)
+    prepare.add_argument(
+        "--input",
+        action="append",
+        type=Path,
+        metavar="PATH",
+        help="folder of recordings, zip or tar, Kaldi folder, or wespeaker shards; may be given several times",
+    )
+    prepare.add_argument(
+        "--tfds",
+        action="append",
+        metavar="NAME:SPLIT",
+        help="TFDS dataset with an Audio feature, such as librispeech:train_clean100",
+    )
+    prepare.add_argument("--tfds-dir", type=Path, metavar="DIR", help="where TFDS keeps its datasets")
+    prepare.add_argument("--output", type=Path, metavar="DATASET", help="where the dataset goes")
+    prepare.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    prepare.add_argument("--run-commands", action="store_true", help="run the commands in a Kaldi folder's wav.scp")
+    prepare.add_argument(
+        "--check", type=Path, metavar="DATASET", help="instead: read all of this dataset and verify its contents"
+    )
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
+    train = command("train", run_train, "train a new run, or resume the run in a workdir", config)
     train.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
@@ -140,27 +179,27 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--distributed",
         action="store_true",
-        help="together with the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job",
+        help="join the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job",
     )
     train.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="instead, with the next two: where process 0 listens for the others"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="instead, with the next two: the address on which process 0 listens for the others",
     )
-    train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="how many processes")
-    train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="which one this is, from 0")
+    train.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="number of processes")
+    train.add_argument("--process_id", "--process-id", type=int, metavar="I", help="number of this process, from 0")
 
-    reproduce = command("reproduce", run_reproduce, "make a run again from its config, and compare")
+    reproduce = command("reproduce", run_reproduce, "repeat a run from its config and compare the two", as_json)
     reproduce.add_argument(
         "workdir",
         type=Path,
         metavar="RUN",
-        help="of the run; where its data have moved, say so with --config.data.train=DATASET …",
+        help="workdir of the run; if its data have moved, add --config.data.train=DATASET …",
     )
     reproduce.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
-    add_json(reproduce)
 
-    plan = command("plan", run_plan, "tell what training would need and cost on TPUs or GPUs, without them")
-    plan.add_argument(
-        "--config", required=True, metavar="FILE", help="as for train; change keys with --config.KEY=VALUE"
+    plan = command(
+        "plan", run_plan, "tell what training would cost on TPUs or GPUs, without having them", config, as_json
     )
     plan.add_argument(
         "--topology",
@@ -170,42 +209,15 @@ def build_parser() -> argparse.ArgumentParser:
         "h200:8, b200:8; four machines of eight: h100:4x8",
     )
     plan.add_argument(
-        "--utterances", type=int, metavar="N", help="of an epoch (default: those of data.train, or of VoxCeleb2)"
+        "--utterances",
+        type=int,
+        metavar="N",
+        help="utterances in an epoch (default: those of data.train, or of VoxCeleb2)",
     )
-    add_json(plan)
 
-    def choose_network(added):
-        added.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
-        added.add_argument("--role", choices=("teacher", "student"), help="of a workdir (default: teacher)")
-        added.add_argument(
-            "--step", type=int, metavar="N", help="of a workdir: which checkpoint (default: the latest; 0: untrained)"
-        )
-        add_json(added)
-
-    def add_model(added):
-        added.add_argument(
-            "--model", required=True, type=Path, metavar="MODEL", help="workdir of a training run, or a model file"
-        )
-        choose_network(added)
-
-    def add_threshold(added):
-        added.add_argument(
-            "--threshold",
-            type=float,
-            metavar="COSINE",
-            help="accept from this score on (default: the one tuned by eval --save-threshold)",
-        )
-
-    def add_replicates(added):
-        added.add_argument(
-            "--replicates",
-            type=int,
-            default=1000,
-            metavar="N",
-            help="of the bootstrap for the interval of the EER; 0 for none (default: %(default)s)",
-        )
-
-    evaluate = command("eval", run_eval, "score a trial list with a trained network")
+    evaluate = command(
+        "eval", run_eval, "score a trial list with a trained network", network, as_json, trials, replicates
+    )
     evaluate.add_argument(
         "--workdir",
         "--model",
@@ -213,14 +225,12 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="MODEL",
-        help="workdir of a training run, or a model file",
+        help="workdir of a training run, model file, or exported program",
     )
     evaluate.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
-    evaluate.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
     evaluate.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
-    choose_network(evaluate)
     evaluate.add_argument(
-        "--crops", type=int, default=0, metavar="R", help="score by R crops a recording instead of full recordings"
+        "--crops", type=int, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
     )
     evaluate.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
     evaluate.add_argument(
@@ -229,57 +239,45 @@ def build_parser() -> argparse.ArgumentParser:
         const="eer",
         metavar="CRITERION",
         choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
-        help="keep the threshold that reaches it (default: eer) with the model, for verify, identify",
+        help="save the threshold at this criterion (default: eer) with the model, for verify and identify",
     )
-    add_replicates(evaluate)
 
-    embed = command("embed", run_embed, "turn recordings into embeddings")
+    embed = command("embed", run_embed, "turn recordings into embeddings", model, min_seconds)
     embed.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
-    add_model(embed)
     embed.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
-    embed.add_argument(
-        "--min-seconds",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="leave out recordings shorter than this (default: %(default)s)",
-    )
 
-    verify = command("verify", run_verify, "tell whether two recordings are of one speaker")
+    verify = command("verify", run_verify, "tell whether two recordings are of the same speaker", model, threshold)
     verify.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
-    add_model(verify)
-    add_threshold(verify)
 
-    enroll = command("enroll", run_enroll, "add a person to a gallery")
+    enroll = command("enroll", run_enroll, "add a person to a gallery", model, gallery)
     enroll.add_argument("name", metavar="NAME")
     enroll.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
-    add_model(enroll)
-    identify = command("identify", run_identify, "tell who of a gallery speaks in a recording")
-    identify.add_argument("recording", type=Path, metavar="RECORDING")
-    add_model(identify)
-    add_threshold(identify)
-    for added in (enroll, identify):
-        added.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
 
-    report = command("report", run_report, "write one HTML page about a training run")
+    identify = command(
+        "identify", run_identify, "tell who in a gallery speaks in a recording", model, threshold, gallery
+    )
+    identify.add_argument("recording", type=Path, metavar="RECORDING")
+
+    report = command("report", run_report, "write an HTML page about a training run")
     report.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
     report.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
     report.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
-    report.add_argument("--trials", type=Path, metavar="FILE", help="of it (default: the run's evaluation.trials)")
+    report.add_argument(
+        "--trials", type=Path, metavar="FILE", help="trial list to test with (default: the run's evaluation.trials)"
+    )
     report.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
 
-    export = command("export", run_export, "write a network to files for use elsewhere")
-    add_model(export)
+    export = command("export", run_export, "write a network to files for use elsewhere", model)
     export.add_argument(
         "--output",
         nargs="+",
         required=True,
         type=Path,
         metavar="FILE",
-        help="name.safetensors: a model file; name.zip: a program that JAX alone runs",
+        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone",
     )
 
-    score = command("score", run_score, "score a trial list by embeddings")
+    score = command("score", run_score, "score a trial list with embeddings", trials, replicates, as_json)
     score.add_argument(
         "--embeddings",
         action="append",
@@ -288,17 +286,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged",
     )
-    score.add_argument("--trials", required=True, type=Path, metavar="FILE", help="`1 a b` or `a b target` lines")
     score.add_argument(
         "--cohort",
         action="append",
         default=[],
         type=Path,
         metavar="FILE",
-        help="embeddings of other recordings, one for each --embeddings",
+        help="embeddings of other recordings, one file for each --embeddings",
     )
     score.add_argument("--mean-subtraction", action="store_true", help="subtract the cohort's mean")
-    score.add_argument("--as-norm", type=int, default=0, metavar="N", help="normalise by the N nearest of the cohort")
+    score.add_argument(
+        "--as-norm", type=int, default=0, metavar="N", help="normalise by the N nearest utterances of the cohort"
+    )
     score.add_argument(
         "--calibrate", type=Path, metavar="TRIALS", help="calibrate on these trials, and report actDCF and Cllr"
     )
@@ -314,59 +313,55 @@ def build_parser() -> argparse.ArgumentParser:
         "--speakers",
         type=Path,
         metavar="FILE",
-        help="`name speaker` lines for the interval (default: a name's first folder)",
+        help="lines `name speaker`, for the interval (default: the first folder of a name)",
     )
-    score.add_argument("--scores", type=Path, metavar="FILE", help="write `score enrol test` lines there")
-    add_replicates(score)
-    add_json(score)
+    score.add_argument("--scores", type=Path, metavar="FILE", help="write lines `score enrol test` to this file")
 
-    convert = command("convert", run_convert, "turn PyTorch weights into a model file, or back")
+    convert = command("convert", run_convert, "turn PyTorch weights into a model file, or back", network)
     convert.add_argument(
         "input",
         type=Path,
         metavar="INPUT",
-        help="safetensors or a PyTorch checkpoint; with --to a model file or a workdir",
+        help="safetensors or a PyTorch checkpoint; with --to, a model file or a workdir",
     )
     convert.add_argument(
         "--output",
         required=True,
         type=Path,
         metavar="FILE",
-        help="model file; with --to FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch",
+        help="model file; with --to, FILE.safetensors, or .pt, .pth, .ckpt, .bin, which need torch",
     )
-    kinds = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
-    convert.add_argument("--kind", choices=kinds, help="the toolkit of INPUT (default: by the parameters' names)")
+    convert.add_argument(
+        "--kind", choices=TOOLKITS, help="the toolkit that INPUT is from (default: recognised by parameter names)"
+    )
     convert.add_argument(
         "--part",
         metavar="NAME",
-        help="which network of a checkpoint of several (default: teacher_ecapa, or the only one)",
+        help="which network of a checkpoint that holds several (default: teacher_ecapa, or the only one)",
     )
-    convert.add_argument("--to", choices=kinds, help="write the network by the names of this toolkit")
-    convert.add_argument("--branch", help="of a workdir: which backbone (default: ecapa, or the only one)")
-    convert.add_argument("--role", choices=("teacher", "student"), help="of a workdir (default: teacher)")
-    convert.add_argument("--step", type=int, metavar="N", help="of a workdir: which checkpoint (default: the latest)")
+    convert.add_argument("--to", choices=TOOLKITS, help="write the network with the names of this toolkit")
     return parser
 
 
 def run_prepare(options) -> int:
-    """memo-jax prepare"""
+    """memo-jax prepare."""
     if options.check:
         if options.input or options.tfds or options.output:
             raise ValueError("--check DATASET stands alone, without --input and --output")
-        from memo_jax.data.check import check, check_summary
+        from memo_jax.data.check import check, check_text
 
         report = check(options.check, workers=options.workers)
-        print(check_summary(options.check, report))
-        return USAGE_ERROR if report["problems"] else 0
+        print(check_text(options.check, report))
+        return BAD_INPUT if report["problems"] else 0
     inputs = list(options.input or [])
     if options.tfds:
-        from memo_jax.data.tfds_audio import tfds_input
+        from memo_jax.data.tfds_audio import TfdsInput
 
-        inputs += [tfds_input(name, options.tfds_dir) for name in options.tfds]
+        inputs += [TfdsInput(name, str(options.tfds_dir or "")) for name in options.tfds]
     for name, given in (("input", inputs), ("output", options.output)):
         if not given:
             raise ValueError(f"--{name} is missing: see `memo-jax prepare --help`")
-    from memo_jax.data.prepare import prepare, summary
+    from memo_jax.data.prepare import preparation_text, prepare
 
     report = prepare(
         inputs,
@@ -376,12 +371,12 @@ def run_prepare(options) -> int:
         overwrite=options.overwrite,
         run_commands=options.run_commands,
     )
-    print(summary(report))
+    print(preparation_text(report))
     return 0
 
 
 def run_train(options) -> None:
-    """memo-jax train"""
+    """memo-jax train."""
     from memo_jax.config import load_config
 
     config = load_config(options.config, options.overrides)
@@ -389,32 +384,33 @@ def run_train(options) -> None:
     keep_freed_memory()
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
+        from memo_jax.inference.workdir import starting_backbones
         from memo_jax.training.train import train
 
-        train(config, options.workdir, stop_at_step=options.stop_at_step)
+        train(config, options.workdir, start=starting_backbones(config), stop_at_step=options.stop_at_step)
 
 
 @contextlib.contextmanager
 def joined(**place):
-    """Within it, this process trains with others; an error ends it and so, soon, the others."""
+    """A context in which this process trains with others; an error ends this process and, soon after, the others."""
     from memo_jax.training import processes
 
     processes.join(**place)
     try:
         yield
-    except processes.StopRequested:  # in all of them
+    except processes.StopRequested:  # raised in all of them
         processes.leave()
         raise
     except BaseException as error:
         if processes.is_of_lost_process(error):
             print(
-                "memo-jax: error: another process is lost, so this one ends, too; start the same command again in "
-                f"all to go on from the last checkpoint ({str(error).splitlines()[0]})",
+                "memo-jax: error: another process is lost, so this one ends too; start the same command again in "
+                f"all of them to resume from the last checkpoint ({one_line(error)})",
                 file=sys.stderr,
             )
             status = LOST
         else:
-            status = reported(error)
+            status = report_error(error)
         if status is None:
             traceback.print_exception(error)
         processes.leave_at_once(1 if status is None else status)
@@ -422,7 +418,7 @@ def joined(**place):
 
 
 def run_reproduce(options) -> int:
-    """memo-jax reproduce"""
+    """memo-jax reproduce."""
     keep_compiled_programs()
     keep_freed_memory()
     from memo_jax.reproduce import reproduce, summary
@@ -435,23 +431,23 @@ def run_reproduce(options) -> int:
 
 
 def run_plan(options) -> int:
-    """memo-jax plan"""
+    """memo-jax plan."""
     from memo_jax.config import load_config
 
     config = load_config(options.config, options.overrides)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is planned for is not here
-    from memo_jax.planning.plan import plan, summary
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the hardware being planned for is not here
+    from memo_jax.planning.plan import plan, plan_text
 
     result = plan(config, options.topology, options.utterances)
-    print(json.dumps(result, indent=2) if options.json else summary(result))
+    print(json.dumps(result, indent=2) if options.json else plan_text(result))
     return 0 if result["fits"] else NO
 
 
 def run_eval(options) -> None:
-    """memo-jax eval"""
+    """memo-jax eval."""
     keep_compiled_programs()
     keep_freed_memory()
-    from memo_jax.inference.evaluate import evaluate, summary
+    from memo_jax.inference.evaluate import evaluate, evaluation_text
 
     results = evaluate(
         options.model,
@@ -469,12 +465,12 @@ def run_eval(options) -> None:
     print(
         json.dumps(results, indent=2)
         if options.json
-        else f"{summary(results)}\n{options.output / 'results.json'}\n{options.output / 'det.png'}"
+        else f"{evaluation_text(results)}\n{options.output / 'results.json'}\n{options.output / 'det.png'}"
     )
 
 
 def load_embedder(options, gallery=None):
-    """Returns the Embedder that the options of a command choose."""
+    """Returns the Embedder that a command's options choose."""
     keep_compiled_programs()
     keep_freed_memory()
     from memo_jax.inference.embedder import Embedder
@@ -483,12 +479,14 @@ def load_embedder(options, gallery=None):
 
 
 def run_convert(options) -> None:
-    """memo-jax convert"""
+    """memo-jax convert."""
     of_workdir = {name: getattr(options, name) for name in ("branch", "role", "step")}
     wrong = [name for name in ("kind", "part") if options.to and getattr(options, name) is not None]
     wrong += [name for name, value in of_workdir.items() if not options.to and value is not None]
     if wrong:
-        raise ValueError(f"--{wrong[0]} is for conversion {'from' if options.to else 'to'} PyTorch")
+        raise ValueError(
+            f"--{wrong[0]} is for conversion {'from PyTorch, without --to' if options.to else 'to PyTorch, with --to'}"
+        )
     from memo_jax.inference import convert
 
     if options.to:
@@ -498,17 +496,17 @@ def run_convert(options) -> None:
 
 
 def run_embed(options) -> int:
-    """memo-jax embed"""
+    """memo-jax embed."""
     embedder = load_embedder(options)
-    from memo_jax.inference.embed_recordings import embed_recordings, summary
+    from memo_jax.inference.embed_recordings import embed_recordings, embedding_text
 
     report = embed_recordings(embedder, options.input, options.output, min_seconds=options.min_seconds)
-    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else summary(report))
+    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else embedding_text(report))
     return NO if report["left_out"] else 0
 
 
 def run_verify(options) -> int:
-    """memo-jax verify"""
+    """memo-jax verify."""
     embedder = load_embedder(options)
     result = embedder.verify(*options.recordings, threshold=options.threshold)
     source = embedder.threshold_source if options.threshold is None else "given"
@@ -516,14 +514,14 @@ def run_verify(options) -> int:
         print(json.dumps(result._asdict() | {"threshold_source": source, "model": embedder.fingerprint}, indent=2))
     else:
         print(
-            f"{'one speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, accepted from "
-            f"{result.threshold:.4f} on ({source})"
+            f"{'same speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, threshold "
+            f"{result.threshold:.4f} ({source})"
         )
     return 0 if result.decision else NO
 
 
 def run_enroll(options) -> None:
-    """memo-jax enroll"""
+    """memo-jax enroll."""
     embedder = load_embedder(options, options.gallery)
     embedder.enroll(options.name, options.recordings)
     names = embedder.gallery.names
@@ -535,7 +533,7 @@ def run_enroll(options) -> None:
 
 
 def run_identify(options) -> int:
-    """memo-jax identify"""
+    """memo-jax identify."""
     if not options.gallery.exists():
         raise FileNotFoundError(f"{options.gallery}: no such gallery: enrol people with memo-jax enroll")
     embedder = load_embedder(options, options.gallery)
@@ -545,14 +543,14 @@ def run_identify(options) -> int:
         print(json.dumps(result._asdict() | {"threshold_source": source}, indent=2, ensure_ascii=False))
     else:
         print(
-            f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, accepted from "
-            f"{result.threshold:.4f} on ({source})"
+            f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, threshold "
+            f"{result.threshold:.4f} ({source})"
         )
     return NO if result.name is None else 0
 
 
 def run_report(options) -> None:
-    """memo-jax report"""
+    """memo-jax report."""
     keep_compiled_programs()
     from memo_jax.report.page import write_report
 
@@ -560,7 +558,7 @@ def run_report(options) -> None:
 
 
 def run_export(options) -> None:
-    """memo-jax export"""
+    """memo-jax export."""
     from memo_jax.inference.embedder import load_model
     from memo_jax.inference.export import export
 
@@ -570,7 +568,7 @@ def run_export(options) -> None:
 
 
 def run_score(options) -> None:
-    """memo-jax score"""
+    """memo-jax score."""
     from memo_jax.scoring.score import score, summary
 
     results = score(
@@ -589,7 +587,7 @@ def run_score(options) -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Makes XLA keep what it compiles in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    """Makes XLA cache compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -599,10 +597,10 @@ def keep_compiled_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what a step or a batch frees for the next one, where a CPU trains or embeds.
+    """Makes glibc keep freed memory for the next step or batch instead of returning it to the system.
 
-    XLA allocates temporary memory anew each time. Handed back to the system in between, it costs a page fault for every
-    4 KiB: up to a fifth of the time of a small step.
+    XLA on a CPU allocates its temporary memory anew for each call. If that was returned in between, every 4 KiB cost a
+    page fault: up to a fifth of the time of a small step.
     """
     import ctypes
 
@@ -611,4 +609,4 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # as malloc.h numbers M_TRIM_THRESHOLD, …
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
-        # Not one arena for all threads: compiling in many waits for it, and steps after that take half as long again.
+        # Not a single arena: threads that compile would wait for it, and later steps take half as long again.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SAMPLE_RATE = 16_000
+from memo_jax.audio import SAMPLE_RATE
+
 FFT_LENGTH = 512
 WINDOW = 400
 HOP = 160

@@ -1,4 +1,4 @@
-"""Where files are, in the file system or in a bucket, and files that appear whole or not at all in either."""
+"""Paths in the file system or in a bucket, and files that appear whole or not at all in either."""
 
 import contextlib
 import importlib.util
@@ -8,18 +8,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-URL = re.compile(r"([a-z][a-z0-9]*):/+(.*)")  # with one slash where pathlib had it
+URL = re.compile(r"([a-z][a-z0-9]*):/+(.*)")  # pathlib turns the two slashes into one
 
 SECONDS_BETWEEN_UPLOADS = 60.0
-UPLOADING_SHARE = 0.02  # most of the time that uploads in between may take
+UPLOADING_SHARE = 0.02  # of the elapsed time, at most, that uploads may take
+LONGEST_REASON = 300  # characters of another library's message that are quoted
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """Returns a pathlib.Path, or for `gs://bucket/…` the etils.epath.Path that is used like one.
+    """Returns a pathlib.Path, or for `gs://bucket/…` an etils.epath.Path, which has the same methods.
 
     Raises:
-      ValueError: a URL of another kind.
-      ImportError: gs:// without what the extra `gcs` installs.
+      ValueError: a URL of another scheme.
+      ImportError: gs:// without the packages of the extra `gcs`.
     """
     url = URL.match(os.fspath(path))
     if url is None:
@@ -29,54 +30,54 @@ def as_path(path: str | os.PathLike) -> Path:
         raise ValueError(f"{scheme}://{rest}: give a path of the file system, or gs://BUCKET/FOLDER")
     if importlib.util.find_spec("gcsfs") is None:
         raise ImportError(f"gs://{rest}: gs:// needs pip install 'memo-jax[gcs]'")
-    os.environ.setdefault("EPATH_USE_TF", "0")  # where TensorFlow is installed, epath would take its file functions
+    os.environ.setdefault("EPATH_USE_TF", "0")  # epath would use TensorFlow's file functions if it is installed
     import fsspec
     from etils import epath
 
-    # Other processes write and remove files, too.
+    # Other processes write and remove files too.
     fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
     return epath.Path(f"gs://{rest.rstrip('/')}")
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-    """Whether a path is a URL."""
+    """Returns whether a path is a URL."""
     return URL.match(os.fspath(path)) is not None
 
 
 def check_local(path: str | os.PathLike) -> None:
-    """Raises ValueError for a URL, where only the file system can be read or written."""
+    """Raises ValueError for a URL where only the file system will do."""
     if in_bucket(path):
         url = URL.sub(r"\1://\2", os.fspath(path))
         raise ValueError(
-            f"{url} is no path of the file system, as is needed here: copy it (gcloud storage cp "
-            "--recursive) or mount the bucket"
+            f"{url} is not in the file system, where this must be: copy it (gcloud storage cp --recursive) or mount "
+            "the bucket"
         )
 
 
 def check_bucket(path: str | os.PathLike) -> None:
-    """Raises OSError when the bucket that `path` is in cannot be asked for; of the file system it asks nothing."""
+    """Raises OSError if the bucket of a gs:// path cannot be accessed; does nothing for other paths."""
     if not in_bucket(path):
         return
     from google.cloud import storage
 
-    try:  # what orbax asks for, too, when it lists checkpoints
+    try:  # orbax makes the same request when it lists checkpoints
         storage.Client().get_bucket(as_path(path).parts[2])
     except Exception as error:
         raise OSError(
-            f"{path}: the bucket cannot be used: {_on_one_line(error)}; check its name, and that this machine has an "
+            f"{path}: the bucket cannot be used: {one_line(error)}; check its name, and that this machine has an "
             "account (gcloud auth application-default login) with the roles Storage Object User and Storage Legacy "
             "Bucket Reader on it"
         ) from error
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """Makes a folder where it is missing; a bucket needs none."""
+    """Creates a folder if it is missing; a bucket needs none."""
     if not in_bucket(path):
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def read_text(path: str | os.PathLike, errors: str = "strict") -> str | None:
-    """Returns UTF-8 text, None where there is no such file; `errors` as for `bytes.decode`."""
+    """Returns the UTF-8 text of a file, or None if there is no such file; `errors` as for `bytes.decode`."""
     path = as_path(path)
     with _bucket_errors(path):
         try:
@@ -86,17 +87,21 @@ def read_text(path: str | os.PathLike, errors: str = "strict") -> str | None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a path to write to, which becomes `path` when the block ends well and vanishes when it does not.
+def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]:
+    """Yields a temporary path to write to, which replaces `path` if the block succeeds and is removed if it fails.
 
-    It is a path of the file system; in a bucket an object appears when all of it is there.
+    The temporary path is in the file system; in a bucket the object appears once all of it has been uploaded.
+
+    Args:
+      path: of the file system, or gs://…
+      fsync: also survive a power failure: flush the file, and then its folder, to the disk.
 
     Raises:
-      OSError: naming `path`, for any failure to write (that of a full disk names no file).
+      OSError: naming `path` and not the temporary file, for any failure to write.
     """
     path = as_path(path)
     if in_bucket(path):
-        import tempfile  # here, since it takes longer than all the rest of the command line
+        import tempfile  # slow to import, so not where every command line would pay for it
 
         with tempfile.TemporaryDirectory(prefix="memo-jax-") as folder:
             partial = Path(folder) / path.name
@@ -106,34 +111,81 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield partial
+        if fsync:
+            flush_to_disk(partial)
         os.replace(partial, path)
+        if fsync:
+            flush_to_disk(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a failing disk the error above is the one to report
+            partial.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes UTF-8 text, whole or not at all."""
-    with replacing(path) as partial:
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Makes a file, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | os.PathLike, text: str, *, fsync: bool = False) -> None:
+    """Writes UTF-8 text, whole or not at all; arguments and errors as for `replacing`."""
+    with replacing(path, fsync=fsync) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises OSError, naming `path`, unless a file can be written there; creates its folder if it is missing.
+
+    Called before hours of work whose result goes there. For a bucket it does nothing: `check_bucket` does that.
+    """
+    if in_bucket(path):
+        return
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def one_line(error: BaseException, longest: int | None = LONGEST_REASON) -> str:
+    """Returns what an exception says as one line, without Python's decoration and the full stop.
+
+    Args:
+      error: an exception; one without a message gives the name of its class.
+      longest: characters after which to cut; None for the whole text.
+    """
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    else:
+        text = " ".join(str(error).split())
+    return text[:longest].rstrip(".") or type(error).__name__
+
+
 def upload(file: Path, path: str | os.PathLike) -> None:
-    """Copies a file into a bucket, whole or not at all. Raises OSError naming `path`."""
+    """Copies a file into a bucket, whole or not at all; raises OSError naming `path`."""
     path = as_path(path)
     with _bucket_errors(path):
         path.write_bytes(file.read_bytes())
 
 
 class AppendableFolder:
-    """A folder whose files can be appended to: itself, or for one in a bucket a temporary copy at `path`.
+    """A folder whose files can be appended to: the folder itself or, for one in a bucket, a temporary copy.
 
-    `upload` brings the files that have changed into the bucket, each whole or not at all.
+    `path` is where to write; `upload` copies the files that have changed into the bucket, each whole or not at all.
 
     Args:
       folder: in the file system or a bucket.
-      *names: of files that may be there already, to be appended to.
+      *names: files to append to, if they exist already.
     """
 
     def __init__(self, folder: str | os.PathLike, *names: str):
@@ -151,7 +203,11 @@ class AppendableFolder:
                 (self.path / name).write_text(text, encoding="utf-8")
 
     def upload(self, only_when_due: bool = False) -> None:
-        """Uploads; `only_when_due` once a minute, and less often where that takes long. Raises OSError."""
+        """Uploads what has changed; raises OSError.
+
+        Args:
+          only_when_due: do so once a minute, and less often if uploading is slow.
+        """
         began = time.monotonic()
         if self._temporary is None or only_when_due and began < self._due:
             return
@@ -165,7 +221,7 @@ class AppendableFolder:
         self._due = ended + max(SECONDS_BETWEEN_UPLOADS, (ended - began) / UPLOADING_SHARE)
 
     def close(self) -> None:
-        """Uploads, and removes the temporary copy."""
+        """Uploads what has changed and removes the temporary copy."""
         if self._temporary is not None:
             with self._temporary:
                 self.upload()
@@ -173,14 +229,10 @@ class AppendableFolder:
 
 @contextlib.contextmanager
 def _bucket_errors(path):
-    """Turns whatever the libraries for buckets raise into an OSError that names the path."""
+    """Turns any exception of the libraries for buckets into an OSError that names the path."""
     try:
         yield
     except Exception as error:
         if not in_bucket(path):
             raise
-        raise OSError(f"{path}: {_on_one_line(error)}") from error
-
-
-def _on_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise OSError(f"{path}: {one_line(error)}") from error

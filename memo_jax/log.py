@@ -251,6 +251,16 @@ def progress(
             shown.update()
 
 
+def say(text: str) -> None:
+    """Prints a line about the progress of work to stderr, apart from the result on stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def plural(count: int, noun: str, nouns: str = "") -> str:
+    """Returns the count with its noun: "1 recording", "1,200 recordings"; `nouns` is the plural unless it adds an s."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
 def _plain(value):
     """The JSON value of a metric: plain int, float, bool, str or None."""
     if hasattr(value, "item"):  # scalars of numpy and JAX, without importing either

@@ -10,6 +10,7 @@ import numpy as np
 
 from memo_jax import config as configs
 from memo_jax.files import check_local
+from memo_jax.inference.workdir import starting_backbones
 from memo_jax.log import read_metrics
 from memo_jax.training.checkpoint import load_raw, saved_steps
 from memo_jax.training.run_record import read_run
@@ -57,7 +58,7 @@ def reproduce(
     last = old[-1]["step"]
     check_same_run(output, again)
     if last not in saved_steps(output):  # called once more, it compares what is there
-        train(again, output, stop_at_step=last, quiet=quiet)
+        train(again, output, start=starting_backbones(again), stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
         "parameters": compare_parameters(run, output),
         "environment": environment_differences(run, output),

@@ -16,7 +16,8 @@ from memo_jax.config import save_config
 from memo_jax.inference.model_file import read_model
 from memo_jax.log import MetricsLog, read_metrics
 from memo_jax.training.checkpoint import Checkpointer, load_raw, saved_steps
-from memo_jax.training.recipe import build_recipe, initial_state
+from memo_jax.training.program import create_state
+from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
 
 RUN = "gs://bucket/runs/one"
@@ -105,7 +106,7 @@ def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_p
     there."""
     local, remote = tmp_path / "trained", "gs://bucket/trained"
     config = tiny.tiny_config(f"data.train={tiny.material().dataset}", "model.branches=resnet")
-    state = initial_state(config, build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
+    state = create_state(config, build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
     save_config(local, config)
     with Checkpointer(local) as checkpoints, MetricsLog(local) as log:
         checkpoints.save(6, state)
@@ -205,7 +206,7 @@ def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
 def test_what_must_be_in_the_file_system_says_so(tmp_path):
     material = tiny.material()
     status, text = tiny.train_here(tmp_path / "run", "data.train=gs://bucket/data")
-    assert status == 2 and "gs://bucket/data is no path of the file system, as is needed here: copy it" in text
+    assert status == 2 and "gs://bucket/data is not in the file system, where this must be: copy it" in text
     for arguments in (
         [
             "eval",
@@ -223,7 +224,7 @@ def test_what_must_be_in_the_file_system_says_so(tmp_path):
         ["prepare", "--input", "gs://bucket/o", "--output", tmp_path / "data"],
     ):
         status, text = tiny.here(*arguments)
-        assert status == 2 and "error: gs://bucket/o is no path of the file system" in text
+        assert status == 2 and "error: gs://bucket/o is not in the file system" in text
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 import tiny
 from memo_jax.data.batches import TrainingBatches
-from memo_jax.training import recipe
+from memo_jax.training import program, recipe
 
 STEPS, SAVED, KILLED_AT = 12, 8, 10  # of the config: all, the last checkpoint but one
 GONE = {76, -6}  # `cli.LOST`; SIGABRT, where jax ends the process itself
@@ -72,7 +72,7 @@ def front_end(key, batch, banks):
 def patch_for_tests(set_attribute, record=None):
     """Makes training use these, and keep what it read of every batch in a file."""
     set_attribute(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
-    set_attribute(recipe, "build_front_end", lambda config: front_end)
+    set_attribute(program, "build_front_end", lambda config: front_end)
     following, kept = TrainingBatches.__next__, []
 
     def kept_batch(self):

@@ -43,6 +43,7 @@ def measured(point: dict, steps: int, overrides: list[str]) -> dict:
 
     from memo_jax import config as configs
     from memo_jax.cli import keep_freed_memory
+    from memo_jax.training import program
     from memo_jax.training import recipe as recipes
     from memo_jax.xla import sharding
     from synthetic import example_banks, example_batch
@@ -62,9 +63,9 @@ def measured(point: dict, steps: int, overrides: list[str]) -> dict:
     )
     recipe, mesh = recipes.build_recipe(config, 100), sharding.data_mesh()
     assert len(mesh.devices.flat) == point["devices"], mesh
-    state = recipes.initial_state(config, recipe, mesh)
+    state = program.create_state(config, recipe, mesh)
     batch, banks, key = example_batch(config), example_banks(), jax.random.key(0)
-    step = recipes.jitted_step(config, recipe, mesh, state).lower(state, batch, banks, key)
+    step = program.jitted_step(config, recipe, mesh, state).lower(state, batch, banks, key)
     begin = time.process_time()
     step = step.compile()
     compile_seconds, times = time.process_time() - begin, []

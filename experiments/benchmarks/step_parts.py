@@ -30,8 +30,9 @@ from memo_jax.log import progress
 from memo_jax.models import head_part
 from memo_jax.training import augment, losses
 from memo_jax.training import recipe as recipes
+from memo_jax.training.program import create_state
 from memo_jax.training.state import student_params
-from memo_jax.training.step import embeddings_by_view, logits_by_view, teachers_lesson, train_step_on_features
+from memo_jax.training.step import embeddings_by_view, logits_by_view, teacher_outputs, train_step_on_features
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import compiler_options
 from synthetic import example_banks, example_batch
@@ -51,7 +52,7 @@ def drawn(function, *arguments, seed=0):
 def parts_of(config):
     """Returns {name of a part: (function, its arguments)}, the whole step last."""
     recipe, mesh = recipes.build_recipe(config, 1000), sharding.data_mesh(jax.devices()[:1])
-    state = recipes.initial_state(config, recipe, mesh)
+    state = create_state(config, recipe, mesh)
     batch, banks, key = example_batch(config), example_banks(), jax.random.key(1)
     crops = [x.reshape(-1, x.shape[-1]).astype(np.float32) / 32768 for x in batch.values()]
     counts = [x.shape[1] for x in batch.values()]
@@ -98,7 +99,7 @@ def parts_of(config):
         embeddings, _ = drawn(embed, backbone, backbone_stats, views)
         logits[name], _ = drawn(project, heads, head_stats, embeddings)
         distributions[name] = drawn(
-            functools.partial(teachers_lesson, branch), state.teacher[name], state.center[name], views[0], 0.04, 0.9
+            functools.partial(teacher_outputs, branch), state.teacher[name], state.center[name], views[0], 0.04, 0.9
         ).distributions
         parts |= {
             f"{name}, forward": (embed, (backbone, backbone_stats, views)),

@@ -287,7 +287,7 @@ class Worker:
         self.process.wait()
 
 
-def summary(rows: list[dict], batch: int) -> dict:
+def timing_summary(rows: list[dict], batch: int) -> dict:
     """Median and extremes of a side's steps."""
     seconds = [row["seconds"] for row in rows]
     return {
@@ -349,8 +349,8 @@ def main(arguments=None) -> dict | None:
         float(np.abs(np.array(row["jax"]["losses"]) / np.array(row["torch"]["losses"]) - 1).max()) for row in rows
     ]
     result = {
-        "ours": summary([row["jax"] for row in rows[1:]], options.batch),
-        "theirs": summary([row["torch"] for row in rows[1:]], options.batch),
+        "ours": timing_summary([row["jax"] for row in rows[1:]], options.batch),
+        "theirs": timing_summary([row["torch"] for row in rows[1:]], options.batch),
         "threads": options.threads,
         "batch": options.batch,
         "compile_seconds": ours.begun["compile_seconds"],

@@ -1,75 +1,86 @@
-"""Zip and tar archives, read in place: what lies where in them, and the bytes there."""
+"""Zip and tar archives, read in place: which files they hold, where their bytes are, and those bytes.
+
+An archive is read to its end or refused. Headers of tars must match their checksums, an end mark must come, and only
+zeros may follow it; a zip must begin with its first file. Otherwise damage, a download that was cut short, or several
+archives joined into one file would lose recordings without a word.
+
+What a header claims costs nothing by itself: sizes are compared with what is there before anything is allocated or
+copied, and headers, decompressed members and temporary copies are all bounded.
+"""
 
 import bz2
 import contextlib
 import gzip
+import io
 import lzma
 import os
 import posixpath
-import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from memo_jax.files import one_line
 
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-LARGEST_MEMBER = 2 << 30  # bytes; a member is decoded from memory
-# After its end mark an archive is filled with zeros to a whole record. More is no filling but another archive, or damage.
-MOST_FILLING = 1 << 20
-DAMAGE = (
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    EOFError,
-    zlib.error,
-    lzma.LZMAError,
-    gzip.BadGzipFile,
-    struct.error,
-    NotImplementedError,
-    UnicodeDecodeError,
-)
+LARGEST_MEMBER = 2 << 30  # bytes of a recording
+LARGEST_SKIPPED = 1 << 40  # bytes of a file in a compressed tar, which must be decompressed to get past it
+IN_MEMORY = 64 << 20  # bytes; a larger member is decoded from a temporary file
+LARGEST_HEADER = 1 << 20  # bytes of all headers of a file in a tar, long names and the like included
+MOST_FILLING = 1 << 20  # bytes of zeros after the end mark of a tar, which is filled up to a whole record
+CHUNK = 1 << 16  # bytes; deflate expands them to at most 66 MB
+SPEAKER_BYTES = 1 << 12  # most that is read of a member whose content is asked for
 
 
 class Extent(NamedTuple):
-    """Where a member's bytes lie in its archive: `stored` bytes from `offset` on give `size` bytes.
+    """Where a member's bytes are in its archive: `stored` bytes from `offset` on give `size` bytes.
 
-    In a zip, `offset` is that of the member's local header, and `crc` is there. In a compressed tar nothing has an
-    offset: it is -1, and `number` says which file of the archive it is.
+    In a zip, `offset` is that of the member's local header, and `crc` (of the content) and `name_crc` (of the name in
+    UTF-8) are set. In a tar, `number` says which file of the archive it is; in a compressed one the offset means
+    nothing.
     """
 
     offset: int
     stored: int
     size: int
     deflated: bool = False
-    crc: int = -1
-    number: int = -1
+    crc: int | None = None
+    name_crc: int | None = None
+    number: int | None = None
 
 
 class Member(NamedTuple):
-    """A file in an archive: its path there; its extent, or the `problem` that it has; `content` where asked for."""
+    """A file in an archive: its path there, its extent or the `problem` with it, and its content if asked for."""
 
     name: str
     extent: Extent | None
     problem: str = ""
-    content: bytes = b""
+    content: bytes | None = None
 
 
-def is_archive_name(path) -> bool:
-    """Whether a file of this name is a zip or a tar, compressed or not."""
+def is_archive_name(path: str | os.PathLike) -> bool:
+    """Returns whether a file of this name is a zip or a tar, compressed or not."""
     return os.fspath(path).lower().endswith(ZIP_SUFFIXES + TAR_SUFFIXES)
 
 
-def is_compressed_tar(path) -> bool:
-    """Whether it is an archive that can be read from its beginning only."""
+def is_compressed_tar(path: str | os.PathLike) -> bool:
+    """Returns whether the file is an archive that can only be read from its beginning."""
     return not os.fspath(path).lower().endswith(ZIP_SUFFIXES) and _compression(path) is not None
 
 
-def members(path, contents: str = "\0"):
-    """Yields every file of an archive, in its order; with its content where its name ends in `contents`.
+def members(path: str | os.PathLike, contents: str | None = None) -> Iterator[Member]:
+    """Yields every file of an archive, in its order.
+
+    Args:
+      path: a zip or tar.
+      contents: suffix of the names of those (small) files in a tar whose content is wanted.
 
     Raises:
-      ValueError: it is no archive, or is damaged or cut short somewhere (a download that was interrupted, mostly).
+      ValueError: not an archive, or damaged, cut short or joined with another.
       OSError: it cannot be read.
     """
     path = os.fspath(path)
@@ -77,117 +88,228 @@ def members(path, contents: str = "\0"):
         yield from (_zip_members(path) if path.lower().endswith(ZIP_SUFFIXES) else _tar_members(path, contents))
 
 
-def stored_bytes(path, extent: Extent) -> bytes:
-    """The content of a member; ValueError with the reason when it cannot be had."""
+def open_member(path: str | os.PathLike, extent: Extent) -> BinaryIO:
+    """Opens the content of a member as a seekable file: in memory, or a temporary file if it is large.
+
+    Raises:
+      ValueError: the reason why its content cannot be had: too large, damaged, the archive cannot be read.
+      OSError: a temporary file cannot be written.
+    """
     if max(extent.size, extent.stored) > LARGEST_MEMBER:
-        raise ValueError(f"too large to be read from an archive: {extent.size / 1e9:.1f} GB, unpack it")
-    with open(path, "rb") as file:
-        file.seek(extent.offset)
-        if extent.crc >= 0:  # a zip: 26 bytes into the local header stand the lengths of the two fields that end it
-            header = file.read(30)
-            if len(header) < 30 or not header.startswith(b"PK\3\4"):
-                raise ValueError("damaged in its archive: no header")
-            file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
-        data = file.read(extent.stored)
-    if len(data) < extent.stored:
-        raise ValueError(f"truncated in its archive: {len(data)} of {extent.stored} bytes")
-    if extent.deflated:
-        try:
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, extent.size + 1)
-        except zlib.error as error:
-            raise ValueError(f"damaged in its archive: {error}") from None
-    if extent.crc >= 0 and (len(data) != extent.size or zlib.crc32(data) != extent.crc):
-        raise ValueError("damaged in its archive: wrong checksum")
-    return data
+        raise ValueError(_too_large(extent.size))
+    content = io.BytesIO() if extent.size <= IN_MEMORY else tempfile.TemporaryFile(prefix="memo-jax-")
+    try:
+        crc, size = 0, 0
+        for data in _unpacked(path, extent):
+            size += len(data)
+            if size > extent.size:
+                break
+            crc = zlib.crc32(data, crc)
+            content.write(data)
+        if size != extent.size or extent.crc not in (None, crc):
+            raise ValueError("damaged in its archive: wrong checksum")
+    except BaseException:
+        content.close()
+        raise
+    content.seek(0)
+    return content
 
 
 class TarStream:
     """A compressed tar, read once from its beginning to its end."""
 
-    def __init__(self, path):
-        self.path, self._number = os.fspath(path), -1
-        self._files = contextlib.ExitStack()
+    def __init__(self, path: str | os.PathLike):
+        self.path = os.fspath(path)
         with _damage_named(self.path):
-            self._tar = self._files.enter_context(_opened_tar(self.path, self._files))
+            self._tar = _Tar(self.path)
 
-    def copy(self, number: int, file) -> int:
-        """Copies the content of the file with this number, greater than any before, to `file`; returns its bytes."""
+    def copy(self, extent: Extent, file: BinaryIO) -> None:
+        """Copies the content of a member, which comes after all that were copied before, to `file`.
+
+        Raises:
+          ValueError: the archive is damaged, or not the one that the extent is of.
+        """
         with _damage_named(self.path):
-            while self._number < number:
-                info = _next(self._tar)
+            while self._tar.number < extent.number:
+                info = self._tar.next()
                 if info is None:
-                    raise EOFError
-                self._number += not info.isdir()
-            source, copied = self._tar.extractfile(info), 0
-            while data := source.read(1 << 20):
+                    raise EOFError("it has fewer files than before")
+            if info.size != extent.size:
+                raise ValueError("it has changed")
+            for data in _chunks(self._tar.file, extent.size):
                 file.write(data)
-                copied += len(data)
-            return copied
+
+    def close(self) -> None:
+        """Closes the archive."""
+        self._tar.close()
+
+
+class _Tar:
+    """The files of a tar one after another; with each, `file` is at the beginning of its content."""
+
+    def __init__(self, path):
+        opened = _compression(path)
+        self.is_compressed = opened is not None
+        self.file = (opened or open)(path, "rb")
+        self.number = -1  # of the file that `next` returned last
+        try:
+            self._headers = _Headers(self.file)
+            self._tar = tarfile.TarFile(fileobj=self._headers, tarinfo=_CheckedTarInfo)  # reads the first header
+        except BaseException:
+            self.file.close()
+            raise
+        self._offset = -1
+
+    def next(self) -> tarfile.TarInfo | None:
+        """The next file that is no folder; None at the end mark, behind which only filling may come."""
+        while True:
+            self._headers.allowed = LARGEST_HEADER
+            info = self._tar.next()
+            self._tar.members.clear()  # a million of them would fill the memory
+            if info is None:
+                self._check_end()
+                return None
+            if self._tar.offset <= self._offset or info.size < 0:
+                raise tarfile.ReadError(f"a negative size in the header at byte {info.offset:,}")
+            if self.is_compressed and info.size > LARGEST_SKIPPED:
+                raise tarfile.ReadError(f"a file of {info.size:,} bytes in it")
+            self._offset = self._tar.offset
+            if not info.isdir():
+                self.number += 1
+                return info
 
     def close(self):
-        self._files.close()
+        self.file.close()
+
+    def _check_end(self):
+        rest = self.file.read(MOST_FILLING + 1)  # to the end, where the checksum of a gzip is
+        if len(rest) > MOST_FILLING or rest.strip(b"\0"):
+            raise tarfile.ReadError(f"its end mark is at byte {self._tar.offset:,}, but more follows: are they two?")
+
+
+class _Headers:
+    """The file that `tarfile` reads headers from, of which it gets no more than `allowed` bytes."""
+
+    def __init__(self, file):
+        self._file, self.allowed = file, LARGEST_HEADER
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size):
+        self.allowed -= size
+        if size < 0 or self.allowed < 0:
+            raise tarfile.ReadError(f"a header of more than {LARGEST_HEADER:,} bytes at byte {self.tell():,}")
+        return self._file.read(size)
+
+
+class _CheckedTarInfo(tarfile.TarInfo):
+    """A header of a tar; unlike TarInfo, a damaged one is an error and not the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # the end mark
+            raise
+        except tarfile.EmptyHeaderError:
+            raise tarfile.ReadError("it ends without an end mark" if tar.offset else "it is empty") from None
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {tar.offset:,}") from None
+
+
+def _tar_members(path, contents):
+    with contextlib.closing(_Tar(path)) as tar:
+        while (info := tar.next()) is not None:
+            extent, problem, content = None, _tar_problem(info), None
+            if not problem:
+                extent = Extent(info.offset_data, info.size, info.size, number=tar.number)
+                if contents is not None and info.name.endswith(contents):
+                    content = tar.file.read(min(info.size, SPEAKER_BYTES))
+            yield Member(_clean(info.name), extent, problem, content)
+
+
+def _tar_problem(info):
+    if info.issym() or info.islnk():
+        return "a link in its archive"
+    if not info.isreg():
+        return "not a file"
+    if info.issparse():
+        return "a sparse file in its archive: unpack it"
+    return _too_large(info.size) if info.size > LARGEST_MEMBER else ""
 
 
 def _zip_members(path):
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
-            if info.is_dir():
-                continue
-            problem = ""
-            if info.flag_bits & 1:
-                problem = "encrypted in its archive"
-            elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                problem = "compressed in an unusual way: unpack the archive"
-            yield Member(
-                _clean(info.filename),
-                None
-                if problem
-                else Extent(
-                    info.header_offset,
-                    info.compress_size,
-                    info.file_size,
-                    info.compress_type == zipfile.ZIP_DEFLATED,
-                    info.CRC,
-                ),
-                problem,
-            )
+        infos = archive.infolist()
+        first = min((info.header_offset for info in infos), default=0)
+        archive.fp.seek(0)
+        if first and archive.fp.read(4) == b"PK\3\4":
+            raise zipfile.BadZipFile(f"its first file is at byte {first:,}, but another archive begins at byte 0")
+        for info in infos:
+            if not info.is_dir():
+                problem = _zip_problem(info)
+                yield Member(_clean(info.filename), None if problem else _zip_extent(info), problem)
 
 
-def _tar_members(path, contents):
-    streamed, number = is_compressed_tar(path), -1
-    with contextlib.ExitStack() as files:
-        tar = _opened_tar(path, files)
-        while (info := _next(tar)) is not None:
-            if info.isdir():
-                continue
-            number += 1
-            problem = (
-                "a link in its archive"
-                if info.issym() or info.islnk()
-                else "not a file"
-                if not info.isreg()
-                else "a sparse file in its archive: unpack it"
-                if info.issparse()
-                else ""
-            )
-            content = tar.extractfile(info).read(1 << 12) if not problem and info.name.endswith(contents) else b""
-            extent = Extent(-1 if streamed else info.offset_data, info.size, info.size, number=number)
-            yield Member(_clean(info.name), None if problem else extent, problem, content)
-        if not streamed and os.path.getsize(path) - tar.offset > MOST_FILLING:
-            raise tarfile.ReadError(f"its end mark is at byte {tar.offset:,} of {os.path.getsize(path):,}")
+def _zip_problem(info):
+    if info.flag_bits & 1:
+        return "encrypted in its archive"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "compressed in an unusual way: unpack the archive"
+    if info.header_offset < 0:
+        return "damaged in its archive: no header"
+    return _too_large(info.file_size) if max(info.file_size, info.compress_size) > LARGEST_MEMBER else ""
 
 
-def _opened_tar(path, files):
-    opened = _compression(path)
-    if opened is None:
-        return files.enter_context(tarfile.open(path, "r:"))
-    return files.enter_context(tarfile.open(fileobj=files.enter_context(opened(path)), mode="r|"))
+def _zip_extent(info):
+    return Extent(
+        info.header_offset,
+        info.compress_size,
+        info.file_size,
+        info.compress_type == zipfile.ZIP_DEFLATED,
+        info.CRC,
+        zlib.crc32(info.orig_filename.encode(errors="surrogateescape")),
+    )
 
 
-def _next(tar):
-    info = tar.next()
-    tar.members.clear()  # a million of them would fill the memory
-    return info
+def _unpacked(path, extent):
+    """Yields the content of a member in pieces; ValueError if the archive cannot be read or is damaged there."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(extent.offset)
+            if extent.crc is not None:
+                _skip_zip_header(file, extent.name_crc)
+            unpack = zlib.decompressobj(-zlib.MAX_WBITS) if extent.deflated else None
+            for data in _chunks(file, extent.stored):
+                yield data if unpack is None else unpack.decompress(data)
+    except EOFError as error:
+        raise ValueError(f"truncated in its archive: {error}") from None
+    except zlib.error as error:
+        raise ValueError(f"damaged in its archive: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot be opened: {error.strerror}") from None
+
+
+def _skip_zip_header(file, name_crc):
+    """Goes from the local header of a member in a zip to its data; the header repeats the name of the directory."""
+    header = file.read(30)
+    if len(header) < 30 or not header.startswith(b"PK\3\4"):
+        raise ValueError("damaged in its archive: no header")
+    flags, name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (6, 26, 28))
+    name = file.read(name_bytes).decode("utf-8" if flags & 0x800 else "cp437", errors="replace")
+    if zlib.crc32(name.encode()) != name_crc:
+        raise ValueError("damaged in its archive: another name in its header")
+    file.seek(extra_bytes, os.SEEK_CUR)
+
+
+def _chunks(file, size):
+    """Yields the next `size` bytes of a file; EOFError if there are fewer."""
+    left = size
+    while left:
+        data = file.read(min(CHUNK, left))
+        if not data:
+            raise EOFError(f"{size - left:,} of {size:,} bytes")
+        left -= len(data)
+        yield data
 
 
 def _compression(path):
@@ -201,13 +323,24 @@ def _clean(name):
     return posixpath.normpath(name).lstrip("/")
 
 
+def _too_large(size):
+    return f"too large to be read from an archive: {size / 1e9:.1f} GB, unpack it"
+
+
 @contextlib.contextmanager
 def _damage_named(path):
+    """Names the archive in whatever the libraries raise about its content, which is of many kinds."""
     try:
         yield
-    except DAMAGE as error:
-        reason = str(error).strip().rstrip(".") or "it ends early"
-        raise ValueError(
-            f"{path}: not an archive, damaged or cut short ({reason}): get the file again, or unpack what "
-            "is left of it and prepare that folder"
-        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk; gzip's own errors have none
+            raise
+        reason = one_line(error) if str(error) else "it ends early"
+    else:
+        return
+    raise ValueError(
+        f"{path}: not an archive, damaged or cut short ({reason}): get the file again, or unpack what is left of it "
+        "and prepare that folder"
+    ) from None

@@ -101,7 +101,7 @@ def _bank(kind, folder, length, most, seed):
         if count > limit:
             start = rng.uniform(0, (count - limit) * length) / SAMPLE_RATE
             span = (start, start + limit * length / SAMPLE_RATE + 0.01)  # rounding must not cost a row
-        rows = _rows(read_audio(path, span=span), length)[: min(count, limit)]
+        rows = _rows(read_audio(path, start=span[0], end=span[1]), length)[: min(count, limit)]
         bank[filled : filled + len(rows)] = rows
         filled += len(rows)
     if not filled:
@@ -184,7 +184,7 @@ def _rows(samples, length):
 
 def _impulse_response(path, length):
     """The recording's first channel as an impulse response, float32 [length]."""
-    samples = read_float_audio(path, channel=0)
+    samples = read_float_audio(path, channel=1)
     direct = int(np.argmax(np.abs(samples)))
     response = np.zeros(length, np.float32)
     kept = samples[direct : direct + length]

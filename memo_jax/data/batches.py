@@ -12,9 +12,7 @@ import grain
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
-from memo_jax.data.records import Shards
-
-MANIFEST = "manifest.tsv"  # as prepare writes it
+from memo_jax.data.records import MANIFEST, Shards, read_manifest
 
 
 def open_utterances(path) -> "Utterances":
@@ -97,13 +95,13 @@ class Utterances:
 
     @functools.cached_property
     def _manifest(self):
-        with open(self.path / MANIFEST, encoding="utf-8", newline="\n") as file:
-            rows = [line.rstrip("\n").split("\t") for line in file]
-        if len(rows) - 1 != len(self):
+        columns = read_manifest(self.path)
+        if len(columns["name"]) != len(self):
+            count = len(columns["name"])
             raise ValueError(
-                f"{self.path / MANIFEST} has {len(rows) - 1} utterances, the dataset {len(self)}: prepare it again"
+                f"{self.path / MANIFEST} has {count} utterances, the dataset {len(self)}: prepare it again"
             )
-        return dict(zip(rows[0], map(list, zip(*rows[1:]))))
+        return columns
 
 
 def steps_per_epoch(utterances: int, batch_size: int) -> int:

@@ -1,98 +1,108 @@
-"""Reads a dataset again, all of it: counts, lengths and checksums are those that it was prepared with, or what is not."""
+"""Reads all of a dataset again: files, counts, lengths and checksums must be those that it was prepared with."""
 
 import contextlib
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
-from memo_jax.data.prepare import MANIFEST, MANIFEST_COLUMNS, checksum_of, fingerprint_of
-from memo_jax.data.records import INDEX, INFO, ShardReader, shard_files
+from memo_jax.data.prepare import fingerprint_of
+from memo_jax.data.records import (
+    CHECKSUMS,
+    INDEX,
+    INFO,
+    MANIFEST,
+    MANIFEST_COLUMNS,
+    METADATA,
+    ShardReader,
+    changed_files,
+    checksum_of,
+    index_accounts_for,
+    parsed_index,
+    shard_files,
+)
 from memo_jax.data.worker_pool import results
-from memo_jax.log import Progress
+from memo_jax.files import one_line
+from memo_jax.log import Progress, plural
 
 
-def check(dataset, *, workers: int | None = None) -> dict:
-    """Verifies that every utterance of a dataset is there as its manifest says.
+def check(dataset: str | os.PathLike, *, workers: int | None = None) -> dict:
+    """Verifies that every file and utterance of a dataset is there as `prepare` wrote it.
 
     Returns:
-      {"utterances", "seconds", "shards", "problems": [(file, problem), …]}, a sound dataset having no problems.
+      {"utterances", "seconds", "shards", "problems": [(file, problem), …]}; a sound dataset has no problems.
 
     Raises:
       FileNotFoundError: no dataset there. ValueError: workers out of range.
     """
     folder = Path(dataset)
-    if not (folder / INFO).is_file():
-        raise FileNotFoundError(f"{folder} is not a dataset ({INFO} is missing)")
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
     report = {"utterances": 0, "seconds": 0.0, "shards": 0, "problems": []}
+    problems = report["problems"]
+    if not any((folder / name).is_file() for name in (INFO, CHECKSUMS)):
+        raise FileNotFoundError(f"{folder} is not a dataset ({INFO} is missing)")
     try:
-        shards, metadata = shard_files(folder)
-        size, fingerprint = metadata["segment_samples"], metadata["fingerprint"]
-    except (ValueError, KeyError) as error:
-        report["problems"].append((INFO, f"not readable, or of another version: {error}"))
+        changed = changed_files(folder)
+    except (OSError, ValueError) as error:
+        problems.append((CHECKSUMS, one_line(error)))
         return report
+    problems += [(name, "missing or damaged") for name in changed]
+    if set(changed) & set(METADATA):  # nothing says what the shards should hold
+        return report
+    shards, metadata = shard_files(folder)
+    size, fingerprint = metadata["segment_samples"], metadata["fingerprint"]
     report |= {"utterances": metadata["utterances"], "seconds": metadata["seconds"], "shards": len(shards)}
     first_records = list(itertools.accumulate((records for _, records in shards), initial=0))
-    problems, index = report["problems"], _index(folder, size, first_records[-1])
-    if index is None:
-        problems.append((INDEX, "missing or damaged"))
+    index = None if INDEX in changed else parsed_index((folder / INDEX).read_bytes())
+    if INDEX not in changed and (index is None or not index_accounts_for(index, size, first_records[-1])):
+        problems.append((INDEX, "does not account for the records"))
+        index = None
     found_fingerprint, problem = _read_manifest(folder, metadata["utterances"])
     if problem:
         problems.append((MANIFEST, problem))
     with Progress(first_records[-1], "check", "record") as shown, contextlib.ExitStack() as files:
         rows = None if problems else _manifest_rows(files.enter_context(_opened(folder)))
         tasks = _tasks(shards, first_records, index, rows, size)
-        for found in results(_shard_problems, tasks, min(workers or os.cpu_count(), len(shards)), shown):
+        for found in results(_shard_problems, tasks, max(1, min(workers or os.cpu_count(), len(shards))), shown):
             problems += found
     if not problems and found_fingerprint != fingerprint:
         problems.append(
             (INFO, f"fingerprint {fingerprint}, but that of the manifest and the records is {found_fingerprint}")
         )
-    report["problems"] = sorted(problems)
+    problems.sort()
     return report
 
 
-def check_summary(dataset, report: dict, most: int = 20) -> str:
-    """What `check` found, for people."""
+def check_text(dataset: str | os.PathLike, report: dict, most: int = 20) -> str:
+    """Returns the report of `check` as text for people."""
     problems = [f"  {file}: {problem}" for file, problem in report["problems"][:most]]
     if len(report["problems"]) > most:
         problems.append(f"  … and {len(report['problems']) - most:,} more")
-    line = "{:,} utterances, {:.2f} hours, {:,} shards".format(
-        report["utterances"], report["seconds"] / 3600, report["shards"]
+    line = (
+        f"{plural(report['utterances'], 'utterance')}, {report['seconds'] / 3600:.2f} hours, "
+        f"{plural(report['shards'], 'shard')}"
     )
     if not problems:
         return f"{dataset}: {line}, all as prepared"
-    count = "1 problem" if len(problems) == 1 else f"{len(report['problems']):,} problems"
     return "\n".join(
         [
-            f"{dataset} is damaged: {count} in {line}",
+            f"{dataset} is damaged: {plural(len(report['problems']), 'problem')} in {line}",
             *problems,
             "restore these files from a copy, or prepare the dataset again",
         ]
     )
 
 
-def _index(folder, size, records):
-    """The index when it accounts for all records, else None."""
-    try:
-        index = np.load(folder / INDEX)
-        counts = -(-index[:, 1] // size)
-        sound = (counts > 0).all() and (np.cumsum(counts) - counts == index[:, 0]).all() and counts.sum() == records
-        return index if sound else None
-    except (OSError, ValueError, IndexError, EOFError):
-        return None
-
-
 def _opened(folder):
     return open(folder / MANIFEST, encoding="utf-8", newline="\n")
 
 
-def _manifest_rows(file):
-    """The rows of an open manifest; ValueError for a line that is none."""
+def _manifest_rows(file) -> Iterator[tuple[str, ...]]:
+    """Yields the rows of an open manifest; ValueError for a line that is none."""
     for number, line in enumerate(file):
         row = tuple(line.rstrip("\n").split("\t"))
         if len(row) != len(MANIFEST_COLUMNS) or (number == 0 and row != MANIFEST_COLUMNS):
@@ -102,29 +112,30 @@ def _manifest_rows(file):
 
 
 def _read_manifest(folder, utterances):
-    """(fingerprint, problem) of the manifest as a whole: what single rows say is compared with the records later."""
+    """(fingerprint, problem) of the manifest as a whole: its single rows are compared with the records later."""
     count = 0
 
     def counted(rows):
         nonlocal count
-        for count, row in enumerate(rows, 1):
+        for row in rows:
+            count += 1
             yield row
 
     try:
         with _opened(folder) as file:
             fingerprint = fingerprint_of(counted(_manifest_rows(file)))
     except (OSError, ValueError) as error:
-        return None, str(error)
+        return None, one_line(error)
     return fingerprint, "" if count == utterances else f"{count:,} utterances, the dataset has {utterances:,}"
 
 
 def _tasks(shards, first_records, index, rows, size):
-    """Yields, for each shard: path, records, its part of the index, its rows (None where these are not to be had), size."""
+    """Yields, for each shard: path, records, its part of the index, its rows of the manifest (or None), size."""
     for number, (path, records) in enumerate(shards):
         begin, end = first_records[number : number + 2]
         part = own_rows = None
         if index is not None:
-            part = index[slice(*np.searchsorted(index[:, 0], (begin, end)))] - (begin, 0)
+            part = index[slice(*np.searchsorted(index[:, 0], (begin, end)))] - (begin, 0, 0)
             own_rows = rows and list(itertools.islice(rows, len(part)))
         yield path, records, part, own_rows, size
 
@@ -142,7 +153,7 @@ def _shard_problems(path, records, index, rows, size, count):
     utterances = (
         [(number, 1) for number in range(records)]
         if index is None
-        else [(first, -(-samples // size)) for first, samples in index.tolist()]
+        else [(first, -(-samples // size)) for first, samples, _ in index.tolist()]
     )
     for position, (first, count_of) in enumerate(utterances):
         parts = []
@@ -155,19 +166,22 @@ def _shard_problems(path, records, index, rows, size, count):
         if rows and len(parts) == count_of:
             problems += [
                 (file, f"utterance {rows[position][0]}: {problem}")
-                for problem in _utterance_problems(parts, rows[position], size)
+                for problem in _utterance_problems(parts, rows[position], index[position, 1], size)
             ]
     return problems
 
 
-def _utterance_problems(parts, row, size):
-    """What of an utterance's records (name, speaker, start, samples) is not as its row of the manifest says."""
+def _utterance_problems(parts, row, length, size):
+    """Yields what in an utterance's records (name, speaker, start, samples) differs from its row of the manifest."""
     name, speaker, seconds, checksum, _ = row
     samples = np.concatenate([part[3] for part in parts])
     if {part[:2] for part in parts} != {(name, speaker)}:
-        yield f"the record's name and speaker are {' '.join(map(repr, parts[0][:2]))}, the manifest's {name!r} {speaker!r}"
+        found = " ".join(map(repr, parts[0][:2]))
+        yield f"the record's name and speaker are {found}, the manifest's {name!r} {speaker!r}"
     if [part[2] for part in parts] != list(range(0, len(samples), size)):
         yield "its segments are not in order"
+    if len(samples) != length:
+        yield f"{len(samples):,} samples, {INDEX} says {length:,}"
     if f"{len(samples) / SAMPLE_RATE:.7f}" != seconds:
         yield f"{len(samples) / SAMPLE_RATE:.7f} s, the manifest says {seconds}"
     if checksum_of(samples) != checksum:

@@ -1,56 +1,62 @@
-"""What is to be prepared: the recordings that inputs hold now or, when work goes on, that they held at its begin."""
+"""What is to be prepared: the recordings that inputs hold now or, if work is resumed, that they held when it began."""
 
 import collections
 import os
 import shutil
-import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from memo_jax.audio import AUDIO_EXTENSIONS, needs_ffmpeg
-from memo_jax.data.recordings import input_kind
-from memo_jax.data.unfinished import explained_write_errors
+from memo_jax.data.recordings import Kind, Recording, input_kind
+from memo_jax.data.tfds_audio import TfdsInput
+from memo_jax.data.unfinished import Unfinished, explained_write_errors
+from memo_jax.log import plural, say
+
+Found = tuple[list[Recording], list[tuple[str, str]]]  # recordings, and (source, reason) of what was left out
 
 
-def planned(unfinished, command, inputs, find, overwrite, output):
-    """(recordings, left_out): those of the plan in the unfinished folder, or found now and written there as its plan.
+def planned(
+    unfinished: Unfinished,
+    command: dict,
+    inputs: Sequence[str | os.PathLike | TfdsInput],
+    find: Callable[[Sequence], Found],
+    overwrite: bool,
+    output: Path,
+) -> Found:
+    """Returns the recordings of the plan in the unfinished folder, or finds them and writes them there as its plan.
 
     Args:
-      unfinished: the folder, `Unfinished`, which this process owns afterwards.
-      command: JSON, all that decides what becomes of the inputs: a plan made for another is refused.
-      inputs: paths.
-      find: the function inputs → (recordings, left_out).
+      unfinished: the folder, locked.
+      command: JSON, all that decides what becomes of the inputs: the plan of another command is refused.
+      inputs: paths, and datasets of TFDS.
+      find: the function inputs → recordings and what was left out.
       overwrite: whether the plan of another command is thrown away.
-      output: of the dataset, for messages.
+      output: the dataset, for messages.
 
     Raises:
-      FileExistsError: the plan of another command. ValueError: no recordings, or none that can be decoded here.
+      FileExistsError: the plan is of another command. ValueError: no recordings, or none that can be decoded here.
     """
     if unfinished.folder.is_dir():
-        unfinished.claim()
-        header = unfinished.header()
-        problem = header and _difference(header, command)
+        plan = unfinished.plan()
+        problem = plan and _difference(plan[0], command)
         if problem and not overwrite:
             raise FileExistsError(
                 f"{output} is unfinished, and {problem}: finish it with the command that it was "
                 "begun with, or start over with --overwrite"
             )
-        if header and not problem:
-            recordings, left_out = unfinished.plan()
-            folders = [path for path in inputs if input_kind(path) in ("folder", "Kaldi folder")]
-            known = {item.name for item in recordings} if folders else ()
-            late = [item.source for item in (find(folders)[0] if folders else ()) if item.name not in known]
-            if late:
-                say(f"{len(late):,} recordings came since {output} was begun, the first {late[0]}: they are left out")
-            return recordings, left_out + [(source, "came late: after the dataset was begun") for source in late]
-        say(f"starting {output} over: what was unfinished there {problem or 'has no plan'}")
+        if plan and not problem:
+            _, recordings, left_out = plan
+            return recordings, left_out + _late(recordings, inputs, find, output)
+        say(f"starting {output} over: what was unfinished there {problem or 'has no plan, or a damaged one'}")
         unfinished.discard()
     recordings, left_out = find(inputs)
     if not recordings:
         raise ValueError(
-            f"no recordings in {', '.join(inputs)}{reasons(left_out)}; looked for {' '.join(sorted(AUDIO_EXTENSIONS))}"
+            f"no recordings in {', '.join(map(str, inputs))}{reasons(left_out)}; looked for "
+            f"{' '.join(sorted(AUDIO_EXTENSIONS))}"
         )
     _check_ffmpeg(recordings)
-    unfinished.claim()
-    archives = {item.root for item in recordings if item.extent}
+    archives = {item.archive for item in recordings if item.archive}
     with explained_write_errors(unfinished, output):
         unfinished.begin(
             command | {"archives": {path: _state(path) for path in sorted(archives)}}, recordings, left_out
@@ -58,8 +64,20 @@ def planned(unfinished, command, inputs, find, overwrite, output):
     return recordings, left_out
 
 
+def _late(recordings, inputs, find, output):
+    """(source, reason) of the recordings in folders that came after the plan was made."""
+    folders = [path for path in inputs if input_kind(path) in ("folder", "Kaldi folder")]
+    if not folders:
+        return []
+    known = {item.name for item in recordings}
+    late = [item.source for item in find(folders)[0] if item.name not in known]
+    if late:
+        say(f"left out {plural(len(late), 'recording')} that came after {output} was begun, the first being {late[0]}")
+    return [(source, "came late: after the dataset was begun") for source in late]
+
+
 def _difference(header, command):
-    """How the call that a plan was made for differs from this one; "" when it does not."""
+    """How the command that a plan was made for differs from this one; "" if it does not."""
     for key, value in command.items():
         if header.get(key) != value:
             return f"was begun with {key.replace('_', ' ')} {header.get(key)}, now {value}"
@@ -78,10 +96,10 @@ def _state(path):
 
 
 def _check_ffmpeg(recordings):
-    """Tells before hours of work, not after, that recordings need an ffmpeg that is not there."""
+    """Says before hours of work, not after, that recordings need ffmpeg, which is not there."""
     if shutil.which("ffmpeg"):
         return
-    needing = [item for item in recordings if needs_ffmpeg(item.path)]
+    needing = [item for item in recordings if item.kind is not Kind.COMMAND and needs_ffmpeg(item.path)]
     if len(needing) == len(recordings):
         raise ValueError(
             f"ffmpeg is missing, and all recordings need it, such as {needing[0].source}: install it, or "
@@ -89,18 +107,13 @@ def _check_ffmpeg(recordings):
         )
     if needing:
         say(
-            f"ffmpeg is missing: {len(needing):,} recordings that need it, such as {needing[0].source}, will be left "
-            "out"
+            f"ffmpeg is missing: without it, {plural(len(needing), 'recording')} will be left out, such as "
+            f"{needing[0].source}"
         )
 
 
-def say(text: str) -> None:
-    """Tells people about the progress of work, apart from its result."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def reasons(left_out, most=5):
-    """ " (3 × empty file; 1 × silence)": how often each kind of reason occurs, or "" when nothing was left out."""
+def reasons(left_out: Sequence[tuple[str, str]], most: int = 5) -> str:
+    """Returns " (3 × empty file; 1 × silence)": how often each kind of reason occurs, or "" if nothing was left out."""
     counts = collections.Counter(reason.split(":")[0] for _, reason in left_out)
     shown = [f"{count} × {reason}" for reason, count in counts.most_common(most)]
     return f" ({'; '.join(shown + ['…'] * (len(counts) > most))})" if shown else ""

@@ -6,79 +6,84 @@ import functools
 import hashlib
 import json
 import os
-import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from memo_jax import __version__
-from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech
-from memo_jax.data.archives import TarStream
-from memo_jax.data.plan import planned, reasons, say
-from memo_jax.data.recordings import find_recordings, input_kind, is_streamed, read_recording
-from memo_jax.data.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
-from memo_jax.data.tfds_audio import is_tfds_input
-from memo_jax.data.unfinished import Unfinished, explained_write_errors, finish_part
+from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, check_speech
+from memo_jax.data.archives import LARGEST_MEMBER, TarStream
+from memo_jax.data.plan import planned, reasons
+from memo_jax.data.recordings import Kind, find_recordings, input_kind, read_recording
+from memo_jax.data.records import LEFT_OUT, MANIFEST, MANIFEST_COLUMNS, SEGMENT_SAMPLES, ShardWriter, write_metadata
+from memo_jax.data.tfds_audio import TfdsInput
+from memo_jax.data.unfinished import Unfinished, explained_write_errors, finish_part, is_dataset, is_empty_folder
 from memo_jax.data.worker_pool import results
-from memo_jax.log import Progress
+from memo_jax.locks import exclusive
+from memo_jax.log import Progress, plural, say
 
-MANIFEST, LEFT_OUT = "manifest.tsv", "left_out.tsv"
-MANIFEST_COLUMNS = ("name", "speaker", "seconds", "checksum", "source")
 # A batch reads from every shard and a reader holds its file open, so their number must stay well under the usual limit
 # of 1,024 open files; small datasets get several shards too, so that workers have something to share.
 RECORDINGS_PER_SHARD, MOST_PARTS, BYTES_PER_SHARD = 64, 256, 2 << 30
+BYTES_PER_SPOOL = LARGEST_MEMBER  # of a compressed tar that are copied beside the output at a time, for each worker
 
 
 def prepare(
-    inputs,
-    output,
+    inputs: str | os.PathLike | TfdsInput | Sequence[str | os.PathLike | TfdsInput],
+    output: str | os.PathLike,
     *,
     min_seconds: float = 0.5,
-    max_seconds: float = 4 * 3600,
+    max_seconds: float = MAX_SECONDS,
+    channel: str | int = "mean",
     workers: int | None = None,
     overwrite: bool = False,
     run_commands: bool = False,
     speakers: dict[str, str] | None = None,
 ) -> dict:
-    """Turns recordings into a dataset that `data.open_utterances` reads.
+    """Turns recordings into a dataset that `batches.open_utterances` reads.
 
     Every file of the inputs is either in the dataset or in its report of what was left out. Names, speakers and order
-    are those of `recordings.find_recordings`, whatever the number of workers. The output appears whole or not at all.
-    What a run did before it was ended, by whatever, is kept beside the output; the same call goes on from there, with
-    the list of recordings that the first run found, and ends with the bytes that it would have written.
+    are those of `recordings.find_recordings`, whatever the number of workers. The output appears whole or not at all,
+    and replaces nothing but, with `overwrite`, a dataset. At most one process at a time prepares an output. What a run
+    did before it was ended, by whatever, is kept beside the output; the same call goes on from there, with the list of
+    recordings that the first run found, and ends with the bytes that it would have written.
 
-    Writes, beside the TFDS files: manifest.tsv (name, speaker, seconds, checksum of the samples, source) and
-    left_out.tsv (source, reason).
+    Writes, beside the TFDS files: manifest.tsv (name, speaker, seconds, checksum of the samples, source), left_out.tsv
+    (source, reason) and checksums.txt (of all files but the shards, as sha256sum writes and checks them).
 
     Args:
       inputs: folders, nested as speaker/…/utterance, or flat (then the speaker is ""); zip and tar archives; Kaldi
-        folders; wespeaker's shards or a list of them; datasets of TFDS (`tfds_audio.tfds_input`).
+        folders; wespeaker's shards or a list of them; datasets of TFDS.
       output: folder to create.
       min_seconds: shorter recordings are left out.
       max_seconds: longer recordings are left out.
-      workers: processes; all processors when None. 1 works in this process.
+      channel: of recordings with several: "mean", or the number of one, from 1. One that the fifth field of a Kaldi
+        folder's segments names comes first.
+      workers: processes; all processors if None. 1 works in this process.
       overwrite: whether an earlier dataset at `output`, or the unfinished one of another call, is replaced.
       run_commands: whether commands in a Kaldi folder's wav.scp are run.
       speakers: name → speaker, in place of those found.
 
     Returns:
       the report: {"output", "utterances", "speakers", "seconds", "shards", "left_out": [(source, reason), …],
-      "fingerprint"}; see `summary`.
+      "fingerprint"}; see `preparation_text`.
 
     Raises:
-      ValueError: no recordings, none usable, two would have the same name, an input is damaged, changed or gone, or
-        output and inputs overlap.
+      ValueError: no recordings, none usable, two would have the same name, an input is damaged, has changed or is
+        missing, or output and inputs overlap.
       FileExistsError: `output` exists (without `overwrite`), or is no dataset (with it), or is unfinished, of another
         call.
-      OSError: the output cannot be written: read-only, disk full.
+      LockedError: another process prepares this output. OSError: it cannot be written: read-only, disk full.
     """
-    inputs = [os.fspath(path) for path in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+    inputs = [inputs] if isinstance(inputs, (str, os.PathLike, TfdsInput)) else list(inputs)
+    inputs = [given if isinstance(given, TfdsInput) else os.fspath(given) for given in inputs]
     output, target = Path(output), Path(os.path.abspath(output))
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
-    _check_output(inputs, output, overwrite)
     command = {
-        "inputs": [path if is_tfds_input(path) else os.path.abspath(path) for path in inputs],
+        "inputs": [given.text if isinstance(given, TfdsInput) else os.path.abspath(given) for given in inputs],
         "min_seconds": min_seconds,
         "max_seconds": max_seconds,
+        "channel": channel,
         "run_commands": run_commands,
         "speakers": _digest(speakers),
         "version": __version__,
@@ -86,53 +91,57 @@ def prepare(
         "recordings_per_shard": RECORDINGS_PER_SHARD,
         "bytes_per_shard": BYTES_PER_SHARD,
     }
-    unfinished = Unfinished(target)
     find = functools.partial(_find, exclude=output, run_commands=run_commands, speakers=speakers)
-    try:
-        recordings, left_out = planned(unfinished, command, inputs, find, overwrite, output)
-        with explained_write_errors(unfinished, output):
-            _write_parts(unfinished, _parts(recordings), inputs, min_seconds, max_seconds, workers or os.cpu_count())
-            report = _finish(unfinished, len(_parts(recordings)), left_out)
-            if report["utterances"]:
-                _replace_folder(unfinished.dataset, target)
+    with exclusive(target):
+        unfinished = Unfinished(target)
+        if report := unfinished.finished(command):
+            say(f"{output} was finished already when the run before was ended")
             unfinished.discard()
-    except KeyboardInterrupt:
-        if unfinished.has_parts():
-            say(f"{output} is unfinished: the same command goes on from there")
-        raise
-    finally:
-        unfinished.release()
+            return report | {"output": str(output), "left_out": [tuple(item) for item in report["left_out"]]}
+        _check_output(inputs, output, overwrite)
+        try:
+            recordings, left_out = planned(unfinished, command, inputs, find, overwrite, output)
+            parts = _parts(recordings)
+            with explained_write_errors(unfinished, output):
+                options = {"min_seconds": min_seconds, "max_seconds": max_seconds, "channel": channel}
+                _write_parts(unfinished, parts, inputs, options, workers or os.cpu_count())
+                report = _finish(unfinished, len(parts), left_out)
+                if report["utterances"]:
+                    unfinished.publish(command, report, overwrite)
+                unfinished.discard()
+        except KeyboardInterrupt:
+            if unfinished.has_parts():
+                say(f"{output} is unfinished: the same command goes on from there")
+            raise
+        finally:
+            if not unfinished.has_parts():
+                unfinished.discard()
     if not report["utterances"]:
-        raise ValueError(f"no usable recording in {', '.join(inputs)}{reasons(report['left_out'])}")
+        raise ValueError(f"no usable recording in {', '.join(map(str, inputs))}{reasons(report['left_out'])}")
     return report | {"output": str(output)}
 
 
-def summary(report: dict) -> str:
-    """What `prepare` did, for people: counts, hours, and why files were left out."""
-    speakers = f", {report['speakers']:,} speakers" if report["speakers"] else ""
-    lines = [
-        f"{report['output']}: {report['utterances']:,} utterances{speakers}, "
-        f"{report['seconds'] / 3600:.2f} hours, {report['shards']} shards"
-    ]
+def preparation_text(report: dict) -> str:
+    """Returns the report of `prepare` as text for people: counts, hours, and why files were left out."""
+    counts = [plural(report["utterances"], "utterance")]
+    if report["speakers"]:
+        counts.append(plural(report["speakers"], "speaker"))
+    counts += [f"{report['seconds'] / 3600:.2f} hours", plural(report["shards"], "shard")]
+    lines = [f"{report['output']}: {', '.join(counts)}"]
     if report["left_out"]:
         lines.append(
-            f"left out {len(report['left_out']):,} files{reasons(report['left_out'])}; "
+            f"left out {plural(len(report['left_out']), 'file')}{reasons(report['left_out'])}; "
             f"all in {os.path.join(report['output'], LEFT_OUT)}"
         )
     return "\n".join(lines)
 
 
-def fingerprint_of(rows) -> str:
-    """Digest of the names and audio of the rows of a manifest, in their order; speakers are no part of it."""
+def fingerprint_of(rows: Iterable[Sequence[str]]) -> str:
+    """Returns a digest of the names and audio of a manifest's rows, in their order; speakers are no part of it."""
     digest = hashlib.blake2b(digest_size=16)
     for name, _, seconds, checksum, *_ in rows:
         digest.update(json.dumps([name, seconds, checksum]).encode())
     return digest.hexdigest()
-
-
-def checksum_of(samples) -> str:
-    """Digest of an utterance's samples, as it stands in a manifest."""
-    return hashlib.blake2b(samples, digest_size=8).hexdigest()
 
 
 def _find(inputs, exclude, run_commands, speakers):
@@ -147,22 +156,30 @@ def _find(inputs, exclude, run_commands, speakers):
 def _parts(recordings):
     """The recordings in slices, each of which becomes one shard (or more where they are long)."""
     size = max(RECORDINGS_PER_SHARD, -(-len(recordings) // MOST_PARTS))
-    return [recordings[start : start + size] for start in range(0, len(recordings), size)]
+    parts, spooled = [[]], 0
+    for item in recordings:
+        streamed = item.extent.size if item.kind is Kind.STREAMED else 0
+        if len(parts[-1]) == size or parts[-1] and spooled + streamed > BYTES_PER_SPOOL:
+            parts.append([])
+            spooled = 0
+        parts[-1].append(item)
+        spooled += streamed
+    return parts
 
 
-def _write_parts(unfinished, parts, inputs, min_seconds, max_seconds, workers):
+def _write_parts(unfinished, parts, inputs, options, workers):
     """Writes the parts that are not done yet, with a progress bar over recordings."""
     write = functools.partial(
         _write_part,
         folder=unfinished.folder,
-        min_seconds=min_seconds,
-        max_seconds=max_seconds,
-        inputs=[path for path in inputs if os.path.exists(path)],
+        **options,
+        inputs=[given for given in inputs if not isinstance(given, TfdsInput) and os.path.exists(given)],
     )
     done = unfinished.parts_done(len(parts))
     recordings_done = sum(len(part) for part, is_done in zip(parts, done) if is_done)
     if recordings_done:
-        say(f"going on where an earlier run ended: {recordings_done:,} of {sum(map(len, parts)):,} recordings are done")
+        count = plural(sum(map(len, parts)), "recording")
+        say(f"going on where an earlier run ended: {recordings_done:,} of {count} are done")
     todo = [number for number, is_done in enumerate(done) if not is_done]
     with (
         Progress(sum(map(len, parts)), "prepare", "recording", initial=recordings_done) as shown,
@@ -181,38 +198,38 @@ def _spooled(numbers, parts, folder):
         stream = None
         for number in numbers:
             spool = None
-            if any(map(is_streamed, parts[number])):
+            if any(item.kind is Kind.STREAMED for item in parts[number]):
                 spool = (os.path.join(folder, f"spool-{number:05d}"), [])
                 with open(spool[0], "wb") as file:
                     for item in parts[number]:
                         spool[1].append(file.tell())
-                        if is_streamed(item):
+                        if item.kind is Kind.STREAMED:
                             if stream is None or stream.path != item.root:
                                 stream = streams.enter_context(contextlib.closing(TarStream(item.root)))
-                            stream.copy(item.extent.number, file)
+                            stream.copy(item.extent, file)
             yield number, parts[number], spool
 
 
-def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds):
+def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds, channel):
     """Decodes the recordings of a part into one shard, or more when they are long, and declares it complete."""
     rows, left_out, shards, shard = [], [], [], None
     try:
         for index, item in enumerate(recordings):
             try:
-                samples = read_recording(item, max_seconds=max_seconds, spool=spool and (spool[0], spool[1][index]))
+                samples = read_recording(
+                    item, max_seconds=max_seconds, channel=channel, spool=spool and (spool[0], spool[1][index])
+                )
                 check_speech(item.source, samples, min_seconds)
             except AudioError as error:
-                _check_inputs([*inputs, item.root] if item.extent else inputs)
+                _check_inputs([*inputs, item.archive] if item.archive else inputs)
                 left_out.append((item.source, error.reason))
             else:
                 if shard is None or shard.bytes + samples.nbytes > BYTES_PER_SHARD:
                     if shard is not None:
                         shards.append(shard.close())
                     shard = ShardWriter(folder / "dataset" / f"part-{number:05d}-{len(shards):05d}")
-                shard.write(item.name, item.speaker, samples)
-                rows.append(
-                    (item.name, item.speaker, f"{len(samples) / SAMPLE_RATE:.7f}", checksum_of(samples), item.source)
-                )
+                checksum = shard.write(item.name, item.speaker, samples)
+                rows.append((item.name, item.speaker, f"{len(samples) / SAMPLE_RATE:.7f}", checksum, item.source))
             count()
         if shard is not None:
             shards.append(shard.close())
@@ -228,14 +245,14 @@ def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds
 
 
 def _check_inputs(inputs):
-    """One file that cannot be read is left out; a disk that went away is another matter."""
+    """A single file that cannot be read is left out; a disk that is not there any more is another matter."""
     for path in inputs:
         if not os.path.exists(path):
-            raise ValueError(f"{path} is gone: bring it back and give the same command again")
+            raise ValueError(f"{path} is not there any more: bring it back and give the same command again")
 
 
 def _finish(unfinished, parts, left_out):
-    """Writes manifest, list of what was left out and metadata beside the finished shards; returns the report."""
+    """Writes manifest, list of what was left out and metadata beside the finished shards and returns the report."""
     report = {"utterances": 0, "speakers": 0, "seconds": 0.0, "shards": 0}
     speakers, shards, left_out = set(), [], list(left_out)
 
@@ -260,7 +277,7 @@ def _finish(unfinished, parts, left_out):
 
 
 def _written(path, header, rows):
-    """Yields the rows while it writes them as tab-separated text, a row a line; tabs and breaks are written as \\t, …"""
+    """Yields the rows while it writes them, tab-separated, with tabs and line breaks in them escaped."""
     escapes = str.maketrans({"\t": "\\t", "\n": "\\n", "\r": "\\r"})
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write("\t".join(header) + "\n")
@@ -273,24 +290,14 @@ def _check_output(inputs, output, overwrite):
     """Refuses an output that would destroy something that is no earlier dataset."""
     real = os.path.realpath(output)
     for path in inputs:
-        if os.path.commonpath([real, os.path.realpath(path)]) == real:
+        if not isinstance(path, TfdsInput) and os.path.commonpath([real, os.path.realpath(path)]) == real:
             raise ValueError(f"the output {output} is or holds the input {path}: choose another output")
-    if not os.path.lexists(output) or (output.is_dir() and not os.listdir(output)):
+    if not os.path.lexists(output) or is_empty_folder(output):
         return
     if not overwrite:
         raise FileExistsError(f"{output} exists already: choose another output, or replace it with --overwrite")
-    if not (output / "dataset_info.json").is_file():
+    if not is_dataset(output):
         raise FileExistsError(f"{output} exists and is not a dataset, so it is not overwritten: choose another output")
-
-
-def _replace_folder(finished, target):
-    """Puts the finished folder in its place; an earlier dataset goes only once the new one is there."""
-    old = target.parent / f".{target.name}.old"
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-    os.rename(finished, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exhaust(iterator):

@@ -5,32 +5,42 @@ Reading them needs TensorFlow, which the extra `tfds` brings and nothing else in
 
 import contextlib
 import functools
-import io
 import os
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
-from memo_jax.audio import SAMPLE_RATE, AudioError, read_audio
+from memo_jax.audio import SAMPLE_RATE, AudioError, as_audio
 
 PREFIX = "tfds:"
 NAME_FEATURES, SPEAKER_FEATURES = ("id", "utterance_id"), ("speaker_id", "speaker")
 
 
-def tfds_input(name: str, data_dir: str | os.PathLike | None = None) -> str:
-    """The input of `prepare` that stands for NAME[/CONFIG][:SPLIT], to be found in TFDS's folder `data_dir`."""
-    return f"{PREFIX}{name}" + (f"@{os.path.abspath(data_dir)}" if data_dir else "")
+class TfdsInput(NamedTuple):
+    """An input of `prepare` that is no path: a dataset of TFDS.
+
+    Attributes:
+      name: NAME[/CONFIG][:SPLIT].
+      data_dir: where TFDS keeps its datasets; "" for its own default.
+    """
+
+    name: str
+    data_dir: str = ""
+
+    @property
+    def text(self) -> str:
+        """The input in one line, as the other functions here take it."""
+        return f"{PREFIX}{self.name}" + (f"@{os.path.abspath(self.data_dir)}" if self.data_dir else "")
+
+    def __str__(self) -> str:
+        return self.text
 
 
-def is_tfds_input(text: str) -> bool:
-    """Whether `tfds_input` made it."""
-    return text.startswith(PREFIX)
+def utterance_names(text: str) -> Iterator[tuple[str, str]]:
+    """Yields (name, speaker) of every example of an input (`TfdsInput.text`), in the order of the files.
 
-
-def utterance_names(text: str):
-    """Yields (name, speaker) of every example of an input, in the order of the files.
-
-    A name is the feature "id" where there is one, and else SPLIT/number; a speaker is "speaker_id", or "" unknown.
+    A name is the feature "id" if there is one, and else SPLIT/number; a speaker is "speaker_id", or "" if unknown.
 
     Raises:
       ImportError: TensorFlow is missing. ValueError: no such dataset, not built, no or several Audio features, or the
@@ -47,10 +57,11 @@ def utterance_names(text: str):
         yield _text(example[name]) if name else f"{split}/{number:08d}", _text(example[speaker]) if speaker else ""
 
 
-def read_example(text: str, number: int, *, max_seconds: float) -> np.ndarray:
-    """The samples of an example, int16 [L] at 16 kHz; fast for examples that follow one another.
+def read_example(text: str, number: int, *, max_seconds: float, channel: str | int = "mean") -> np.ndarray:
+    """Returns the samples of an example, int16 [L] at 16 kHz; fast for examples that follow one another.
 
-    Raises AudioError as `audio.read_audio`, with "INPUT/number" for a name.
+    Raises:
+      AudioError: as `audio.as_audio`, naming INPUT/number; or longer than `max_seconds`.
     """
     _, builder, _, audio = _opened(text)
     source, rate = f"{text}/{number}", builder.info.features[audio].sample_rate or SAMPLE_RATE
@@ -58,19 +69,10 @@ def read_example(text: str, number: int, *, max_seconds: float) -> np.ndarray:
     if np.issubdtype(samples.dtype, np.integer):  # TFDS keeps 16-bit samples in wider integers
         if samples.size and (samples.min() < -(2**15) or samples.max() >= 2**15):
             raise AudioError(source, "integer samples beyond 16 bits")
-        samples, subtype = samples.astype(np.int16), "PCM_16"
-    else:
-        subtype = "FLOAT"
-    if not samples.size:
-        raise AudioError(source, "no samples")
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype=subtype)
-    file.seek(0)
-    file.name = source + ".wav"
-    try:
-        return read_audio(file, max_seconds=max_seconds)
-    except AudioError as error:
-        raise AudioError(source, error.reason) from None
+        samples = samples.astype(np.int16)
+    if len(samples) > max_seconds * rate:
+        raise AudioError(source, f"longer than {max_seconds:g} s: cut it into shorter recordings")
+    return as_audio(samples, rate, source, channel)
 
 
 @functools.lru_cache(maxsize=1)
@@ -85,7 +87,7 @@ def _opened(text):
     import tensorflow_datasets as tfds
 
     with contextlib.suppress(RuntimeError, ValueError):
-        tf.config.set_visible_devices([], "GPU")  # it would take all memory of the accelerator
+        tf.config.set_visible_devices([], "GPU")  # it would take all memory of an accelerator
     name, _, data_dir = text.removeprefix(PREFIX).partition("@")
     name, _, split = name.partition(":")
     try:
@@ -119,7 +121,7 @@ def _examples(tfds, builder, split, decoders=None):
 
 @functools.lru_cache(maxsize=1)
 def _walk(text):
-    """A function number → example, which goes on from one example to the next without looking for it."""
+    """A function number → example, which gets from one example to the next without a search."""
     tfds, builder, split, _ = _opened(text)
     position, examples = None, None
 

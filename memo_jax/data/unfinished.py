@@ -1,131 +1,149 @@
 """A dataset that is being prepared: the plan, and the parts that are done, in a folder beside it until all are.
 
-The folder `.NAME.partial` holds `plan.jsonl` (written whole or not at all), the shards in `dataset/`, and, once the
-shards of a part are complete on the disk, `part-N.json` with what is in them. So whatever ends a run, the parts that it
-finished are there for the next, and nothing else is.
+The folder `.NAME.partial` holds `plan.jsonl`, the shards in `dataset/` and, once the shards of a part are complete on
+the disk, `part-N.json` with what is in them. Each of these files appears whole or not at all and ends with its
+checksum. Thus whatever ends a run, the parts that it finished are there for the next, and nothing else is.
+
+The finished `dataset/` is renamed to the output in one step, after `finished.json`, which tells a run that is started
+again after that step that nothing is left to do. An earlier dataset that is overwritten is kept in `replaced/` until
+then, and goes back if the run ends between the two steps.
 """
 
 import contextlib
-import fcntl
+import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from memo_jax.data.archives import Extent
-from memo_jax.data.recordings import Recording
+from memo_jax.data.recordings import Kind, Recording
+from memo_jax.data.records import CHECKSUMS
+from memo_jax.files import flush_to_disk, replacing
 
-PLAN = "plan.jsonl"
+PLAN, FINISHED = "plan.jsonl", "finished.json"
 
 
 class Unfinished:
-    """The folder of the unfinished dataset `output`, of which at most one process at a time is the owner.
+    """The folder of the unfinished dataset `output`, which the caller has locked.
 
-    Raises:
-      OSError: the folder cannot be made, or another process prepares this dataset at the moment.
+    Attributes:
+      folder, dataset: paths of the folder and of the dataset in it.
     """
 
     def __init__(self, output: Path):
+        self._output = output
         self.folder = output.parent / f".{output.name}.partial"
-        self.dataset = self.folder / "dataset"
-        self._lock = None
-
-    def claim(self) -> None:
-        """Makes the folder where it is missing, and this process its owner."""
-        try:
-            self.dataset.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise type(error)(f"cannot write to the folder {self.folder.parent}: {error.strerror}") from None
-        lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise BlockingIOError(
-                f"another process is preparing this dataset in {self.folder}: wait for it, or end it"
-            ) from None
-        except OSError:  # a file system that has no locks
-            pass
-        self._lock = lock
-
-    def release(self) -> None:
-        """Ends the ownership, if this process has it; a folder in which nothing is complete goes with it."""
-        if self._lock is not None:
-            if not self.has_parts():
-                shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
-
-    def discard(self) -> None:
-        """Removes the folder, which is this process's, with all that is in it, and ends the ownership."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.release()
-
-    def has_parts(self) -> bool:
-        """Whether any part is complete."""
-        return any(self.folder.glob("part-*.json"))
-
-    def header(self) -> dict | None:
-        """What `begin` was told, but for recordings and left_out; None where nothing was begun."""
-        try:
-            with open(self.folder / PLAN, encoding="utf-8") as file:
-                return json.loads(file.readline())
-        except FileNotFoundError:
-            return None
+        self.dataset, self._replaced = self.folder / "dataset", self.folder / "replaced"
+        self._put_back()
 
     def begin(self, header: dict, recordings: list[Recording], left_out: list[tuple[str, str]]) -> None:
-        """Writes the plan: all that a later process needs to go on."""
-        lines = (
-            json.dumps(line, separators=(",", ":")) + "\n"
-            for lines in ([header], recordings, left_out)
-            for line in lines
-        )
-        _write_whole(self.folder / PLAN, lines)
+        """Makes the folder and writes the plan: all that a later process needs to go on."""
+        self.dataset.mkdir(parents=True, exist_ok=True)
+        lines = (line for lines in ([header], recordings, left_out) for line in lines)
+        _write_checked(self.folder / PLAN, (json.dumps(line, separators=(",", ":")) for line in lines))
 
-    def plan(self) -> tuple[list[Recording], list[tuple[str, str]]]:
-        """(recordings, left_out) as given to `begin`."""
-        recordings, left_out = [], []
-        with open(self.folder / PLAN, encoding="utf-8") as file:
-            next(file)
-            for line in file:
-                fields = json.loads(line)
-                if len(fields) == 2:
-                    left_out.append(tuple(fields))
-                    continue
-                name, speaker, root, path, extent, span = fields
-                recordings.append(
-                    Recording(  # strings that are equal shared, as when they were found
-                        name,
-                        sys.intern(speaker),
-                        sys.intern(root),
-                        name if path == name else path,
-                        extent and Extent(*extent),
-                        span and tuple(span),
-                    )
-                )
-        return recordings, left_out
+    def plan(self) -> tuple[dict, list[Recording], list[tuple[str, str]]] | None:
+        """Returns what was given to `begin`, or None if nothing was begun or the plan is damaged."""
+        try:
+            header, *lines = map(json.loads, _checked_lines(self.folder / PLAN))
+            left_out = [tuple(fields) for fields in lines if len(fields) == 2]
+            recordings = [_recording(fields) for fields in lines if len(fields) != 2]
+            if not header["run_commands"] and any(item.kind is Kind.COMMAND for item in recordings):
+                return None
+            return header, recordings, left_out
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
 
     def parts_done(self, parts: int) -> list[bool]:
-        """Which parts are complete; whatever else an ended process left is removed."""
-        found = {number: self.part(number) for number in range(parts) if (self.folder / _marker(number)).is_file()}
+        """Returns which parts are complete, and removes whatever else an ended process left."""
+        self.dataset.mkdir(exist_ok=True)
+        found = {}
+        for number in range(parts):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                found[number] = self.part(number)
         if len(found) == parts:
             self._undo_names([shard for number in range(parts) for shard in found[number]["shards"]])
         there = set(os.listdir(self.dataset))
         found = {number: part for number, part in found.items() if there >= {shard["path"] for shard in part["shards"]}}
         for name in there - {shard["path"] for part in found.values() for shard in part["shards"]}:
             os.unlink(self.dataset / name)
-        for name in set(os.listdir(self.folder)) - {PLAN, "dataset"} - set(map(_marker, found)):
+        kept = {PLAN, self.dataset.name, self._replaced.name, *map(_marker, found)}
+        for name in set(os.listdir(self.folder)) - kept:
             os.unlink(self.folder / name)
         return [number in found for number in range(parts)]
 
     def part(self, number: int) -> dict:
-        """What was given to `finish_part`."""
-        with open(self.folder / _marker(number), encoding="utf-8") as file:
-            return json.load(file)
+        """Returns what was given to `finish_part`; ValueError if its file is damaged."""
+        (line,) = _checked_lines(self.folder / _marker(number))
+        return json.loads(line)
+
+    def has_parts(self) -> bool:
+        """Returns whether any part is complete."""
+        return any(self.folder.glob("part-*.json"))
+
+    def publish(self, command: dict, report: dict, overwrite: bool) -> None:
+        """Puts the dataset in its place, once it is safe on the disk.
+
+        Args:
+          command: JSON that the command which is running is known by.
+          report: JSON that `finished` returns.
+          overwrite: whether a dataset that is there is replaced.
+
+        Raises:
+          FileExistsError: something else has appeared there; the finished dataset is kept.
+        """
+        for path in self.dataset.iterdir():
+            flush_to_disk(path)
+        flush_to_disk(self.dataset)
+        finished = {"command": command, "report": report, "checksums": _digest(self.dataset)}
+        _write_checked(self.folder / FINISHED, [json.dumps(finished)])
+        if os.path.lexists(self._output) and not is_empty_folder(self._output):
+            if not overwrite or not is_dataset(self._output):
+                raise FileExistsError(
+                    f"{self._output} appeared while it was prepared, and is not replaced: move it away and give the "
+                    "same command again, which has little left to do"
+                )
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            os.rename(self._output, self._replaced)
+        try:
+            os.rename(self.dataset, self._output)
+        except OSError:
+            self._put_back()
+            raise
+        flush_to_disk(self._output.parent)
+
+    def finished(self, command: dict) -> dict | None:
+        """Returns the report if the same command has put the dataset in its place and was ended only then."""
+        if self.dataset.exists():
+            return None
+        try:
+            (line,) = _checked_lines(self.folder / FINISHED)
+            finished = json.loads(line)
+            if finished["command"] != command or finished["checksums"] != _digest(self._output):
+                return None
+        except (OSError, ValueError, KeyError):
+            return None
+        return finished["report"]
+
+    def discard(self) -> None:
+        """Removes the folder with all that is in it."""
+        if self.folder.is_dir():
+            for name in os.listdir(self.folder):
+                if name != FINISHED:  # until nothing else is left
+                    path = self.folder / name
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _put_back(self):
+        """Renames an earlier dataset to the output, if a run ended before it put the new one there."""
+        if self._replaced.is_dir() and not os.path.lexists(self._output):
+            os.rename(self._replaced, self._output)
 
     def _undo_names(self, shards):
-        """Gives shards back the names of their parts, where a process was ended while it gave them the final ones."""
+        """Gives shards the names of their parts again, if a process was ended while it gave them the final ones."""
         for number, shard in enumerate(shards):
             for named in self.dataset.glob(f"*.array_record-{number:05d}-of-*"):
                 os.rename(named, self.dataset / shard["path"])
@@ -134,37 +152,75 @@ class Unfinished:
 def finish_part(folder: Path, number: int, part: dict) -> None:
     """Declares a part complete: `part` is JSON, with its "shards" (paths in the folder's dataset/) closed."""
     for shard in part["shards"]:
-        descriptor = os.open(folder / "dataset" / shard["path"], os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    _write_whole(folder / _marker(number), [json.dumps(part)])
+        flush_to_disk(folder / "dataset" / shard["path"])
+    _write_checked(folder / _marker(number), [json.dumps(part)])
 
 
 @contextlib.contextmanager
-def explained_write_errors(unfinished, output):
+def explained_write_errors(unfinished: Unfinished, output: Path) -> Iterator[None]:
     """Turns any error of the disk into one that names the output; recordings that cannot be read do not come here."""
     try:
         yield
+    except FileExistsError:
+        raise
     except OSError as error:
-        kept = (
-            "what is done is kept, and the same command goes on from there"
-            if unfinished.has_parts()
-            else "nothing was left there"
-        )
+        kept = "nothing was left there"
+        if unfinished.has_parts():
+            kept = "what is done is kept, and the same command goes on from there"
         raise OSError(f"cannot write {output}: {error.strerror or error}; {kept}") from error
+
+
+def is_dataset(path: Path) -> bool:
+    """Returns whether a folder holds a dataset, of whatever version."""
+    return (path / "dataset_info.json").is_file()
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Returns whether a path is a folder without anything in it."""
+    return path.is_dir() and not path.is_symlink() and not os.listdir(path)
+
+
+def _recording(fields):
+    """A recording of the plan; equal strings are shared, as they were when it was found."""
+    name, speaker, kind, root, path, extent, span, channel = fields
+    return Recording(
+        name,
+        sys.intern(speaker),
+        Kind(kind),
+        sys.intern(root),
+        name if path == name else path,
+        extent and Extent(*extent),
+        span and tuple(span),
+        channel,
+    )
 
 
 def _marker(number):
     return f"part-{number:05d}.json"
 
 
-def _write_whole(path, lines):
-    """Writes a file so that it is there whole or not at all."""
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+def _digest(dataset):
+    return hashlib.sha256((dataset / CHECKSUMS).read_bytes()).hexdigest()
+
+
+def _write_checked(path: Path, lines: Iterable[str]) -> None:
+    """Writes lines, and a last one with their checksum, whole or not at all."""
+    digest = hashlib.blake2b(digest_size=16)
+    with replacing(path, fsync=True) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for line in lines:
+            file.write(line + "\n")
+            digest.update(line.encode())
+        file.write(digest.hexdigest() + "\n")
+
+
+def _checked_lines(path: Path) -> Iterator[str]:
+    """Yields the lines that `_write_checked` wrote; at their end ValueError if they are not those."""
+    digest, line = hashlib.blake2b(digest_size=16), None
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for following in file:
+            if line is not None:
+                yield line
+                digest.update(line.encode())
+            line = following.removesuffix("\n")
+    if line != digest.hexdigest():
+        raise ValueError(f"{path} is damaged")

@@ -1,24 +1,27 @@
-"""Tasks over processes that count what they do, end with the process that they work for, and are told apart when killed."""
+"""Tasks over worker processes, which count what they do and end with the process that they work for."""
 
 import concurrent.futures
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
+from memo_jax.log import Progress
 
-def results(function, tasks, workers: int, shown):
-    """Yields `function(*task, count=count)` for each of the tasks, in the order in which they finish.
+
+def results(function: Callable, tasks: Iterable[tuple], workers: int, shown: Progress) -> Iterator:
+    """Yields `function(*task, count=count)` of each task, in the order in which they finish.
 
     Args:
-      function: may call `count()` for each unit done; it and the tasks travel by pickle.
-      tasks: an iterable that is read as workers become free, so at most one task waits.
-      workers: processes; with 1, this one does the work.
-      shown: the `log.Progress` that units are counted on.
+      function: may call `count()` for each unit done; it and the tasks are pickled.
+      tasks: an iterable that is read as workers become free, so that at most one task waits.
+      workers: processes; with 1, the calling process does the work.
+      shown: counts the units.
 
     Raises:
-      OSError: a worker was killed. Whatever else `function` or `tasks` raise.
+      OSError: a worker was killed. Also whatever `function` or `tasks` raise.
     """
     tasks = iter(tasks)
     if workers == 1:
@@ -39,7 +42,7 @@ def results(function, tasks, workers: int, shown):
             counted = counter.value
             yield from (future.result() for future in finished)
     except BrokenProcessPool:
-        raise OSError("a worker process was killed, perhaps for want of memory: try fewer workers") from None
+        raise OSError("a worker process was killed, perhaps because memory ran out: try fewer workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -47,7 +50,7 @@ def results(function, tasks, workers: int, shown):
 def _start_worker(counter):
     global _counter
     _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes: die without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes: end without a traceback
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

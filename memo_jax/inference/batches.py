@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from memo_jax import features
+from memo_jax.audio import SAMPLE_RATE
 from memo_jax.log import progress
 
-SHORTEST_BUCKET = features.SAMPLE_RATE  # samples
+SHORTEST_BUCKET = SAMPLE_RATE  # samples
 COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
 FINE_GROWTH = 2**0.125  # of those that had enough for FINE_FROM batches: about a twentieth of the frames is padding
 FINE_FROM = 12  # so that what one more program saves in padding outweighs compiling it, some seconds
@@ -31,7 +32,7 @@ def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
 
 def windows(wave: np.ndarray) -> list[np.ndarray]:
     """Returns a recording in as few windows of equal length as none is longer than LONGEST_SECONDS; mostly one."""
-    count = -(-len(wave) // round(LONGEST_SECONDS * features.SAMPLE_RATE))
+    count = -(-len(wave) // round(LONGEST_SECONDS * SAMPLE_RATE))
     return np.array_split(wave, max(count, 1))
 
 
@@ -73,7 +74,7 @@ def apply_to_stream(
     seen: collections.Counter[int] = collections.Counter()  # how many had a fine bucket's length
 
     def full(length):
-        return max(1, round(seconds * features.SAMPLE_RATE / length))
+        return max(1, round(seconds * SAMPLE_RATE / length))
 
     def run(length, batch, size):
         padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)  # room left: one-sample recordings

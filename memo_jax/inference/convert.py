@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 
 import memo_jax
-from memo_jax.files import replacing
+from memo_jax.files import one_line, replacing
 from memo_jax.inference import interop
 from memo_jax.inference.model_file import Model, model_of_backbone, write_model
-from memo_jax.models import Branch, parameter_count
+from memo_jax.models import parameter_count
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Of training, not of the network that embeds.
 LEFT_OUT = {"wespeaker": ("projection.",), "speaker-net": ("self_head.", "cross_head.", "head.")}
 PREFERRED_PARTS = ("teacher_ecapa", "teacher", "teacher_resnet", "teacher_campplus")
-BACKBONES_OF_PARTS = ("ecapa", "resnet", "campplus")
 
 Tensors = dict[str, np.ndarray]
 
@@ -70,7 +69,7 @@ def torch_to_model(path: str | os.PathLike, kind: str | None = None, part: str |
     if counts:
         one = len(set(counts.values())) == 1
         provenance[interop.COUNTER] = next(iter(counts.values())) if one else counts
-    return model_of_backbone(module, variables, front_end=interop.FRONT_ENDS[kind], provenance=provenance)
+    return model_of_backbone(module, variables, front_end=interop.FRONT_END_OF_KIND[kind], provenance=provenance)
 
 
 def model_to_torch(model: Model, kind: str) -> Tensors:
@@ -79,9 +78,7 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
     Raises ValueError when the toolkit has no such network.
     """
     if model.arguments.get("stride", 1) != 1:
-        raise ValueError(
-            f"{kind} has no ecapa whose first convolution has a stride: its weights would mean another network"
-        )
+        raise ValueError(f"{kind} has no ecapa whose first convolution has a stride")
     tensors = interop.backbone_to_torch(
         model.variables, kind, model.backbone, model.arguments.get("form", "speechbrain")
     )
@@ -92,30 +89,8 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
     }
 
 
-def branches_of_speaker_net(path: str | os.PathLike) -> dict[str, dict[str, tuple[Branch, Any]]]:
-    """Returns {role: {backbone: (branch, variables)}} of a checkpoint of the MeMo authors, heads included.
-
-    Roles are "student" and "teacher". Raises ValueError as `torch_to_model`.
-    """
-    branches: dict[str, dict[str, tuple[Branch, Any]]] = {}
-    for part, tensors in networks_in(Path(path)).items():
-        role, _, backbone = part.partition("_")
-        if role not in ("student", "teacher") or backbone not in BACKBONES_OF_PARTS:
-            continue
-        try:
-            tensors = interop.without_gains(tensors)
-            branch = interop.branch_of(tensors, backbone)
-            variables = interop.branch_from_torch(tensors, interop.shapes_of(branch), backbone)
-        except ValueError as error:
-            raise ValueError(f"{path}, {part}: {error}") from None
-        branches.setdefault(role, {})[backbone] = (branch, variables)
-    if not branches:
-        raise ValueError(f"{path}: has no student_… or teacher_… of {', '.join(BACKBONES_OF_PARTS)}")
-    return branches
-
-
 def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensors]:
-    """Returns {"teacher_ecapa": {name: array}, …} as the MeMo authors' program saves it, of {role: {backbone: variables}}."""
+    """Returns {role: {backbone: variables}} as the MeMo authors' program saves it: {"teacher_ecapa": {name: array}, …}."""
     return {
         f"{role}_{backbone}": {f"module.{name}": x for name, x in interop.branch_to_torch(branch, backbone).items()}
         for role, branches in variables.items()
@@ -196,10 +171,10 @@ def _torch_content(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: holds more than tensors and plain values, which is not loaded since it could run code "
-            f"({str(error).splitlines()[0]})"
+            f"({one_line(error)})"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{path}: not a PyTorch checkpoint, or damaged ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: not a PyTorch checkpoint, or damaged ({one_line(error)})") from None
 
     def converted(value):
         if isinstance(value, torch.Tensor):
@@ -302,6 +277,6 @@ def convert_back(
     if whole:
         return f"speaker-net {', '.join(tensors)}, with heads\n{output}"
     lines = [f"{kind} {loaded.backbone}, {len(tensors)} tensors", f"{output}"]
-    if interop.FRONT_ENDS[kind] != loaded.front_end:
-        lines.insert(1, f"its input is {loaded.front_end}, while {kind} computes {interop.FRONT_ENDS[kind]}")
+    if interop.FRONT_END_OF_KIND[kind] != loaded.front_end:
+        lines.insert(1, f"its input is {loaded.front_end}, while {kind} computes {interop.FRONT_END_OF_KIND[kind]}")
     return "\n".join(lines)

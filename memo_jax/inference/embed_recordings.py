@@ -200,8 +200,8 @@ def _decoded(sources, todo, min_seconds) -> Iterator[tuple[int, np.ndarray | Non
                 future.cancel()
 
 
-def summary(report: dict) -> str:
-    """Returns what `embed_recordings` did in the form that a person reads."""
+def embedding_text(report: dict) -> str:
+    """Returns the report of `embed_recordings` as text for people."""
     text = f"{report['recordings']:,} embeddings of {report['dimension']} numbers"
     if report["left_out"]:
         listed = Path(report["output"]).with_suffix(".left_out.tsv")

@@ -1,13 +1,16 @@
-"""Trial lists: embeddings of the recordings they need, scores, error rates, a report."""
+"""Trial lists: embeddings of the recordings in them, scores, error rates, a report."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import numpy as np
 
+from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances, open_utterances
-from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import load_model, log_mel_statistics
@@ -21,17 +24,25 @@ CRITERIA = ("eer", *(f"min_dcf_{p}" for p in P_TARGETS))  # what a threshold can
 
 
 class TrialEvaluation:
-    """A trial list and the recordings it needs.
+    """A trial list with the recordings in it.
+
+    Args:
+      utterances: dataset that holds the recordings.
+      trials: path of the trial list.
+
+    Attributes:
+      trials: the list. target: bool [N], its labels.
+      rows: int [M], the utterances that the trials mention; no others are embedded.
+      pairs: int [N, 2], the two recordings of every trial, as indices into `rows`.
 
     Raises:
-      ValueError: the list is malformed, or a recording of a trial is missing; the message names it.
+      ValueError: the list is malformed, lacks target or nontarget trials, or mentions a recording that is missing.
     """
 
     def __init__(self, utterances: Utterances, trials: str | os.PathLike):
         self.utterances = utterances
         self.trials = read_trials(trials)
         pairs = trial_pairs(self.trials, utterances.names)
-        # Only recordings that a trial mentions are embedded.
         self.rows, inverse = np.unique(pairs, return_inverse=True)
         self.pairs = inverse.reshape(pairs.shape)
         self.target = self.trials.target
@@ -43,7 +54,7 @@ class TrialEvaluation:
         """Returns the embeddings [M, D] of the full recordings, or [M, crops, D] of their crops, as `rows`."""
         if not crops:
             return apply_to_recordings(function, self.utterances, self.rows, quiet=quiet)
-        one_a_recording = [
+        per_crop = [
             apply_to_recordings(
                 function,
                 Crops(self.utterances, i, crops, crop_seconds),
@@ -53,33 +64,66 @@ class TrialEvaluation:
             )
             for i in range(crops)
         ]
-        return np.stack(one_a_recording, axis=1)
+        return np.stack(per_crop, axis=1)
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """Returns the cosine score of every trial, rounded as in scores.txt, which so gives the same error rates."""
+        """Returns the cosine score of every trial, [N], rounded as in scores.txt so that both give the same errors."""
         return np.round(metrics.cosine_scores(embeddings, self.pairs), DECIMALS)
 
-    def eer(self, backbone, variables) -> float:
-        """Returns the equal error rate of a backbone, a fraction."""
+    def eer(self, backbone: nn.Module, variables: Any) -> float:
+        """Returns the equal error rate of a backbone with these variables, a fraction."""
         function = embedding_function(backbone, variables)
         return metrics.eer(self.scores(self.embeddings(function, quiet=True)), self.target)
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
-        """Returns scores by log-mel mean and deviation, standardised over the recordings: the channel baseline."""
+        """Returns scores [N] by mean and deviation of the log-mel frames, standardised: the channel baseline."""
         statistics = apply_to_recordings(log_mel_statistics, self.utterances, self.rows, "log-mel statistics", quiet)
         statistics = (statistics - statistics.mean(axis=0)) / np.maximum(statistics.std(axis=0), 1e-6)
         return self.scores(statistics)
 
-    def speakers(self):
-        """Returns {name: speaker} as the dataset has them, or the rule by folders where it has none."""
-        names, speakers = self.utterances.names, self.utterances.speakers
-        return dict(zip(names, speakers)) if all(speakers) else speaker_folder
+    def row_speakers(self) -> list[str]:
+        """Returns the speaker of each of `rows`, "" where nobody knows.
+
+        They are the dataset's or, if the dataset does not know all of them, the first folders of the names.
+        """
+        names, known = self.utterances.names, self.utterances.speakers
+        if all(known):
+            return [known[row] for row in self.rows]
+        return [speaker_folder(names[row]) if "/" in names[row] else "" for row in self.rows]
+
+    def speakers(self) -> dict[str, str]:
+        """Returns {recording, as the trials name it: speaker}, without those of unknown speakers."""
+        speakers = self.row_speakers()
+        rows = np.empty(len(self.trials.recordings), np.int64)
+        rows[self.trials.pairs] = self.pairs
+        known = {name: speakers[row] for name, row in zip(self.trials.recordings, rows)}
+        return {name: speaker for name, speaker in known.items() if speaker}
+
+
+def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, float]] | None:
+    """Returns what `train` evaluates by: a function (recipe, {branch: backbone variables}) → {"eer/BRANCH": percent}.
+
+    None if the config names no trial list. Raises ValueError if only one of evaluation.data and evaluation.trials is
+    given, and as `TrialEvaluation`.
+    """
+    if not config.evaluation.trials:
+        if config.evaluation.data:
+            raise ValueError("evaluation.data is set but evaluation.trials is not: give a trial list of its recordings")
+        return None
+    if not config.evaluation.data:
+        raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
+    trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
+
+    def evaluation(recipe, backbones):
+        return {f"eer/{name}": 100 * trials.eer(of.backbone, backbones[name]) for name, of in recipe.branches.items()}
+
+    return evaluation
 
 
 class Crops:
-    """One crop of each recording: number `index` of `count` that are spread evenly, of `seconds` each.
+    """One crop of each recording: number `index` of `count` crops spread evenly, each of `seconds`.
 
-    Shorter recordings are repeated, as in training.
+    Recordings that are shorter are repeated, as in training.
     """
 
     def __init__(self, waves, index: int, count: int, seconds: float):
@@ -192,14 +236,16 @@ def network_name(model: Model) -> str:
     return str(known.get("name", "network"))
 
 
-def summary(results: dict) -> str:
-    """Returns the results in the form that a person reads."""
+def evaluation_text(results: dict) -> str:
+    """Returns the results of `evaluate` as text for people."""
     counts = (results[name] for name in ("trials", "targets", "recordings"))
     lines = ["{:,} trials, {:,} of them target, {:,} recordings".format(*counts)]
     for name, row in ((results["network"], results), ("log-mel statistics", results["log_mel_statistics"])):
         lines.append(f"  {name:<28} {rates_text(row)}")
     if results["eer_interval"]:
         lines.append("  (in brackets the 95 % interval, by bootstrap over speakers)")
+    else:
+        lines.append("  (no interval: the speakers of the recordings are unknown or too few, or --replicates is 0)")
     if "saved_threshold" in results:
-        lines.append(f"  threshold {results['saved_threshold']:.4f} is kept with the model")
+        lines.append(f"  threshold {results['saved_threshold']:.4f} is saved with the model")
     return "\n".join(lines)

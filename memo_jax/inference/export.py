@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memo_jax.files import replacing
+from memo_jax.files import one_line, replacing
 from memo_jax.inference.model_file import Decision, Model, ModelFileError, header_of, write_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -79,7 +79,7 @@ def read_artifact(path: str | os.PathLike) -> Artifact:
         decision = None if header["decision"] is None else Decision(**header["decision"])
         fields = header["dimension"], header["fingerprint"], header["provenance"]
     except (zipfile.BadZipFile, KeyError, ValueError, TypeError) as error:
-        raise ModelFileError(f"{path}: not an exported network, or damaged ({error})") from error
+        raise ModelFileError(f"{path}: not an exported network, or damaged ({one_line(error)})") from error
     call = jax.jit(exported.call)
 
     def function(waves, lengths):

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memo_jax.models import Branch, build_backbone
-from memo_jax.models.heads import DINOHead
+from memo_jax.models import build_backbone
 
 MELS = 80  # what every network here takes
 NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -116,13 +115,12 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
 }
 KINDS = tuple(MODULES)
 BACKBONE_PREFIX = {"speaker-net": "backbone."}
-FRONT_ENDS = {  # what each toolkit computes its networks' input with, by the names in `features.FRONT_ENDS`
+FRONT_END_OF_KIND = {  # how each toolkit computes its networks' input: a name in `features.FRONT_ENDS`
     "speechbrain": "speechbrain_fbank",
     "wespeaker": "wespeaker_fbank",
     "3dspeaker": "kaldi_fbank",
     "speaker-net": "log_mel",
 }
-HEAD_PREFIXES = ("self_head.", "cross_head.")
 # How names look that only one of the networks has, and the toolkit that the network is from.
 MARKERS = (
     (r"layer\d\.se_res2block\.", WESPEAKER_ECAPA, "wespeaker"),
@@ -355,15 +353,11 @@ def branch_from_torch(tensors: Mapping[str, np.ndarray], like: Any, backbone: st
     Raises:
       ValueError: as `from_torch`, or a gain of the weight-normed prototypes is not one.
     """
-    return from_torch(without_gains(tensors), like, branch_torch_name(backbone))
-
-
-def without_gains(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the tensors without the gains of the prototypes, which we do not store. Raises ValueError if one is not 1."""
-    for name, gains in tensors.items():
-        if name.endswith("weight_g") and not np.all(np.asarray(gains) == 1):
-            raise ValueError(f"tensor {name!r} has gains other than 1; ours are fixed there")
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("weight_g")}
+    for theirs, gains in tensors.items():
+        if theirs.endswith("weight_g") and not np.all(np.asarray(gains) == 1):
+            raise ValueError(f"tensor {theirs!r} has gains other than 1; ours are fixed there")
+    network = {theirs: tensor for theirs, tensor in tensors.items() if not theirs.endswith("weight_g")}
+    return from_torch(network, like, branch_torch_name(backbone))
 
 
 def branch_to_torch(variables: Any, backbone: str) -> dict[str, np.ndarray]:
@@ -380,14 +374,3 @@ def branch_to_torch(variables: Any, backbone: str) -> dict[str, np.ndarray]:
         if name.endswith("last_layer.weight_v")
     }
     return tensors | gains
-
-
-def branch_of(tensors: Mapping[str, np.ndarray], backbone: str) -> Branch:
-    """Returns the branch of the sizes that a Speaker-net network's tensors have. Raises ValueError without heads."""
-    heads = tuple(prefix[: -len("_head.")] for prefix in HEAD_PREFIXES if any(n.startswith(prefix) for n in tensors))
-    try:
-        prototypes, bottleneck = np.shape(tensors[f"{heads[0]}_head.last_layer.weight_v"])
-        hidden = np.shape(tensors[f"{heads[0]}_head.mlp.0.weight"])[0]
-    except (IndexError, KeyError):
-        raise ValueError("no complete projection head among the tensors") from None
-    return Branch(backbone_of(tensors, "speaker-net", backbone), DINOHead(prototypes, hidden, bottleneck), heads)

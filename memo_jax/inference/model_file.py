@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memo_jax.features import FRONT_ENDS, MEL_BINS
-from memo_jax.files import replacing
-from memo_jax.models import BACKBONES, LEVERS, build_backbone
+from memo_jax.files import one_line, replacing
+from memo_jax.models import BACKBONES, EXECUTION_FIELDS, build_backbone
 
 FORMAT = 1
 METADATA_KEY = "memo_jax"
@@ -119,18 +119,13 @@ def embedding_function(backbone: nn.Module, variables, front_end: str = "log_mel
     return functools.partial(_embed_integers, backbone, front_end, variables)
 
 
-def backbone_variables(variables):
-    """Returns the backbone's part of a branch's variables."""
-    return {kind: tree["backbone"] for kind, tree in variables.items()}
-
-
 def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **fields) -> Model:
     """Returns the model of a backbone that is an object; `fields` as those of `Model`."""
     name = next(name for name, kind in BACKBONES.items() if type(backbone) is kind)
     arguments = {
         field.name: getattr(backbone, field.name)
         for field in dataclasses.fields(backbone)
-        if field.name not in ("parent", "name", *LEVERS)
+        if field.name not in ("parent", "name", *EXECUTION_FIELDS)
     }
     return Model(name, {key: _argument(value) for key, value in arguments.items()}, variables, **fields)
 
@@ -210,7 +205,7 @@ def read_model(path: str | os.PathLike) -> Model:
                 None if header["decision"] is None else Decision(**header["decision"]),
             )
     except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{path}: not a model file, or damaged ({_reason(error)})") from error
+        raise ModelFileError(f"{path}: not a model file, or damaged ({one_line(error)})") from error
     if model.backbone not in BACKBONES or model.front_end not in FRONT_ENDS:
         raise ModelFileError(f"{path}: this version of memo-jax has no {model.backbone} on {model.front_end}")
     # What was written was checked against the network, so it is enough that nothing has changed since.
@@ -247,7 +242,3 @@ def _json_ready(arguments):
 
 def _tuples(value):
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

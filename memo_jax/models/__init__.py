@@ -12,7 +12,7 @@ from memo_jax.models.heads import DINOHead
 from memo_jax.models.resnet import ResNet34
 
 BACKBONES = {"ecapa": ECAPATDNN, "resnet": ResNet34, "campplus": CAMPPlus}
-LEVERS = ("packed", "scan", "remat")  # fields of backbones that say how they compute, not what
+EXECUTION_FIELDS = ("packed", "scan", "remat")  # fields of backbones that change how they compute, not what
 
 
 class Branch(nn.Module):

@@ -35,7 +35,7 @@ def segment_means(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     return (sums / count[:, :, None]).astype(x.dtype)
 
 
-class FrontEnd(nn.Module):
+class FrontEndConvolution(nn.Module):
     """Residual convolutions over time and frequency that divide the mel bins by eight: [N, T, F] → [N, T, 4·F]."""
 
     features: int = 32
@@ -136,7 +136,7 @@ class CAMPPlus(nn.Module):
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        x = FrontEnd(self.plane_channels, self.plane_blocks, self.dtype, name="front_end")(x, lengths, train)
+        x = FrontEndConvolution(self.plane_channels, self.plane_blocks, self.dtype, name="front_end")(x, lengths, train)
         x = TimeConv(
             self.stem_channels,
             5,

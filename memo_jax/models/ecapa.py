@@ -20,7 +20,7 @@ from memo_jax.models.layers import (
     valid_frames,
 )
 
-FORMS = ("speechbrain", "wespeaker")
+ECAPA_FORMS = ("speechbrain", "wespeaker")
 
 
 class ConvReluNorm(nn.Module):
@@ -205,8 +205,8 @@ class ECAPATDNN(nn.Module):
 
     @nn.compact
     def __call__(self, x, lengths=None, train=False):
-        if self.form not in FORMS:
-            raise ValueError(f"unknown form of ECAPA-TDNN {self.form!r}: choose one of {', '.join(FORMS)}")
+        if self.form not in ECAPA_FORMS:
+            raise ValueError(f"unknown form of ECAPA-TDNN {self.form!r}: choose one of {', '.join(ECAPA_FORMS)}")
         x = ConvReluNorm(
             self.channels[0],
             self.kernel_sizes[0],

@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memo_jax.models.layers import BatchNorm, Linear, parameter
-from memo_jax.training.losses import l2_normalize
+from memo_jax.models.layers import BatchNorm, Linear, l2_normalize, parameter
 from memo_jax.xla.reductions import sum_from_first_axis
 
 LENGTH_EPSILON = 1e-12  # the least length of a prototype

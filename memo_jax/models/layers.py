@@ -37,6 +37,12 @@ def bias_uniform(fan_in: int):
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
+    """Returns x / max(‖x‖, epsilon) along an axis, with a finite gradient at zero."""
+    squared = jnp.square(x).sum(axis=axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
+
+
 def valid_frames(lengths: jax.Array, frames: int) -> jax.Array:
     """Returns a boolean mask [N, T], true where a frame lies inside its utterance."""
     return jnp.arange(frames)[None, :] < lengths[:, None]

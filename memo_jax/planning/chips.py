@@ -129,7 +129,7 @@ CHIPS = {
         2250e12, 191_514_411_008, 900e9, 50e9, 7.672e12, "NVIDIA B200", 10, 148, 128, 228 * 1024, 132_644_864, 1.965e9
     ),
 }
-FORMS = {Tpu: r"\d+(x\d+){1,2}", Gpu: r"\d+(x\d+)?"}
+TOPOLOGY_SHAPES = {Tpu: r"\d+(x\d+){1,2}", Gpu: r"\d+(x\d+)?"}
 
 
 def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
@@ -140,7 +140,7 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
     """
     kind, _, shape = topology.partition(":")
     chip = CHIPS.get(kind)
-    if chip is None or not re.fullmatch(FORMS[type(chip)], shape):
+    if chip is None or not re.fullmatch(TOPOLOGY_SHAPES[type(chip)], shape):
         raise ValueError(
             f"topology {topology!r}: give a kind of chip ({', '.join(CHIPS)}) and how many of them: of TPUs "
             "along each axis, such as v5e:4x4 or v5p:2x2x4, of GPUs in a machine, h100:8, or the number of "

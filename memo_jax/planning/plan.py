@@ -19,7 +19,8 @@ from memo_jax.data.banks import MEGABYTE
 from memo_jax.data.batches import open_utterances, steps_per_epoch
 from memo_jax.planning.chips import Gpu, Tpu, compile_only_devices
 from memo_jax.planning.hlo import collective_seconds, collectives, estimated_seconds
-from memo_jax.training.recipe import build_recipe, lowered_step
+from memo_jax.training.program import lowered_step
+from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
 
 VOXCELEB2 = 1_092_009  # utterances of its development part
@@ -191,7 +192,7 @@ def advice(result: dict, config, chip: Tpu | Gpu) -> list[str]:
     return lines
 
 
-def summary(result: dict) -> str:
+def plan_text(result: dict) -> str:
     """Returns the plan as people read it."""
     gib = 2**30
     lines = [

@@ -25,7 +25,6 @@ from memo_jax.report.template import PAGE, SCRIPT, STYLE_SHEET
 from memo_jax.scoring import metrics
 from memo_jax.scoring.figures import det_figure, embedding_map_figure, score_histogram_figure
 from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
-from memo_jax.scoring.trials import speaker_folder
 
 HARDEST = 6  # trials of each kind
 CLIP_SECONDS = 8.0  # of a recording that can be listened to
@@ -257,12 +256,9 @@ def test_section(tested: Tested, data, trials) -> str:
 def map_section(tested: Tested) -> str:
     """Returns the map of the best branch's embeddings, with what can be read off it."""
     evaluation = tested.evaluation
-    names = [evaluation.utterances.names[row] for row in evaluation.rows]
-    table = evaluation.speakers()
-    try:
-        speakers = np.array([table[name] if isinstance(table, Mapping) else speaker_folder(name) for name in names])
-    except ValueError:
-        return "<p class=note>Nobody knows the speakers of these recordings, so there is nothing to colour.</p>"
+    speakers = np.array(evaluation.row_speakers())
+    if not all(speakers):
+        return "<p class=note>The speakers of these recordings are unknown, so there is nothing to colour.</p>"
     chosen = _chosen_for_map(speakers)
     points = embedding_map(tested.embeddings[chosen])
     shown = len(np.unique(speakers[chosen]))

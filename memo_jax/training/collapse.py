@@ -18,6 +18,8 @@ TO_TRY = (
 class TrainingStopped(ValueError):
     """The run cannot go on: its numbers are not finite, or it has collapsed."""
 
+    exit_status = 3
+
 
 @dataclasses.dataclass
 class CollapseWatch:

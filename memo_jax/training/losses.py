@@ -6,13 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from memo_jax.models.layers import l2_normalize
 from memo_jax.xla.reductions import logsumexp, over_last_axis
-
-
-def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Array:
-    """Returns x / max(‖x‖, epsilon) along an axis, with a finite gradient at zero."""
-    squared = jnp.square(x).sum(axis=axis, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, epsilon**2))
 
 
 def teacher_distributions(

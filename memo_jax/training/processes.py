@@ -22,6 +22,8 @@ LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXC
 class StopRequested(Exception):
     """SIGTERM was sent to this process, or to another that trains with it; what was to be kept has been kept."""
 
+    exit_status = 75
+
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
     """Connects this process with those that train with it, before anything else touches a device.

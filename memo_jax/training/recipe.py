@@ -1,23 +1,21 @@
-"""From a config to what its run is made of: branches, recipe, front end, banks, the first state, the compiled step."""
+"""From a config to the objects of its run: branches, recipe, front end, banks of augmentation."""
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memo_jax import config as configs
-from memo_jax import features
+from memo_jax.data.banks import load_banks
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.blocks import REMATS
-from memo_jax.models.ecapa import FORMS
+from memo_jax.models.ecapa import ECAPA_FORMS
 from memo_jax.models.heads import DINOHead
-from memo_jax.training import augment, optim
-from memo_jax.training import state as states
+from memo_jax.training import optim
+from memo_jax.training.augment import CATEGORIES
+from memo_jax.training.front_end import training_views
 from memo_jax.training.gate import GateRule
-from memo_jax.training.step import LossWeights, Recipe, train_step
-from memo_jax.xla import sharding
-from memo_jax.xla.compiler import compiler_options
+from memo_jax.training.step import LossWeights, Recipe
 
 POSITIVE = (
     "log_every_steps",
@@ -65,8 +63,8 @@ def check_ranges(config) -> None:
     layers = config.model.campplus_layers
     if len(layers) != 3 or min(layers) < 1:
         raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
-    if config.model.ecapa_form not in FORMS:
-        raise ValueError(f"model.ecapa_form is {config.model.ecapa_form!r}: choose {' or '.join(FORMS)}")
+    if config.model.ecapa_form not in ECAPA_FORMS:
+        raise ValueError(f"model.ecapa_form is {config.model.ecapa_form!r}: choose {' or '.join(ECAPA_FORMS)}")
     for key in ("ecapa_remat", "resnet_remat"):
         if config.model[key] not in REMATS:
             raise ValueError(f"model.{key} is {config.model[key]!r}: choose one of {', '.join(REMATS)}")
@@ -157,31 +155,19 @@ def build_recipe(config, epoch_steps: int) -> Recipe:
 
 
 def build_front_end(config):
-    """Returns the function (key, batch, banks) → views: int16 crops, augmented, as normalised log-mel."""
+    """Returns the config's front end, a function (key, batch, banks) → views (`front_end.training_views`)."""
     settings = {name: config.augment[name] for name in ("clean", "both", "reverb_share", "babble_from_batch")}
-    settings["snr_db"] = {name: tuple(config.augment[f"{name}_snr_db"]) for name in augment.CATEGORIES}
-
-    def front_end(key, batch, banks):
-        views = []
-        for i, kind in enumerate(("global", "local")):
-            if kind in batch:
-                crops = batch[kind]
-                count = crops.shape[1]
-                waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
-                waves = augment.augment(jax.random.fold_in(key, i), waves, banks, views=count, **settings)
-                mel = features.normalized_log_mel(features.mel_power(waves))
-                views.append(mel.reshape((-1, count) + mel.shape[1:]))
-        return tuple(views)
-
-    return front_end
+    settings["snr_db"] = {name: tuple(config.augment[f"{name}_snr_db"]) for name in CATEGORIES}
+    return functools.partial(training_views, **settings)
 
 
-def load_banks(config) -> dict[str, np.ndarray]:
-    """Returns the config's augmentation banks; a run without any is announced by the caller."""
-    from memo_jax.data import banks
+def load_augmentation_banks(config) -> dict[str, np.ndarray]:
+    """Returns the config's banks of recordings and room responses, {} where it names none.
 
+    Raises OSError or ValueError, naming the folder, for a folder that gives no bank.
+    """
     a = config.augment
-    return banks.load_banks(
+    return load_banks(
         noise=a.noise,
         music=a.music,
         speech=a.speech,
@@ -190,109 +176,4 @@ def load_banks(config) -> dict[str, np.ndarray]:
         rir_seconds=a.rir_seconds,
         max_megabytes=a.bank_megabytes,
         seed=config.seed,
-    )
-
-
-def jitted_step(config, recipe: Recipe, mesh, state: states.TrainState):
-    """Returns the compiled-once train step (state, batch, banks, key) → (state, metrics); the state is donated.
-
-    Of `state`, perhaps abstract, only the shardings count.
-    """
-    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
-    state = jax.tree.map(lambda x: x.sharding, state)
-    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
-    return jax.jit(
-        step,
-        in_shardings=(state, split, whole, whole),
-        out_shardings=(state, whole),
-        donate_argnums=0,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
-    )
-
-
-def lowered_step(config, recipe: Recipe, mesh, banks) -> jax.stages.Lowered:
-    """Returns the train step, traced for devices that need not exist; of banks only shapes, types and shardings count."""
-    split, whole, shapes = sharding.split_batch(mesh), sharding.replicated(mesh), {}
-    for kind in ("global", "local"):
-        count, seconds = config.data[f"{kind}_crops"], config.data[f"{kind}_seconds"]
-        if count:
-            shapes[kind] = (config.data.batch_size, count, round(seconds * features.SAMPLE_RATE))
-    batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    state = abstract_state(config, recipe, mesh)
-    return jitted_step(config, recipe, mesh, state).lower(state, batch, banks, key)
-
-
-def state_maker(recipe: Recipe):
-    """Returns the function key → state before the first step."""
-    return functools.partial(
-        states.initial_state,
-        branches=recipe.branches,
-        mels=features.MEL_BINS,
-        optimizer=recipe.optimizer,
-        rule=recipe.gate_rule,
-    )
-
-
-def abstract_state(config, recipe: Recipe, mesh) -> states.TrainState:
-    """Returns shapes, types and shardings of the state, for devices that need not exist.
-
-    Large prototypes, of which a step uses one head's at a time, and what the optimiser keeps of large parameters, which
-    it uses once a step, are split over the devices. All else is held whole by each.
-    """
-    large = config.split_above_megabytes * 1e6 or float("inf")
-
-    def placed(path, x):
-        splits = (path[0].name == "opt_state" or optim.is_prototypes(path)) and x.size * x.dtype.itemsize >= large
-        held = sharding.split_longest_axis(mesh, x.shape) if splits else sharding.replicated(mesh)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held)
-
-    shapes = jax.eval_shape(state_maker(recipe), jax.random.key(config.seed))
-    return jax.tree_util.tree_map_with_path(placed, shapes)
-
-
-def initial_state(config, recipe: Recipe, mesh=None) -> states.TrainState:
-    """Returns the state before the first step, which the config's seed alone decides, and its `init` where it has one."""
-    options = {}
-    if mesh is not None:
-        options["out_shardings"] = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
-    if jax.default_backend() == "cpu":
-        # It runs once: optimising hundreds of small kernels for it would take several times as long as it saves.
-        options["compiler_options"] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    state = jax.jit(state_maker(recipe), **options)(jax.random.key(config.seed))
-    return with_backbone(state, config.init, recipe.branches) if config.init else state
-
-
-def with_backbone(state: states.TrainState, path, branches: dict[str, Branch]) -> states.TrainState:
-    """Returns the state with the network of a model file as student and teacher of the branch of its kind.
-
-    Raises ValueError naming the file where no branch has just that network.
-    """
-    from memo_jax.inference.model_file import model_of_backbone, read_model
-
-    model = read_model(path)
-    name = model.backbone
-    if name not in branches or dict(model.arguments) != (
-        wanted := dict(model_of_backbone(branches[name].backbone, {}).arguments)
-    ):
-        found = f"{name} {dict(model.arguments)}"
-        needed = f"{name} {wanted}" if name in branches else " or ".join(branches)
-        raise ValueError(f"init: {path} holds {found}, and the config asks for {needed}: change one of them")
-
-    def begun(variables):
-        new = {
-            kind: of
-            | {
-                "backbone": jax.tree.map(
-                    lambda new, old: jax.device_put(new, old.sharding), model.variables[kind], of["backbone"]
-                )
-            }
-            for kind, of in variables.items()
-        }
-        return variables | new
-
-    return state.replace(
-        student=state.student | {name: begun(state.student[name])},
-        teacher=state.teacher | {name: begun(state.teacher[name])},
     )

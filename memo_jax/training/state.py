@@ -39,6 +39,11 @@ def student_params(state: TrainState) -> dict[str, Any]:
     return {name: variables["params"] for name, variables in state.student.items()}
 
 
+def backbone_variables(variables: Variables) -> Variables:
+    """Returns the backbone's part of a branch's variables."""
+    return {kind: tree["backbone"] for kind, tree in variables.items()}
+
+
 def initial_state(
     key: jax.Array, branches: dict[str, Branch], mels: int, optimizer: optax.GradientTransformation, rule: GateRule
 ) -> TrainState:

@@ -96,7 +96,7 @@ def logits_by_view(head, params, batch_stats, embeddings: Sequence[jax.Array]):
     return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), batch_stats
 
 
-class Lesson(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What a branch's teacher shows of the global views, and what its own forward pass has updated."""
 
     embeddings: jax.Array  # [W, B, D]
@@ -106,7 +106,9 @@ class Lesson(NamedTuple):
     centers: dict[str, jax.Array]
 
 
-def teachers_lesson(branch: Branch, variables, centers, features, temperature, center_momentum: float) -> Lesson:
+def teacher_outputs(
+    branch: Branch, variables, centers, features, temperature, center_momentum: float
+) -> TeacherOutputs:
     """Returns the lesson of a branch's teacher on features [B, W, T, F]."""
     params, stats = variables["params"], dict(variables["batch_stats"])
     embeddings, stats["backbone"] = embeddings_by_view(branch.backbone, params["backbone"], stats["backbone"], features)
@@ -116,7 +118,7 @@ def teachers_lesson(branch: Branch, variables, centers, features, temperature, c
         logits, stats[part] = logits_by_view(branch.head, params[part], stats[part], [embeddings])
         distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
         new_centers[head] = losses.updated_center(centers[head], logits, center_momentum)
-    return Lesson(embeddings, distributions, entropies, stats, new_centers)
+    return TeacherOutputs(embeddings, distributions, entropies, stats, new_centers)
 
 
 def contrastive_term(embeddings, teacher_embeddings, distill_grad, closed, weights: LossWeights):
@@ -141,7 +143,7 @@ def contrastive_term(embeddings, teacher_embeddings, distill_grad, closed, weigh
     return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distill_grad)
 
 
-class Trained(NamedTuple):
+class BranchUpdate(NamedTuple):
     """What a step makes of a branch."""
 
     student: Any
@@ -151,7 +153,9 @@ class Trained(NamedTuple):
     squared_gradient: jax.Array
 
 
-def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str, Lesson], recipe: Recipe) -> Trained:
+def update_branch(
+    name: str, state: TrainState, views: Views, outputs: dict[str, TeacherOutputs], recipe: Recipe
+) -> BranchUpdate:
     """Takes a step of one branch's student and teacher.
 
     So that little is there at a time, one crop length comes after the other, then one head after the other, and each
@@ -171,7 +175,7 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
         """Returns a head's loss on embeddings, each [V', B, D], (its terms, and its updated batch statistics)."""
         logits, new_stats = logits_by_view(branch.head, head_params, stats[head_part(head)], embeddings)
         terms = {
-            pair: losses.distillation(logits, lessons[pair[1]].distributions[head], weights.student_temp, seen)
+            pair: losses.distillation(logits, outputs[pair[1]].distributions[head], weights.student_temp, seen)
             for pair in pairs
             if pair[2] == head
         }
@@ -217,7 +221,7 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
             gradient = gradient + of_head
         if i == 0 and recipe.gate_rule.name != "never" and weights.contrastive != 0:
             loss, of_contrast, cosine = contrastive_term(
-                of_views, lessons[name].embeddings, gradient, state.gate.closed, weights
+                of_views, outputs[name].embeddings, gradient, state.gate.closed, weights
             )
             gradient = gradient + of_contrast
             metrics |= {f"loss/contrastive/{name}": loss, f"alignment/{name}": cosine}
@@ -229,16 +233,16 @@ def trained_branch(name: str, state: TrainState, views: Views, lessons: dict[str
     for (_, teacher, head, _), loss in distilled.items():
         kind = "self" if teacher == name else "cross"
         suffix = name if len(recipe.branches) <= 2 or kind == "self" else f"{name}-{teacher}"
-        entropies = lessons[teacher].entropies[head]
+        entropies = outputs[teacher].entropies[head]
         metrics |= {f"loss/{kind}/{suffix}": loss, f"kl/{kind}/{suffix}": loss - entropies["teacher_entropy"]}
         metrics |= {f"{entropy}/{kind}/{suffix}": value for entropy, value in entropies.items()}
     metrics[f"loss/{name}"] = sum(pair[3] * loss for pair, loss in distilled.items()) + metrics.get(
         f"loss/contrastive/{name}", 0.0
     )
-    metrics[f"embedding_std/{name}"] = losses.embedding_deviation(lessons[name].embeddings[0])
-    return Trained(
+    metrics[f"embedding_std/{name}"] = losses.embedding_deviation(outputs[name].embeddings[0])
+    return BranchUpdate(
         {"params": new_params, "batch_stats": stats},
-        {"params": new_averages, "batch_stats": lessons[name].batch_stats},
+        {"params": new_averages, "batch_stats": outputs[name].batch_stats},
         new_opt_state,
         metrics,
         sum(squares),
@@ -253,17 +257,17 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
     """
     names, schedules = list(recipe.branches), recipe.schedules
     teacher_temp = schedules.teacher_temp(state.step)
-    lessons = {
-        name: teachers_lesson(
+    outputs = {
+        name: teacher_outputs(
             branch, state.teacher[name], state.center[name], views[0], teacher_temp, recipe.weights.center_momentum
         )
         for name, branch in recipe.branches.items()
     }
-    trained: dict[str, Trained] = {}
+    trained: dict[str, BranchUpdate] = {}
     for name in names:
-        # One branch after the other, and all after the lessons, whose teachers so need no copies to be updated.
-        lessons, trained, views = cpu_barrier((lessons, trained, views))
-        trained[name] = trained_branch(name, state, views, lessons, recipe)
+        # One branch after the other, and all after the outputs, whose teachers so need no copies to be updated.
+        outputs, trained, views = cpu_barrier((outputs, trained, views))
+        trained[name] = update_branch(name, state, views, outputs, recipe)
 
     metrics = {key: value for of_branch in trained.values() for key, value in of_branch.metrics.items()}
     gate, contrastive = state.gate, [f"loss/contrastive/{name}" in metrics for name in names]
@@ -277,7 +281,7 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
         step=state.step + 1,
         student={name: trained[name].student for name in names},
         teacher={name: trained[name].teacher for name in names},
-        center={name: lessons[name].centers for name in names},
+        center={name: outputs[name].centers for name in names},
         opt_state={name: trained[name].opt_state for name in names},
         gate=gate,
     )

@@ -14,13 +14,13 @@ import memo_jax
 from memo_jax import config as configs
 from memo_jax.data.batches import Utterances, open_utterances, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
-from memo_jax.inference.model_file import backbone_variables
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training import processes
 from memo_jax.training import state as states
 from memo_jax.training.checkpoint import Checkpointer, load_extra, saved_steps
 from memo_jax.training.collapse import CollapseWatch, check_finite
-from memo_jax.training.recipe import build_recipe, initial_state, load_banks, lowered_step
+from memo_jax.training.program import create_state, lowered_step
+from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
@@ -67,12 +67,14 @@ def restored(checkpoints: Checkpointer, state: states.TrainState, batches, workd
     return checkpoints.restore(state, batches)[0]
 
 
-def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = False) -> dict:
+def train(config, workdir, *, start=None, stop_at_step: int | None = None, quiet: bool = False) -> dict:
     """Trains (or goes on training) the run of a workdir and returns its last metrics.
 
     Args:
       config: a config with all keys of configs/base.py.
       workdir: folder of the run, perhaps gs://…: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints.
+      start: {branch: variables of its backbone} that a new run begins with, read from the model file that `config.init`
+        names (`inference.workdir.starting_backbones`).
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
       quiet: show no progress.
 
@@ -85,6 +87,8 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
     workdir = as_path(workdir)
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
+    if config.init and not start:
+        raise ValueError(f"config.init is {config.init!r}, but no network of that file was given")
     check_bucket(workdir)
     utterances = open_utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
@@ -98,7 +102,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
     if config.data.batch_size % mesh.size:
         raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {mesh.size} devices")
     first = jax.process_index() == 0
-    banks = load_banks(config)
+    banks = load_augmentation_banks(config)
     processes.check_agreement(
         {
             "the config": configs.config_to_json(config),
@@ -132,7 +136,7 @@ def train(config, workdir, *, stop_at_step: int | None = None, quiet: bool = Fal
         if max(saved_steps(workdir), default=0) < end:
             # Traced here and not beside what comes next: two threads that trace take turns.
             step_function = compiler.submit(lowered_step(config, recipe, mesh, banks_here).compile)
-        state = initial_state(config, recipe, mesh)
+        state = create_state(config, recipe, mesh, start)
         # Only now, so that a config which cannot work claims no workdir.
         if first:
             configs.save_config(workdir, config)
@@ -242,7 +246,7 @@ def bank_summary(rows) -> dict:
 
 def teacher_backbones(state: states.TrainState) -> dict:
     """Returns {branch: variables} of the teachers' backbones, as one device of this process holds them."""
-    return {name: sharding.on_one_device(backbone_variables(of)) for name, of in state.teacher.items()}
+    return {name: sharding.on_one_device(states.backbone_variables(of)) for name, of in state.teacher.items()}
 
 
 def load_evaluation(config):

@@ -22,6 +22,14 @@ def compiler_options(platform: str) -> dict | None:
     }
 
 
+def run_once_options(platform: str) -> dict | None:
+    """Returns the options for a program that runs once, which is not worth optimising."""
+    if platform != "cpu":
+        return None
+    # Optimising hundreds of small kernels takes several times as long as it saves.
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
 @jax.jit
 def cpu_barrier(tree):
     """Returns a pytree of arrays; on a CPU all of it is computed, once, before what reads any of it, gradients likewise.

@@ -9,7 +9,7 @@ import soundfile
 
 import tiny
 from memo_jax.data import prepare as prepare_module
-from memo_jax.data.check import check, check_summary
+from memo_jax.data.check import check, check_text
 from memo_jax.data.prepare import prepare
 
 RATE = 16000
@@ -81,8 +81,8 @@ def test_all_that_is_damaged_is_named_up_to_a_number(dataset):
     report = check(dataset, workers=1)
     assert [file for file, _ in report["problems"]] == [shard(dataset, 0).name, path.name]
     assert "is gone" in report["problems"][0][1]
-    assert check_summary(dataset, report, most=1).count("\n  ") == 2
-    assert "… and 1 more" in check_summary(dataset, report, most=1)
+    assert check_text(dataset, report, most=1).count("\n  ") == 2
+    assert "… and 1 more" in check_text(dataset, report, most=1)
 
 
 @pytest.mark.parametrize(

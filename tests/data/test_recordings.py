@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from memo_jax.audio import AudioError
-from memo_jax.data.recordings import find_recordings, input_kind, is_streamed, read_recording
+from memo_jax.data.recordings import Kind, find_recordings, input_kind, read_recording
 from recording_files import WRITERS, audio_bytes, noise, write_files, write_tar, write_zip
 
 VOXCELEB = ["id10270/5r0dWxy17C8/00001.wav", "id10270/5r0dWxy17C8/00002.wav", "id10271/1gtz-CUIygI/00001.wav"]
@@ -67,11 +67,11 @@ def test_archives_are_read_in_place(tmp_path, suffix):
     recordings, left_out = find_recordings([path])
     assert named(recordings) == [(name, name[:2]) for name in samples]
     assert left_out == [(f"{path}/README.md", "not a recording: extension .md")]
-    if not any(map(is_streamed, recordings)):
+    if not any(item.kind is Kind.STREAMED for item in recordings):
         for item in recordings:
             np.testing.assert_array_equal(read_recording(item, max_seconds=9), samples[item.name][0])
     assert [item.source for item in recordings] == [f"{path}/{name}" for name in samples]
-    assert {item.file for item in recordings} == {str(path)}
+    assert {item.archive for item in recordings} == {str(path)}
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
@@ -268,13 +268,13 @@ def test_inputs_of_all_kinds_mix_and_names_must_differ(tmp_path):
     kaldi_folder(tmp_path / "kaldi", wav_scp=[f"b/1 {tmp_path}/folder/a/1.wav"])
     inputs = [tmp_path / "folder", tmp_path / "kaldi"]
     for suffix in (".zip", ".tar", ".tar.gz"):
-        inputs.append(WRITERS[suffix](tmp_path / f"in{suffix}", {f"{suffix}/1.wav": audio_bytes(noise())}))
+        inputs.append(WRITERS[suffix](tmp_path / f"in{suffix}", {f"{suffix[1:]}/1.wav": audio_bytes(noise())}))
     assert [item.name for item in find_recordings(inputs)[0]] == [
-        ".tar/1.wav",
-        ".zip/1.wav",
         "a/1.wav",
         "b/1",
-        ".tar.gz/1.wav",
+        "tar/1.wav",
+        "zip/1.wav",
+        "tar.gz/1.wav",
     ]
     write_zip(tmp_path / "same.zip", {"a/1.wav": audio_bytes(noise())})
     with pytest.raises(ValueError, match="folder/a/1.wav and .*same.zip/a/1.wav would both be called a/1.wav"):

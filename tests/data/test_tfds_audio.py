@@ -99,9 +99,9 @@ def test_examples_become_utterances(data_dir, tmp_path):
 @needs_tensorflow
 def test_other_rates_channels_and_types_are_converted(data_dir, tmp_path):
     from memo_jax.data.prepare import prepare
-    from memo_jax.data.tfds_audio import tfds_input
+    from memo_jax.data.tfds_audio import TfdsInput
 
-    prepare([tfds_input("nameless:test", data_dir)], tmp_path / "set", workers=1)
+    prepare([TfdsInput("nameless:test", str(data_dir))], tmp_path / "set", workers=1)
     utterances = open_utterances(tmp_path / "set")
     assert utterances.names == [f"test/{number:08d}" for number in range(3)] and utterances.speakers == [""] * 3
     assert [len(samples) for samples in utterances] == [16000] * 3

@@ -14,7 +14,7 @@ sys.path.insert(0, str(tiny.ROOT / "experiments"))
 import ablation  # noqa: E402
 from memo_jax import features, models  # noqa: E402
 from memo_jax.config import config_differences, load_config  # noqa: E402
-from memo_jax.training.recipe import build_recipe, load_banks  # noqa: E402
+from memo_jax.training.recipe import build_recipe, load_augmentation_banks  # noqa: E402
 from memo_jax.training.state import initial_state  # noqa: E402
 from memo_jax.training.step import train_step_on_features  # noqa: E402
 
@@ -69,7 +69,7 @@ def test_a_step_of_every_row_fits_together(row, monkeypatch):
     }.get(row, {"self", "cross", "contrastive"})
     heads = ("self", "cross") if "cross" in kinds and row != "shared-head" else ("self",)
     assert {branch.head_names for branch in recipe.branches.values()} == {heads}
-    assert load_banks(config) == {}, "rows name no folder of their own"
+    assert load_augmentation_banks(config) == {}, "rows name no folder of their own"
 
 
 def test_the_second_backbones_of_the_rows_are_alike_in_size():

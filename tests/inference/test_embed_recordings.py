@@ -202,7 +202,7 @@ def test_an_interrupted_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
 def test_verify_says_and_returns_its_decision(corpus):
     a, b = corpus / "s0" / "0.wav", corpus / "s1" / "0.wav"
     status, text = tiny.here("verify", a, a, "--model", tiny.model_file())
-    assert status == 0 and "one speaker: score 1.0000, accepted from 0.4000 on (a list)" in text
+    assert status == 0 and "same speaker: score 1.0000, threshold 0.4000 (a list)" in text
     status, text = tiny.here("verify", a, b, "--model", tiny.model_file(), "--threshold", "1", "--json")
     result = json_of(text)
     assert status == 1 and result["decision"] is False and result["threshold"] == 1 and -1 <= result["score"] < 1

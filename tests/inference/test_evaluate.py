@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import tiny
+from memo_jax.audio import SAMPLE_RATE
 from memo_jax.config import read_config
 from memo_jax.data.batches import Utterances
-from memo_jax.features import SAMPLE_RATE
 from memo_jax.inference.embedder import DEFAULT_THRESHOLD, Embedder
 from memo_jax.inference.evaluate import Crops
 from memo_jax.inference.workdir import workdir_model
@@ -162,7 +162,7 @@ def test_a_saved_threshold_stays_with_its_network(workdir, tmp_path):
     run = shutil.copytree(workdir, tmp_path / "run")
     assert Embedder.load(run).threshold == DEFAULT_THRESHOLD
     status, text = evaluate(tmp_path / "out", "--save-threshold", workdir=run)
-    assert status == 0 and "is kept with the model" in text, text
+    assert status == 0 and "is saved with the model" in text, text
     results = results_of(tmp_path / "out")
     tuned = Embedder.load(run)
     assert tuned.threshold == results["saved_threshold"] == results["eer_threshold"]

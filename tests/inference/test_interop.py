@@ -54,6 +54,15 @@ def test_tensor_of_wrong_shape_is_named_with_both_shapes():
         interop.branch_from_torch(tensors, variables, "resnet")
 
 
+def test_a_gain_other_than_one_is_refused():
+    """Ours are fixed at one, as in the authors' recipe; dropping another silently would change the head."""
+    _, variables = branch_and_variables("resnet")
+    tensors = interop.branch_to_torch(variables, "resnet")
+    tensors["self_head.last_layer.weight_g"][3] = 2
+    with pytest.raises(ValueError, match="weight_g.*gains"):
+        interop.branch_from_torch(tensors, variables, "resnet")
+
+
 @pytest.mark.parametrize("name", ["ecapa", "resnet"])
 def test_reference_weights_give_the_reference_embeddings(name, reference):
     """Every tensor of the reference finds its place, none is left over, and the network computes what theirs does."""

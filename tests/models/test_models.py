@@ -193,7 +193,7 @@ def test_a_strided_ecapa_has_the_same_parameters_and_half_the_frames():
         _, seen = backbone.apply(variables, x, capture_intermediates=lambda module, _: module.name == "stem")
         return seen["intermediates"]["stem"]["__call__"][0]
 
-    np.testing.assert_allclose(frames(strided), frames(plain)[:, ::2], atol=1e-6)
+    np.testing.assert_allclose(frames(strided), frames(plain)[:, ::2], atol=1e-5)
 
 
 def test_too_few_frames_for_a_mirrored_end_are_refused():

@@ -11,7 +11,7 @@ import tiny
 import tiny_processes
 from memo_jax.planning import chips
 from memo_jax.planning import plan as training_plan
-from memo_jax.training import recipe
+from memo_jax.training import program
 
 has_cuda = any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
 needs_cuda = pytest.mark.skipif(not has_cuda, reason="needs JAX's part for CUDA: .[cuda]")
@@ -39,7 +39,7 @@ def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
         return (views + (banks["noise"][0, 0] / 32768 if banks else 0),)
 
     tiny_processes.patch_for_tests(monkeypatch.setattr)
-    monkeypatch.setattr(recipe, "build_front_end", lambda config: with_bank)
+    monkeypatch.setattr(program, "build_front_end", lambda config: with_bank)
     plans = []
     bank = ("augment.noise=musan", "augment.bank_megabytes=50")
     for settings in (("data.batch_size=64",), ("data.batch_size=128", *bank)):
@@ -64,7 +64,7 @@ def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
     assert 1.5 < two["flops"] / one["flops"] < 2.1
     assert 50e6 < two["argument_bytes"] - one["argument_bytes"] < 55e6
     assert one["argument_bytes"] + one["temporary_bytes"] <= one["hbm_bytes"] < one["hbm_limit_bytes"]
-    assert training_plan.summary(one).startswith("v5e:4x4: 16 chips, 64 utterances a step (4 a chip), float32\n")
+    assert training_plan.plan_text(one).startswith("v5e:4x4: 16 chips, 64 utterances a step (4 a chip), float32\n")
 
 
 @needs_libtpu

@@ -103,7 +103,7 @@ def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
     killed, others = results[2], results[:2] + results[3:]
     assert killed.status == -9, killed
     assert all(one.status in GONE for one in others), results
-    assert any("another process is lost, so this one ends, too" in one.text for one in others) or all(
+    assert any("another process is lost, so this one ends too" in one.text for one in others) or all(
         "another task died" in one.text for one in others
     ), results
     assert max(one.at for one in others) - killed.at < 60

@@ -1,6 +1,7 @@
 """Training as a user types it: what it writes and refuses, and that config, seed and audio alone decide a run."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -17,15 +18,16 @@ import soundfile
 import tiny
 from memo_jax.config import read_config
 from memo_jax.data.batches import open_utterances
-from memo_jax.inference.model_file import backbone_variables, write_model
-from memo_jax.inference.workdir import workdir_model
+from memo_jax.inference.model_file import write_model
+from memo_jax.inference.workdir import starting_backbones, workdir_model
 from memo_jax.log import read_metrics
 from memo_jax.training import collapse
 from memo_jax.training import train as training
 from memo_jax.training.checkpoint import load_raw, saved_steps
 from memo_jax.training.gate import GateRule, initial_gate
-from memo_jax.training.recipe import build_branches, build_recipe, initial_state
-from memo_jax.training.state import TrainState
+from memo_jax.training.program import create_state
+from memo_jax.training.recipe import build_branches, build_recipe
+from memo_jax.training.state import TrainState, backbone_variables
 from memo_jax.xla import sharding
 
 TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
@@ -320,36 +322,39 @@ def test_sizes_and_forms_of_the_config_are_those_of_the_backbones():
     assert (campplus.stem_channels, campplus.plane_channels) == (8, 4)
 
 
-def test_a_run_starts_from_the_network_of_a_model_file(reference, tmp_path):
-    """Student and teacher of its branch begin as it; the other branch, and the heads, begin as they would have."""
-    model = workdir_model(reference, "ecapa", "teacher")
-    write_model(tmp_path / "ecapa.safetensors", model)
-    config = tiny.tiny_config(f"init={tmp_path / 'ecapa.safetensors'}")
-    plain, begun = (
-        initial_state(c, build_recipe(c, tiny.STEPS_PER_EPOCH), sharding.data_mesh())
-        for c in (tiny.tiny_config(), config)
+@pytest.fixture
+def model_file(reference, tmp_path):
+    """The resnet teacher of the reference run as a file, and its model."""
+    model = workdir_model(reference)
+    return write_model(tmp_path / "resnet.safetensors", model), model
+
+
+def test_a_run_starts_from_the_network_of_a_model_file(model_file, tmp_path):
+    """Student and teacher of its branch begin as it; heads and the other branch begin as they would have without."""
+    path, model = model_file
+    both = "model.branches=ecapa,resnet"
+    status, text = tiny.train_here(
+        tmp_path / "run", f"init={path}", both, "--stop-at-step=1", "checkpoint.every_steps=1"
     )
-    for role in ("student", "teacher"):
-        jax.tree.map(
-            np.testing.assert_array_equal, backbone_variables(getattr(begun, role)["ecapa"]), dict(model.variables)
-        )
-        old, new = getattr(plain, role), getattr(begun, role)
-        jax.tree.map(np.testing.assert_array_equal, old["resnet"], new["resnet"])
-        jax.tree.map(
-            np.testing.assert_array_equal, old["ecapa"]["params"]["self_head"], new["ecapa"]["params"]["self_head"]
-        )
-    status, text = tiny.train_here(tmp_path / "run", f"init={tmp_path / 'ecapa.safetensors'}", "--stop-at-step=2")
     assert status == 0, text
+    config = read_config(tmp_path / "run")
+    recipe, mesh = build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh()
+    plain, begun = (create_state(config, recipe, mesh, start) for start in (None, starting_backbones(config)))
+    equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    for old, new in ((plain.student, begun.student), (plain.teacher, begun.teacher)):
+        equal(backbone_variables(new["resnet"]), dict(model.variables))
+        equal(old["ecapa"], new["ecapa"])
+        equal(old["resnet"]["params"]["self_head"], new["resnet"]["params"]["self_head"])
+    assert workdir_model(tmp_path / "run", "resnet", step=0).fingerprint == model.fingerprint
+    trained = [workdir_model(tmp_path / "run", "resnet", "student", step) for step in (0, 2)]
+    moved = [np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(m.variables["params"]) for m in trained))]
+    assert 0 < max(moved) < 0.1, "the run took its first steps from there"
 
 
-def test_a_model_file_of_another_network_is_refused(reference, tmp_path):
-    write_model(tmp_path / "ecapa.safetensors", workdir_model(reference, "ecapa", "teacher"))
-    for setting, said in (
-        ("model.embedding_dim=8", "'embedding_dim': 8"),
-        ("model.branches=resnet", "asks for resnet"),
-    ):
-        status, text = tiny.train_here(tmp_path / "run", f"init={tmp_path / 'ecapa.safetensors'}", setting)
-        assert status == 2 and "init: " in text and "ecapa.safetensors" in text and said in text
+def test_a_model_file_of_another_network_is_refused(model_file, tmp_path):
+    for setting, said in (("model.embedding_dim=8", "'embedding_dim': 8"), ("model.branches=ecapa", "(ecapa {")):
+        status, text = tiny.train_here(tmp_path / "run", f"init={model_file[0]}", setting)
+        assert status == 2 and "init: " in text and "resnet.safetensors holds resnet {" in text and said in text
     assert not (tmp_path / "run").exists()
 
 

@@ -18,6 +18,7 @@ SCRIPT = """
 import json, sys
 import jax, numpy as np
 from memo_jax import config as configs
+from memo_jax.training import program
 from memo_jax.training import recipe as recipes
 from memo_jax.xla import sharding
 from memo_jax.planning.hlo import collectives
@@ -49,8 +50,8 @@ for count in (4, 1):
     mesh = sharding.data_mesh(jax.devices()[:count])
     recipe = recipes.build_recipe(config, epoch_steps=2)
     recipe = recipe._replace(branches={n: b.clone(backbone=backbones[n]) for n, b in recipe.branches.items()})
-    state = recipes.initial_state(config, recipe, mesh)
-    step = recipes.jitted_step(config, recipe, mesh, state)
+    state = program.create_state(config, recipe, mesh)
+    step = program.jitted_step(config, recipe, mesh, state)
     key = sharding.replicate(mesh, jax.random.key_data(jax.random.key(1)))
     held = sharding.replicate(mesh, banks)
     losses = []

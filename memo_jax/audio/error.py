@@ -1,0 +1,29 @@
+"""The error that a recording raises, and the limits that every decoder keeps."""
+
+import os
+
+SAMPLE_RATE = 16000  # Hz, of everything the project computes with
+SAMPLE_RATES = (4000, 768000)  # Hz; a header outside this lies, and resampling by its ratio would exhaust the memory
+BLOCK_SAMPLES = 1 << 20  # samples over all channels decoded at a time
+
+
+class AudioError(ValueError):
+    """A recording that cannot be used: the message is "file: reason", and a reason is "kind" or "kind: details"."""
+
+    def __init__(self, name, reason: str):
+        super().__init__(f"{_printable(name)}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self):  # lets the error travel between processes
+        return type(self), (self.name, self.reason)
+
+
+def check_rate(name, rate: int) -> None:
+    """Raises AudioError for a sample rate outside `SAMPLE_RATES`."""
+    low, high = SAMPLE_RATES
+    if isinstance(rate, bool) or not low <= rate <= high:
+        raise AudioError(name, f"sample rate out of range: {rate} Hz, expected {low} to {high}")
+
+
+def _printable(name) -> str:
+    return os.fsencode(name).decode(errors="backslashreplace") if isinstance(name, (str, os.PathLike)) else str(name)

@@ -1,0 +1,95 @@
+"""Bytes of an open file: by position for those who walk through it, and a part of it as a file for those who decode."""
+
+import os
+
+CACHED = 1 << 16  # bytes read at a time
+
+
+class Window:
+    """Bytes [0, size) of an open, seekable, binary file, by position."""
+
+    def __init__(self, name: str, file):
+        self.name, self.file = name, file
+        self.size = file.seek(0, os.SEEK_END)
+        self._start, self._cached = 0, b""
+
+    def read(self, start: int, count: int) -> bytes:
+        """Bytes [start, start + count), fewer at the end of the file."""
+        begin = start - self._start
+        if begin < 0 or begin + count > len(self._cached):
+            self.file.seek(start)
+            self._start, self._cached, begin = start, self.file.read(max(count, CACHED)), 0
+        return self._cached[begin : begin + count]
+
+    def find(self, pattern: bytes, start: int) -> int:
+        """The first position of `pattern` from `start` on, the size where there is none."""
+        step, overlap = 1 << 20, len(pattern) - 1
+        while start < self.size:
+            self.file.seek(start)
+            place = self.file.read(step + overlap).find(pattern)
+            if place >= 0:
+                return start + place
+            start += step
+        return self.size
+
+    def first_nonzero(self, start: int) -> int:
+        """The first position from `start` on that does not hold a zero, the size where there is none."""
+        while start < self.size:
+            data = self.read(start, CACHED)
+            if rest := data.lstrip(b"\0"):
+                return start + len(data) - len(rest)
+            start += len(data) or self.size
+        return self.size
+
+
+class View:
+    """A read-only file: `prefix`, then bytes [start, end) of another file, some of them replaced.
+
+    libsndfile, led by a damaged header, may seek to places that do not exist: it stays where it is then.
+    """
+
+    def __init__(self, file, start: int, end: int, prefix: bytes = b"", patches: tuple[tuple[int, bytes], ...] = ()):
+        self._file, self._start, self._prefix = file, start, prefix
+        self._patches = [(place - start, data) for place, data in patches]  # given by position in the file
+        self._size, self._place = end - start + len(prefix), 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of any file, but for places that do not exist."""
+        place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        if 0 <= place < 1 << 62:
+            self._place = place
+        return self._place
+
+    def tell(self) -> int:
+        """The position."""
+        return self._place
+
+    def read(self, count: int = -1) -> bytes:
+        """At most `count` bytes, to the end where negative."""
+        left = max(0, self._size - self._place)
+        count = left if count < 0 else min(count, left)
+        data = self._prefix[self._place : self._place + count]
+        begin = self._place + len(data) - len(self._prefix)  # in the other file, from `start`
+        if len(data) < count:
+            self._file.seek(self._start + begin)
+            data += self._patched(begin, self._file.read(count - len(data)))
+        self._place += len(data)
+        return data
+
+    def _patched(self, begin, data):
+        for place, new in self._patches:
+            if place < begin + len(data) and place + len(new) > begin:
+                changed = bytearray(data)
+                for index, value in enumerate(new, place - begin):
+                    if 0 <= index < len(changed):
+                        changed[index] = value
+                data = bytes(changed)
+        return data
+
+
+def file_number(file) -> int | None:
+    """The file descriptor of an open file, None of one that lies in memory or within another."""
+    try:
+        return file.fileno()
+    except (AttributeError, OSError):
+        return None

@@ -1,0 +1,78 @@
+"""Ctrl-C that is never lost: it ends a command at once where that is possible, and otherwise at the next stage.
+
+Python turns SIGINT into KeyboardInterrupt in the main thread, wherever that is. Raised in a callback (of the garbage
+collector, of a C++ library), the exception is printed as "ignored" and the command runs on. So within `handled()` a
+request is remembered as well: `check()`, called between stages and by every `log.Progress`, raises it again. A second
+Ctrl-C ends the process at once, even while the main thread is in a compiler.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+INTERRUPTED = 130  # the exit status, as of shells: 128 + SIGINT
+
+_requested = False
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Within it, Ctrl-C is remembered until it has ended the command; for the main thread of a command line.
+
+    Elsewhere, and where SIGINT is ignored (`nohup`, jobs in the background of a script), nothing changes.
+    """
+    global _requested
+    _requested = False
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    hook = sys.unraisablehook
+    watched, signalled = os.pipe()
+    os.set_blocking(signalled, False)
+    before = signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_second, args=(watched,), daemon=True).start()
+    try:
+        sys.unraisablehook = lambda ignored: None if _is_interrupt(ignored) else hook(ignored)
+        signal.signal(signal.SIGINT, _remember)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = hook
+        signal.set_wakeup_fd(before)
+        os.close(signalled)  # ends the thread
+
+
+def check() -> None:
+    """Raises KeyboardInterrupt if Ctrl-C was pressed: to be called between stages."""
+    if _requested:
+        raise KeyboardInterrupt
+
+
+def requested() -> bool:
+    """Whether Ctrl-C was pressed since `handled()` began. Whatever a command raises after that is its end."""
+    return _requested
+
+
+def _remember(*_) -> None:
+    global _requested
+    _requested = True
+    raise KeyboardInterrupt
+
+
+def _is_interrupt(ignored) -> bool:
+    return issubclass(ignored.exc_type, KeyboardInterrupt)
+
+
+def _end_at_second(watched: int) -> None:
+    """Reads the numbers of signals, which come even while the main thread does not run Python, until the pipe closes."""
+    with open(watched, "rb", buffering=0) as pipe:
+        count = 0
+        while numbers := pipe.read(1):
+            count += numbers[0] == signal.SIGINT
+            if count == 2:
+                print("memo-jax: interrupted", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)

@@ -1,0 +1,107 @@
+"""The compiled program of a run: what jits and lowers the train step, and what places its state on the devices."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from memo_jax.audio import SAMPLE_RATE
+from memo_jax.features import MEL_BINS
+from memo_jax.training import optim
+from memo_jax.training.recipe import build_front_end
+from memo_jax.training.state import TrainState, Variables, initial_state
+from memo_jax.training.step import Recipe, train_step
+from memo_jax.xla import sharding
+from memo_jax.xla.compiler import compiler_options, run_once_options
+
+
+def jitted_step(config, recipe: Recipe, mesh: Mesh, state: TrainState):
+    """Returns the jitted train step (state, batch, banks, key) → (state, metrics); it donates the state.
+
+    Args:
+      config: of the run; its augmentation settings become the front end.
+      recipe: of the same config.
+      mesh: the devices; batches are split over them, banks and key are replicated.
+      state: concrete or abstract; only its shardings are read.
+    """
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    state = jax.tree.map(lambda x: x.sharding, state)
+    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
+    return jax.jit(
+        step,
+        in_shardings=(state, split, whole, whole),
+        out_shardings=(state, whole),
+        donate_argnums=0,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+
+
+def lowered_step(config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]) -> jax.stages.Lowered:
+    """Returns the train step, traced and lowered for a mesh of devices that need not be present.
+
+    Of `banks` only shapes, dtypes and shardings are read.
+    """
+    split, whole, shapes = sharding.split_batch(mesh), sharding.replicated(mesh), {}
+    for kind in ("global", "local"):
+        count, seconds = config.data[f"{kind}_crops"], config.data[f"{kind}_seconds"]
+        if count:
+            shapes[kind] = (config.data.batch_size, count, round(seconds * SAMPLE_RATE))
+    batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    state = abstract_state(config, recipe, mesh)
+    return jitted_step(config, recipe, mesh, state).lower(state, batch, banks, key)
+
+
+def state_maker(recipe: Recipe):
+    """Returns the function key → state before the first step."""
+    return functools.partial(
+        initial_state, branches=recipe.branches, mels=MEL_BINS, optimizer=recipe.optimizer, rule=recipe.gate_rule
+    )
+
+
+def abstract_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state on a mesh of devices that need not be present.
+
+    From `split_above_megabytes` on, prototypes (a step uses those of one head at a time) and optimiser states (used once
+    a step) are split over the devices. Everything else is replicated.
+    """
+    large = config.split_above_megabytes * 1e6 or float("inf")
+
+    def placed(path, x):
+        splits = (path[0].name == "opt_state" or optim.is_prototypes(path)) and x.size * x.dtype.itemsize >= large
+        held = sharding.split_longest_axis(mesh, x.shape) if splits else sharding.replicated(mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held)
+
+    shapes = jax.eval_shape(state_maker(recipe), jax.random.key(config.seed))
+    return jax.tree_util.tree_map_with_path(placed, shapes)
+
+
+def create_state(config, recipe: Recipe, mesh: Mesh, start: Mapping[str, Variables] | None = None) -> TrainState:
+    """Returns the state before the first step on the mesh's devices; the config's seed alone decides it.
+
+    Except for `start`, {branch: variables of a backbone}: students and teachers of these branches have them.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
+    options = run_once_options(mesh.devices.flat[0].platform)
+    make = jax.jit(state_maker(recipe), out_shardings=shardings, compiler_options=options)
+    state = make(jax.random.key(config.seed))
+    return with_backbones(state, start) if start else state
+
+
+def with_backbones(state: TrainState, start: Mapping[str, Variables]) -> TrainState:
+    """Returns the state with these backbones, {branch: variables}, in students and teachers."""
+
+    def replaced(branch, kind, tree):
+        given = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), start[branch][kind], tree["backbone"])
+        return tree | {"backbone": given}
+
+    roles = {
+        role: variables
+        | {branch: {kind: replaced(branch, kind, tree) for kind, tree in variables[branch].items()} for branch in start}
+        for role, variables in (("student", state.student), ("teacher", state.teacher))
+    }
+    return state.replace(**roles)

@@ -1,0 +1,154 @@
+"""Locks: one owner at a time, none left by a killed process, and leases where the file system has no locks."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import fake_bucket
+import tiny
+from memo_jax import locks
+from memo_jax.locks import LockedError, exclusive
+
+HOLDS = """
+import sys, time
+from memo_jax.locks import exclusive
+with exclusive(sys.argv[1], inside=bool(int(sys.argv[2]))):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(path, inside=False):
+    command = [sys.executable, "-c", HOLDS, str(path), str(int(inside))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=tiny.environment())
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_owner_is_named_and_a_killed_one_leaves_nothing_locked(tmp_path, inside):
+    output = tmp_path / "new" / "output"
+    with holder(output, inside) as process:
+        with pytest.raises(LockedError, match=f"{output} is in use by process {process.pid} on "):
+            with exclusive(output, inside=inside):
+                pass
+        process.send_signal(signal.SIGKILL)
+    with exclusive(output, inside=inside) as lock:
+        lock.check()
+        with pytest.raises(LockedError, match=f"process {os.getpid()}"), exclusive(output, inside=inside):
+            pass
+    with exclusive(output, inside=inside):
+        pass
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_nothing_is_left_behind(tmp_path, inside):
+    with exclusive(tmp_path / "a" / "b", inside=inside):
+        assert (tmp_path / "a").is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with exclusive(tmp_path / "a", inside=True):
+        (tmp_path / "a" / "kept").write_text("")
+    assert os.listdir(tmp_path / "a") == ["kept"]
+
+
+def test_of_many_that_begin_at_once_each_goes_alone(tmp_path):
+    """Six processes count up in a file, each trying until it has the lock."""
+    code = """
+import sys, time
+from pathlib import Path
+from memo_jax.locks import LockedError, exclusive
+path, done = Path(sys.argv[1]), 0
+while done < 10:
+    try:
+        with exclusive(path):
+            number = int(path.read_text())
+            time.sleep(0.001)
+            path.write_text(str(number + 1))
+            done += 1
+    except LockedError:
+        time.sleep(0.002)
+"""
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", code, str(tmp_path / "count")]
+    running = [subprocess.Popen(command, env=tiny.environment()) for _ in range(6)]
+    assert [process.wait() for process in running] == [0] * 6
+    assert (tmp_path / "count").read_text() == "60" and os.listdir(tmp_path) == ["count"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"), exclusive(tmp_path / "file" / "output"):
+        pass
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leases that go stale within a second."""
+    for name, seconds in (("HEARTBEAT_SECONDS", 0.1), ("STALE_SECONDS", 1.0), ("POLL_SECONDS", 0.3)):
+        monkeypatch.setattr(locks, name, seconds)
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    pytest.importorskip("gcsfs", reason="needs the extra `gcs`")
+    with pytest.MonkeyPatch.context() as patch, fake_bucket.running("locks") as (bucket, environment):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        import fsspec
+
+        fsspec.filesystem("gs").clear_instance_cache()
+        yield bucket
+        fsspec.filesystem("gs").clear_instance_cache()
+
+
+@pytest.fixture(params=["file system without flock", "bucket"])
+def leased(request, tmp_path, monkeypatch, quick):
+    """A path where only leases work."""
+    if request.param == "bucket":
+        request.getfixturevalue("bucket").objects.clear()
+        return "gs://locks/run"
+
+    def flock(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    return tmp_path / "run"
+
+
+def test_a_lease_is_kept_while_renewed_and_removed_at_the_end(leased):
+    with exclusive(leased, inside=True) as lock:
+        time.sleep(1.5)
+        with pytest.raises(LockedError, match=f"is in use by process {os.getpid()} on "):
+            with exclusive(leased, inside=True):
+                pass
+        lock.check()
+    with exclusive(leased, inside=True):
+        pass
+
+
+def test_a_lease_of_a_process_that_is_gone_is_taken_over_and_its_owner_told(leased, capfd):
+    """One of another machine after it was not renewed for a while; one of a dead process here at once. An owner that
+    was suspended, and finds another's lease, stops."""
+    file = locks.as_path(leased) / ".lock"
+    with subprocess.Popen(["true"]) as process:
+        pass
+    for machine, waits in (["elsewhere"], True), (locks._machine(), False):
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(json.dumps({"pid": process.pid, "host": "far", "machine": machine, "token": "x"}).encode())
+        began = time.monotonic()
+        with exclusive(leased, inside=True) as lock:
+            assert (time.monotonic() - began >= 1.0) == waits
+            lock.check()
+        assert ("process" in capfd.readouterr().err) == waits
+    with exclusive(leased, inside=True) as lock:
+        file.write_bytes(json.dumps({"pid": 1, "host": "far", "token": "x"}).encode())
+        time.sleep(0.5)
+        with pytest.raises(LockedError, match="the lock was lost.*process 1 on far"):
+            lock.check()
+    assert b"far" in file.read_bytes()
