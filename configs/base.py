@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     augment.music_snr_db = (5.0, 15.0)  # the same for music
     augment.speech_snr_db = (13.0, 20.0)  # the same for speech and babble
     augment.babble_from_batch = True  # add other utterances of the batch where no speech folder is given
+    augment.masked_bins = 0  # most neighbouring mel bins that each crop loses, of 80
     augment.bank_seconds = 6.0  # length of a row of a bank of recordings
     augment.bank_megabytes = 512.0  # most memory of each bank on a device; of more, a seeded choice
     augment.rir_seconds = 0.5  # room responses are cut there
