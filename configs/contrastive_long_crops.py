@@ -11,15 +11,17 @@ import contrastive
 
 
 def get_config():
-    """Returns configs/contrastive.py for fewer and longer crops."""
+    """Returns configs/contrastive.py for a few steps with longer crops."""
     config = contrastive.get_config()
-    config.total_steps = 220
-    config.data.batch_size = 40
+    config.total_steps = 120
+    config.data.batch_size = 32
     config.data.global_seconds = 2.0
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 20
     config.teacher.momentum = 0.98
 
-    config.evaluation.every_steps = 110
+    config.checkpoint.every_steps = 40
+    config.checkpoint.keep_every_steps = 40
+    config.evaluation.every_steps = 60
     return config
