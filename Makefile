@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/installed
 
 PARITY := .venv-parity
 TFDS := .venv-tfds
+ONNX := .venv-onnx
 
 # Installs the project and its EXTRAS into the environment whose `installed` is made. The first step writes into this
 # folder, which environments that are made at the same time must not do together; the second takes long and does not.
@@ -16,7 +17,7 @@ define INSTALL
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'memo-jax[$(EXTRAS)]'
 endef
 
-.PHONY: help demo lint format test test-tfds parity install clean
+.PHONY: help demo docs lint format test test-onnx test-tfds parity install clean
 
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
@@ -24,10 +25,12 @@ help:
 	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
 	@echo "make test                      run the tests"
 	@echo "make lint                      check style and formatting; make format rewrites the files"
+	@echo "make docs                      build the documentation into site/"
 	@echo "make test-tfds                 run the tests that need TensorFlow, in an environment of their own"
+	@echo "make test-onnx                 run the tests that need sherpa-onnx, in an environment of their own"
 	@echo "make parity                    compare with the PyTorch networks, in an environment of its own, $(PARITY)"
 	@echo "make install                   only make the environment in $(VENV)"
-	@echo "make clean                     remove $(VENV), $(PARITY), $(TFDS), demo_output and caches"
+	@echo "make clean                     remove the environments, demo_output, site and caches"
 	@echo "PYTHON=python3.12              before any of them: which Python (3.11 or newer) makes $(VENV)"
 
 demo: $(INSTALLED)
@@ -42,6 +45,11 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# Configuration in mkdocs.yml; every warning is an error. The variable silences an advertisement of the theme's authors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(VENV)/bin/python -m http.server --directory site"
+
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
@@ -55,6 +63,18 @@ $(TFDS)/installed: setup.cfg pyproject.toml
 	@echo "Making $(TFDS) with TensorFlow; a few minutes the first time."
 	@$(PYTHON) -m venv $(TFDS)
 	$(INSTALL)
+	@touch $@
+
+# sherpa-onnx brings a runtime of its own, so what loads a file there has an environment of its own.
+test-onnx: $(ONNX)/installed
+	$(ONNX)/bin/python -m pytest -n 0 tests/inference/test_sherpa_onnx.py
+
+$(ONNX)/installed: EXTRAS := demo,onnx,test
+$(ONNX)/installed: setup.cfg pyproject.toml
+	@echo "Making $(ONNX) with sherpa-onnx; a few minutes the first time."
+	@$(PYTHON) -m venv $(ONNX)
+	$(INSTALL)
+	@$(ONNX)/bin/python -m pip install --quiet --disable-pip-version-check 'sherpa-onnx>=2.0.1,<2.1'
 	@touch $@
 
 # Float64 needs a process of its own.
@@ -79,7 +99,7 @@ $(PARITY)/installed: setup.cfg pyproject.toml
 install: $(INSTALLED)
 
 # Tests run everything the project can do, so these extras are installed once.
-$(INSTALLED): EXTRAS := demo,gcs,test
+$(INSTALLED): EXTRAS := demo,docs,gcs,hub,onnx,test
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "memo_jax needs Python 3.11 or newer, but '$(PYTHON)' says: `$(PYTHON) --version 2>&1 | tail -n 1`" >&2; \
@@ -90,5 +110,5 @@ $(INSTALLED): setup.cfg pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY) $(TFDS) demo_output build dist *.egg-info .pytest_cache .hypothesis .jax_cache
+	rm -rf $(VENV) $(PARITY) $(TFDS) $(ONNX) demo_output site build dist *.egg-info .pytest_cache .hypothesis .jax_cache
 	find memo_jax experiments tests configs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

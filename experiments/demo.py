@@ -164,21 +164,21 @@ def split_by_speaker(recordings, seed):
 
 def prepared(recordings, dataset):
     """Path of the dataset of these recordings, prepared unless it is there."""
-    from memo_jax.data.prepare import prepare, summary
+    from memo_jax.data.prepare import preparation_text, prepare
 
     if (dataset / "dataset_info.json").exists():
         say(f"2. Dataset {dataset}: already prepared.")
     else:
         say(f"2. Preparing the dataset {dataset}.")
-        say(f"   {summary(prepare([recordings], dataset))}")
+        say(f"   {preparation_text(prepare([recordings], dataset))}")
     return dataset
 
 
 def write_trials(dataset, path, seed):
     """A trial list of what `prepare` kept; the only use of speaker labels."""
-    from memo_jax.data.batches import open_utterances
+    from memo_jax.data.batches import Utterances
 
-    utterances = open_utterances(dataset)
+    utterances = Utterances(dataset)
     names_by_speaker = {}
     for name, speaker in zip(utterances.names, utterances.speakers):
         names_by_speaker.setdefault(speaker, []).append(name)
@@ -214,12 +214,13 @@ def train_run(config, workdir):
     # Loops that are not unrolled compile a fifth sooner, and take this small step no longer (a large one by a twentieth).
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true")
     from memo_jax.cli import keep_compiled_programs
+    from memo_jax.inference.evaluate import training_evaluation
     from memo_jax.training.train import train
 
     keep_compiled_programs()
     say(f"3. Training without speaker labels; all numbers go to {workdir / 'metrics.jsonl'}.")
     start = time.perf_counter()
-    train(config, workdir)
+    train(config, workdir, evaluation=training_evaluation(config))
     return time.perf_counter() - start
 
 
@@ -238,7 +239,8 @@ def draw(output, trials, results):
     """The two pictures: learning_curve.png, and det.png of all three systems, from what the evaluations wrote."""
     import numpy as np
 
-    from memo_jax.report.learning_curves import plot_det, plot_learning_curve
+    from memo_jax.report.learning_curves import plot_learning_curve
+    from memo_jax.scoring.figures import plot_det
     from memo_jax.scoring.trials import read_trials
 
     target = read_trials(trials).target

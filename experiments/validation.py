@@ -3,8 +3,8 @@
     python experiments/validation.py --input speech/commonvoice/train --output lists/validation
 
 Choices (sizes, learning rates, lengths) are made on the validation list, so that the test lists stay unseen. Its
-speakers are left out of training with all their recordings. The input is a folder with one folder a speaker, whose
-recordings are called LANGUAGE_NUMBER.EXTENSION as Common Voice calls them: numbers far apart mostly mean another day, so
+speakers are left out of training with all their recordings. The input is a folder with one folder per speaker.
+Recordings are called LANGUAGE_NUMBER.EXTENSION, as in Common Voice. Numbers far apart mostly mean another day, so
 the target trials are of such pairs where a speaker has any.
 
 Writes into the output folder: `trials.txt` (VoxCeleb form), `validation/` and `train/` (Kaldi data folders, inputs of

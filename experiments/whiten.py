@@ -97,13 +97,13 @@ def main(arguments=None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
     options = parser.parse_args(arguments)
 
-    from memo_jax.data.batches import open_utterances
+    from memo_jax.data.batches import Utterances
     from memo_jax.inference.batches import apply_to_recordings
     from memo_jax.inference.embedder import load_model
     from memo_jax.inference.model_file import write_model
 
     try:
-        model, data = load_model(options.model, role=options.role, step=options.step), open_utterances(options.data)
+        model, data = load_model(options.model, role=options.role, step=options.step), Utterances(options.data)
         folded(model, np.zeros(model.dimension), np.eye(model.dimension))  # fails before the work, not behind it
         rows = np.sort(np.random.default_rng(options.seed).permutation(len(data))[: options.recordings])
         if len(rows) <= model.dimension:

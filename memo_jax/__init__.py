@@ -1,6 +1,6 @@
 """MeMo in JAX: speaker verification learned without labels."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Embedder"]
 
 

@@ -8,16 +8,18 @@ import sys
 import traceback
 from pathlib import Path
 
-from memo_jax.files import check_local, one_line
+from memo_jax import interrupts
+from memo_jax.files import check_local, check_writable, one_line
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
 LOST = 76  # another process of a distributed run has died
-INTERRUPTED = 130
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
     ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"}
 )  # these may be gs://…
-TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")  # interop.KINDS, without importing it
+# As interop.KINDS and features.FRONT_ENDS, which are slow to import.
+TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
+FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "speechbrain_fbank")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,9 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
     try:
-        check_paths(options)
-        return options.run(options) or 0
+        with interrupts.handled():
+            check_paths(options)
+            return options.run(options) or 0
     except (Exception, KeyboardInterrupt) as error:
+        if arguments is None and interrupts.requested():
+            interrupts.end()  # a process of its own, which need not wait for threads that compile
         status = report_error(error)
         if status is None:
             raise
@@ -50,9 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report_error(error: BaseException) -> int | None:
     """Prints one line about an error and returns its exit status; None for a bug, which keeps its traceback."""
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or interrupts.requested():
         print("memo-jax: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return interrupts.INTERRUPTED
     status = getattr(error, "exit_status", None)
     if isinstance(error, (ValueError, OSError, ImportError)):
         print(f"memo-jax: error: {one_line(error, longest=None)}", file=sys.stderr)
@@ -106,15 +111,14 @@ def build_parser() -> argparse.ArgumentParser:
     model = shared(network, as_json)
     model.add_argument(
         "--model",
-        required=True,
         type=Path,
         metavar="MODEL",
-        help="workdir of a training run, model file, or exported program",
+        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
     )
     threshold = shared()
     threshold.add_argument(
         "--threshold",
-        type=float,
+        type=cosine,
         metavar="COSINE",
         help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
     )
@@ -125,6 +129,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=1000,
         metavar="N",
         help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
+    )
+    channel = shared()
+    channel.add_argument(
+        "--channel",
+        type=channel_choice,
+        default="mean",
+        metavar="N|mean",
+        help="of recordings with several channels: the mean, or one of them, from 1 (default: %(default)s)",
     )
     min_seconds = shared()
     min_seconds.add_argument(
@@ -145,10 +157,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     trials = shared()
     trials.add_argument(
-        "--trials", required=True, type=Path, metavar="FILE", help="lines `1 enrol test` or `enrol test target`"
+        "--trials",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
+    )
+    trials.add_argument(
+        "--enrollments",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker recording recording …`: who the enrol sides are",
     )
 
-    prepare = command("prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds)
+    prepare = command(
+        "prepare", run_prepare, "turn recordings into a dataset, or check a dataset", min_seconds, channel
+    )
     prepare.add_argument(
         "--input",
         action="append",
@@ -242,19 +266,24 @@ def build_parser() -> argparse.ArgumentParser:
         help="save the threshold at this criterion (default: eer) with the model, for verify and identify",
     )
 
-    embed = command("embed", run_embed, "turn recordings into embeddings", model, min_seconds)
+    embed = command("embed", run_embed, "turn recordings into embeddings", model, min_seconds, channel)
     embed.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
     embed.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
 
-    verify = command("verify", run_verify, "tell whether two recordings are of the same speaker", model, threshold)
+    verify = command(
+        "verify", run_verify, "tell whether two recordings are of the same speaker", model, threshold, channel
+    )
     verify.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
 
-    enroll = command("enroll", run_enroll, "add a person to a gallery", model, gallery)
+    enroll = command("enroll", run_enroll, "add a person to a gallery", model, gallery, channel)
     enroll.add_argument("name", metavar="NAME")
     enroll.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
 
+    remove = command("remove", run_remove, "remove a person from a gallery", gallery, as_json)
+    remove.add_argument("name", metavar="NAME")
+
     identify = command(
-        "identify", run_identify, "tell who in a gallery speaks in a recording", model, threshold, gallery
+        "identify", run_identify, "tell who in a gallery speaks in a recording", model, threshold, gallery, channel
     )
     identify.add_argument("recording", type=Path, metavar="RECORDING")
 
@@ -274,8 +303,39 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         type=Path,
         metavar="FILE",
-        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone",
+        help="name.safetensors: a model file; name.zip: a program that runs with JAX alone; name.onnx: an ONNX file",
     )
+    export.add_argument(
+        "--onnx-input",
+        choices=("waveform", "feats"),
+        default="waveform",
+        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
+    )
+    export.add_argument(
+        "--weights",
+        choices=("float32", "float16", "int8"),
+        default="float32",
+        help="of a model file or ONNX file: as they are, half the size, or (ONNX) quantised (default: %(default)s)",
+    )
+    export.add_argument(
+        "--onnx-runtime",
+        choices=("sherpa-onnx", "wespeaker"),
+        help="write features and metadata as this runtime expects them",
+    )
+    export.add_argument(
+        "--other-front-end",
+        action="store_true",
+        help="let that runtime compute other features than the model was trained with; prints what that costs",
+    )
+
+    push = command("push", run_push, "upload a model to the Hugging Face Hub", network)
+    push.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
+    push.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
+    push.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
+    push.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
+    push.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
 
     score = command("score", run_score, "score a trial list with embeddings", trials, replicates, as_json)
     score.add_argument(
@@ -339,8 +399,34 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="which network of a checkpoint that holds several (default: teacher_ecapa, or the only one)",
     )
+    convert.add_argument(
+        "--front-end",
+        choices=FRONT_END_NAMES,
+        help="what the weights take as input (default: what convert --to noted in INPUT, or what the toolkit computes)",
+    )
     convert.add_argument("--to", choices=TOOLKITS, help="write the network with the names of this toolkit")
     return parser
+
+
+def cosine(text: str) -> float:
+    """Returns a cosine score of the command line; argparse reports the error."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
+    return value
+
+
+def channel_choice(text: str) -> str | int:
+    """Returns a channel of the command line; argparse reports the error."""
+    from memo_jax.audio import parse_channel
+
+    try:
+        return parse_channel(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def run_prepare(options) -> int:
@@ -367,6 +453,7 @@ def run_prepare(options) -> int:
         inputs,
         options.output,
         min_seconds=options.min_seconds,
+        channel=options.channel,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
@@ -384,10 +471,12 @@ def run_train(options) -> None:
     keep_freed_memory()
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
+        from memo_jax.inference.evaluate import training_evaluation
         from memo_jax.inference.workdir import starting_backbones
         from memo_jax.training.train import train
 
-        train(config, options.workdir, start=starting_backbones(config), stop_at_step=options.stop_at_step)
+        evaluation, start = training_evaluation(config), starting_backbones(config)
+        train(config, options.workdir, evaluation=evaluation, start=start, stop_at_step=options.stop_at_step)
 
 
 @contextlib.contextmanager
@@ -421,12 +510,12 @@ def run_reproduce(options) -> int:
     """memo-jax reproduce."""
     keep_compiled_programs()
     keep_freed_memory()
-    from memo_jax.reproduce import reproduce, summary
+    from memo_jax.reproduce import comparison_text, reproduce
 
     workdir = options.workdir.resolve()
     output = options.output or workdir.with_name(f"{workdir.name}-again")
     found = reproduce(options.workdir, output, options.overrides)
-    print(json.dumps(found, indent=2) if options.json else summary(options.workdir, found))
+    print(json.dumps(found, indent=2) if options.json else comparison_text(options.workdir, found))
     return 0 if found["identical"] else NO
 
 
@@ -459,14 +548,15 @@ def run_eval(options) -> None:
         step=options.step,
         crops=options.crops,
         crop_seconds=options.crop_seconds,
+        enrollments=options.enrollments,
         save_threshold=options.save_threshold,
         replicates=options.replicates,
     )
-    print(
-        json.dumps(results, indent=2)
-        if options.json
-        else f"{evaluation_text(results)}\n{options.output / 'results.json'}\n{options.output / 'det.png'}"
-    )
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    written = ("results.json", "det.png") if "eer" in results else ("results.json", "scores.txt")
+    print("\n".join([evaluation_text(results), *(str(options.output / name) for name in written)]))
 
 
 def load_embedder(options, gallery=None):
@@ -475,28 +565,37 @@ def load_embedder(options, gallery=None):
     keep_freed_memory()
     from memo_jax.inference.embedder import Embedder
 
-    return Embedder.load(options.model, branch=options.branch, role=options.role, step=options.step, gallery=gallery)
+    return Embedder.load(
+        options.model,
+        branch=options.branch,
+        role=options.role,
+        step=options.step,
+        gallery=gallery,
+        channel=options.channel,
+    )
 
 
 def run_convert(options) -> None:
     """memo-jax convert."""
     of_workdir = {name: getattr(options, name) for name in ("branch", "role", "step")}
-    wrong = [name for name in ("kind", "part") if options.to and getattr(options, name) is not None]
+    wrong = [name for name in ("kind", "part", "front_end") if options.to and getattr(options, name) is not None]
     wrong += [name for name, value in of_workdir.items() if not options.to and value is not None]
     if wrong:
-        raise ValueError(
-            f"--{wrong[0]} is for conversion {'from PyTorch, without --to' if options.to else 'to PyTorch, with --to'}"
-        )
+        direction = "from PyTorch, without --to" if options.to else "to PyTorch, with --to"
+        raise ValueError(f"--{wrong[0].replace('_', '-')} is for conversion {direction}")
     from memo_jax.inference import convert
 
     if options.to:
         print(convert.convert_back(options.input, options.output, options.to, **of_workdir))
     else:
-        print(convert.convert(options.input, options.output, options.kind, options.part))
+        print(convert.convert(options.input, options.output, options.kind, options.part, options.front_end))
 
 
 def run_embed(options) -> int:
     """memo-jax embed."""
+    from memo_jax.scoring.embedding_file import check_output_name
+
+    check_writable(check_output_name(options.output))
     embedder = load_embedder(options)
     from memo_jax.inference.embed_recordings import embed_recordings, embedding_text
 
@@ -522,6 +621,9 @@ def run_verify(options) -> int:
 
 def run_enroll(options) -> None:
     """memo-jax enroll."""
+    from memo_jax.scoring.embedding_file import check_output_name
+
+    check_writable(check_output_name(options.gallery))
     embedder = load_embedder(options, options.gallery)
     embedder.enroll(options.name, options.recordings)
     names = embedder.gallery.names
@@ -529,6 +631,18 @@ def run_enroll(options) -> None:
         json.dumps({"enrolled": options.name, "people": names}, indent=2, ensure_ascii=False)
         if options.json
         else f"{options.name} is enrolled; {len(names)} in {options.gallery}"
+    )
+
+
+def run_remove(options) -> None:
+    """memo-jax remove."""
+    from memo_jax.inference.gallery import remove_person
+
+    names = remove_person(options.gallery, options.name).names
+    print(
+        json.dumps({"removed": options.name, "people": names}, indent=2, ensure_ascii=False)
+        if options.json
+        else f"{options.name} is removed; {len(names)} left in {options.gallery}"
     )
 
 
@@ -551,6 +665,7 @@ def run_identify(options) -> int:
 
 def run_report(options) -> None:
     """memo-jax report."""
+    check_writable(options.output or options.workdir / "report.html")
     keep_compiled_programs()
     from memo_jax.report.page import write_report
 
@@ -560,16 +675,42 @@ def run_report(options) -> None:
 def run_export(options) -> None:
     """memo-jax export."""
     from memo_jax.inference.embedder import load_model
-    from memo_jax.inference.export import export
+    from memo_jax.inference.export import check_outputs, export
+
+    check_outputs(options.output)
+    model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+    onnx_options = {
+        "inputs": "feats" if options.onnx_runtime else options.onnx_input,
+        "weights": options.weights,
+        "runtime": options.onnx_runtime,
+        "other_front_end": options.other_front_end,
+    }
+    paths = [str(path) for path in export(model, options.output, **onnx_options)]
+    print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
+
+
+def run_push(options) -> None:
+    """memo-jax push."""
+    from memo_jax.inference.embedder import load_model
+    from memo_jax.inference.hub import push
 
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
-    paths = [str(path) for path in export(model, options.output)]
-    print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
+    results = [json.loads(path.read_text("utf-8")) for path in options.results]
+    url = push(
+        model,
+        options.repository,
+        results=results,
+        license=options.license,
+        datasets=options.dataset,
+        private=options.private,
+        onnx=not options.no_onnx,
+    )
+    print(url)
 
 
 def run_score(options) -> None:
     """memo-jax score."""
-    from memo_jax.scoring.score import score, summary
+    from memo_jax.scoring.score import score, score_text
 
     results = score(
         options.embeddings,
@@ -580,10 +721,11 @@ def run_score(options) -> None:
         calibration_trials=options.calibrate,
         compare=options.compare,
         speakers=options.speakers,
+        enrollments=options.enrollments,
         replicates=options.replicates,
         scores_file=options.scores,
     )
-    print(json.dumps(results, indent=2) if options.json else summary(results))
+    print(json.dumps(results, indent=2) if options.json else score_text(results))
 
 
 def keep_compiled_programs() -> None:

@@ -19,20 +19,6 @@ from ml_collections.config_dict import ConfigDict, FieldReference
 from memo_jax.files import as_path, make_folder, read_text, write_text
 
 CONFIG_FILE = "config.json"
-# Keys that configs of earlier versions lack, with what those versions did.
-LATER_KEYS = {
-    "model.ecapa_form": "speechbrain",
-    "model.ecapa_embedding_norm": False,
-    "model.campplus_layers": (12, 24, 16),
-    "model.campplus_growth": 32,
-    "model.campplus_channels": 128,
-    "model.campplus_plane_channels": 32,
-    "model.ecapa_remat": "none",
-    "model.resnet_remat": "none",
-    "model.resnet_packed": False,
-    "model.resnet_scan": False,
-    "split_above_megabytes": 0.0,
-}
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
 
 
@@ -106,26 +92,13 @@ def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
-    """Returns the locked config that `save_config` wrote, None if there is none. Raises ValueError if damaged.
-
-    What an earlier version wrote gets the keys that it lacks (LATER_KEYS).
-    """
+    """Returns the locked config that `save_config` wrote, None if there is none. Raises ValueError if damaged."""
     path = as_path(workdir) / CONFIG_FILE
     try:
         text = read_text(path)
-        return None if text is None else _with_later_keys(config_from_json(text))
+        return None if text is None else config_from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; the workdir cannot be used without it") from None
-
-
-def _with_later_keys(config: ConfigDict) -> ConfigDict:
-    with config.unlocked():
-        for key, value in LATER_KEYS.items():
-            group, _, name = key.rpartition(".")
-            holder = config.get(group, {}) if group else config
-            if "branches" in config.get("model", {}) and name not in holder:
-                holder[name] = value
-    return config
 
 
 def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:

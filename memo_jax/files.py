@@ -139,20 +139,21 @@ def write_text(path: str | os.PathLike, text: str, *, fsync: bool = False) -> No
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raises OSError, naming `path`, unless a file can be written there; creates its folder if it is missing.
+    """Raises OSError, naming `path`, unless a file can be written there; leaves nothing behind.
 
-    Called before hours of work whose result goes there. For a bucket it does nothing: `check_bucket` does that.
+    Called before long work whose result goes there. For a bucket it does nothing: `check_bucket` does that.
     """
     if in_bucket(path):
         return
+    import tempfile
+
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    folder = next(folder for folder in path.parents if folder.exists())  # those below it can be created
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 INTERRUPTED = 130  # the exit status, as of shells: 128 + SIGINT
 
@@ -59,6 +60,8 @@ def requested() -> bool:
 
 def _remember(*_) -> None:
     global _requested
+    if _requested:
+        end()
     _requested = True
     raise KeyboardInterrupt
 
@@ -68,11 +71,17 @@ def _is_interrupt(ignored) -> bool:
 
 
 def _end_at_second(watched: int) -> None:
-    """Reads the numbers of signals, which come even while the main thread does not run Python, until the pipe closes."""
+    """Reads the numbers of signals, which come even while the main thread runs no Python, until the pipe closes."""
     with open(watched, "rb", buffering=0) as pipe:
         count = 0
         while numbers := pipe.read(1):
             count += numbers[0] == signal.SIGINT
             if count == 2:
-                print("memo-jax: interrupted", file=sys.stderr, flush=True)
-                os._exit(INTERRUPTED)
+                end()
+
+
+def end() -> NoReturn:
+    """Ends the process at once: neither threads nor what is registered for the exit are waited for."""
+    sys.stdout.flush()
+    print("memo-jax: interrupted", file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)

@@ -10,11 +10,13 @@ import numpy as np
 
 from memo_jax import config as configs
 from memo_jax.files import check_local
+from memo_jax.inference.evaluate import evaluate, training_evaluation
 from memo_jax.inference.workdir import starting_backbones
 from memo_jax.log import read_metrics
 from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.training.monitor import TIMES
 from memo_jax.training.run_record import read_run
-from memo_jax.training.train import FREE_ON_RESUME, TIMES, check_same_run, train
+from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 
 RATES = ("eer", "min_dcf_0.01", "min_dcf_0.05")
 MOVABLE = (*FREE_ON_RESUME, "augment.noise", "augment.music", "augment.speech", "augment.rirs")
@@ -56,9 +58,10 @@ def reproduce(
     if learnt:
         raise ValueError(f"that would be another run ({'; '.join(learnt)}): only places and what is watched may change")
     last = old[-1]["step"]
-    check_same_run(output, again)
+    check_same_config(output, again)
     if last not in saved_steps(output):  # called once more, it compares what is there
-        train(again, output, start=starting_backbones(again), stop_at_step=last, quiet=quiet)
+        evaluation, start = training_evaluation(again), starting_backbones(again)
+        train(again, output, evaluation=evaluation, start=start, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
         "parameters": compare_parameters(run, output),
         "environment": environment_differences(run, output),
@@ -116,8 +119,6 @@ def compare_parameters(run: Path, output: Path) -> dict[str, float]:
 
 def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> dict[str, float]:
     """Returns {rate of an evaluation: difference} where it is another on the new run."""
-    from memo_jax.inference.evaluate import evaluate
-
     old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
     if not made.exists():
         data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
@@ -153,7 +154,7 @@ def environment_differences(run: Path, output: Path) -> list[str]:
     return lines + [f"{name}: {a} → {b}" for name, a, b in pairs if a != b]
 
 
-def summary(run, found: dict) -> str:
+def comparison_text(run: str | os.PathLike, found: dict) -> str:
     """Returns what was found in the form that a person reads."""
     lines = [f"warning: {line}" for line in found["environment"]]
     lines.append(f"{run} again in {found['output']}: {found['steps']} rows of metrics compared")

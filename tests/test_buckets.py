@@ -59,7 +59,7 @@ def runs(bucket, tmp_path_factory):
     found = saved_steps(RUN), [row["step"] for row in read_metrics(RUN)]
     second = "runs/one/checkpoints/8/"
     bucket.objects.pop(second + "commit_success.txt", None)
-    bucket.objects[second + "state/left"] = 1, b"of a save that was cut short"
+    bucket.objects[second + "d/left"] = 1, b"of a save that was cut short"
     unmarked = saved_steps(RUN)
     with pytest.MonkeyPatch.context() as patch:
         tiny_processes.patch_for_tests(patch.setattr)
@@ -79,7 +79,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
     assert steps[0] == 4 and set(steps) <= {4, 8} and logged[:8] == list(range(1, 9))
     assert runs.unmarked == [4]
     assert "resumed after step 4" in runs.text
-    assert saved_steps(RUN) == [8, 12] and not any("/state/left" in name for name in bucket.objects)
+    assert saved_steps(RUN) == [8, 12] and not any("/d/left" in name for name in bucket.objects)
     whole, resumed = load_raw(runs.local)[0], load_raw(RUN)[0]
     assert len(jax.tree.leaves(whole)) > 20
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), whole, resumed)
@@ -162,7 +162,7 @@ def test_a_bucket_that_may_not_be_read_or_written_is_named(refusing):
     assert status == 2 and "gs://bucket/refused: the bucket cannot be used: 403" in text
     refusing.refuses = lambda method, name: method != "GET"
     status, text = tiny.train_here("gs://bucket/refused")
-    assert status == 2 and "memo-jax: error: gs://bucket/refused/config.json: Forbidden" in text
+    assert status == 2 and "memo-jax: error: gs://bucket/refused: cannot lock it: Forbidden" in text
     assert not any(name.startswith("refused") for name in refusing.objects)
 
 
@@ -171,17 +171,16 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_and_is_repeated(refusing
     with pytest.raises(
         OSError,
         match=r"gs://bucket/failing/checkpoints/2: cannot save .*; the checkpoint of step 1 is "
-        "intact. See that the bucket can be written",
+        "intact. Make sure that the bucket can be written",
     ):
         with Checkpointer("gs://bucket/failing") as checkpoints:
             checkpoints.save(1, state)
             checkpoints.wait()
-            refusing.refuses = lambda method, name: method == "POST" and "/checkpoints/2/state/" in name
+            refusing.refuses = lambda method, name: method == "POST" and "/checkpoints/2/d" in name
             checkpoints.save(2, state)
     assert saved_steps("gs://bucket/failing") == [1]
     refusing.refuses = lambda method, name: False
     with Checkpointer("gs://bucket/failing") as checkpoints:
-        checkpoints.restore(state)
         checkpoints.save(2, {"weights": state["weights"] + 1})
     np.testing.assert_array_equal(load_raw("gs://bucket/failing")[0]["weights"], [1, 2, 3])
 

@@ -119,7 +119,7 @@ def test_prepare_as_typed(tmp_path):
     (one / "s0" / "1.wav").rename(two / "Jürgen Müller" / "grüß dich.wav")
     (two / "broken.wav").write_text("no audio")
     status, text = tiny.here("prepare", "--input", one, "--input", two, "--output", tmp_path / "set", "--workers", "1")
-    assert status == 0 and "2 utterances, 2 speakers" in text and "left out 1 files (1 × not readable as audio)" in text
+    assert status == 0 and "2 utterances, 2 speakers" in text and "left out 1 file (1 × not readable as audio)" in text
     assert "broken.wav" in (tmp_path / "set" / "left_out.tsv").read_text(encoding="utf-8")
     assert "Jürgen Müller/grüß dich.wav" in (tmp_path / "set" / "manifest.tsv").read_text(encoding="utf-8")
     status, text = tiny.here("prepare", "--input", one, "--output", tmp_path / "set", "--workers", "1")

@@ -103,12 +103,14 @@ def test_features_export_with_any_batch_and_length():
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def kaldi_features(wave, window):
+def kaldi_features(wave, window, high=0.0, snip_edges=True):
     """Kaldi's filter-bank features minus their mean over time, by kaldi-native-fbank."""
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.dither = 0.0
     options.frame_opts.window_type = window
+    options.frame_opts.snip_edges = snip_edges
     options.mel_opts.num_bins = 80
+    options.mel_opts.high_freq = high
     extractor = kaldi_native_fbank.OnlineFbank(options)
     extractor.accept_waveform(16000, wave.tolist())
     extractor.input_finished()
@@ -117,17 +119,24 @@ def kaldi_features(wave, window):
 
 
 @pytest.mark.parametrize(
-    ("front_end", "window", "scale"), [("kaldi_fbank", "povey", 1), ("wespeaker_fbank", "hamming", 32768)]
+    ("front_end", "options", "scale"),
+    [
+        ("kaldi_fbank", ("povey",), 1),
+        ("wespeaker_fbank", ("hamming",), 32768),
+        ("sherpa_fbank", ("povey", 7600.0, False), 1),
+    ],
 )
-def test_kaldi_front_end_is_kaldis_also_in_a_padded_batch(front_end, window, scale):
+def test_kaldi_front_end_is_kaldis_also_in_a_padded_batch(front_end, options, scale):
     lengths = np.array([24_000, 16_037, 4_001], np.int32)
     waves = np.stack([0.2 * speech_like(24_000, seed) for seed in range(3)])  # padding is other sound, not zeros
     ours, frames = jax.jit(features.FRONT_ENDS[front_end])(waves, lengths)
     for row, count, length, wave in zip(np.asarray(ours), frames, lengths, waves):
-        expected = kaldi_features(scale * wave[:length], window)
+        expected = kaldi_features(scale * wave[:length], *options)
         assert count == len(expected)
         np.testing.assert_allclose(row[:count], expected, atol=5e-4)
         assert not row[count:].any()
+    alone, _ = jax.jit(features.FRONT_ENDS[front_end])(waves[:1])
+    np.testing.assert_allclose(alone[0], ours[0, : len(alone[0])], atol=1e-4)
 
 
 @pytest.mark.parametrize("front_end", ["kaldi_fbank", "wespeaker_fbank"])

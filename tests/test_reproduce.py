@@ -7,7 +7,7 @@ import pytest
 
 import tiny
 from memo_jax import config as configs
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.log import read_metrics
 from memo_jax.training.checkpoint import saved_steps
 from memo_jax.training.run_record import RUN_FILE, RunRecord, read_run
@@ -135,7 +135,7 @@ def test_data_may_have_moved_but_nothing_else_may_change(run, again, tmp_path):
 def test_a_run_keeps_what_it_was_made_with(run):
     record, data = read_run(run), tiny.material().dataset
     assert record["seed"] == 0
-    assert record["data"]["fingerprint"] == open_utterances(data).fingerprint and record["data"]["utterances"] == 20
+    assert record["data"]["fingerprint"] == Utterances(data).fingerprint and record["data"]["utterances"] == 20
     (start,) = record["starts"]
     assert start["versions"].keys() >= {"python", "memo-jax", "jax", "jaxlib", "flax", "numpy"}
     assert "unknown" not in start["versions"].values()

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from memo_jax.data.batches import open_utterances, training_batches
-from memo_jax.data.records import SEGMENT_SAMPLES, SHARD_OPTIONS, serialized, write_metadata
+from memo_jax.data.batches import Utterances, training_batches
+from memo_jax.data.records import SEGMENT_SAMPLES, SHARD_OPTIONS, checksum_of, serialized, write_metadata
 from memo_jax.log import progress
 
 SAMPLES = 320  # 20 ms
@@ -29,7 +29,9 @@ def write_small_dataset(folder: Path, utterances: int, shards: int) -> None:
     """Writes as many utterances, all alike: the bytes of one record, again and again."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    record = serialized("id00012/21Uxsk56VDQ/00001.wav", "id00012", 0, np.arange(SAMPLES, dtype=np.int16))
+    samples = np.arange(SAMPLES, dtype=np.int16)
+    checksum = checksum_of(samples)
+    record = serialized(checksum, "id00012/21Uxsk56VDQ/00001.wav", "id00012", 0, samples)
     counts = [utterances // shards + (number < utterances % shards) for number in range(shards)]
     written = []
     for number, count in enumerate(progress(counts, label=f"write {utterances:,}", unit="shard")):
@@ -38,7 +40,8 @@ def write_small_dataset(folder: Path, utterances: int, shards: int) -> None:
         for _ in range(count):
             writer.write(record)
         writer.close()
-        written.append({"path": path, "segment_samples": SEGMENT_SAMPLES, "lengths": [SAMPLES] * count})
+        lengths = {"segment_samples": SEGMENT_SAMPLES, "lengths": [SAMPLES] * count}
+        written.append({"path": path, **lengths, "checksums": [checksum] * count})
     write_metadata(folder, written, {"fingerprint": "small"})
 
 
@@ -54,7 +57,7 @@ def measure_here(folder: Path, shards: int) -> dict:
 
     options = {"batch_size": 64, "seed": 0, "global_seconds": 0.01, "local_seconds": 0.005}
     before, began = resident_megabytes(), time.perf_counter()
-    utterances = open_utterances(folder)
+    utterances = Utterances(folder)
     opened = time.perf_counter()
     batches = training_batches(utterances, **options)
     next(batches)

@@ -36,11 +36,10 @@ before, start = megabytes(), time.perf_counter()
 recordings, left_out = find_recordings([sys.argv[1]])
 listed, peak = time.perf_counter() - start, megabytes() - before
 unfinished = Unfinished(Path(sys.argv[1] + ".dataset"))
-unfinished.claim()
-unfinished.begin({}, recordings, left_out)
+unfinished.begin({"run_commands": False}, recordings, left_out)
 count, start = len(recordings), time.perf_counter()
 del recordings
-assert len(unfinished.plan()[0]) == count
+assert len(unfinished.plan()[1]) == count
 print(json.dumps({"recordings": count, "list_seconds": listed, "list_megabytes": peak,
                   "read_plan_seconds": time.perf_counter() - start}))
 unfinished.discard()

@@ -124,12 +124,12 @@ def write_wavs(folder: Path, dataset: Path, rng) -> None:
     """Writes a dataset's utterances as wav files, and files of noise (5 to 60 s) and rooms (0.5 s) to augment with."""
     from scipy.io import wavfile
 
-    from memo_jax.data.batches import open_utterances
+    from memo_jax.data.batches import Utterances
     from memo_jax.log import progress
 
     for name in ("speech", "noise", "rooms"):
         (folder / name).mkdir(parents=True)
-    for number, samples in enumerate(progress(open_utterances(dataset), label="write wav", unit="utterance")):
+    for number, samples in enumerate(progress(Utterances(dataset), label="write wav", unit="utterance")):
         wavfile.write(folder / "speech" / f"{number:07d}.wav", RATE, samples)
     for number, seconds in enumerate(rng.uniform(5, 60, 20)):
         noise = rng.normal(0, 2000, round(seconds * RATE))

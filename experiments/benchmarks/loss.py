@@ -49,7 +49,7 @@ def pairwise_distillation(student, teacher, center):
 def our_distillation(student, teacher, center):
     """Returns the loss of memo_jax, without its indicators."""
     distributions, _ = teacher_distributions(teacher, center, TEACHER_TEMP)
-    return distillation(student, distributions, STUDENT_TEMP, len(teacher))
+    return distillation(student, distributions, STUDENT_TEMP)
 
 
 def example_logits(options):

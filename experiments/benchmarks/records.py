@@ -24,7 +24,7 @@ import soundfile  # noqa: E402
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from memo_jax.audio import SAMPLE_RATE, is_audio_name, read_audio  # noqa: E402
 from memo_jax.data.batches import training_batches  # noqa: E402
-from memo_jax.data.records import READER_OPTIONS, samples_of, serialized  # noqa: E402
+from memo_jax.data.records import READER_OPTIONS, checksum_of, samples_of, serialized  # noqa: E402
 from synthetic import cuts, utterance_lengths, write_dataset  # noqa: E402
 
 ROUNDS = 3
@@ -46,7 +46,7 @@ FORMATS = (
 def encoded(content: str, samples: np.ndarray) -> bytes:
     """The record of an utterance."""
     if content == "PCM":
-        return serialized("id00012/21Uxsk56VDQ/00001.wav", "id00012", 0, samples)
+        return serialized(checksum_of(samples), "id00012/21Uxsk56VDQ/00001.wav", "id00012", 0, samples)
     file = io.BytesIO()
     soundfile.write(file, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return file.getvalue()

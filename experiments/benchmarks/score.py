@@ -85,7 +85,7 @@ def main(arguments=None) -> dict:
     mark("error_rates")
     reference = reference_rates(embeddings, pairs, trials.target)
     mark("reference")
-    interval = eer_interval(scores, trials, replicates=options.replicates)
+    interval = eer_interval(scores, trials, replicates=options.replicates)["eer_interval"]
     mark("interval")
     took = {name: end - begin for (_, begin, _), (name, end, _) in zip(marks, marks[1:])}
     cpu = {name: end - begin for (_, _, begin), (name, _, end) in zip(marks, marks[1:])}

@@ -111,7 +111,7 @@ def parts_of(config):
 
     def distill(logits, distributions):
         return sum(
-            losses.distillation(logits[a][head], distributions[b][head], 0.1, counts[0])
+            losses.distillation(logits[a][head], distributions[b][head], 0.1)
             for a in logits
             for b in logits
             for head in ["self" if a == b else config.loss.cross_head]

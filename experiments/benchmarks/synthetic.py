@@ -42,7 +42,7 @@ def cuts(rng, lengths):
 
 
 def write_dataset(folder, utterances, count: int, *, shards: int = 8, segment_samples: int = SEGMENT_SAMPLES) -> None:
-    """Writes `count` arrays int16 [L] from an iterable as a dataset that `data.open_utterances` reads."""
+    """Writes `count` arrays int16 [L] from an iterable as a dataset that `data.Utterances` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     written, writer, per_shard = [], None, -(-count // shards)
     for number, samples in enumerate(progress(utterances, total=count, label="write", unit="utterance")):

@@ -11,13 +11,14 @@ that is up to `SLACK` bytes too long. One loss cannot be noticed: that of whole 
 any length (raw AAC, AMR, MP3 without a header frame, FLAC and WebM of unknown length).
 """
 
+import functools
 import struct
 from collections.abc import Callable
 
 from memo_jax.audio import mpeg, ogg
 from memo_jax.audio.error import AudioError
 from memo_jax.audio.part import Part, truncated, unreadable
-from memo_jax.audio.window import Window
+from memo_jax.audio.window import CACHED, Window
 
 SLACK = 256  # bytes by which a header may promise too much: common writers count their own header as data
 STRAY = 4096  # bytes behind the end of a recording that are ignored when nothing is known that begins like them
@@ -152,14 +153,16 @@ def _wav(window, start):
     else:
         width, field = 4, place + 4
     is_placeholder = promised > available and promised >= 2**31 - 2**16 and (width == 4 or promised >= 2**62)
-    if is_placeholder or (promised == 0 and available and not _is_chain_of_chunks(window, begin, order)):
+    if promised == 0 and available and not _is_chain_of_chunks(window, begin, order):
+        is_placeholder = True
+    if is_placeholder or 0 < promised - available <= SLACK:
         promised = available
         if available < 1 << 8 * width - 1:
-            patches = ((field, available.to_bytes(width, order)),)
-            if width == 8:
-                patches += ((start + 20, (window.size - start - 8).to_bytes(8, order)),)
-            else:
-                patches += ((start + 4, (window.size - start - 8).to_bytes(4, order)),)
+            riff = start + (20 if width == 8 else 4)
+            patches = (
+                (field, available.to_bytes(width, order)),
+                (riff, (window.size - start - 8).to_bytes(width, order)),
+            )
     end = begin + _checked(window, promised, available)
     if codec in (0x50, 0x55) and end > begin:
         inside, _ = mpeg.walk_mp3(window, begin, end)
@@ -267,7 +270,7 @@ def _caf(window, start):
     while len(head := window.read(place, 12)) == 12 and _is_name(head[:4]) and not kind_at(window, place):
         size, available = int.from_bytes(head[4:], "big", signed=True), window.size - place - 12
         if head[:4] == b"data":
-            if size < 0:
+            if size < 0 or 0 < size - available <= SLACK:
                 size, patches = available, ((place + 4, available.to_bytes(8, "big")),)
             end = place + 12 + _checked(window, size, available)
         elif size < 0:
@@ -410,15 +413,59 @@ def _asf(window, start):
 
 
 def _flac(window, start):
-    info = window.read(start + 8, 34)
-    if len(info) < 34:
+    """Its header may leave the number of samples at 0, "unknown", as encoders that write to a pipe do."""
+    info, place = window.read(start + 8, 34), start + 4
+    while len(head := window.read(place, 4)) == 4:  # blocks of metadata; the first bit marks the last of them
+        place += 4 + int.from_bytes(head[1:], "big")
+        if head[0] & 0x80:
+            break
+    if len(info) < 34 or place >= window.size or len(head) < 4:
         raise truncated(window, "it ends within its header")
-    frames = int.from_bytes(info[13:18], "big") & (1 << 36) - 1  # 0: unknown, as encoders write to a pipe
-    end = min(window.find(mark, start + 42) for mark in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"))
-    behind = end
-    if end == window.size and window.read(end - 128, 3) == b"TAG":
-        end -= 128
+    frames = int.from_bytes(info[13:18], "big") & (1 << 36) - 1
+    end = behind = min(window.find(mark, place) for mark in (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"))
+    if end == window.size:
+        end = _without_tags_behind(window, place, end)
+    if not frames and not _ends_with_flac_frame(window, place, end):
+        raise truncated(window, "its last frame is incomplete")
     return [Part("flac", start, end, frames=frames or None)], behind
+
+
+def _without_tags_behind(window, start, end):
+    """Where the zeros and tags begin that stand at the end of a FLAC file."""
+    if window.read(end - 128, 3) == b"TAG":
+        end -= 128
+    tag = window.read(max(start, end - 32), 32)
+    if tag[:8] == b"APETAGEX":
+        end -= int.from_bytes(tag[12:16], "little") + (32 if tag[23] & 0x80 else 0)
+    zeros = 0
+    while (count := min(CACHED, end - zeros - start)) > 0:
+        data = window.read(end - zeros - count, count)
+        zeros += count - len(data.rstrip(b"\0"))
+        if data.strip(b"\0"):
+            break
+    if zeros < 16:
+        return max(start, end)
+    # The last bytes of a frame may be zeros, too.
+    ends = range(end - zeros, end - zeros + 16)
+    return next((place for place in ends if _ends_with_flac_frame(window, start, place)), end)
+
+
+def _ends_with_flac_frame(window, start, end):
+    """Whether the last bytes before `end` are a frame whose checksum is right."""
+    begin = max(start, end - LAST_FLAC)
+    data = window.read(begin, end - begin)
+    place, told = len(data), int.from_bytes(data[-2:], "big")
+    while (place := data.rfind(b"\xff", 0, place)) >= 0:
+        if data[place + 1 : place + 2] in (b"\xf8", b"\xf9") and _crc16(data[place:-2]) == told:
+            return True
+    return False
+
+
+def _crc16(data):
+    crc = 0
+    for value in data:
+        crc = crc << 8 & 0xFFFF ^ CRC16[crc >> 8 ^ value]
+    return crc
 
 
 # Containers of frames ------------------------------------------------------------------------------------------------
@@ -457,6 +504,11 @@ def _described(window):
     return "nothing that is known"
 
 
+LAST_FLAC = 1 << 18  # bytes in which the last frame of FLAC is looked for: 65,535 samples of two channels take as much
+CRC16 = [
+    functools.reduce(lambda crc, _: crc << 1 & 0xFFFF ^ (0x8005 if crc & 0x8000 else 0), range(8), value << 8)
+    for value in range(256)
+]
 ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")

@@ -1,5 +1,7 @@
 """From decoded blocks of any rate and number of channels to mono 16-bit samples."""
 
+import collections
+
 import numpy as np
 
 from memo_jax.audio.error import AudioError
@@ -74,7 +76,7 @@ class Collector:
     def __init__(self, dtype: type):
         self.length = 0
         self._dtype, self._array = dtype, np.empty(0, dtype)
-        self._held, self._filled = [], 0
+        self._held, self._filled = collections.deque(), 0
 
     def add(self, block: np.ndarray) -> None:
         """Appends a block."""
@@ -98,8 +100,8 @@ class Collector:
 
     def _release(self, gain):
         held, self._held = self._held, None
-        for block in held or ():
-            self._append(to_int16(block * np.float32(gain)))
+        while held:
+            self._append(to_int16(held.popleft() * np.float32(gain)))
 
     def _append(self, block):
         end = self._filled + len(block)

@@ -26,13 +26,15 @@ from memo_jax.files import one_line
 
 ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by the first bytes
 LARGEST_MEMBER = 2 << 30  # bytes of a recording
-LARGEST_SKIPPED = 1 << 40  # bytes of a file in a compressed tar, which must be decompressed to get past it
+LARGEST_SKIPPED = 1 << 40  # bytes of any other file in a tar; to get past it in a compressed one takes time
 IN_MEMORY = 64 << 20  # bytes; a larger member is decoded from a temporary file
 LARGEST_HEADER = 1 << 20  # bytes of all headers of a file in a tar, long names and the like included
 MOST_FILLING = 1 << 20  # bytes of zeros after the end mark of a tar, which is filled up to a whole record
-CHUNK = 1 << 16  # bytes; deflate expands them to at most 66 MB
+ZIP_END = (1 << 16) + 256  # most bytes that the records at the end of a zip and its comment take
+XZ_MEMORY = 1 << 29  # bytes; xz -9 needs an eighth of it
+CHUNK = 1 << 20  # bytes that are read or decompressed at a time
 SPEAKER_BYTES = 1 << 12  # most that is read of a member whose content is asked for
 
 
@@ -148,9 +150,7 @@ class _Tar:
     """The files of a tar one after another; with each, `file` is at the beginning of its content."""
 
     def __init__(self, path):
-        opened = _compression(path)
-        self.is_compressed = opened is not None
-        self.file = (opened or open)(path, "rb")
+        self.file = _opened(path)
         self.number = -1  # of the file that `next` returned last
         try:
             self._headers = _Headers(self.file)
@@ -171,8 +171,8 @@ class _Tar:
                 return None
             if self._tar.offset <= self._offset or info.size < 0:
                 raise tarfile.ReadError(f"a negative size in the header at byte {info.offset:,}")
-            if self.is_compressed and info.size > LARGEST_SKIPPED:
-                raise tarfile.ReadError(f"a file of {info.size:,} bytes in it")
+            if info.size > LARGEST_SKIPPED:
+                raise tarfile.ReadError(f"a size of {info.size:,} bytes in the header at byte {info.offset:,}")
             self._offset = self._tar.offset
             if not info.isdir():
                 self.number += 1
@@ -185,6 +185,47 @@ class _Tar:
         rest = self.file.read(MOST_FILLING + 1)  # to the end, where the checksum of a gzip is
         if len(rest) > MOST_FILLING or rest.strip(b"\0"):
             raise tarfile.ReadError(f"its end mark is at byte {self._tar.offset:,}, but more follows: are they two?")
+
+
+class _Decompressed:
+    """The content of a bzip2 or xz file, read forwards; unlike bz2.open, it does not ignore what is no stream."""
+
+    def __init__(self, path, make):
+        self._file, self._make, self._stream = open(path, "rb"), make, make()
+        self._place, self._left = 0, b""
+        self.close = self._file.close
+
+    def tell(self):
+        return self._place
+
+    def seek(self, place):
+        while self._place < place and self.read(min(CHUNK, place - self._place)):
+            pass
+        return self._place
+
+    def read(self, size):
+        pieces = []
+        while size and (data := self._next(size)):
+            pieces.append(data)
+            size -= len(data)
+            self._place += len(data)
+        return b"".join(pieces)
+
+    def _next(self, size):
+        """At most `size` bytes; none at the end of the last stream."""
+        while True:
+            given = b""
+            if self._stream.eof:
+                given = self._stream.unused_data or self._file.read(CHUNK)
+                if not given.strip(b"\0"):
+                    return b""
+                self._stream = self._make()
+            elif self._stream.needs_input:
+                given = self._file.read(CHUNK)
+                if not given:
+                    raise EOFError
+            if data := self._stream.decompress(given, size):
+                return data
 
 
 class _Headers:
@@ -240,14 +281,32 @@ def _tar_problem(info):
 def _zip_members(path):
     with zipfile.ZipFile(path) as archive:
         infos = archive.infolist()
-        first = min((info.header_offset for info in infos), default=0)
-        archive.fp.seek(0)
-        if first and archive.fp.read(4) == b"PK\3\4":
-            raise zipfile.BadZipFile(f"its first file is at byte {first:,}, but another archive begins at byte 0")
+        _check_zip(archive.fp, infos)
         for info in infos:
             if not info.is_dir():
                 problem = _zip_problem(info)
                 yield Member(_clean(info.filename), None if problem else _zip_extent(info), problem)
+
+
+def _check_zip(file, infos):
+    """Raises BadZipFile for what zipfile accepts: several archives in a file, entries lost, files within each other."""
+    places = sorted((info.header_offset, info.compress_size) for info in infos)
+    file.seek(0)
+    if places and places[0][0] > 0 and file.read(4) == b"PK\3\4":
+        raise zipfile.BadZipFile(f"its first file is at byte {places[0][0]:,}, but another archive begins at byte 0")
+    if any(offset + 30 + size > following for (offset, size), (following, _) in zip(places, places[1:])):
+        raise zipfile.BadZipFile("files in it overlap")
+    file.seek(max(0, file.seek(0, os.SEEK_END) - ZIP_END))
+    end = file.read()
+    record = end.rindex(b"PK\5\6")
+    count, comment = (int.from_bytes(end[record + at : record + at + 2], "little") for at in (10, 20))
+    if end[record + 22 + comment :].strip(b"\0"):
+        raise zipfile.BadZipFile("more follows its end: are they two?")
+    large = end.rfind(b"PK\6\6", 0, record)  # of Zip64, for which the other count is filled with ones
+    if count == 0xFFFF and large >= 0:
+        count = int.from_bytes(end[large + 32 : large + 40], "little")
+    if count not in (len(infos), len(infos) % 65536):  # some writers count modulo 2^16
+        raise zipfile.BadZipFile(f"its directory has {len(infos):,} entries of {count:,}")
 
 
 def _zip_problem(info):
@@ -278,15 +337,23 @@ def _unpacked(path, extent):
             file.seek(extent.offset)
             if extent.crc is not None:
                 _skip_zip_header(file, extent.name_crc)
-            unpack = zlib.decompressobj(-zlib.MAX_WBITS) if extent.deflated else None
-            for data in _chunks(file, extent.stored):
-                yield data if unpack is None else unpack.decompress(data)
+            chunks = _chunks(file, extent.stored)
+            yield from _inflated(chunks) if extent.deflated else chunks
     except EOFError as error:
         raise ValueError(f"truncated in its archive: {error}") from None
     except zlib.error as error:
         raise ValueError(f"damaged in its archive: {error}") from None
     except OSError as error:
         raise ValueError(f"cannot be opened: {error.strerror}") from None
+
+
+def _inflated(chunks):
+    inflate = zlib.decompressobj(-zlib.MAX_WBITS)
+    for data in chunks:
+        while data:
+            yield inflate.decompress(data, CHUNK)
+            data = inflate.unconsumed_tail
+    yield inflate.flush()
 
 
 def _skip_zip_header(file, name_crc):
@@ -315,12 +382,24 @@ def _chunks(file, size):
 def _compression(path):
     with open(path, "rb") as file:
         start = file.read(8)
-    return next((opened for magic, opened in COMPRESSIONS.items() if start.startswith(magic)), None)
+    return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
+
+
+def _opened(path):
+    """A tar, open for reading and decompressed; it seeks forwards."""
+    compression = _compression(path)
+    if compression == "gzip":
+        return gzip.open(path)
+    if compression == "bzip2":
+        return _Decompressed(path, bz2.BZ2Decompressor)
+    if compression == "xz":
+        return _Decompressed(path, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY))
+    return open(path, "rb")
 
 
 def _clean(name):
-    """A member's name without "./" before it."""
-    return posixpath.normpath(name).lstrip("/")
+    """A member's name as a path below the archive, whatever "/", "./" and "../" are in it."""
+    return posixpath.normpath("/" + name).lstrip("/")
 
 
 def _too_large(size):

@@ -5,46 +5,50 @@ import os
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE, AudioError, audio_seconds, is_audio_name, read_audio, read_float_audio
-from memo_jax.data.recordings import files_below
-from memo_jax.log import progress
+from memo_jax.data.recordings import files_below, is_hidden
+from memo_jax.log import plural, progress, say
 
 MEGABYTE = 1e6
 # The folders of each kind in the corpora that have several.
 MUSAN = {"noise": ("noise",), "music": ("music",), "speech": ("speech",)}
 RIRS_NOISES = {"noise": ("pointsource_noises",), "rir": ("simulated_rirs", "real_rirs_isotropic_noises")}
-REAL_RIRS, RIR_LIST = "real_rirs_isotropic_noises", "rir_list"  # there, rooms and noises lie together
+REAL_RIRS, RIR_LIST = "real_rirs_isotropic_noises", "rir_list"  # rooms and noises lie together there
 
 
 def load_banks(
-    noise="",
-    music="",
-    speech="",
-    rirs="",
+    noise: str | os.PathLike = "",
+    music: str | os.PathLike = "",
+    speech: str | os.PathLike = "",
+    rirs: str | os.PathLike = "",
     *,
     seconds: float = 8.0,
     rir_seconds: float = 0.5,
     max_megabytes: float = 512,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Reads augmentation recordings into memory, one bank a kind.
+    """Reads augmentation recordings into memory, one bank for each kind.
 
     Folders are read with all their subfolders; files without the extension of a recording (licences, lists) are passed
-    over. Of the whole MUSAN or RIRS_NOISES, the part that is of the kind is taken: noise, music, speech; for rooms the
-    simulated and the real ones, for noise the point sources.
+    over, and so are hidden files, whose number is printed. Of the whole MUSAN or RIRS_NOISES, the part that is of the
+    kind is taken: noise, music, speech; for rooms the simulated and the real ones, for noise the point sources.
 
-    A recording gives rows of `seconds`, one after another; a shorter one is repeated to fill its row, and what is left
-    at the end of a longer one is dropped, as are rows of silence. A room impulse response is its first channel (the
-    mean of several would be no room) from the direct sound (the largest sample) on, cut or zero-padded to
-    `rir_seconds`, scaled to unit energy; so convolution neither delays speech nor, were its spectrum flat, changes its
+    A recording gives rows of `seconds`, one after another; a shorter one is repeated to fill its row, and the remainder
+    of a longer one is dropped, as are rows of silence. A room impulse response is its first channel (the mean of
+    several would be no room) from the direct sound (the largest sample) on, cut or zero-padded to `rir_seconds`, scaled
+    to unit energy. Convolution with it thus does not delay speech and, were its spectrum flat, would not change its
     level.
 
     Args:
-      noise, music, speech, rirs: folders; "" for none.
+      noise: folder of noise; "" for none.
+      music: the same of music.
+      speech: the same of speech, for babble.
+      rirs: the same of room impulse responses.
       seconds: length S of a row; longer than a crop, so that a random part of it can be taken.
       rir_seconds: length R of an impulse response.
-      max_megabytes: of each bank (10⁶ bytes). Of more, each recording gives the same number of rows, from a random
-        place; of more recordings than rows, a random choice. Nothing else is decoded.
-      seed: of that choice; no part in anything else.
+      max_megabytes: of each bank (10⁶ bytes). If there is more, each recording gives the same number of rows, from a
+        random place; if there are more recordings than rows, a random choice of them gives one each. Nothing else is
+        decoded.
+      seed: of that choice, and of nothing else.
 
     Returns:
       {"noise": int16 [n, S], "music": …, "speech": …, "rir": float32 [r, R]}, 16 kHz, without the kinds not given.
@@ -66,15 +70,18 @@ def load_banks(
     return banks
 
 
-def describe_banks(banks: dict[str, np.ndarray]) -> str:
-    """One line about the banks in memory: kinds, rows, lengths, size."""
-    if not banks:
-        return "no augmentation banks"
-    line = "{}: {:,} rows of {:g} s ({:.1f} MB)"
-    return "; ".join(
-        line.format(kind, len(rows), rows.shape[1] / SAMPLE_RATE, rows.nbytes / MEGABYTE)
-        for kind, rows in banks.items()
-    )
+def count_recordings(
+    noise: str | os.PathLike = "",
+    music: str | os.PathLike = "",
+    speech: str | os.PathLike = "",
+    rirs: str | os.PathLike = "",
+) -> dict[str, int]:
+    """Returns the number of recordings of each kind that `load_banks` chooses from; a long one gives many rows.
+
+    Arguments and errors are those of `load_banks`.
+    """
+    folders = {"noise": noise, "music": music, "speech": speech, "rir": rirs}
+    return {kind: len(_recordings(kind, folder)[0]) for kind, folder in folders.items() if folder}
 
 
 def _most_rows(kind, max_megabytes, row_bytes):
@@ -89,8 +96,8 @@ def _most_rows(kind, max_megabytes, row_bytes):
 
 def _bank(kind, folder, length, most, seed):
     """Rows of the recordings in a folder in the order of their names, int16 [at most `most`, length]."""
-    paths, rng = _recordings(kind, folder), np.random.default_rng(seed)
-    paths = _chosen(paths, most, rng)
+    rng = np.random.default_rng(seed)
+    paths = _chosen(_announced(kind, folder), most, rng)
     counts = np.array([max(1, int(audio_seconds(path) * SAMPLE_RATE) // length) for path in paths])
     limit = _fair_limit(counts, most)
     bank, filled = np.empty((np.minimum(counts, limit).sum(), length), np.int16), 0
@@ -110,25 +117,36 @@ def _bank(kind, folder, length, most, seed):
 
 
 def _rir_bank(folder, length, most, seed):
-    """The impulse responses in a folder, or a choice of them, in the order of their names, float32 [n, length]."""
-    paths = _chosen(_recordings("rir", folder), most, np.random.default_rng(seed))
+    """The impulse responses in a folder, or some of them, in the order of their names, float32 [n, length]."""
+    paths = _chosen(_announced("rir", folder), most, np.random.default_rng(seed))
     bank = np.empty((len(paths), length), np.float32)
     for index, path in enumerate(progress(paths, label="rir bank", unit="recording", active=len(paths) > 1000)):
         bank[index] = _impulse_response(path, length)
     return bank
 
 
-def _recordings(kind, folder):
-    """The sorted paths of the recordings of a kind in a folder."""
-    folders = _folders_of_kind(kind, os.fspath(folder))
-    paths = sorted(path for part in folders for path in _of_kind(kind, part) if is_audio_name(path))
-    if not paths:
-        raise ValueError(f"{folder}: no recordings for the {kind} bank")
+def _announced(kind, folder):
+    """The paths of `_recordings`; says how many hidden files lie beside them."""
+    paths, hidden = _recordings(kind, folder)
+    if hidden:
+        say(f"{folder}: passed over {plural(len(hidden), 'hidden file')} for the {kind} bank, such as {hidden[0]}")
     return paths
 
 
+def _recordings(kind, folder):
+    """The sorted paths of the recordings of a kind in a folder, and of the hidden files that are called like some."""
+    paths, hidden = [], []
+    for part in _folders_of_kind(kind, os.fspath(folder)):
+        for path in _of_kind(kind, part):
+            if is_audio_name(path):
+                (hidden if is_hidden(os.path.relpath(path, part).replace(os.sep, "/")) else paths).append(path)
+    if not paths:
+        raise ValueError(f"{folder}: no recordings for the {kind} bank")
+    return sorted(paths), sorted(hidden)
+
+
 def _folders_of_kind(kind, folder):
-    """The folders to read: the folder itself or, of a whole corpus of several kinds, those of the kind."""
+    """The folders to read: the folder itself or, for a whole corpus of several kinds, those of the kind."""
     there = (
         {name for name in os.listdir(folder) if os.path.isdir(os.path.join(folder, name))}
         if os.path.isdir(folder)
@@ -153,7 +171,7 @@ def _of_kind(kind, folder):
     if os.path.basename(os.path.abspath(folder)) != REAL_RIRS:
         return files_below(folder)
     try:  # "--rir-id … --room-id … RIRS_NOISES/real_rirs_isotropic_noises/NAME.wav"
-        with open(os.path.join(folder, RIR_LIST), encoding="utf-8") as file:
+        with open(os.path.join(folder, RIR_LIST), encoding="utf-8-sig") as file:
             names = {os.path.basename(line.split()[-1]) for line in file if line.strip()}
     except FileNotFoundError:
         names = {os.path.basename(path) for path in files_below(folder) if "_noise_" not in os.path.basename(path)}
@@ -166,7 +184,7 @@ def _chosen(paths, most, rng):
 
 
 def _fair_limit(counts, most):
-    """The largest number that no recording need exceed for all to give `most` rows together; at least 1."""
+    """The most rows that a recording may give for all together to give at most `most`; at least 1."""
     limit = int(counts.max())
     if counts.sum() > most:
         low = 1

@@ -1,4 +1,7 @@
-"""A dataset written by `prepare` → utterances by number, and endless, shuffled, resumable batches of random crops."""
+"""A dataset written by `prepare` → utterances by number, and endless, shuffled batches of random crops.
+
+Batch number s is a function of the dataset, the seed and s alone: the step of a run is its position in the data.
+"""
 
 import functools
 import multiprocessing
@@ -14,21 +17,17 @@ import numpy as np
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.records import MANIFEST, Shards, read_manifest
 
-
-def open_utterances(path) -> "Utterances":
-    """Opens a dataset written by `memo-jax prepare`.
-
-    Raises:
-      FileNotFoundError: `path` holds no dataset, or one of its files is gone.
-    """
-    return Utterances(path)
+MAX_CROP_SECONDS = 3600.0
 
 
 class Utterances:
-    """The utterances of a dataset: `len(utterances)`, `utterances[i]` → int16 [L] (16 kHz).
+    """The utterances of a dataset by `memo-jax prepare`: `len(utterances)`, `utterances[i]` → int16 [L] at 16 kHz.
 
-    Opening reads a small index only; names and speakers are read from the manifest when first asked for. Copies for
-    other processes (pickle) open their own files.
+    Opening reads only a small index; names and speakers are read from the manifest on first use. Copies for other
+    processes (pickle) open their own files.
+
+    Raises:
+      FileNotFoundError: `path` holds no dataset, or one of its files is missing.
     """
 
     def __init__(self, path):
@@ -39,7 +38,7 @@ class Utterances:
         return len(self._shards.index)
 
     def __getitem__(self, index) -> np.ndarray:
-        """Samples of an utterance, int16 [L]; raises OSError naming the file when its record is damaged or gone."""
+        """Samples of an utterance, int16 [L]; raises OSError naming the file when its record is damaged or missing."""
         index = operator.index(index)
         if not 0 <= index < len(self):
             raise IndexError(f"utterance {index} of {len(self)} in {self.path}")
@@ -49,8 +48,8 @@ class Utterances:
     def fill(self, index: int, crops: list[np.ndarray], starts: list[float]) -> None:
         """Fills each crop, int16 [L], with a part of an utterance, reading only the segments that the crops touch.
 
-        A crop begins at the fraction `start` in [0, 1) of the places where it fits. An utterance shorter than the crop
-        is repeated, from the fraction `start` of its samples on. Raises OSError like `utterances[index]`.
+        A crop begins at the fraction `start` in [0, 1) of the positions at which it fits. An utterance shorter than the
+        crop is repeated, beginning at the fraction `start` of its samples. Raises OSError like `utterances[index]`.
         """
         samples, size = int(self.lengths[index]), self._shards.segment_samples
         places, needed = [], set()
@@ -70,7 +69,7 @@ class Utterances:
     def __iter__(self):
         return (self[index] for index in range(len(self)))
 
-    def __getstate__(self):  # grain sends this to its workers, who need no names
+    def __getstate__(self):  # grain sends this to its workers, which need no names
         return {name: value for name, value in vars(self).items() if name != "_manifest"}
 
     @property
@@ -105,7 +104,7 @@ class Utterances:
 
 
 def steps_per_epoch(utterances: int, batch_size: int) -> int:
-    """Full batches in an epoch; the utterances that do not fill one are dropped, others in each epoch."""
+    """Returns the number of full batches in an epoch; what is left over, different utterances each time, is dropped."""
     if not 1 <= batch_size <= utterances:
         raise ValueError(f"batch_size is {batch_size}; expected 1 to {utterances}, the number of utterances")
     return utterances // batch_size
@@ -120,6 +119,7 @@ def training_batches(
     local_crops: int = 4,
     local_seconds: float = 2.0,
     seed: int,
+    start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -127,31 +127,36 @@ def training_batches(
 ) -> "TrainingBatches":
     """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
 
-    Batch number s is a function of the dataset, the seed and s alone. So a run resumes exactly at any step, with any
-    number of workers, and P processes, each taking its rows, see together the very batch that one process sees. Speaker
-    labels are not read.
+    Batch number s is a function of the dataset, the seed and s alone. A run therefore resumes exactly at any step, with
+    any number of workers; and P processes, each taking its rows, together see the very batch that a single process
+    sees. Speaker labels are not read.
 
     A crop starts anywhere in its utterance with equal probability; an utterance shorter than the crop is repeated.
 
     Args:
       utterances: `Utterances`, or the path of a dataset.
       batch_size: B, over all processes.
-      global_crops, global_seconds, local_crops, local_seconds: number and length of the crops of an utterance.
+      global_crops: number of the long crops of an utterance, at least 1.
+      global_seconds: length of each, at most MAX_CROP_SECONDS.
+      local_crops: number of the short crops; 0 for none.
+      local_seconds: length of each, likewise.
       seed: 0 ≤ seed < 2³².
-      process_index, process_count: this process takes rows process_index·B/P … (process_index+1)·B/P − 1.
+      start: number of the first batch, that is, how many have been taken before.
+      process_index: of P; this process takes rows process_index·B/P … (process_index+1)·B/P − 1.
+      process_count: P, which divides B.
       workers: processes that read ahead; with 0 a thread of this process does.
       prefetch: batches read ahead (by each worker).
 
     Returns:
-      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l]} with `get_state()`
-      and `set_state(state)`. "local" is missing when local_crops is 0.
+      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l]}. "local" is missing
+      when local_crops is 0.
 
     Raises:
       ValueError: a number out of its range; the message says which.
-      OSError: (while iterating) a damaged or vanished shard, named.
+      OSError: (while iterating) a damaged or missing shard, named.
     """
     if not isinstance(utterances, Utterances):
-        utterances = open_utterances(utterances)
+        utterances = Utterances(utterances)
     crops = {"global": (global_crops, _crop_samples("global_seconds", global_seconds))}
     if global_crops < 1 or local_crops < 0:
         raise ValueError(f"global_crops is {global_crops} and local_crops {local_crops}; expected ≥ 1 and ≥ 0")
@@ -163,16 +168,16 @@ def training_batches(
         raise ValueError(f"process_index is {process_index}; expected 0 to {process_count - 1} (process_count - 1)")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is not a multiple of the {process_count} processes")
-    if workers < 0 or prefetch < 1:
-        raise ValueError(f"workers is {workers} and prefetch {prefetch}; expected ≥ 0 and ≥ 1")
+    if workers < 0 or prefetch < 1 or start < 0:
+        raise ValueError(f"workers is {workers}, prefetch {prefetch} and start {start}; expected ≥ 0, ≥ 1 and ≥ 0")
     rows = batch_size // process_count
     batches = _Batches(utterances, crops, batch_size, slice(process_index * rows, (process_index + 1) * rows), seed)
-    return TrainingBatches(batches, workers, prefetch)
+    return TrainingBatches(batches, start, workers, prefetch)
 
 
 def _crop_samples(name, seconds):
-    if not seconds * SAMPLE_RATE >= 1:
-        raise ValueError(f"{name} is {seconds}; expected a positive number of seconds")
+    if not 1 / SAMPLE_RATE <= seconds <= MAX_CROP_SECONDS:
+        raise ValueError(f"{name} is {seconds}; expected a positive number of seconds, at most {MAX_CROP_SECONDS:g}")
     return round(seconds * SAMPLE_RATE)
 
 
@@ -189,7 +194,7 @@ class _Batches:
     def __getitem__(self, step):
         epoch, position = divmod(int(step), self.steps)
         indices = _order(self.seed, epoch, len(self.utterances))[position * self.batch_size :][self.rows]
-        # Drawn for all rows, and only then cut to those of this process: the draws do not depend on who reads them.
+        # Drawn for all rows, then cut to those of this process: a row is the same whichever process reads it.
         draws = sum(count for count, _ in self.crops.values())
         starts = np.random.default_rng([1, self.seed, int(step)]).random((self.batch_size, draws))[self.rows]
         batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}
@@ -216,29 +221,31 @@ def _copy(segments, size, place, crop):
         filled += len(part)
 
 
-class TrainingBatches(grain.DatasetIterator):
+class TrainingBatches:
     """Iterator over `_Batches` that reads ahead; made by `training_batches`."""
 
-    def __init__(self, batches, workers, prefetch):
-        super().__init__()
+    def __init__(self, batches, start, workers, prefetch):
         self._batches, self._workers, self._prefetch = batches, workers, prefetch
-        self._step, self._reader = 0, None
+        self._step, self._reader, self._closed = start, None, False
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches in an epoch."""
         return self._batches.steps
 
-    def __next__(self):
+    def __iter__(self) -> "TrainingBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
         if self._closed:
             raise ValueError("these training batches are closed")
         if self._reader is None:
             self._reader = iter(self._read_ahead())
         try:
             batch = next(self._reader)
-        except Exception as error:  # the reader would go on behind what it could not read: another call must not
+        except Exception as error:  # the reader would go on after the batch that it could not read; we retry that one
             self._close_reader()
-            if isinstance(error, RuntimeError) and self._workers:  # as grain tells of a worker that ended by itself
+            if isinstance(error, RuntimeError) and self._workers:  # as grain reports a worker that ended by itself
                 raise OSError(
                     f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps for want "
                     f"of memory: try fewer workers ({error})"
@@ -247,40 +254,10 @@ class TrainingBatches(grain.DatasetIterator):
         self._step += 1
         return batch
 
-    def get_state(self) -> dict:
-        """The position, for JSON: number of batches taken, and what they were taken from."""
-        return {
-            "step": self._step,
-            "batch_size": self._batches.batch_size,
-            "seed": self._batches.seed,
-            "fingerprint": self._batches.utterances.fingerprint,
-        }
-
-    def set_state(self, state: dict) -> None:
-        """Continues after the batches that were taken at `get_state`, exactly, with any number of workers or processes.
-
-        Raises:
-          ValueError: the state is of another dataset, batch size or seed.
-        """
-        for key, ours in self.get_state().items():
-            if key != "step" and state[key] != ours:
-                raise ValueError(
-                    f"the saved data position has {key} {state[key]}, this run {ours}: continue with the "
-                    "dataset and configuration of the saved run, or start a new one"
-                )
-        self._close_reader()
-        self._step = int(state["step"])
-
-    def start_prefetch(self) -> None:
-        """Begins to read ahead before the first batch is asked for."""
-        if self._reader is None:
-            self._reader = iter(self._read_ahead())
-        self._reader.start_prefetch()
-
     def close(self) -> None:
         """Stops threads and workers."""
         self._close_reader()
-        super().close()
+        self._closed = True
 
     def _close_reader(self):
         if self._reader is not None:
@@ -302,7 +279,7 @@ class TrainingBatches(grain.DatasetIterator):
 
 
 def _end_with_parent(worker, workers):
-    """Runs in each worker: ends it when the process that it reads for is no more, killed perhaps."""
+    """Runs in each worker: ends it when the process that it reads for has ended, perhaps killed."""
 
     def wait():
         multiprocessing.parent_process().join()

@@ -50,7 +50,7 @@ def check(dataset: str | os.PathLike, *, workers: int | None = None) -> dict:
     except (OSError, ValueError) as error:
         problems.append((CHECKSUMS, one_line(error)))
         return report
-    problems += [(name, "missing or damaged") for name in changed]
+    problems += [(name, _of_changed(folder / name)) for name in changed]
     if set(changed) & set(METADATA):  # nothing says what the shards should hold
         return report
     shards, metadata = shard_files(folder)
@@ -63,9 +63,11 @@ def check(dataset: str | os.PathLike, *, workers: int | None = None) -> dict:
         index = None
     found_fingerprint, problem = _read_manifest(folder, metadata["utterances"])
     if problem:
-        problems.append((MANIFEST, problem))
+        problems[:] = [item for item in problems if item[0] != MANIFEST] + [(MANIFEST, problem)]
     with Progress(first_records[-1], "check", "record") as shown, contextlib.ExitStack() as files:
-        rows = None if problems else _manifest_rows(files.enter_context(_opened(folder)))
+        rows = None
+        if index is not None and not problem:
+            rows = _manifest_rows(files.enter_context(_opened(folder)))
         tasks = _tasks(shards, first_records, index, rows, size)
         for found in results(_shard_problems, tasks, max(1, min(workers or os.cpu_count(), len(shards))), shown):
             problems += found
@@ -95,6 +97,10 @@ def check_text(dataset: str | os.PathLike, report: dict, most: int = 20) -> str:
             "restore these files from a copy, or prepare the dataset again",
         ]
     )
+
+
+def _of_changed(path):
+    return "damaged or changed" if path.is_file() else "missing"
 
 
 def _opened(folder):

@@ -42,9 +42,9 @@ def is_kaldi_folder(path: str | os.PathLike) -> bool:
 def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> Iterator[KaldiUtterance]:
     """Yields the utterances of a Kaldi folder: those of segments if it has that file, else those of wav.scp.
 
-    A path in wav.scp is relative to the current folder, as in Kaldi, or else to the Kaldi folder. Utterances that
-    utt2spk does not have, or all if it is missing, have the speaker "". A byte-order mark, as Windows writes it, is no
-    part of the first identifier. The channels in segments count from 0, as in Kaldi.
+    A path in wav.scp is relative to the current folder, as in Kaldi, or else to the Kaldi folder. If utt2spk does not
+    have an utterance of segments, the speaker is that of its recording, and otherwise "". A byte-order mark, as Windows
+    writes it, is no part of the first identifier. The channels in segments count from 0, as in Kaldi.
 
     Raises:
       ValueError: a line that is not as Kaldi writes it, an identifier given twice, a segment of an unknown recording, a
@@ -58,13 +58,11 @@ def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> I
                 "Commands run with your rights: read them, and allow them with --run-commands"
             )
     segments = dict(_segments(folder, recordings)) if _has(folder, "segments") else None
-    speakers = _speakers(folder, recordings if segments is None else segments)
     if segments is None:
-        for name, source in recordings.items():
-            yield _utterance(folder, name, speakers, source, None, None)
-    else:
-        for name, (recording, span, channel) in segments.items():
-            yield _utterance(folder, name, speakers, recordings[recording], span, channel)
+        segments = {name: (name, None, None) for name in recordings}
+    speakers = _speakers(folder, {name: recording for name, (recording, *_) in segments.items()})
+    for name, (recording, span, channel) in segments.items():
+        yield _utterance(folder, name, speakers.get(name, ""), recordings[recording], span, channel)
 
 
 def _segments(folder, recordings):
@@ -86,14 +84,15 @@ def _segments(folder, recordings):
 
 
 def _speakers(folder, utterances):
-    """The speaker of each utterance that utt2spk has; says how many it lacks, and refuses one of other utterances."""
+    """The speakers of {utterance: recording} that utt2spk has; tells how many it lacks, and refuses one of others."""
     if not _has(folder, "utt2spk"):
         return {}
-    speakers = {name: rest for name, rest, _ in _table(folder, "utt2spk")}
-    missing = [name for name in utterances if name not in speakers]
+    table = {name: rest for name, rest, _ in _table(folder, "utt2spk")}
+    speakers = {name: table.get(name, table.get(recording)) for name, recording in utterances.items()}
+    missing = [name for name, speaker in speakers.items() if speaker is None]
     path = os.path.join(folder, "utt2spk")
     if missing and len(missing) == len(utterances):
-        other = f"it has {next(iter(speakers))!r}" if speakers else "it is empty"
+        other = f"it has {next(iter(table))!r}" if table else "it is empty"
         raise ValueError(
             f"{path}: no speaker for any of the {plural(len(utterances), 'utterance')}, the first being {missing[0]!r} "
             f"({other}): it is of another folder; remove it if speakers are unknown"
@@ -102,10 +101,10 @@ def _speakers(folder, utterances):
         say(
             f"{path}: no speaker for {len(missing):,} of {plural(len(utterances), 'utterance')}, such as {missing[0]!r}"
         )
-    return speakers
+    return {name: speaker for name, speaker in speakers.items() if speaker is not None}
 
 
-def _utterance(folder, name, speakers, source, span, channel):
+def _utterance(folder, name, speaker, source, span, channel):
     offset, is_command = None, source.endswith("|")
     if is_command:
         source = source[:-1].strip(BLANKS)
@@ -113,7 +112,7 @@ def _utterance(folder, name, speakers, source, span, channel):
         source = _found(folder, source)
         if (ark := ARK_OFFSET.fullmatch(source)) and not os.path.exists(source):
             source, offset = _found(folder, ark[1]), int(ark[2])
-    return KaldiUtterance(name, speakers.get(name, ""), source, is_command, offset, span, channel)
+    return KaldiUtterance(name, speaker, source, is_command, offset, span, channel)
 
 
 def _found(folder, path):

@@ -41,13 +41,13 @@ def planned(
         problem = plan and _difference(plan[0], command)
         if problem and not overwrite:
             raise FileExistsError(
-                f"{output} is unfinished, and {problem}: finish it with the command that it was "
-                "begun with, or start over with --overwrite"
+                f"{output} is unfinished, and {problem}: repeat the command that it was begun with, "
+                "or start over with --overwrite"
             )
         if plan and not problem:
             _, recordings, left_out = plan
             return recordings, left_out + _late(recordings, inputs, find, output)
-        say(f"starting {output} over: what was unfinished there {problem or 'has no plan, or a damaged one'}")
+        say(f"starting {output} over: the unfinished dataset there {problem or 'has no plan, or a damaged one'}")
         unfinished.discard()
     recordings, left_out = find(inputs)
     if not recordings:
@@ -73,7 +73,7 @@ def _late(recordings, inputs, find, output):
     late = [item.source for item in find(folders)[0] if item.name not in known]
     if late:
         say(f"left out {plural(len(late), 'recording')} that came after {output} was begun, the first being {late[0]}")
-    return [(source, "came late: after the dataset was begun") for source in late]
+    return [(source, "added too late: after the dataset was begun") for source in late]
 
 
 def _difference(header, command):

@@ -39,7 +39,7 @@ def prepare(
     run_commands: bool = False,
     speakers: dict[str, str] | None = None,
 ) -> dict:
-    """Turns recordings into a dataset that `batches.open_utterances` reads.
+    """Turns recordings into a dataset that `batches.Utterances` reads.
 
     Every file of the inputs is either in the dataset or in its report of what was left out. Names, speakers and order
     are those of `recordings.find_recordings`, whatever the number of workers. The output appears whole or not at all,
@@ -85,7 +85,7 @@ def prepare(
         "max_seconds": max_seconds,
         "channel": channel,
         "run_commands": run_commands,
-        "speakers": _digest(speakers),
+        "speakers": _speakers_digest(speakers),
         "version": __version__,
         "segment_samples": SEGMENT_SAMPLES,
         "recordings_per_shard": RECORDINGS_PER_SHARD,
@@ -95,7 +95,7 @@ def prepare(
     with exclusive(target):
         unfinished = Unfinished(target)
         if report := unfinished.finished(command):
-            say(f"{output} was finished already when the run before was ended")
+            say(f"{output} was already finished when the previous run was killed")
             unfinished.discard()
             return report | {"output": str(output), "left_out": [tuple(item) for item in report["left_out"]]}
         _check_output(inputs, output, overwrite)
@@ -111,7 +111,7 @@ def prepare(
                 unfinished.discard()
         except KeyboardInterrupt:
             if unfinished.has_parts():
-                say(f"{output} is unfinished: the same command goes on from there")
+                say(f"{output} is unfinished: the same command continues from there")
             raise
         finally:
             if not unfinished.has_parts():
@@ -179,7 +179,7 @@ def _write_parts(unfinished, parts, inputs, options, workers):
     recordings_done = sum(len(part) for part, is_done in zip(parts, done) if is_done)
     if recordings_done:
         count = plural(sum(map(len, parts)), "recording")
-        say(f"going on where an earlier run ended: {recordings_done:,} of {count} are done")
+        say(f"continuing an earlier run: {recordings_done:,} of {count} are done")
     todo = [number for number, is_done in enumerate(done) if not is_done]
     with (
         Progress(sum(map(len, parts)), "prepare", "recording", initial=recordings_done) as shown,
@@ -248,7 +248,7 @@ def _check_inputs(inputs):
     """A single file that cannot be read is left out; a disk that is not there any more is another matter."""
     for path in inputs:
         if not os.path.exists(path):
-            raise ValueError(f"{path} is not there any more: bring it back and give the same command again")
+            raise ValueError(f"{path} is no longer there: make it available and repeat the command")
 
 
 def _finish(unfinished, parts, left_out):
@@ -304,5 +304,5 @@ def _exhaust(iterator):
     collections.deque(iterator, maxlen=0)
 
 
-def _digest(speakers):
+def _speakers_digest(speakers):
     return speakers and hashlib.blake2b(json.dumps(sorted(speakers.items())).encode(), digest_size=8).hexdigest()

@@ -124,6 +124,8 @@ def find_recordings(
     found.sort(key=operator.attrgetter("name"))
     for first, second in zip(found, found[1:]):
         if first.name == second.name:
+            if first.source == second.source:
+                raise ValueError(f"{first.source} is there twice: remove one")
             raise ValueError(
                 f"{first.source} and {second.source} would both be called {first.name}: prepare them into "
                 "two datasets, or give a folder above both"
@@ -229,7 +231,7 @@ def files_below(folder: str | os.PathLike, exclude: str | os.PathLike | None = N
 
 def is_hidden(name: str) -> bool:
     """Returns whether a file is hidden by its name or that of a folder: `name` is its path relative to the input."""
-    return any(part.startswith(".") and part != ".." or part == MACOS_FOLDER for part in name.split("/"))
+    return any(part.startswith(".") or part == MACOS_FOLDER for part in name.split("/"))
 
 
 def _folders_below(folder, exclude):
@@ -299,12 +301,14 @@ def _add_archive(archive, inside, found, left_out):
 
 
 def _below_top_folder(recordings):
-    """The recordings of an archive, with names that leave out the folder that all are in, if some are in one of its."""
+    """The recordings of an archive; if all are in one folder, and some in folders of it, names begin below that."""
     tops = {item.path.partition("/")[0] if "/" in item.path else "" for item in recordings}
     if len(tops) != 1 or "" in tops or not any(item.path.count("/") > 1 for item in recordings):
         return recordings
     return [
-        item._replace(name=name, speaker=_speaker(name)) if item.name == item.path else item
+        item._replace(name=name, speaker=_speaker(name))
+        if item.name == item.path and not _voxceleb_part(item.path)
+        else item
         for item in recordings
         for name in [item.name.partition("/")[2]]
     ]
@@ -399,6 +403,8 @@ def _wav_extent(path, offset):
         with open(path, "rb") as file:
             file.seek(offset)
             header = file.read(12)
+    except FileNotFoundError:
+        raise ValueError("no such file") from None
     except OSError as error:
         raise ValueError(f"cannot be opened: {error.strerror}") from None
     if header[:4] != b"RIFF" or header[8:] != b"WAVE":

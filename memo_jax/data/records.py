@@ -30,7 +30,7 @@ INDEX, INFO, CHECKSUMS = "index.npy", "dataset_info.json", "checksums.txt"
 METADATA = (INFO, "features.json", "metadata.json")  # what TFDS reads
 MANIFEST, LEFT_OUT = "manifest.tsv", "left_out.tsv"
 MANIFEST_COLUMNS = ("name", "speaker", "seconds", "checksum", "source")
-RESTORE = "restore it from a copy, or prepare the dataset again"
+RESTORE = "restore the file, or prepare the dataset again"
 # Most utterances of VoxCeleb are one record then: a record costs as much as six seconds of sound. And crops of
 # recordings of 10 minutes are read ten times faster than from whole ones (experiments/benchmarks/records.py).
 SEGMENT_SAMPLES = 12 * SAMPLE_RATE
@@ -380,7 +380,7 @@ def _write_error(error):
 
 def _check_there(file):
     if not os.path.isfile(file):
-        raise FileNotFoundError(f"{file} is missing: {RESTORE}")
+        raise FileNotFoundError(f"{file} is gone: restore it, or prepare the dataset again")
 
 
 def _as_integer(checksum):

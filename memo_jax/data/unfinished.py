@@ -103,8 +103,8 @@ class Unfinished:
         if os.path.lexists(self._output) and not is_empty_folder(self._output):
             if not overwrite or not is_dataset(self._output):
                 raise FileExistsError(
-                    f"{self._output} appeared while it was prepared, and is not replaced: move it away and give the "
-                    "same command again, which has little left to do"
+                    f"{self._output} appeared while it was being prepared, and is not replaced: move it away and "
+                    "repeat the command, which has little left to do"
                 )
             shutil.rmtree(self._replaced, ignore_errors=True)
             os.rename(self._output, self._replaced)
@@ -164,9 +164,9 @@ def explained_write_errors(unfinished: Unfinished, output: Path) -> Iterator[Non
     except FileExistsError:
         raise
     except OSError as error:
-        kept = "nothing was left there"
+        kept = "nothing was kept"
         if unfinished.has_parts():
-            kept = "what is done is kept, and the same command goes on from there"
+            kept = "what is done is kept, and the same command continues from there"
         raise OSError(f"cannot write {output}: {error.strerror or error}; {kept}") from error
 
 

@@ -49,6 +49,7 @@ def apply_to_recordings(
       function: of int16 waves [N, L], padded with zeros, and their lengths [N].
       waves: int16 arrays [L], at least one sample each; each is read once, and few are in memory at a time.
       rows: which of them; all by default.
+      label: what the progress bar is called.
       quiet: show no progress.
     """
     rows = list(range(len(waves)) if rows is None else rows)

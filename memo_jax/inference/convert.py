@@ -1,14 +1,16 @@
 """Checkpoints of PyTorch to model files and back: what `memo-jax convert` does."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import memo_jax
-from memo_jax.files import one_line, replacing
+from memo_jax.features import FRONT_ENDS
+from memo_jax.files import check_writable, one_line, replacing
 from memo_jax.inference import interop
 from memo_jax.inference.model_file import Model, model_of_backbone, write_model
 from memo_jax.models import parameter_count
@@ -17,29 +19,47 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Of training, not of the network that embeds.
 LEFT_OUT = {"wespeaker": ("projection.",), "speaker-net": ("self_head.", "cross_head.", "head.")}
 PREFERRED_PARTS = ("teacher_ecapa", "teacher", "teacher_resnet", "teacher_campplus")
+# Names that wrappers put before a network's own: DataParallel, torch.compile, Lightning and most trainers. They do not
+# tell the networks of a checkpoint apart, so the names of parts go without them.
+WRAPPERS = frozenset({"module", "_orig_mod", "model", "state_dict", "model_state_dict", "network", "net", "encoder"})
+FRONT_END_KEY = "memo_jax_front_end"  # in the metadata of safetensors that we write
 
 Tensors = dict[str, np.ndarray]
 
 
-def torch_to_model(path: str | os.PathLike, kind: str | None = None, part: str | None = None) -> Model:
-    """Returns the model of a PyTorch checkpoint's network, its front end that of the toolkit.
+class Unusable(NamedTuple):
+    """A tensor of a checkpoint that is not read, and why not: an error only if a network needs it."""
+
+    reason: str
+
+
+def torch_to_model(
+    path: str | os.PathLike, kind: str | None = None, part: str | None = None, front_end: str | None = None
+) -> Model:
+    """Returns the model of a network in a PyTorch checkpoint.
 
     Args:
       path: a safetensors file or what `torch.save` wrote; of the latter only tensors and plain values are read, and no
         code in it runs.
-      kind: one of `interop.KINDS`; recognised by the parameters' names by default.
-      part: which network of a checkpoint of several, as "teacher_ecapa" of Speaker-net's (the default there).
+      kind: one of `interop.KINDS`; recognised by the names of the parameters by default.
+      part: which network of a checkpoint with several, such as "teacher_ecapa" of Speaker-net's (the default there).
+      front_end: how the network's input is computed, a name in `features.FRONT_ENDS`; by default what `convert_back`
+        has noted in a safetensors file, or else that of the toolkit.
 
     Raises:
       FileNotFoundError: no such file.
-      ImportError: torch is needed and is not there.
-      ValueError: naming the file: not a checkpoint, not of that kind, no such part, names that are missing or have no
-        place, tensors of a wrong shape.
+      ImportError: torch is needed and not installed.
+      ValueError: naming the file: not a checkpoint, not of that kind, no such part or front end, names that are missing
+        or have no place, tensors of a wrong shape, NaN or infinite weights.
     """
     if kind is not None and kind not in interop.KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.KINDS)}")
     path = Path(path)
-    part, tensors = _chosen_part(networks_in(path), part, path)
+    content, noted = _content(path)
+    part, tensors = _chosen_part(networks_of(content), content, part, path)
+    front_end = front_end or noted
+    if front_end is not None and front_end not in FRONT_ENDS:
+        raise ValueError(f"unknown front end {front_end!r}: choose one of {', '.join(FRONT_ENDS)}")
     found = [fit for fit in interop.recognised(tensors) if kind in (None, fit[0])]
     where = f"{path}, {part}" if part else f"{path}"
     if not found:
@@ -50,10 +70,13 @@ def torch_to_model(path: str | os.PathLike, kind: str | None = None, part: str |
     kind, backbone = found[0]
     prefixes = LEFT_OUT.get(kind, ())
     network = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+    for name, tensor in network.items():
+        if isinstance(tensor, Unusable):
+            raise ValueError(f"{where}: tensor {name!r} {tensor.reason}")
     try:
         module, variables = interop.backbone_from_torch(network, kind, backbone)
-    except ValueError as error:
-        raise ValueError(f"{where}: as a {backbone} of {kind}: {error}") from None
+    except Exception as error:  # of names and shapes that no program would write, whatever Flax raises
+        raise ValueError(f"{where}: as a {backbone} of {kind}: {one_line(error, longest=2000)}") from None
     provenance: dict[str, Any] = {
         "source": path.name,
         "kind": kind,
@@ -65,17 +88,21 @@ def torch_to_model(path: str | os.PathLike, kind: str | None = None, part: str |
         provenance["part"] = part
     if len(found) > 1:
         provenance["also_names_of"] = [other for other, _ in found[1:]]
-    counts = {name: int(x) for name, x in network.items() if name.endswith(interop.COUNTER)}
+    counts = {
+        name: int(np.ravel(x)[0]) for name, x in network.items() if name.endswith(interop.COUNTER) and np.size(x) == 1
+    }
     if counts:
-        one = len(set(counts.values())) == 1
-        provenance[interop.COUNTER] = next(iter(counts.values())) if one else counts
-    return model_of_backbone(module, variables, front_end=interop.FRONT_END_OF_KIND[kind], provenance=provenance)
+        all_equal = len(set(counts.values())) == 1
+        provenance[interop.COUNTER] = next(iter(counts.values())) if all_equal else counts
+    return model_of_backbone(
+        module, variables, front_end=front_end or interop.FRONT_END_OF_KIND[kind], provenance=provenance
+    )
 
 
 def model_to_torch(model: Model, kind: str) -> Tensors:
-    """Returns a model's network as {PyTorch name: array} of that kind, the batch norms' counters included.
+    """Returns a model's network as {PyTorch name: array} of that kind, with the batch norms' counters.
 
-    Raises ValueError when the toolkit has no such network.
+    Raises ValueError if the toolkit has no such network.
     """
     if model.arguments.get("stride", 1) != 1:
         raise ValueError(f"{kind} has no ecapa whose first convolution has a stride")
@@ -90,7 +117,7 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
 
 
 def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensors]:
-    """Returns {role: {backbone: variables}} as the MeMo authors' program saves it: {"teacher_ecapa": {name: array}, …}."""
+    """Returns {role: {backbone: variables}} as the MeMo authors save it: {"teacher_ecapa": {name: array}, …}."""
     return {
         f"{role}_{backbone}": {f"module.{name}": x for name, x in interop.branch_to_torch(branch, backbone).items()}
         for role, branches in variables.items()
@@ -98,66 +125,91 @@ def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[
     }
 
 
-def networks_in(path: Path) -> dict[str, Tensors]:
-    """Returns the tensors of a checkpoint's networks by the networks' names; that of a file of one network is "".
+def networks_in(path: str | os.PathLike) -> dict[str, Tensors]:
+    """Returns {part: {name: array}} of the networks in a checkpoint; raises as `torch_to_model`."""
+    return networks_of(_content(Path(path))[0])
 
-    Optimisers and whatever else is no dictionary of tensors is passed over. Raises as `torch_to_model`.
+
+def networks_of(tensors: Mapping[str, np.ndarray | Unusable]) -> dict[str, Tensors]:
+    """Returns {part: {name: array}} of the networks that are recognised among a checkpoint's tensors.
+
+    A network is recognised after any prefix ("module.", "_orig_mod.", "model.", "resnet.", "state_dict.teacher.", …),
+    which is taken off; its part is named by the prefix without `WRAPPERS`, "" if nothing is left. Whatever lies beside
+    the networks (optimisers, "n_averaged", criteria) is passed over.
     """
+    prefixes = {name[: match.end()] for name in tensors for match in re.finditer(r"\.", name)}
+    found: list[str] = []
+    for prefix in sorted(prefixes | {""}, key=lambda prefix: (prefix.count("."), prefix)):
+        if not prefix.startswith(tuple(found)):
+            within = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix)]
+            if interop.recognised(within):
+                found.append(prefix)
     networks: dict[str, Tensors] = {}
-    for name, value in _content(path).items():
-        if isinstance(value, np.ndarray):
-            # A safetensors file of several networks has their names in front.
-            part, _, rest = name.partition(".")
-            if part.startswith(("student_", "teacher_")):
-                networks.setdefault(part, {})[rest] = value
-            else:
-                networks.setdefault("", {})[name] = value
-        elif isinstance(value, Mapping):
-            tensors = {str(inner): x for inner, x in value.items() if isinstance(x, np.ndarray)}
-            if tensors:
-                networks[str(name)] = tensors
-    for part, tensors in networks.items():
-        if all(name.startswith("module.") for name in tensors):  # torch's DistributedDataParallel
-            networks[part] = {name.removeprefix("module."): x for name, x in tensors.items()}
-    if not networks:
-        raise ValueError(f"{path}: holds no tensors")
+    for prefix in found:
+        part = ".".join(word for word in prefix.split(".") if word and word not in WRAPPERS)
+        if len(found) == 1:
+            part = part if part.startswith(("student", "teacher")) else ""
+        network = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        networks[part if part not in networks else prefix.rstrip(".")] = network
     return networks
 
 
-def _chosen_part(networks: Mapping[str, Tensors], part: str | None, path: Path) -> tuple[str, Tensors]:
-    """The network of that name; by default the only one that is recognised, or a teacher."""
-    names = ", ".join(name or "(the file itself)" for name in networks)
+def _chosen_part(
+    networks: Mapping[str, Tensors], content: Mapping[str, Any], part: str | None, path: Path
+) -> tuple[str, Tensors]:
+    """The network of that name; by default the only one, or a teacher."""
+    names = ", ".join(name or "(the file itself)" for name in networks) or "no network known here"
     if part is not None:
         if part not in networks:
             raise ValueError(f"{path}: has no part {part!r}; there is {names}")
         return part, networks[part]
-    known = [name for name, tensors in networks.items() if interop.recognised(tensors)] or list(networks)
+    if not networks:
+        return "", dict(content)
     for name in ("", *PREFERRED_PARTS):
-        if name in known:
+        if name in networks:
             return name, networks[name]
-    if len(known) > 1:
+    if len(networks) > 1:
         raise ValueError(f"{path}: several networks: choose a part of {names}")
-    return known[0], networks[known[0]]
+    return next(iter(networks.items()))
 
 
-def _content(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint holds, its tensors as NumPy arrays."""
+def _content(path: Path) -> tuple[dict[str, np.ndarray | Unusable], str | None]:
+    """The tensors of a checkpoint by their full names, and the front end if it is noted."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(2)
     if start == b"PK" or start[:1] == b"\x80":  # a zip file or a pickle
-        return _torch_content(path)
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+        tensors, noted = _torch_content(path), None
+    else:
+        tensors, noted = _safetensors_content(path)
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors")
+    return tensors, noted
 
+
+def _safetensors_content(path):
+    from safetensors import safe_open
+
+    tensors: dict[str, np.ndarray | Unusable] = {}
     try:
-        return load_file(path)
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: neither safetensors nor a PyTorch checkpoint ({error})") from None
+        with safe_open(os.fspath(path), framework="numpy") as file:
+            noted = (file.metadata() or {}).get(FRONT_END_KEY)
+            for name in file.keys():
+                try:
+                    tensor = file.get_tensor(name)
+                    # bfloat16 and the like, which are no numbers of NumPy's own
+                    tensors[name] = tensor if tensor.dtype.kind in "fiub" else tensor.astype(np.float32)
+                except (TypeError, KeyError, AttributeError, ValueError) as error:
+                    tensors[name] = Unusable(f"is of a type that cannot be read ({one_line(error)})")
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, and what NumPy raises for absurd shapes
+        raise ValueError(f"{path}: neither safetensors nor a PyTorch checkpoint ({one_line(error)})") from None
+    return tensors, noted
 
 
-def _torch_content(path: Path) -> Mapping[str, Any]:
+def _torch_content(path) -> dict[str, np.ndarray | Unusable]:
     import pickle
 
     torch = _torch(f"{path} was written by torch.save, and reading it")
@@ -173,20 +225,31 @@ def _torch_content(path: Path) -> Mapping[str, Any]:
             f"{path}: holds more than tensors and plain values, which is not loaded since it could run code "
             f"({one_line(error)})"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # IndexError, KeyError, RuntimeError, struct.error, … of a damaged file
         raise ValueError(f"{path}: not a PyTorch checkpoint, or damaged ({one_line(error)})") from None
-
-    def converted(value):
-        if isinstance(value, torch.Tensor):
-            value = value.detach()
-            return (value.float() if value.dtype in (torch.bfloat16, torch.float16) else value).contiguous().numpy()
-        if isinstance(value, Mapping):
-            return {key: converted(inner) for key, inner in value.items()}
-        return value
-
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
-    return converted(content)
+    try:
+        return {".".join(names): _array(torch, x) for names, x in _leaves(content) if isinstance(x, torch.Tensor)}
+    except RecursionError:
+        raise ValueError(f"{path}: not a PyTorch checkpoint: its dictionaries are nested too deeply") from None
+
+
+def _array(torch, tensor) -> np.ndarray | Unusable:
+    """A tensor as an array. Kinds of which the content or the size is not what the file holds are not read."""
+    try:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            return Unusable(f"is not a plain array but {tensor.layout}, {tensor.device.type}")
+        if tensor.is_complex():
+            return Unusable("has complex numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return Unusable("is larger than what the file holds of it (an expanded tensor): save a contiguous copy")
+        tensor = tensor.detach()
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            tensor = tensor.float()
+        return tensor.contiguous().numpy()
+    except Exception as error:
+        return Unusable(f"cannot be read ({one_line(error)})")
 
 
 def _torch(purpose: str):
@@ -197,15 +260,27 @@ def _torch(purpose: str):
     return torch
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> Path:
-    """Writes {name: array}, or {network: {name: array}}, whole or not at all.
-
-    A name that ends in .pt, .pth, .ckpt or .bin is written by torch.save, nested as given; .safetensors without torch,
-    a network's name in front of its tensors'. Raises ValueError for another ending and ImportError without torch.
-    """
+def check_tensors_output(path: str | os.PathLike) -> Path:
+    """Returns the path; raises ValueError for an ending that `write_tensors` does not know, OSError if not writable."""
     path = Path(path)
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise ValueError(f"{path}: the name must end in .safetensors or {', '.join(TORCH_SUFFIXES)}")
+    check_writable(path)
+    return path
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Writes {name: array}, or {network: {name: array}}, whole or not at all; shapes stay as they are, also [].
+
+    A name that ends in .pt, .pth, .ckpt or .bin is written by torch.save, nested as given; .safetensors without torch,
+    with the name of a network before those of its tensors, and with the metadata.
+
+    Raises:
+      ValueError: another ending. ImportError: torch is needed and not installed. OSError: naming the file.
+    """
+    path = check_tensors_output(path)
     torch = None if path.suffix == ".safetensors" else _torch(f"writing {path}")
 
     def converted(value):
@@ -217,24 +292,34 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Any]) -> Path:
         if torch is None:
             from safetensors.numpy import save
 
-            flat = {".".join(filter(None, names)): np.ascontiguousarray(x) for names, x in _leaves(tensors)}
-            partial.write_bytes(save(flat))
+            flat = {".".join(filter(None, names)): np.array(x, order="C") for names, x in _leaves(tensors)}
+            partial.write_bytes(save(flat, dict(metadata or {})))
         else:
             torch.save(converted(tensors), partial)
     return path
 
 
-def _leaves(tensors: Mapping[str, Any], names: tuple[str, ...] = ()):
+def _leaves(tensors: Mapping[Any, Any], names: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, value in tensors.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*names, name))
+            yield from _leaves(value, (*names, str(name)))
         else:
-            yield (*names, name), value
+            yield (*names, str(name)), value
 
 
-def convert(source, output, kind: str | None = None, part: str | None = None) -> str:
-    """Converts a PyTorch checkpoint to a model file; returns what a user wants to know about it."""
-    model = torch_to_model(source, kind, part)
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    kind: str | None = None,
+    part: str | None = None,
+    front_end: str | None = None,
+) -> str:
+    """Converts a PyTorch checkpoint to a model file; returns what a user wants to know about it.
+
+    Arguments and errors as `torch_to_model`; OSError if the output cannot be written.
+    """
+    check_writable(output)
+    model = torch_to_model(source, kind, part, front_end)
     write_model(output, model)
     about = model.provenance
     lines = [
@@ -242,41 +327,58 @@ def convert(source, output, kind: str | None = None, part: str | None = None) ->
         f"{model.module.embedding_dim}, front end {model.front_end}",
         f"{output}",
     ]
-    if "also_names_of" in about and kind is None:
+    if "also_names_of" in about and kind is None and model.front_end == interop.FRONT_END_OF_KIND[about["kind"]]:
         others = " and ".join(about["also_names_of"])
         lines.insert(1, f"{others} would give the same names but another front end: if it is from there, say --kind")
     if part is None and "part" in about:
-        lines.insert(1, f"the checkpoint's part {about['part']}; choose another by --part")
+        lines.insert(1, f"this is the part {about['part']} of the checkpoint; choose another with --part")
     if about["left_out"]:
-        lines.insert(1, f"{about['left_out']} tensors of heads and classifiers left out")
+        lines.insert(1, f"left out tensors of heads and classifiers: {about['left_out']}")
     return "\n".join(lines)
 
 
 def convert_back(
-    source, output, kind: str, branch: str | None = None, role: str | None = None, step: int | None = None
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    kind: str,
+    branch: str | None = None,
+    role: str | None = None,
+    step: int | None = None,
 ) -> str:
-    """Converts a model file or a workdir's network to PyTorch's names; returns what a user wants to know about it.
+    """Converts the network of a model file or a workdir to PyTorch's names; returns what a user wants to know about it.
 
-    Of a workdir, speaker-net gets students and teachers with their heads, unless a branch or role is chosen.
+    From a workdir, speaker-net gets students and teachers with their heads, unless a branch or role is chosen. A
+    safetensors file notes the front end that the weights need, for the way back.
+
+    Raises:
+      ValueError: an unknown kind, or a network that the toolkit lacks. Others as `Embedder.load` and `write_tensors`.
     """
     from memo_jax.inference.embedder import load_model
     from memo_jax.training.checkpoint import load_raw
 
     if kind not in interop.KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.KINDS)}")
+    check_tensors_output(output)
     whole = kind == "speaker-net" and os.path.isdir(source) and branch is None and role is None
     if whole:
         loaded = load_raw(source, step, only=["student", "teacher"])[0]
+        front_end = interop.FRONT_END_OF_KIND[kind]
     else:
         loaded = load_model(source, branch=branch, role=role, step=step)
+        if not isinstance(loaded, Model):
+            raise ValueError(f"{source}: an exported program has no weights to convert: give the model it is from")
+        front_end = loaded.front_end
     try:
         tensors = speaker_net_of_branches(loaded) if whole else model_to_torch(loaded, kind)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    write_tensors(output, tensors)
+    path = write_tensors(output, tensors, {FRONT_END_KEY: front_end})
     if whole:
-        return f"speaker-net {', '.join(tensors)}, with heads\n{output}"
-    lines = [f"{kind} {loaded.backbone}, {len(tensors)} tensors", f"{output}"]
-    if interop.FRONT_END_OF_KIND[kind] != loaded.front_end:
-        lines.insert(1, f"its input is {loaded.front_end}, while {kind} computes {interop.FRONT_END_OF_KIND[kind]}")
+        return f"speaker-net {', '.join(tensors)}, with heads; their input is {front_end}\n{output}"
+    lines = [f"{kind} {loaded.backbone}, {len(tensors)} tensors; its input is {front_end}", f"{output}"]
+    theirs = interop.FRONT_END_OF_KIND[kind]
+    if theirs != front_end:
+        lines.insert(1, f"{kind} itself computes {theirs}: embeddings there need {front_end} as input")
+        if path.suffix != ".safetensors":
+            lines.insert(2, f"such a file cannot note that: to convert it back, add --front-end {front_end}")
     return "\n".join(lines)

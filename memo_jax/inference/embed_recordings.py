@@ -1,7 +1,8 @@
-"""Files, folders and datasets of recordings → one file of embeddings; what cannot be read is counted and listed."""
+"""Files, folders and datasets of recordings → a file of embeddings; what cannot be used is counted and listed."""
 
 import collections
 import contextlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,71 +12,128 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech, read_audio
-from memo_jax.data.archives import is_archive_name, is_compressed_tar
-from memo_jax.data.recordings import find_recordings, read_recording
-from memo_jax.files import write_text
+from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech, is_audio_name, read_audio
+from memo_jax.data.batches import Utterances
+from memo_jax.data.recordings import UNLISTABLE, Kind, Recording, find_recordings, input_kind, is_hidden, read_recording
+from memo_jax.files import one_line, replacing, write_text
 from memo_jax.inference.batches import apply_to_stream
-from memo_jax.inference.embedder import MIN_SECONDS, Embedder
-from memo_jax.log import Progress
-from memo_jax.scoring.embedding_file import Embeddings, check_output_name, read_embeddings, write_embeddings
+from memo_jax.inference.embedder import MIN_SECONDS, Embedder, check_embedding
+from memo_jax.locks import exclusive
+from memo_jax.log import Progress, plural
+from memo_jax.scoring.embedding_file import Embeddings, check_output_name, write_embeddings
 
 AHEAD = 8  # recordings that are decoded before they are needed
-SAVE_SECONDS = 120.0  # how often the embeddings so far are saved, so that an interrupted run can go on
+SAVE_SECONDS = 120.0  # how often the embeddings so far are saved, so that an interrupted run can be resumed
 
 
 class Source(NamedTuple):
-    """One recording: the name that its embedding gets, and how to read it: () → int16 [L]; may raise AudioError."""
+    """A recording to embed.
+
+    Attributes:
+      name: what its embedding is called.
+      read: returns its samples, int16 [L]; may raise AudioError and OSError.
+      stamp: returns where it is, with size and time of the file: a text that differs if the recording may differ.
+    """
 
     name: str
     read: Callable[[], np.ndarray]
+    stamp: Callable[[], str]
 
 
-def find_sources(inputs: Sequence[str | os.PathLike]) -> list[Source]:
-    """Returns the recordings of files, folders (all below them), archives and datasets that `memo-jax prepare` wrote.
+def find_sources(
+    inputs: Sequence[str | os.PathLike], channel: str | int = "mean"
+) -> tuple[list[Source], list[tuple[str, str]]]:
+    """Returns the recordings of files, folders (with all below), archives and datasets, and what cannot be one.
 
     A recording's name is its path relative to the folder or in the archive, or the file's path as given; a dataset has
-    names of its own.
+    names of its own. Hidden files, and files without the extension of a recording, are passed over.
+
+    Args:
+      inputs: paths of files, folders, Kaldi folders, zips, tars, or datasets that `memo-jax prepare` wrote.
+      channel: "mean", or a number from 1.
+
+    Returns:
+      The sources, and (path, reason) of recordings that cannot be listed, by their names, or cannot be read from their
+      archive.
 
     Raises:
       FileNotFoundError: no such input.
-      ValueError: two recordings would have one name, there is none, or an archive is a compressed tar.
+      ValueError: two recordings would have the same name, there are none at all, or an archive is damaged or a
+        compressed tar.
     """
     sources: dict[str, Source] = {}
+    left_out: list[tuple[str, str]] = []
     for given in inputs:
-        for source in _sources_of(Path(given), given):
+        for source in _sources_of(Path(given), given, channel, left_out):
             if source.name in sources:
                 raise ValueError(
-                    f"two recordings would be called {source.name!r}: embed them into two files, or give "
-                    "a folder above both"
+                    f"two recordings would be called {source.name!r}: embed them into two files, or give a folder "
+                    "above both"
                 )
             sources[source.name] = source
-    if not sources:
+    if not sources and not left_out:
         raise ValueError(f"no recordings in {', '.join(map(str, inputs))}")
-    return list(sources.values())
+    return list(sources.values()), left_out
 
 
-def _sources_of(path: Path, given) -> Iterator[Source]:
+def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
     if (path / "dataset_info.json").is_file():
-        from memo_jax.data.batches import open_utterances
-
-        utterances = open_utterances(path)
-        yield from (Source(name, _reader(utterances.__getitem__, row)) for row, name in enumerate(utterances.names))
-    elif path.is_file() and is_archive_name(path) and is_compressed_tar(path):
-        raise ValueError(
-            f"{path} is a compressed tar, whose recordings cannot be read one by one: make a dataset of it "
-            "with memo-jax prepare, or unpack it"
+        utterances = Utterances(path)
+        for row, name in enumerate(utterances.names):
+            yield Source(name, _call(utterances.__getitem__, row), _call(f"{utterances.fingerprint} {{}}".format, row))
+        return
+    try:
+        input_kind(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, folder or dataset") from None
+    except ValueError:  # a single file
+        name = os.fspath(given)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            left_out.append((name, "odd name: not valid UTF-8"))
+            return
+        if set(name) & UNLISTABLE:
+            left_out.append((name, "odd name: a tab or a line break"))
+            return
+        yield Source(name, lambda: read_audio(path, channel=channel), _call(_file_stamp, path))
+        return
+    found, unusable = find_recordings([path])
+    for source, reason in unusable:
+        if is_audio_name(source) and not is_hidden(os.path.relpath(source, path)):
+            left_out.append((source, reason))
+    for recording in found:
+        if recording.kind is Kind.STREAMED:
+            raise ValueError(
+                f"{recording.root} is a compressed tar, whose recordings cannot be read one by one: make a dataset of "
+                "it with memo-jax prepare, or unpack it"
+            )
+        yield Source(
+            recording.name,
+            lambda recording=recording: read_recording(recording, channel=channel),
+            _call(_recording_stamp, recording),
         )
-    elif path.is_dir() or (path.is_file() and is_archive_name(path)):
-        yield from (Source(found.name, _reader(read_recording, found)) for found in find_recordings([path])[0])
-    elif path.exists():
-        yield Source(os.fspath(given), _reader(read_audio, path))
-    else:
-        raise FileNotFoundError(f"{path}: no such file, folder or dataset")
 
 
-def _reader(function, argument):
+def _call(function, argument):
     return lambda: function(argument)
+
+
+def _file_stamp(path) -> str:
+    try:
+        status = os.stat(path)
+    except OSError:  # reading it will say why
+        return ""
+    return f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
+
+
+def _recording_stamp(recording: Recording) -> str:
+    file = "" if recording.kind is Kind.COMMAND else _file_stamp(recording.archive or _path_of(recording))
+    return json.dumps([recording.kind, recording.path, recording.extent, recording.span, recording.channel, file])
+
+
+def _path_of(recording: Recording) -> str:
+    return os.path.join(recording.root, recording.path)
 
 
 def embed_recordings(
@@ -86,104 +144,167 @@ def embed_recordings(
     min_seconds: float = MIN_SECONDS,
     quiet: bool = False,
 ) -> dict:
-    """Embeds recordings and writes them to one file (see `embedding_file.write_embeddings`).
+    """Embeds recordings and writes the embeddings to a file (see `embedding_file.write_embeddings`).
 
-    Interrupted, it goes on where it was when called again with the same model and output.
+    If it is interrupted, calling it again with the same model, output and options resumes it: a recording is not
+    embedded again if its file has the same path, size and modification time. Recordings that cannot be used are left
+    out and listed beside the output, in name.left_out.tsv; the embeddings are written first. While it runs, no other
+    process can write the same output.
 
     Args:
-      inputs: files, folders, datasets; see `find_sources`.
+      embedder: the network; its `channel` says which channel of the recordings is embedded.
+      inputs: files, folders, archives, datasets; see `find_sources`.
       output: name.npz or name.parquet.
       min_seconds: shorter recordings are left out.
       quiet: show no progress.
 
     Returns:
-      {"output", "recordings": how many are in it, "left_out": [[name, reason], …], "seconds" of audio, "dimension",
-      "model"}. What was left out is also written beside the output, to name.left_out.tsv.
+      {"output", "recordings": the number of embeddings, "left_out": [[name, reason], …], "seconds" of audio,
+      "dimension", "model"}. What UTF-8 or a line cannot hold of a name is escaped there and in the list, see `escaped`.
 
     Raises:
-      ValueError: no recordings at all, or none that can be used. OSError: the output cannot be written.
+      ValueError: no recordings at all, none that can be used, or an embedding that is not finite (names the recording).
+      OSError: the output cannot be written, or another process is writing it (LockedError).
     """
     output = check_output_name(output)
-    sources = find_sources(inputs)
+    sources, unlistable = find_sources(inputs, embedder.channel)
     output.parent.mkdir(parents=True, exist_ok=True)
-    begun = output.with_name(f".{output.stem}.begun.npz")
-    left_out: dict[str, str] = {}
-    found = _begun(begun, embedder.fingerprint)
+    with exclusive(output):
+        return _embed(embedder, sources, unlistable, output, min_seconds, quiet)
+
+
+def _embed(embedder, sources, unlistable, output, min_seconds, quiet):
+    options = {"model": embedder.fingerprint, "channel": embedder.channel, "min_seconds": min_seconds}
+    begun = Begun(output.with_name(f".{output.name}.begun.npz"), options)
+    left_out = [(escaped(name), reason) for name, reason in unlistable]
     seconds = 0.0
     with Progress(len(sources), "embedding", "recording", active=not quiet) as shown:
-        todo = [i for i, source in enumerate(sources) if source.name not in found]
-        if len(todo) < len(sources):
-            shown.write(f"going on: {len(sources) - len(todo):,} recordings were embedded before the interruption")
-            shown.update(len(sources) - len(todo))
+        for name, reason in left_out:
+            shown.write(f"left out: {name}: {reason}")
+        changed = begun.keep(sources)
+        if changed:
+            shown.write(f"{plural(changed, 'recording')} of the interrupted run changed since: embedded again")
+        todo = [i for i, source in enumerate(sources) if source.name not in begun.found]
+        if begun.found:
+            shown.write(f"resuming: {plural(len(begun.found), 'recording')} embedded before the interruption")
+            shown.update(len(begun.found))
 
         def readable():
             nonlocal seconds
-            for i, wave, problem in _decoded(sources, todo, min_seconds):
+            for i, wave, problem in _decoded(sources, todo, begun.stamps, min_seconds):
                 if problem is None:
                     seconds += len(wave) / SAMPLE_RATE
                     yield i, wave
                 else:
-                    left_out[sources[i].name] = problem
-                    shown.write(f"left out: {sources[i].name}: {problem}")
+                    left_out.append((escaped(sources[i].name), problem))
+                    shown.write(f"left out: {left_out[-1][0]}: {problem}")
                     shown.update()
 
         saved = time.monotonic()
         try:
             for i, row in apply_to_stream(embedder.apply, readable()):
-                found[sources[i].name] = row
+                check_embedding(sources[i].name, row)
+                begun.found[sources[i].name] = row
                 shown.update()
                 if time.monotonic() - saved > SAVE_SECONDS:
-                    _save(begun, found, list(found), embedder.fingerprint)
+                    begun.save()
                     saved = time.monotonic()
-        except KeyboardInterrupt:
-            if found:
-                _save(begun, found, list(found), embedder.fingerprint)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the error that ends the run is the one to report
+                begun.save()
             raise
-    names = [source.name for source in sources if source.name in found]
+    names = [source.name for source in sources if source.name in begun.found]
+    if names:
+        rows = np.stack([begun.found[name] for name in names])
+        write_embeddings(output, Embeddings(names, rows, embedder.fingerprint))
+        begun.remove()
     report = output.with_suffix(".left_out.tsv")
     if left_out:
-        write_text(report, "name\treason\n" + "".join(f"{name}\t{why}\n" for name, why in left_out.items()))
+        write_text(report, "name\treason\n" + "".join(f"{name}\t{escaped(why)}\n" for name, why in left_out))
     else:
         report.unlink(missing_ok=True)
     if not names:
-        raise ValueError(f"none of the {len(sources):,} recordings can be used: see {report}")
-    _save(output, found, names, embedder.fingerprint)
-    begun.unlink(missing_ok=True)
+        raise ValueError(f"none of {plural(len(left_out), 'recording')} can be used: see {report}")
     return {
         "output": str(output),
         "recordings": len(names),
-        "left_out": [list(item) for item in left_out.items()],
+        "left_out": [list(item) for item in left_out],
         "seconds": round(seconds, 2),
         "dimension": embedder.dimension,
         "model": embedder.fingerprint,
     }
 
 
-def _save(path, found, names, fingerprint):
-    write_embeddings(path, Embeddings(names, np.stack([found[name] for name in names]), fingerprint))
+def escaped(name: str) -> str:
+    r"""Returns a name with escapes for what UTF-8 or a line of a table cannot hold, such as \xfc or \n."""
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return "".join(repr(letter)[1:-1] if letter in UNLISTABLE else letter for letter in text)
 
 
-def _begun(path: Path, fingerprint: str) -> dict[str, np.ndarray]:
-    """The embeddings of an interrupted run of the same model, by name."""
-    if path.exists():
-        with contextlib.suppress(ValueError):
-            content = read_embeddings(path)
-            if content.model == fingerprint:
-                return dict(zip(content.names, content.embeddings))
-    return {}
+class Begun:
+    """The embeddings of an unfinished run in a hidden file beside its output, so that it can be resumed.
+
+    Args:
+      path: of the file.
+      options: all that the embeddings depend on beside the recordings; what was begun with others is not used.
+
+    Attributes:
+      found: {name: embedding [D]}.
+      stamps: {name: stamp of its source, when it was read}.
+    """
+
+    def __init__(self, path: Path, options: dict):
+        self._path, self._options = path, json.dumps(options, sort_keys=True)
+        self.found: dict[str, np.ndarray] = {}
+        self.stamps: dict[str, str] = {}
+        with contextlib.suppress(Exception):  # a file that is missing or damaged: nothing was begun
+            with np.load(path, allow_pickle=False) as file:
+                if str(file["options"]) == self._options:
+                    names = file["names"].tolist()
+                    self.stamps = dict(zip(names, file["stamps"].tolist(), strict=True))
+                    self.found = dict(zip(names, file["embeddings"], strict=True))
+
+    def keep(self, sources: Sequence[Source]) -> int:
+        """Forgets what is not from these sources as they are now; returns how many of them have changed."""
+        before = self.found
+        self.found = {
+            source.name: before[source.name]
+            for source in sources
+            if source.name in before and source.stamp() == self.stamps[source.name] != ""
+        }
+        return sum(source.name in before for source in sources) - len(self.found)
+
+    def save(self) -> None:
+        """Writes the file, whole or not at all, if there is anything to save."""
+        if self.found:
+            names = list(self.found)
+            with replacing(self._path) as partial:
+                np.savez(
+                    partial,
+                    names=np.array(names, str),
+                    stamps=np.array([self.stamps[name] for name in names], str),
+                    embeddings=np.stack(list(self.found.values())),
+                    options=np.array(self._options),
+                )
+
+    def remove(self) -> None:
+        """Removes the file."""
+        self._path.unlink(missing_ok=True)
 
 
-def _decoded(sources, todo, min_seconds) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
+def _decoded(sources, todo, stamps, min_seconds) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
     """Yields (number, samples, None) or (number, None, reason) of the recordings in order, some decoded ahead."""
 
     def decode(i):
+        stamp = sources[i].stamp()  # before it is read: a change in between is then noticed
         try:
             samples = sources[i].read()
             check_speech(sources[i].name, samples, min_seconds)
         except AudioError as error:
             return i, None, error.reason
         except OSError as error:  # of a dataset with a damaged shard
-            return i, None, f"cannot be read: {error}"
+            return i, None, f"cannot be read: {one_line(error)}"
+        stamps[sources[i].name] = stamp
         return i, samples, None
 
     with ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1)) as pool:
@@ -202,8 +323,8 @@ def _decoded(sources, todo, min_seconds) -> Iterator[tuple[int, np.ndarray | Non
 
 def embedding_text(report: dict) -> str:
     """Returns the report of `embed_recordings` as text for people."""
-    text = f"{report['recordings']:,} embeddings of {report['dimension']} numbers"
+    text = f"{plural(report['recordings'], 'embedding')} of {report['dimension']} numbers"
     if report["left_out"]:
         listed = Path(report["output"]).with_suffix(".left_out.tsv")
-        text += f"; left out {len(report['left_out']):,} recordings, see {listed}"
+        text += f"; left out {plural(len(report['left_out']), 'recording')}, see {listed}"
     return f"{text}\n{report['output']}"

@@ -1,4 +1,4 @@
-"""What users import: a trained network that embeds recordings, compares them, and knows people by name."""
+"""What users import: a trained network that embeds recordings, compares them, and recognises enrolled people."""
 
 import os
 import zipfile
@@ -13,23 +13,31 @@ from memo_jax import features
 from memo_jax.audio import as_audio, check_speech, read_audio
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
-from memo_jax.inference.gallery import Gallery
-from memo_jax.inference.model_file import Model, read_model
+from memo_jax.inference.gallery import Gallery, changing_gallery
+from memo_jax.inference.hub import is_hub_name, read_hub_model
+from memo_jax.inference.model_file import (
+    DEFAULT_MODEL,
+    Model,
+    ModelFileError,
+    check_finite,
+    check_threshold,
+    read_model,
+)
 from memo_jax.scoring.metrics import unit_norm
 
 if TYPE_CHECKING:
     from memo_jax.inference.export import Artifact
 
-MIN_SECONDS = 0.5  # shorter recordings are refused: they tell nothing of a voice
-DEFAULT_THRESHOLD = 0.5  # cosine, where nobody has tuned one
+MIN_SECONDS = 0.5  # shorter recordings are refused: they say too little about a voice
+DEFAULT_THRESHOLD = 0.5  # cosine, if none has been tuned
 UNTUNED = (
-    f"the default {DEFAULT_THRESHOLD}, not tuned for this model: tune it on a trial list of recordings like "
-    "yours with `memo-jax eval --save-threshold`"
+    "the default, not tuned for this model: tune it on a trial list of recordings like yours with "
+    "`memo-jax eval --save-threshold`"
 )
 
 
 class Verification(NamedTuple):
-    """`score`: cosine in [-1, 1]; `decision`: True for one speaker, score >= threshold; `threshold`."""
+    """`score`: cosine in [-1, 1]; `decision`: whether it is the same speaker, score >= threshold; `threshold`."""
 
     score: float
     decision: bool
@@ -37,7 +45,7 @@ class Verification(NamedTuple):
 
 
 class Identification(NamedTuple):
-    """`name`: of the nearest person, None when the score is below the threshold; `score`; `threshold`; `nearest`."""
+    """`name`: the nearest person, None if the score is below the threshold; `score`; `threshold`; `nearest`."""
 
     name: str | None
     score: float
@@ -46,10 +54,10 @@ class Identification(NamedTuple):
 
 
 class Embedder:
-    """A network that maps recordings of any length to embeddings, D numbers whose direction tells the speaker.
+    """A network that maps recordings of any length to embeddings: D numbers whose direction characterises the speaker.
 
-    A recording is a path of a file that `memo_jax.audio.read_audio` reads (wav, flac, ogg, opus, mp3, …), or an array
-    [L] or [L, channels] (floating point in [-1, 1], or int16) with its rate in Hz. All become 16 kHz mono.
+    A recording is the path of a file that `memo_jax.audio.read_audio` reads (wav, flac, ogg, opus, mp3, …), or an array
+    [L] or [L, channels] (floating point in [-1, 1], or int16) with its rate in Hz. All are converted to 16 kHz mono.
 
         embedder = Embedder.load("runs/small")
         embedder.embed("a.wav")                      # float32 [D]
@@ -59,136 +67,166 @@ class Embedder:
         embedder.enroll("Ada", ["a.wav", "b.wav"])
         embedder.identify("c.wav").name              # "Ada", or None
 
-    Recordings longer than two minutes give the mean of the embeddings of equal windows of at most two minutes.
+    The embedding of a recording longer than two minutes is the mean over equal windows of at most two minutes.
+
+    Args:
+      model: a model, or an exported program.
+      gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
+      channel: of recordings with several: "mean", or a number from 1.
 
     Attributes:
       model: network, weights, provenance.
-      apply: the compiled function below: int16 waves [N, L] at 16 kHz, zeros behind lengths [N] → embeddings [N, D].
+      apply: the compiled function below: int16 waves [N, L] at 16 kHz, zeros after lengths [N] → embeddings [N, D].
       gallery: the people enrolled.
-      threshold: cosine score from which on two recordings count as of one speaker; may be set.
-      threshold_source: where it comes from, for people.
+      threshold: cosine score from which two recordings count as the same speaker; may be set.
+      threshold_source: where the threshold comes from, for people.
+      channel: as given; may be set.
     """
 
-    def __init__(self, model: "Model | Artifact", gallery: str | os.PathLike | None = None):
+    def __init__(
+        self, model: "Model | Artifact", gallery: str | os.PathLike | None = None, channel: str | int = "mean"
+    ):
         self.model = model
+        self.channel = channel
         self.threshold = DEFAULT_THRESHOLD if model.decision is None else model.decision.threshold
         self.threshold_source = UNTUNED if model.decision is None else model.decision.source
         self.apply = model.function
         self._gallery_path = gallery
         if gallery is not None and os.path.exists(gallery):
-            self.gallery = Gallery.load(gallery, self.fingerprint)
+            self.gallery = Gallery.load(gallery, self.fingerprint, self.dimension)
         else:
             self.gallery = Gallery(self.fingerprint)
 
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike,
+        path: str | os.PathLike | None = None,
         *,
         branch: str | None = None,
         role: str | None = None,
         step: int | None = None,
         gallery: str | os.PathLike | None = None,
+        channel: str | int = "mean",
     ) -> "Embedder":
-        """Loads the network of a training workdir, or what was exported, or converted from PyTorch weights.
+        """Loads a network: that of the package, a training workdir, a model file, an exported program, or the Hub.
 
         Args:
-          path: workdir, perhaps gs://…, or a file that `memo-jax export` or `memo-jax convert` wrote.
+          path: workdir, possibly gs://…, a file that `memo-jax export` or `memo-jax convert` wrote, or
+            "hf:org/name@revision" (`hub`). None is the network that comes with the package.
           branch: of a workdir: which backbone; "ecapa" by default, or the only one.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
-          gallery: file (npz or parquet) of enrolled people; read if it is there, written at every enrolment.
+          gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
+          channel: of recordings with several: "mean", or a number from 1.
 
         Raises:
           FileNotFoundError: nothing there, or a workdir without checkpoints.
-          ModelFileError: (a ValueError) a file that is no whole model file.
-          ValueError: no such branch, a gallery of another model, or a branch, role or step of a model file.
+          ModelFileError: (a ValueError) a file that is not a model, or is damaged.
+          ValueError: no such branch, weights that are not finite, a gallery of another model, or a branch, role or step
+            given with a file.
         """
-        return cls(load_model(path, branch=branch, role=role, step=step), gallery)
+        return cls(load_model(path, branch=branch, role=role, step=step), gallery, channel)
 
     @property
     def fingerprint(self) -> str:
-        """Of the model: embeddings of models with other fingerprints cannot be compared with these."""
+        """The model's: embeddings can only be compared if their models have the same fingerprint."""
         return self.model.fingerprint
 
     @property
     def dimension(self) -> int:
-        """D, how many numbers an embedding has."""
+        """D, the length of an embedding."""
         return self.model.dimension
 
     def embed(self, recordings, rate: int | None = None, *, quiet: bool = True) -> np.ndarray:
         """Returns the embedding float32 [D] of a recording, or [N, D] of a list of N, in its order.
 
         Args:
-          recordings: a path, an array with its `rate`, a tuple (array, rate), or a list of such.
-          rate: samples a second of arrays, Hz.
-          quiet: False shows the progress of a list.
+          recordings: a path, an array with its `rate`, a tuple (array, rate), or a list of these.
+          rate: sample rate of arrays, Hz.
+          quiet: False shows progress through a list.
 
         Raises:
           AudioError: (a ValueError) a recording that is missing, damaged, silent, under half a second, or holds NaN;
             the message names the file, or the place in the list.
+          ValueError: the network gives numbers that are not finite for a recording, which is named likewise.
         """
         if _is_one(recordings):
             return self.embed([recordings], rate)[0]
+        recordings = list(recordings)
         waves = [self._samples(one, rate, f"recording {i}") for i, one in enumerate(recordings)]
         if not waves:
             return np.zeros((0, self.dimension), np.float32)
-        return apply_to_recordings(self.apply, waves, quiet=quiet)
+        embeddings = apply_to_recordings(self.apply, waves, quiet=quiet)
+        for i, row in enumerate(embeddings):
+            one = recordings[i]
+            check_embedding(os.fspath(one) if isinstance(one, (str, os.PathLike)) else f"recording {i}", row)
+        return embeddings
 
     def verify(self, a, b, rate: int | None = None, *, threshold: float | None = None) -> Verification:
-        """Compares two recordings (each as for `embed`): are they of one speaker?
+        """Compares two recordings: are they of the same speaker?
 
         Args:
-          a, b: a path, an array with its `rate`, a tuple (array, rate).
-          threshold: to decide by instead of `self.threshold`, a cosine.
+          a: a path, an array with its `rate`, or a tuple (array, rate).
+          b: the other recording, likewise.
+          rate: sample rate of arrays, Hz.
+          threshold: cosine in [-1, 1] to decide by instead of `self.threshold`.
 
         Raises:
-          AudioError: see `embed`.
+          AudioError: see `embed`. ValueError: a threshold outside [-1, 1].
         """
+        threshold = self.threshold if threshold is None else check_threshold(threshold)
         one, other = unit_norm(self.embed([a, b], rate))
-        threshold = self.threshold if threshold is None else threshold
         score = float(np.clip(one @ other, -1, 1))
         return Verification(score, score >= threshold, threshold)
 
     def enroll(self, name: str, recordings, rate: int | None = None) -> None:
-        """Adds a person to the gallery by one recording or several, and saves the gallery when it has a file.
+        """Adds a person to the gallery by one recording or several.
+
+        If the gallery has a file, the person is added to what the file holds by then, in a single locked step: others
+        who enrol at the same time lose nothing. If that fails, the gallery in memory is what it was.
 
         Raises:
-          ValueError: the name is taken or empty, there is no recording, or one cannot be used (see `embed`).
+          ValueError: the name is taken or not possible, there is no recording, or one cannot be used (see `embed`).
+          OSError: the file cannot be read or written, or another process holds it (LockedError).
         """
+        self.gallery.check_new_name(name)
         embeddings = np.atleast_2d(self.embed(recordings, rate))
-        self.gallery.add(name, embeddings)
-        if self._gallery_path is not None:
-            try:
-                self.gallery.save(self._gallery_path)
-            except BaseException:
-                self.gallery.remove(name)  # what is in memory and in the file stays the same
-                raise
+        if self._gallery_path is None:
+            self.gallery.add(name, embeddings)
+            return
+        with changing_gallery(self._gallery_path, self.fingerprint, self.dimension) as gallery:
+            gallery.add(name, embeddings)
+        self.gallery = gallery
 
     def identify(self, recording, rate: int | None = None, *, threshold: float | None = None) -> Identification:
-        """Who of the gallery speaks in a recording (as for `embed`), if anybody.
+        """Says who in the gallery speaks in a recording (as for `embed`), if anybody.
+
+        Args:
+          recording: a path, an array with its `rate`, or a tuple (array, rate).
+          rate: sample rate of arrays, Hz.
+          threshold: cosine in [-1, 1] to decide by instead of `self.threshold`.
 
         Raises:
-          ValueError: nobody is enrolled, or the recording cannot be used.
+          ValueError: nobody is enrolled, the recording cannot be used, or a threshold outside [-1, 1].
         """
-        threshold = self.threshold if threshold is None else threshold
+        threshold = self.threshold if threshold is None else check_threshold(threshold)
         nearest, score = self.gallery.ranking(self.embed([recording], rate)[0])[0]
         return Identification(nearest if score >= threshold else None, score, threshold, nearest)
 
     def _samples(self, recording, rate, name) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
-            name, samples = os.fspath(recording), read_audio(recording)
+            name, samples = os.fspath(recording), read_audio(recording, channel=self.channel)
         else:
             samples, rate = recording if isinstance(recording, tuple) else (recording, rate)
             if rate is None:
                 raise ValueError(f"{name} is an array, so it needs its rate: embed(samples, 16000)")
-            samples = as_audio(samples, rate, name)
+            samples = as_audio(samples, rate, name, self.channel)
         check_speech(name, samples, MIN_SECONDS)
         return samples
 
 
 def _is_one(recordings) -> bool:
-    """Whether this is one recording and not a list of them."""
+    """Whether this is a single recording and not a list of them."""
     if isinstance(recordings, tuple):
         second = recordings[1] if len(recordings) == 2 else None  # the rate of (array, rate)
         return np.ndim(second) == 0 and not isinstance(second, (str, os.PathLike, type(None)))
@@ -200,34 +238,52 @@ def _is_one(recordings) -> bool:
 
 
 def load_model(
-    path: str | os.PathLike, *, branch: str | None = None, role: str | None = None, step: int | None = None
+    path: str | os.PathLike | None = None,
+    *,
+    branch: str | None = None,
+    role: str | None = None,
+    step: int | None = None,
 ) -> "Model | Artifact":
-    """Returns the network of a workdir, a model file or an exported artifact; arguments and errors as `Embedder.load`.
+    """Returns the network of a workdir, a model file or an exported program; arguments and errors as `Embedder.load`.
 
-    That of an artifact has no layers and weights to look at (`export.Artifact`).
+    That of an exported program (`export.Artifact`) has no layers and weights to look at.
     """
+    given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
+    path = DEFAULT_MODEL if path is None else path
+    if is_hub_name(path):
+        if given:
+            raise ValueError(f"{path} has a single network: --{given[0]} is for workdirs")
+        return read_hub_model(path)
     path = as_path(path)
     check_bucket(path)
-    if not in_bucket(path) and not os.path.isdir(path):
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path}: no such workdir or model file")
-        given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
-        if given:
-            raise ValueError(f"{path} is a model file, which holds one network: choose a {given[0]} in a workdir")
-        if zipfile.is_zipfile(path):
-            from memo_jax.inference.export import read_artifact
+    if in_bucket(path) or os.path.isdir(path):
+        from memo_jax.inference.workdir import workdir_model  # only here: it imports all that training needs
 
-            return read_artifact(path)
-        return read_model(path)
-    from memo_jax.inference.workdir import (
-        workdir_model,  # here because it imports all that training needs
-    )
+        model = workdir_model(path, branch, role or "teacher", step)
+        try:
+            check_finite(model)
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from None
+        return model
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such workdir or model file")
+    if given:
+        raise ValueError(f"{path} is a file with a single network: --{given[0]} is for workdirs")
+    if zipfile.is_zipfile(path):
+        from memo_jax.inference.export import read_artifact
 
-    return workdir_model(path, branch, role or "teacher", step)
+        return read_artifact(path)
+    return read_model(path)
+
+
+def check_embedding(name: str, embedding: np.ndarray) -> None:
+    """Raises ValueError, naming the recording, if the network gave an embedding [D] that is not finite."""
+    if not np.isfinite(embedding).all():
+        raise ValueError(f"{name}: its embedding is not finite: the network overflows or is damaged")
 
 
 @jax.jit
 def log_mel_statistics(waves: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Returns mean and deviation over time of the log-mel frames, [N, 2F]: the channel baseline."""
+    """Returns mean and standard deviation over time of the log-mel frames, [N, 2F]: the channel baseline."""
     mel = features.mel_power(waves.astype(jnp.float32) / 32768, lengths)
     return features.log_mel_statistics(mel, features.frame_count(lengths))

@@ -10,17 +10,29 @@ import flax.linen as nn
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
-from memo_jax.data.batches import Utterances, open_utterances
-from memo_jax.files import as_path, write_text
+from memo_jax.data.batches import Utterances
+from memo_jax.files import as_path, check_writable, write_text
 from memo_jax.inference.batches import apply_to_recordings
-from memo_jax.inference.embedder import load_model, log_mel_statistics
+from memo_jax.inference.embedder import check_embedding, load_model, log_mel_statistics
 from memo_jax.inference.model_file import Decision, Model, embedding_function
+from memo_jax.log import plural
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration
-from memo_jax.scoring.score import DECIMALS, P_TARGETS, REPLICATES, eer_interval, error_report, rates_text, write_scores
-from memo_jax.scoring.trials import read_trials, speaker_folder, trial_pairs
+from memo_jax.scoring.figures import BASELINE, plot_det
+from memo_jax.scoring.score import (
+    DECIMALS,
+    P_TARGETS,
+    REPLICATES,
+    eer_interval,
+    error_report,
+    interval_note,
+    rates_text,
+    write_scores,
+)
+from memo_jax.scoring.trials import read_trials, recording_rows, speaker_folder, trial_pairs
 
-CRITERIA = ("eer", *(f"min_dcf_{p}" for p in P_TARGETS))  # what a threshold can be tuned for
+RATES = ("eer", *(f"min_dcf_{p}" for p in P_TARGETS))
+CRITERIA = RATES  # what a threshold can be tuned for
 
 
 class TrialEvaluation:
@@ -29,31 +41,35 @@ class TrialEvaluation:
     Args:
       utterances: dataset that holds the recordings.
       trials: path of the trial list.
+      enrollments: table of speakers enrolled by several recordings, see `read_trials`.
 
     Attributes:
-      trials: the list. target: bool [N], its labels.
+      trials: the list. target: bool [N], its labels; None for a list without labels.
       rows: int [M], the utterances that the trials mention; no others are embedded.
-      pairs: int [N, 2], the two recordings of every trial, as indices into `rows`.
+      pairs: int [N, 2], the two recordings of every trial, as indices into `rows`; of an enrolled speaker the first.
 
     Raises:
-      ValueError: the list is malformed, lacks target or nontarget trials, or mentions a recording that is missing.
+      ValueError: the list is malformed, has target trials alone or nontarget trials alone, or mentions a recording that
+        is missing.
     """
 
-    def __init__(self, utterances: Utterances, trials: str | os.PathLike):
+    def __init__(self, utterances: Utterances, trials: str | os.PathLike, enrollments: str | os.PathLike | None = None):
         self.utterances = utterances
-        self.trials = read_trials(trials)
-        pairs = trial_pairs(self.trials, utterances.names)
-        self.rows, inverse = np.unique(pairs, return_inverse=True)
-        self.pairs = inverse.reshape(pairs.shape)
+        self.trials = read_trials(trials, enrollments)
         self.target = self.trials.target
-        for kind, present in (("target", self.target.any()), ("nontarget", not self.target.all())):
-            if not present:
-                raise ValueError(f"{trials} has no {kind} trial: error rates need both kinds")
+        if self.target is not None:
+            self.trials.require_both_kinds()
+        recordings = recording_rows(self.trials, utterances.names)
+        self.rows, self._positions = np.unique(recordings, return_inverse=True)
+        self.pairs = np.searchsorted(self.rows, trial_pairs(self.trials, utterances.names))
 
     def embeddings(self, function, crops: int = 0, crop_seconds: float = 4.0, quiet: bool = False) -> np.ndarray:
-        """Returns the embeddings [M, D] of the full recordings, or [M, crops, D] of their crops, as `rows`."""
+        """Returns the embeddings of `rows`: [M, D] of the full recordings, or [M, crops, D] of their crops.
+
+        Raises ValueError, naming the recording, for an embedding that is not finite.
+        """
         if not crops:
-            return apply_to_recordings(function, self.utterances, self.rows, quiet=quiet)
+            return self._checked(apply_to_recordings(function, self.utterances, self.rows, quiet=quiet))
         per_crop = [
             apply_to_recordings(
                 function,
@@ -64,15 +80,21 @@ class TrialEvaluation:
             )
             for i in range(crops)
         ]
-        return np.stack(per_crop, axis=1)
+        return self._checked(np.stack(per_crop, axis=1))
+
+    def _checked(self, embeddings):
+        for row, embedding in zip(self.rows, embeddings):
+            check_embedding(self.utterances.names[row], embedding)
+        return embeddings
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
         """Returns the cosine score of every trial, [N], rounded as in scores.txt so that both give the same errors."""
-        return np.round(metrics.cosine_scores(embeddings, self.pairs), DECIMALS)
+        sides = self.trials.side_embeddings(embeddings[self._positions])
+        return np.round(metrics.cosine_scores(sides, self.trials.pairs), DECIMALS)
 
-    def eer(self, backbone: nn.Module, variables: Any) -> float:
-        """Returns the equal error rate of a backbone with these variables, a fraction."""
-        function = embedding_function(backbone, variables)
+    def eer(self, backbone: nn.Module, variables: Any, front_end: str = "log_mel") -> float:
+        """Returns the equal error rate of a backbone with these variables and this front end, a fraction."""
+        function = embedding_function(backbone, variables, front_end)
         return metrics.eer(self.scores(self.embeddings(function, quiet=True)), self.target)
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
@@ -94,9 +116,7 @@ class TrialEvaluation:
     def speakers(self) -> dict[str, str]:
         """Returns {recording, as the trials name it: speaker}, without those of unknown speakers."""
         speakers = self.row_speakers()
-        rows = np.empty(len(self.trials.recordings), np.int64)
-        rows[self.trials.pairs] = self.pairs
-        known = {name: speakers[row] for name, row in zip(self.trials.recordings, rows)}
+        known = {name: speakers[row] for name, row in zip(self.trials.recordings, self._positions)}
         return {name: speaker for name, speaker in known.items() if speaker}
 
 
@@ -112,10 +132,14 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
         return None
     if not config.evaluation.data:
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
-    trials = TrialEvaluation(open_utterances(config.evaluation.data), config.evaluation.trials)
+    trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
 
     def evaluation(recipe, backbones):
-        return {f"eer/{name}": 100 * trials.eer(of.backbone, backbones[name]) for name, of in recipe.branches.items()}
+        front_end = config.features.front_end
+        return {
+            f"eer/{name}": 100 * trials.eer(branch.backbone, backbones[name], front_end)
+            for name, branch in recipe.branches.items()
+        }
 
     return evaluation
 
@@ -151,6 +175,7 @@ def evaluate(
     crops: int = 0,
     crop_seconds: float = 4.0,
     save_threshold: str | None = None,
+    enrollments: str | os.PathLike | None = None,
     replicates: int = REPLICATES,
     quiet: bool = False,
 ) -> dict:
@@ -162,12 +187,13 @@ def evaluate(
     Args:
       model: workdir of a training run, or a model file.
       data: dataset with the recordings of the trials.
-      trials: trial list, VoxCeleb form (`1 a b`) or Kaldi form (`a b target`).
+      trials: trial list, see `read_trials`; of one without labels, scores are written and no error rates.
       output: folder for the results; made when missing.
       branch, role, step: which network of a workdir, see `Embedder.load`.
       crops, crop_seconds: take so many crops of a recording, spread evenly, and the mean score of all pairs of them,
         instead of full recordings.
       save_threshold: one of CRITERIA: keep the threshold that reaches it here, and a calibration, with the model.
+      enrollments: table of speakers enrolled by several recordings, see `read_trials`.
       replicates: of the bootstrap for the interval; 0 leaves it out.
 
     Returns:
@@ -175,17 +201,17 @@ def evaluate(
       the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
     """
     network = load_model(model, branch=branch, role=role, step=step)
-    evaluation = TrialEvaluation(open_utterances(data), trials)
+    evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
+    target = evaluation.target
+    if target is None and save_threshold is not None:
+        raise ValueError(f"{trials} has no labels, so no threshold can be tuned on it: leave out --save-threshold")
     output = Path(output)
+    check_writable(output / "results.json")  # before the minutes that embedding takes
     output.mkdir(parents=True, exist_ok=True)
     scores = evaluation.scores(evaluation.embeddings(network.function, crops, crop_seconds, quiet))
-    baseline = evaluation.statistics_scores(quiet)
-    results = error_report(scores, evaluation.target) | {
-        "eer_interval": eer_interval(scores, evaluation.trials, evaluation.speakers(), replicates),
-        "trials": len(evaluation.target),
-        "targets": int(evaluation.target.sum()),
+    results: dict[str, Any] = {
+        "trials": len(evaluation.trials),
         "recordings": len(evaluation.rows),
-        "log_mel_statistics": error_report(baseline, evaluation.target),
         "network": network_name(network),
         "fingerprint": network.fingerprint,
         "model": str(as_path(model)),
@@ -194,32 +220,49 @@ def evaluate(
         "trial_list": str(trials),
         "crops": crops,
     }
-    from memo_jax.report.learning_curves import plot_det
-
-    plot_det(
-        {results["network"]: (scores, evaluation.target), "log-mel statistics": (baseline, evaluation.target)},
-        output / "det.png",
-    )
+    if target is None:
+        write_scores(output / "scores.txt", evaluation.trials, scores)
+        write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+        return results
+    baseline = evaluation.statistics_scores(quiet)
+    statistics = error_report(baseline, target)
+    results |= error_report(scores, target) | {"targets": int(target.sum()), "log_mel_statistics": statistics}
+    results |= eer_interval(scores, evaluation.trials, evaluation.speakers(), replicates)
+    results["worse_than_statistics"] = [key for key in RATES if results[key] > statistics[key]]
+    plot_det({results["network"]: (scores, target), BASELINE: (baseline, target)}, output / "det.png")
     write_scores(output / "scores.txt", evaluation.trials, scores)
     write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
-    if save_threshold is not None:
+    decision = None
+    try:
+        if save_threshold is not None:
+            decision = tuned_decision(scores, target, save_threshold, trials)
+            results["saved_threshold"] = decision.threshold
+    finally:  # results are worth having although they hold no threshold
+        write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
+    if decision is not None:
         from memo_jax.inference.workdir import save_decision
 
-        decision = tuned_decision(scores, evaluation.target, save_threshold, trials)
         save_decision(model, network, decision)
-        results["saved_threshold"] = decision.threshold
-    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
 def tuned_decision(scores, target, criterion: str, trials) -> Decision:
-    """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration."""
+    """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration.
+
+    Raises ValueError where the criterion is met best by accepting nobody or everybody: that is no threshold.
+    """
     if criterion not in CRITERIA:
         raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")
     if criterion == "eer":
         point, unit = metrics.eer_point(scores, target), 100
     else:
         point, unit = metrics.min_dcf_point(scores, target, float(criterion.removeprefix("min_dcf_"))), 1
+    if not scores.min() <= point.threshold <= scores.max():
+        whom = "nobody" if point.threshold > scores.max() else "everybody"
+        raise ValueError(
+            f"{criterion} is best ({point.value:.4g}) when {whom} is accepted, so no threshold was saved: these scores "
+            "do not tell speakers apart well enough for it; use --save-threshold eer"
+        )
     fitted = fit_calibration(scores, target)
     text = (
         f"{criterion} of {unit * point.value:.4g}{' %' if unit == 100 else ''} on {len(target):,} trials of "
@@ -238,14 +281,16 @@ def network_name(model: Model) -> str:
 
 def evaluation_text(results: dict) -> str:
     """Returns the results of `evaluate` as text for people."""
-    counts = (results[name] for name in ("trials", "targets", "recordings"))
-    lines = ["{:,} trials, {:,} of them target, {:,} recordings".format(*counts)]
-    for name, row in ((results["network"], results), ("log-mel statistics", results["log_mel_statistics"])):
+    counts = [plural(results["trials"], "trial"), plural(results["recordings"], "recording")]
+    if "eer" not in results:
+        return f"{', '.join(counts)}\n  the list has no labels: scores are written, error rates are unknown"
+    lines = [f"{counts[0]}, {results['targets']:,} of them target, {counts[1]}"]
+    for name, row in ((results["network"], results), (BASELINE, results["log_mel_statistics"])):
         lines.append(f"  {name:<28} {rates_text(row)}")
-    if results["eer_interval"]:
-        lines.append("  (in brackets the 95 % interval, by bootstrap over speakers)")
-    else:
-        lines.append("  (no interval: the speakers of the recordings are unknown or too few, or --replicates is 0)")
+    lines.append(interval_note(results))
+    if results["worse_than_statistics"]:
+        names = ", ".join("EER" if key == "eer" else f"minDCF({key[8:]})" for key in results["worse_than_statistics"])
+        lines.append(f"  WARNING: in {names} the network is worse than plain log-mel statistics")
     if "saved_threshold" in results:
         lines.append(f"  threshold {results['saved_threshold']:.4f} is saved with the model")
     return "\n".join(lines)

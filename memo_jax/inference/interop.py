@@ -1,8 +1,8 @@
-"""Weights from and to PyTorch: which of their tensors is which of ours.
+"""Weights from and to PyTorch: which of the tensors there is which of ours.
 
 A *kind* is a toolkit: speechbrain, wespeaker, 3dspeaker, or speaker-net, the MeMo authors' program. 3D-Speaker names an
-ECAPA-TDNN as speechbrain does, a ResNet and a CAM++ as wespeaker does, and Speaker-net names them all as 3D-Speaker
-does, behind "backbone.".
+ECAPA-TDNN as speechbrain does, and a ResNet and a CAM++ as wespeaker does. Speaker-net names all of them as 3D-Speaker
+does, after "backbone.".
 """
 
 import re
@@ -16,12 +16,12 @@ import numpy as np
 
 from memo_jax.models import build_backbone
 
-MELS = 80  # what every network here takes
+MELS = 80  # of the input of every network here
 NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 COUNTER = "num_batches_tracked"  # of a batch norm in PyTorch; computes nothing
 
-# Their names of our modules. "#" stands for a number of ours, {0}, {1} … for the numbers themselves, then each plus
-# one, then each plus two; "parent/module" goes before "module".
+# Their names for our modules. "#" stands for a number in our name; {0}, {1} … are these numbers, then each plus one,
+# then each plus two. "parent/module" takes precedence over "module".
 SPEECHBRAIN_ECAPA = {
     "stem": "blocks.0",
     "block_#": "blocks.{1}",
@@ -104,7 +104,7 @@ CAMPPLUS = RESIDUAL_BLOCK | {
     "embedding_norm": "xvector.dense.nonlinear.batchnorm",
 }
 HEAD = {"linear_0": "mlp.0", "norm_0": "mlp.1", "linear_1": "mlp.3", "norm_1": "mlp.4", "linear_2": "mlp.6"}
-# In these modules, kernels of ours have an axis of time, of length one, and theirs have none.
+# In these modules our kernels have a time axis of length one, and theirs have none.
 TIMELESS = {"squeeze", "excite", "embedding"}
 
 MODULES: dict[str, dict[str, dict[str, str]]] = {
@@ -121,7 +121,7 @@ FRONT_END_OF_KIND = {  # how each toolkit computes its networks' input: a name i
     "3dspeaker": "kaldi_fbank",
     "speaker-net": "log_mel",
 }
-# How names look that only one of the networks has, and the toolkit that the network is from.
+# Patterns of names that only one of the networks has, and the toolkit that introduced the network.
 MARKERS = (
     (r"layer\d\.se_res2block\.", WESPEAKER_ECAPA, "wespeaker"),
     (r"xvector\.", CAMPPLUS, "3dspeaker"),
@@ -147,7 +147,7 @@ def _numberless(text: str) -> str:
 
 
 def recognised(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Returns every (kind, backbone) whose tensors have these names, that which the network is from first.
+    """Returns every (kind, backbone) that has tensors of these names, the toolkit that introduced the network first.
 
     Empty for names that no toolkit here gives.
     """
@@ -163,7 +163,7 @@ def recognised(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def backbone_of(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> nn.Module:
-    """Returns the backbone of the sizes that these tensors have; where one is missing, of its usual size."""
+    """Returns the backbone with the sizes that these tensors have; the usual size where a tensor is missing."""
     prefix = BACKBONE_PREFIX.get(kind, "")
 
     def size(name: str, axis: int, usual: int) -> int:
@@ -171,7 +171,7 @@ def backbone_of(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> 
         return shape[axis] if len(shape) > axis else usual
 
     def count(pattern: str) -> int:
-        """How many numbers, from the first on, a name has in the place of its group."""
+        """How many different numbers names of this pattern have in the place of its group."""
         matches = (re.match(re.escape(prefix) + pattern, name) for name in tensors)
         return len({match[1] for match in matches if match})
 
@@ -233,14 +233,14 @@ def backbone_of(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> 
 
 
 def shapes_of(module: nn.Module) -> Any:
-    """Returns the variables of a backbone or a branch as shapes."""
+    """Returns the variables of a backbone or a branch as shapes (`jax.ShapeDtypeStruct`)."""
     return dict(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((2, 32, MELS)), train=True)))
 
 
 def torch_tensors(
     variables: Any, name: Callable[[tuple[str, ...]], str], timeless: bool = False
 ) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
-    """Yields our path, their name and their shape for every array of some variables."""
+    """Yields our path, their name and their shape for every array in a tree of variables."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         ours = tuple(entry.key for entry in path)
         shape = np.shape(leaf)
@@ -253,10 +253,17 @@ def torch_tensors(
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, timeless: bool = False) -> Any:
-    """Returns variables of the shapes of `like` with the values of the tensors of these names.
+    """Returns variables of the shapes of `like` with the values of PyTorch's tensors.
 
-    Raises ValueError that lists the names that are missing and those that have no place, or names each tensor of a
-    wrong shape with both shapes.
+    Args:
+      tensors: {their name: array}.
+      like: variables, or their shapes.
+      name: the function from our path to their name.
+      timeless: whether their kernels lack the time axis in the modules of `TIMELESS`.
+
+    Raises:
+      ValueError: lists the names that are missing and those that have no place, or each tensor of a wrong shape with
+        both shapes, or names a tensor that holds NaN or infinite values.
     """
     places = {theirs: (ours, shape) for ours, theirs, shape in torch_tensors(like, name, timeless)}
     missing = [theirs for theirs in places if theirs not in tensors]
@@ -276,7 +283,12 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
     ]
     if wrong:
         raise ValueError("; ".join(wrong))
-    values = {ours: np.asarray(tensors[theirs], np.float32) for theirs, (ours, _) in places.items()}
+    with np.errstate(over="ignore"):  # of doubles beyond float32: told in the next lines
+        values = {ours: np.asarray(tensors[theirs], np.float32) for theirs, (ours, _) in places.items()}
+    for theirs, (ours, _) in places.items():
+        bad = values[ours].size - int(np.isfinite(values[ours]).sum())
+        if bad:
+            raise ValueError(f"tensor {theirs!r} has {bad:,} of {values[ours].size:,} values that are NaN or infinite")
 
     def value(path, leaf):
         ours = tuple(entry.key for entry in path)
@@ -287,7 +299,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
 
 
 def to_torch(variables: Any, name: Callable, timeless: bool = False) -> dict[str, np.ndarray]:
-    """Returns variables as {their name: array}. Raises ValueError when they have no place for a module of ours."""
+    """Returns variables as {their name: array}; raises ValueError if the toolkit lacks one of our modules."""
     leaves = {tuple(e.key for e in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(variables)}
     tensors = {}
     try:
@@ -295,18 +307,20 @@ def to_torch(variables: Any, name: Callable, timeless: bool = False) -> dict[str
             transposed = leaves[ours].T if ours[-1] in ("kernel", "prototypes") else leaves[ours]
             tensors[theirs] = np.ascontiguousarray(transposed).reshape(shape)
     except KeyError as error:
-        raise ValueError(f"it has no counterpart of our module {error.args[0]!r}") from None
+        raise ValueError(f"the toolkit has no counterpart of our module {error.args[0]!r}") from None
     return tensors
 
 
 def backbone_from_torch(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> tuple[nn.Module, Any]:
-    """Returns a backbone, of the sizes that the tensors have, and its variables.
+    """Returns a backbone, with the sizes that the tensors have, and its variables.
 
     Args:
-      tensors: {name: array} of one network, with nothing else.
-      kind: one of `KINDS`; backbone: "ecapa", "resnet" or "campplus".
+      tensors: {name: array} of a single network and nothing else.
+      kind: one of `KINDS`.
+      backbone: "ecapa", "resnet" or "campplus".
 
-    Raises ValueError as `from_torch`.
+    Raises:
+      ValueError: as `from_torch`.
     """
     module = backbone_of(tensors, kind, backbone)
     modules, prefix = MODULES[kind][backbone], BACKBONE_PREFIX.get(kind, "")
@@ -319,7 +333,14 @@ def backbone_from_torch(tensors: Mapping[str, np.ndarray], kind: str, backbone: 
 def backbone_to_torch(variables: Any, kind: str, backbone: str, form: str = "speechbrain") -> dict[str, np.ndarray]:
     """Returns a backbone's variables as {name: array} of that kind.
 
-    Raises ValueError when the kind has no such network; `form` is that of an ECAPA-TDNN.
+    Args:
+      variables: of the backbone alone.
+      kind: one of `KINDS`.
+      backbone: "ecapa", "resnet" or "campplus".
+      form: of an ECAPA-TDNN: "speechbrain" or "wespeaker".
+
+    Raises:
+      ValueError: the toolkit has no such network.
     """
     modules, prefix = MODULES[kind].get(backbone), BACKBONE_PREFIX.get(kind, "")
     if modules is None or (backbone == "ecapa" and (modules is WESPEAKER_ECAPA) != (form == "wespeaker")):

@@ -1,14 +1,16 @@
-"""Model files: one network that embeds recordings, with all that is needed to use it, in one safetensors file.
+"""Model files: a single network that embeds recordings, with all that is needed to use it, in one safetensors file.
 
-The tensors are the backbone's variables, float32, named by their path ("params/block_0/reduce/conv/kernel"). The file's
-metadata has one entry, "memo_jax", JSON with `format`, `backbone`, `arguments`, `front_end`, `decision`, `provenance`
-and `fingerprint`. No code runs when a model file is read.
+The tensors are the backbone's variables, float32 or float16, named by their path ("params/block_0/reduce/conv/kernel"). The file's
+metadata has one entry, "memo_jax": JSON with `format`, `backbone`, `arguments`, `front_end`, `decision`, `provenance`,
+`fingerprint` (of the network and its weights) and `checksum` (of the JSON itself). Both are checked when a file is
+read, so any damage that would change a result is noticed. Reading a model file runs none of its content.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,28 +25,46 @@ from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.files import one_line, replacing
 from memo_jax.models import BACKBONES, EXECUTION_FIELDS, build_backbone
 
-FORMAT = 1
+FORMAT = 2
 METADATA_KEY = "memo_jax"
+WEIGHTS = {"float32": "<f4", "float16": "<f2"}  # how a file may hold them
+DEFAULT_MODEL = Path(__file__).with_name("default_model.safetensors")  # comes with the package; see its card
 
 
 class ModelFileError(ValueError):
-    """A file that is no model file of ours, or is damaged, or is of a version that we do not know; names the file."""
+    """A file that is not a model file or exported program of ours, or is damaged; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """From when on two recordings count as of one speaker.
+    """The rule by which two recordings count as the same speaker.
 
     Attributes:
       threshold: smallest cosine score that is accepted, in [-1, 1].
       scale, offset: calibration; scale · score + offset is the natural-log likelihood ratio.
       source: where this comes from, for people: the trial list, the criterion, the error rates there.
+
+    Raises:
+      ValueError: a threshold outside [-1, 1], or numbers that are not finite.
     """
 
     threshold: float
     scale: float
     offset: float
     source: str = ""
+
+    def __post_init__(self):
+        check_threshold(self.threshold)
+        for name in ("scale", "offset"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"the {name} of the calibration is {getattr(self, name)}: it must be finite")
+
+
+def check_threshold(threshold: float) -> float:
+    """Returns a threshold on cosine scores; raises ValueError unless it is in [-1, 1]."""
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"the threshold is {threshold:g}: scores are cosines, so it must be in [-1, 1]")
+    return threshold
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,11 +73,11 @@ class Model:
 
     Attributes:
       backbone: its name in `models.BACKBONES`.
-      arguments: what the backbone is built with, beside its defaults; plain numbers, texts and tuples.
+      arguments: what the backbone is built with: plain numbers, texts and tuples.
       variables: {"params", "batch_stats"} of the backbone alone, arrays of float32.
-      front_end: how waves become its input: a name in `features.FRONT_ENDS`.
-      provenance: what the model is of, for people and reports; JSON.
-      decision: None while nobody has tuned one.
+      front_end: how waves become the network's input: a name in `features.FRONT_ENDS`.
+      provenance: where the network comes from, for people and reports; JSON.
+      decision: None if no threshold has been tuned.
     """
 
     backbone: str
@@ -74,23 +94,23 @@ class Model:
 
     @property
     def dimension(self) -> int:
-        """D, how many numbers an embedding has."""
+        """D, the length of an embedding."""
         return self.module.embedding_dim
 
     def embed_waves(self, waves: jax.Array, lengths: jax.Array) -> jax.Array:
-        """Waves float [N, L] in [-1, 1] at 16 kHz, zeros behind lengths [N] → embeddings [N, D]; to be traced."""
+        """Waves float [N, L] in [-1, 1] at 16 kHz, zeros after lengths [N] → embeddings [N, D]; can be traced."""
         return embed_waves(self.module, self.front_end, self.variables, waves, lengths)
 
     @functools.cached_property
     def function(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-        """The compiled function from int16 waves [N, L], zeros behind lengths [N], to embeddings [N, D]."""
+        """The compiled function from int16 waves [N, L], zeros after lengths [N], to embeddings [N, D]."""
         return embedding_function(self.module, self.variables, self.front_end)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """32 hexadecimal digits: equal for two models exactly when they have the same front end, network and weights.
+        """32 hexadecimal digits: equal for two models exactly if they have the same front end, network and weights.
 
-        Names what embeddings are of: those of models with different fingerprints must not be compared.
+        It says which model embeddings are from: those of models with different fingerprints must not be compared.
         """
         digest = hashlib.sha256(
             json.dumps([self.backbone, _json_ready(self.arguments), self.front_end], sort_keys=True).encode()
@@ -102,25 +122,27 @@ class Model:
 
 
 def embed_waves(backbone: nn.Module, front_end: str, variables, waves: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Waves float [N, L] in [-1, 1] → embeddings [N, D] in evaluation mode; to be traced."""
+    """Waves float [N, L] in [-1, 1] → embeddings [N, D] in evaluation mode; can be traced."""
     x, frames = FRONT_ENDS[front_end](waves, lengths)
     return backbone.apply(variables, x, frames)
 
 
-# Of the module, so that each evaluation of a training run finds what the first one compiled.
+# A function of the module, so that every evaluation of a training run reuses what the first one compiled.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _embed_integers(backbone, front_end, variables, waves, lengths):
     return embed_waves(backbone, front_end, variables, waves.astype(jnp.float32) / 32768, lengths)
 
 
-def embedding_function(backbone: nn.Module, variables, front_end: str = "log_mel"):
+def embedding_function(
+    backbone: nn.Module, variables, front_end: str = "log_mel"
+) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
     """Returns the compiled function from int16 waves [N, L], lengths [N] to embeddings [N, D] in evaluation mode."""
-    variables = jax.device_put(variables)  # once: arrays of NumPy would travel to the device at every call
+    variables = jax.device_put(variables)  # only once: NumPy arrays would be copied to the device in every call
     return functools.partial(_embed_integers, backbone, front_end, variables)
 
 
 def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **fields) -> Model:
-    """Returns the model of a backbone that is an object; `fields` as those of `Model`."""
+    """Returns the model of a backbone given as a module; `fields` are the other attributes of `Model`."""
     name = next(name for name, kind in BACKBONES.items() if type(backbone) is kind)
     arguments = {
         field.name: getattr(backbone, field.name)
@@ -131,32 +153,44 @@ def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **field
 
 
 def _argument(value):
-    """An argument of a backbone as JSON can hold it; types of arrays by name."""
+    """An argument of a backbone as JSON can hold it; array types by name."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_argument, value))
     return value if isinstance(value, (bool, int, float, str, type(None))) else jnp.dtype(value).name
 
 
-def write_model(path: str | os.PathLike, model: Model) -> Path:
+def write_model(path: str | os.PathLike, model: Model, weights: str = "float32") -> Path:
     """Writes a model file, whole or not at all; returns its path.
 
+    Args:
+      path: of the file.
+      model: the network.
+      weights: "float32", or "float16" for half the size. Weights are rounded then, which makes another model: its
+        fingerprint is another one. Reading gives float32 in either case.
+
     Raises:
-      ValueError: the variables are not those of the backbone (names the tensor), an unknown backbone or front end.
-      OSError: naming the file, when it cannot be written.
+      ValueError: the variables are not those of the backbone or are not finite (names the tensor), or the backbone or
+        front end is unknown.
+      OSError: naming the file, if it cannot be written.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights {weights!r}: choose {' or '.join(WEIGHTS)}")
+    if weights == "float16":
+        rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), model.variables)
+        model = dataclasses.replace(model, variables=rounded)
     check_model(model)
-    arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in flattened(model.variables).items()}
+    arrays = {name: np.ascontiguousarray(array, WEIGHTS[weights]) for name, array in flattened(model.variables).items()}
     from safetensors.numpy import save
 
-    content = save(arrays, {METADATA_KEY: json.dumps(header_of(model), ensure_ascii=False)})
+    content = save(arrays, {METADATA_KEY: header_text(model)})
     with replacing(path) as partial:
         partial.write_bytes(content)
     return Path(path)
 
 
-def header_of(model: Model) -> dict:
-    """Returns what a model file says of its model, beside the weights; JSON."""
-    return {
+def header_text(model: Model, **more) -> str:
+    """Returns what a file says about its model besides the weights, as JSON; `more` are further entries."""
+    header = {
         "format": FORMAT,
         "backbone": model.backbone,
         "arguments": _json_ready(model.arguments),
@@ -164,7 +198,27 @@ def header_of(model: Model) -> dict:
         "decision": None if model.decision is None else dataclasses.asdict(model.decision),
         "provenance": dict(model.provenance),
         "fingerprint": model.fingerprint,
-    }
+    } | more
+    return json.dumps(header | {"checksum": _checksum(header)}, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def parsed_header(text: str | bytes) -> dict[str, Any]:
+    """Returns what `header_text` wrote, with the decision as `Decision` or None.
+
+    Raises:
+      ValueError: another version, or a checksum that does not match. KeyError, TypeError, …: it is something else.
+    """
+    header = json.loads(text)
+    if header["format"] != FORMAT:
+        raise ValueError(f"written by another version of memo-jax, format {header['format']!r} and not {FORMAT}")
+    if header.pop("checksum") != _checksum(header):
+        raise ValueError("its description is not the one that was written")
+    decision = header["decision"]
+    return header | {"decision": None if decision is None else Decision(**decision)}
+
+
+def _checksum(header) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_model(path: str | os.PathLike) -> Model:
@@ -172,9 +226,10 @@ def read_model(path: str | os.PathLike) -> Model:
 
     Raises:
       FileNotFoundError: no such file.
+      OSError: naming the file, if it cannot be read.
       ModelFileError: not a model file, damaged, or of another version; the message names the file.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such model file")
@@ -183,39 +238,38 @@ def read_model(path: str | os.PathLike) -> Model:
             text = (file.metadata() or {}).get(METADATA_KEY)
             if text is None:
                 raise ModelFileError(
-                    f"{path} has tensors but no description of a network: weights of another toolkit "
-                    "become a model file by `memo-jax convert`"
+                    f"{path} has tensors but no description of a network: turn weights of another toolkit into a model "
+                    "file with `memo-jax convert`"
                 )
-            header = json.loads(text)
-            if header.get("format") != FORMAT:
-                raise ModelFileError(f"{path}: written by another version of memo-jax (format {header.get('format')})")
+            header = parsed_header(text)
             variables: dict[str, Any] = {}
             for name in file.keys():
                 *parents, leaf = name.split("/")
                 place = variables
                 for part in parents:
                     place = place.setdefault(part, {})
-                place[leaf] = file.get_tensor(name)
-            model = Model(
-                header["backbone"],
-                {key: _tuples(value) for key, value in header["arguments"].items()},
-                variables,
-                header["front_end"],
-                header["provenance"],
-                None if header["decision"] is None else Decision(**header["decision"]),
+                place[leaf] = file.get_tensor(name).astype(np.float32, copy=False)
+        if header["backbone"] not in BACKBONES or header["front_end"] not in FRONT_ENDS:
+            raise ModelFileError(
+                f"{path}: this version of memo-jax has no {header['backbone']} with {header['front_end']}"
             )
-    except (SafetensorError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        arguments = {key: _tuples(value) for key, value in header["arguments"].items()}
+        model = Model(
+            header["backbone"], arguments, variables, header["front_end"], header["provenance"], header["decision"]
+        )
+        # The variables were checked against the network when they were written: enough that they are still the same.
+        if model.fingerprint != header["fingerprint"]:
+            raise ValueError("its weights are not those that were written")
+        check_finite(model)
+        return model
+    except (ModelFileError, OSError):
+        raise
+    except Exception as error:  # whatever safetensors, json and NumPy raise for content that makes no sense
         raise ModelFileError(f"{path}: not a model file, or damaged ({one_line(error)})") from error
-    if model.backbone not in BACKBONES or model.front_end not in FRONT_ENDS:
-        raise ModelFileError(f"{path}: this version of memo-jax has no {model.backbone} on {model.front_end}")
-    # What was written was checked against the network, so it is enough that nothing has changed since.
-    if model.fingerprint != header["fingerprint"]:
-        raise ModelFileError(f"{path}: damaged: its weights are not those that were written")
-    return model
 
 
 def check_model(model: Model) -> None:
-    """Raises ValueError, naming the tensor, unless the variables are exactly those that the backbone needs."""
+    """Raises ValueError, naming the tensor, unless the variables are those that the backbone needs, and finite."""
     if model.front_end not in FRONT_ENDS:
         raise ValueError(f"unknown front end {model.front_end!r}: choose one of {', '.join(FRONT_ENDS)}")
     shapes = jax.eval_shape(model.module.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 200, MEL_BINS), jnp.float32))
@@ -227,16 +281,25 @@ def check_model(model: Model) -> None:
                 f"tensor {name} has shape {given.get(name, 'missing')}, the {model.backbone} needs "
                 f"{wanted.get(name, 'no such tensor')}"
             )
+    check_finite(model)
+
+
+def check_finite(model: Model) -> None:
+    """Raises ValueError, naming the tensor, if a weight is NaN or infinite: every embedding would be NaN."""
+    for name, leaf in flattened(model.variables).items():
+        bad = np.size(leaf) - int(np.isfinite(leaf).sum())
+        if bad:
+            raise ValueError(f"tensor {name} has {bad:,} of {np.size(leaf):,} values that are NaN or infinite")
 
 
 def flattened(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {"params/…/kernel": leaf} of nested variables."""
     leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {"/".join(str(entry.key) for entry in path): leaf for path, leaf in leaves}
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _json_ready(arguments):
-    """Arguments as reading gives them back before lists become tuples: the same text for the same arguments."""
+    """Arguments as JSON gives them back, lists instead of tuples, so that equal arguments give equal text."""
     return json.loads(json.dumps(dict(arguments)))
 
 

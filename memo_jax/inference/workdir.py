@@ -19,8 +19,9 @@ def workdir_model(
 ) -> Model:
     """Returns a network of a training workdir, without its heads, as a model.
 
-    Step 0 is the network before training, which the config's seed and `init` decide. The branch is "ecapa" by default, or the first.
-    Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the run does not have.
+    Step 0 is the network before training, which the config's seed and `init` decide. The branch is "ecapa" by
+    default, or the first. Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the
+    run does not have.
     """
     from memo_jax.training.program import create_state
     from memo_jax.training.recipe import build_branches, build_recipe
@@ -50,6 +51,7 @@ def workdir_model(
     model = model_of_backbone(
         branches[branch].backbone,
         backbone_variables(variables),
+        front_end=config.features.front_end,
         provenance={
             "workdir": str(workdir),
             "branch": branch,
@@ -76,6 +78,11 @@ def starting_backbones(config) -> dict[str, Variables]:
         raise ValueError(
             f"init: {config.init} holds {model.backbone} {dict(model.arguments)}, which is no branch of this config "
             f"({'; '.join(f'{name} {arguments}' for name, arguments in wanted.items())}): change one of them"
+        )
+    if model.front_end != config.features.front_end:
+        raise ValueError(
+            f"init: {config.init} takes {model.front_end}, but features.front_end is {config.features.front_end}: "
+            "change one of them"
         )
     return {model.backbone: model.variables}
 

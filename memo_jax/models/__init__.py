@@ -1,4 +1,8 @@
-"""Branches: a backbone by name with its projection heads."""
+"""Networks: a branch is a backbone with its projection heads.
+
+Read `ecapa`, `resnet` or `campplus` first, the backbones, then `heads`. `layers` has what they share, `blocks` how
+residual blocks are run and rematerialised, `packed` a layout of planes for TPUs.
+"""
 
 from collections.abc import Sequence
 
@@ -16,13 +20,14 @@ EXECUTION_FIELDS = ("packed", "scan", "remat")  # fields of backbones that chang
 
 
 class Branch(nn.Module):
-    """One backbone and its projection heads; a student and its teacher are two sets of variables of one branch."""
+    """A backbone and its projection heads; a student and its teacher are two sets of variables of the same branch."""
 
     backbone: nn.Module
     head: DINOHead
     head_names: Sequence[str] = ("self", "cross")
 
     def setup(self):
+        """Makes one head for each name."""
         self.heads = {name: self.head.copy(name=head_part(name)) for name in self.head_names}
 
     def embed(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
@@ -33,19 +38,23 @@ class Branch(nn.Module):
         """Embedding [N, D] → logits [N, K] of every head."""
         return {name: head(embedding, train) for name, head in self.heads.items()}
 
-    def __call__(self, x, train=False):
-        """Both, for initialisation."""
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Normalised log-mel [N, T, F] → (embedding, logits of every head); for initialisation."""
         embedding = self.embed(x, train=train)
         return embedding, self.project(embedding, train)
 
 
 def head_part(name: str) -> str:
-    """Returns under what name a branch's variables have a head's."""
+    """Returns the key of a head in the variables of its branch, such as "self_head"."""
     return f"{name}_head"
 
 
 def build_backbone(name: str, **arguments) -> nn.Module:
-    """Returns the backbone of that name; raises ValueError listing the names there are."""
+    """Returns the backbone of this name with these fields.
+
+    Raises:
+      ValueError: an unknown name; the message lists the known ones.
+    """
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     return BACKBONES[name](**arguments)

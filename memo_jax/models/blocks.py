@@ -1,4 +1,4 @@
-"""Residual blocks one after another: as they are, as a loop, or made again in the backward pass to save memory."""
+"""How residual blocks are run: one after another, as a loop, or rematerialised in the backward pass."""
 
 import functools
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from memo_jax.models.layers import CONVOLUTION, STATISTICS
-from memo_jax.xla.compiler import cpu_barrier
+from memo_jax.xla.compiler import materialize_on_cpu
 
-# What the backward pass makes again rather than keep it: nothing; norms, activations and cheap convolutions, from the
-# outputs of the others; or all of a block, from its input.
+# What the backward pass recomputes to save memory: nothing; norms, activations and cheap convolutions, from the outputs
+# of the other convolutions; or all of a block, from its input.
 REMATS = {
     "none": None,
     "norms": jax.checkpoint_policies.save_only_these_names(CONVOLUTION, STATISTICS),
@@ -20,7 +20,7 @@ REMATS = {
 
 
 def run_with_remat(run, module: nn.Module, x: jax.Array, remat: str) -> jax.Array:
-    """Returns run(module, x), in whose backward pass is made again what `remat`, one of REMATS, does not keep."""
+    """Returns run(module, x), rematerialised in the backward pass as `remat`, one of REMATS, says."""
     if remat != "none" and not module.is_initializing():
         run = nn.remat(run, policy=REMATS[remat])
     return run(module, x)
@@ -37,21 +37,24 @@ def run_blocks(
     scan: bool = False,
     remat: str = "none",
 ) -> jax.Array:
-    """Runs blocks (x, lengths, train) → x that are alike one after another.
+    """Runs blocks of the same shape one after another and returns the output [N, ...] of the last.
 
     Args:
-      parent: whose submodules by these names they are.
-      block: makes one of them, given `name` or `parent`.
-      x, lengths, train: what the first one takes.
-      scan: in train mode they become a loop, whose body is compiled once for all of them.
-      remat: which of REMATS holds of each block in train mode.
+      parent: the module that they belong to.
+      block: makes one of them, a module (x, lengths, train) → x, given `name` or `parent`.
+      names: of the submodules.
+      x: [N, ...], input of the first block.
+      lengths: [N] valid frames, or None.
+      train: whether batch norms use and update the statistics of the batch.
+      scan: in train mode, run them as a loop, whose body is compiled once.
+      remat: which of REMATS applies to each block in train mode.
     """
     if scan and len(names) > 1 and train and lengths is None and not parent.is_initializing():
         return _run_in_a_loop(parent, block, names, x, remat)
 
     def run(parent, x, name):
         x = block(name=name)(x, lengths, train)
-        return cpu_barrier(x) if train else x
+        return materialize_on_cpu(x) if train else x
 
     for name in names:
         x = run_with_remat(functools.partial(run, name=name), parent, x, remat if train else "none")
@@ -59,11 +62,11 @@ def run_blocks(
 
 
 def _run_in_a_loop(parent: nn.Module, block, names: Sequence[str], x: jax.Array, remat: str) -> jax.Array:
-    """As `run_blocks` with `scan`, in train mode."""
+    """Does what `run_blocks` does with `scan` in train mode."""
 
     def run(x, variables):
         out, updated = block(parent=None).apply(variables, x, None, True, mutable=["batch_stats"])
-        return cpu_barrier(out), updated["batch_stats"]
+        return materialize_on_cpu(out), updated["batch_stats"]
 
     if remat != "none":
         run = jax.checkpoint(run, prevent_cse=False, policy=REMATS[remat])

@@ -19,13 +19,13 @@ from memo_jax.models.resnet import BasicBlock
 
 SEGMENT = 100  # frames whose mean is one part of the context
 
-# The reference draws the convolutions over time so, and their biases are zero.
+# How the reference initialises the convolutions over time; their biases are zero.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 zeros = nn.initializers.zeros
 
 
 def segment_means(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Returns the means [N, S, C] of x [N, T, C] over segments of 100 frames, an utterance's last over what is left."""
+    """Returns the means [N, S, C] of x [N, T, C] over segments of 100 frames; the last segment may be shorter."""
     frames = x.shape[1]
     segments = -(-frames // SEGMENT)
     x = jnp.pad(mask_time(x, lengths), ((0, 0), (0, segments * SEGMENT - frames), (0, 0)))
@@ -36,14 +36,18 @@ def segment_means(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
 
 
 class FrontEndConvolution(nn.Module):
-    """Residual convolutions over time and frequency that divide the mel bins by eight: [N, T, F] → [N, T, 4·F]."""
+    """Residual convolutions over time and frequency that divide the mel bins by eight: [N, T, F] → [N, T, 4·F].
+
+    The paper's front-end convolution module (FCM).
+    """
 
     features: int = 32
     blocks: Sequence[int] = (2, 2)
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Mel frames [N, T, F] → [N, T, 4·F]. For `lengths` and `train` see `CAMPPlus`."""
         x = mask_time(x, lengths)[..., None]
         x = PlaneConv(self.features, dtype=self.dtype, name="stem")(x)
         x = mask_time(jax.nn.relu(BatchNorm(name="stem_norm")(x, train)), lengths)
@@ -65,7 +69,8 @@ class ContextAwareMasking(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, lengths=None):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """[N, T, C] → [N, T, features]."""
         frames, channels = x.shape[1:]
         local = TimeConv(
             self.features,
@@ -98,7 +103,8 @@ class DenseLayer(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """[N, T, C] → [N, T, growth]."""
         x = NormReluConv(self.bottleneck, self.dtype, name="reduce")(x, train)
         x = jax.nn.relu(BatchNorm(name="norm")(x, train))
         return ContextAwareMasking(self.growth, self.kernel_size, self.dilation, self.dtype, name="masking")(x, lengths)
@@ -111,7 +117,8 @@ class NormReluConv(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, train=False):
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """[N, T, C] → [N, T, features]."""
         x = jax.nn.relu(BatchNorm(name="norm")(x, train))
         return TimeConv(self.features, dtype=self.dtype, use_bias=False, kernel_init=he_normal, name="conv")(x)
 
@@ -119,8 +126,8 @@ class NormReluConv(nn.Module):
 class CAMPPlus(nn.Module):
     """CAM++: log-mel [N, T, F] → embedding [N, embedding_dim] float32; 7,176,224 parameters by default.
 
-    `layers` are those of the three dense blocks; each adds `growth` channels, and its inner width is `bottleneck` times
-    that. `lengths` [N] in frames as in ECAPA. The last batch norm has no affine part.
+    `layers` are those of the three dense blocks; each layer adds `growth` channels, and its inner width is `bottleneck`
+    times that. `lengths` [N] are valid frames, as in `ECAPATDNN`. The last batch norm has no affine part.
     """
 
     embedding_dim: int = 512
@@ -135,7 +142,8 @@ class CAMPPlus(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32."""
         x = FrontEndConvolution(self.plane_channels, self.plane_blocks, self.dtype, name="front_end")(x, lengths, train)
         x = TimeConv(
             self.stem_channels,
@@ -163,7 +171,7 @@ class CAMPPlus(nn.Module):
             x = NormReluConv(x.shape[-1] // 2, self.dtype, name=f"transit_{block}")(x, train)
         x = jax.nn.relu(BatchNorm(name="norm")(x, train))
         mean, variance = mean_and_variance_time(x, lengths)
-        # The root has no gradient at 0, where a channel that ReLU keeps shut is: there it is taken as 0.
+        # A channel that ReLU keeps at zero has no variance. The root's gradient is infinite there; it is taken as zero.
         varies = variance > 0
         deviation = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
         embedding = TimeConv(self.embedding_dim, use_bias=False, kernel_init=he_normal, name="embedding")(

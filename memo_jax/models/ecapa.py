@@ -1,4 +1,4 @@
-"""ECAPA-TDNN (Desplanques et al., Interspeech 2020) in the forms of speechbrain, also the MeMo authors', and wespeaker."""
+"""ECAPA-TDNN (Desplanques et al., Interspeech 2020) in speechbrain's (and the MeMo authors') and wespeaker's form."""
 
 import functools
 from collections.abc import Sequence
@@ -34,7 +34,8 @@ class ConvReluNorm(nn.Module):
     stride: int = 1
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """[N, T, C] → [N, T, features]."""
         x = TimeConv(
             self.features, self.kernel_size, self.dilation, self.dtype, self.stride, self.padding, name="conv"
         )(x, lengths)
@@ -42,7 +43,7 @@ class ConvReluNorm(nn.Module):
 
 
 class Res2Block(nn.Module):
-    """Res2 convolution: one chunk passes; each other one is convolved with what the one before it gave.
+    """Res2 convolution: one chunk of channels passes; each other one is convolved after the previous output is added.
 
     The first chunk passes in speechbrain's form, the last one in wespeaker's.
     """
@@ -55,7 +56,8 @@ class Res2Block(nn.Module):
     form: str = "speechbrain"
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """[N, T, features] → [N, T, features]."""
         chunks = jnp.split(x, self.scale, axis=-1)
         passed = chunks.pop(0 if self.form == "speechbrain" else -1)
         outputs = []
@@ -74,7 +76,7 @@ class Res2Block(nn.Module):
 
 
 def padding_of(form: str) -> str:
-    """Returns what stands beyond an utterance's ends in that form of the network."""
+    """Returns the padding at an utterance's ends in this form of the network."""
     return "reflect" if form == "speechbrain" else "zeros"
 
 
@@ -85,7 +87,8 @@ class SqueezeExcitation(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, lengths=None):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """[N, T, C] → [N, T, C]."""
         squeezed = mean_time(x, lengths)[:, None, :]
         hidden = jax.nn.relu(TimeConv(self.bottleneck, dtype=self.dtype, name="squeeze")(squeezed))
         return x * jax.nn.sigmoid(TimeConv(x.shape[-1], dtype=self.dtype, name="excite")(hidden))
@@ -103,7 +106,8 @@ class SERes2Block(nn.Module):
     form: str = "speechbrain"
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """[N, T, C] → [N, T, features]."""
         residual = x
         if x.shape[-1] != self.features:
             residual = TimeConv(self.features, dtype=self.dtype, name="shortcut")(x, lengths)
@@ -116,7 +120,7 @@ class SERes2Block(nn.Module):
 
 
 def weighted_statistics(x: jax.Array, weights: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
-    """Returns mean and deviation [N, C] of x [N, T, C] under weights that sum to one over time (two passes)."""
+    """Returns mean and standard deviation [N, C] of x [N, T, C] under weights that sum to one over time."""
     mean = (weights * x).sum(axis=1)
     variance = (weights * jnp.square(x - mean[:, None, :])).sum(axis=1)
     return mean, jnp.sqrt(jnp.maximum(variance, floor))
@@ -131,7 +135,8 @@ class AttentiveStatistics(nn.Module):
     global_context: bool = True
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """[N, T, C] → weighted mean and standard deviation over time, [N, 2C] float32."""
         channels, frames = x.shape[-1], x.shape[1]
         x32 = x.astype(jnp.float32)
         valid = None if lengths is None else valid_frames(lengths, frames)[:, :, None]
@@ -149,7 +154,7 @@ class AttentiveStatistics(nn.Module):
         return jnp.concatenate(weighted_statistics(x32, jax.nn.softmax(scores, axis=1), floor), axis=-1)
 
     def context(self, x, lengths, valid, floor):
-        """Returns the mean and deviation over time, [N, 2C], that every frame's weight is computed with."""
+        """Returns the mean and standard deviation over time, [N, 2C], which enter every frame's weight."""
         if self.form == "wespeaker":
             mean, variance = mean_and_variance_time(x, lengths)
             return jnp.concatenate([mean, jnp.sqrt(variance + floor)], axis=-1)
@@ -161,13 +166,14 @@ class AttentiveStatistics(nn.Module):
 
 
 class ContextConv(nn.Module):
-    """1×1 convolution of [x; context] whose context part, constant over time, is computed once an utterance."""
+    """1×1 convolution of [x; context] whose context part, constant over time, is computed once per utterance."""
 
     features: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, context):
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """[N, T, C] and context [N, 1, D] → [N, T, features]."""
         channels = x.shape[-1] + context.shape[-1]
         kernel = parameter(self, "kernel", torch_uniform, (1, channels, self.features)).astype(self.dtype)[0]
         bias = parameter(self, "bias", bias_uniform(channels), (self.features,)).astype(self.dtype)
@@ -178,15 +184,17 @@ class ContextConv(nn.Module):
 class ECAPATDNN(nn.Module):
     """ECAPA-TDNN: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32; 6,390,720 parameters by default.
 
-    `channels` are those of the first convolution, of the SE-Res2 blocks and of the aggregation. `lengths` [N], in
-    frames, makes an utterance padded inside a batch give what it gives alone (evaluation only).
+    Attributes:
+      channels: of the first convolution, of the SE-Res2 blocks and of the aggregation.
+      form: "speechbrain", or "wespeaker", which pads with zeros, passes the last chunk of a Res2 block, and has no
+        batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192).
+      global_context: whether the attention also sees mean and standard deviation over the utterance.
+      embedding_norm: whether a batch norm follows the embedding.
+      stride: of the first convolution; 2 leaves every other frame to the rest of the network.
+      remat: one of `REMATS`.
 
-    `form` is that of speechbrain or of wespeaker, which pads by zeros, passes the last chunk of a Res2 block, and has no
-    batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192). `global_context=False`
-    computes attention from single frames; `embedding_norm` ends with a batch norm. `stride` is that of the first
-    convolution: 2 leaves every other frame to all that follows. `remat` is one of `REMATS`.
-
-    Raises ValueError for an unknown form.
+    Raises:
+      ValueError: an unknown form.
     """
 
     channels: Sequence[int] = (512, 512, 512, 512, 1536)
@@ -204,7 +212,12 @@ class ECAPATDNN(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Log-mel [N, T, F] → embedding [N, embedding_dim] float32.
+
+        `lengths` [N], in frames, makes an utterance that is padded in a batch embed as it does alone (evaluation only).
+        With `train`, batch norms use and update the statistics of the batch.
+        """
         if self.form not in ECAPA_FORMS:
             raise ValueError(f"unknown form of ECAPA-TDNN {self.form!r}: choose one of {', '.join(ECAPA_FORMS)}")
         x = ConvReluNorm(

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 from memo_jax.models.layers import BatchNorm, Linear, l2_normalize, parameter
 from memo_jax.xla.reductions import sum_from_first_axis
 
-LENGTH_EPSILON = 1e-12  # the least length of a prototype
+LENGTH_EPSILON = 1e-12  # the least norm of a prototype
 
 
 def cut_normal(key, shape, dtype=jnp.float32):
-    """Normal of deviation 0.02 truncated at ±2 (absolute), as the DINO recipes initialise their linears."""
+    """Returns normal numbers of deviation 0.02, truncated at ±2 (absolute), as in the DINO recipes' linear layers."""
     return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
 
 
 def prototype_uniform(key, shape, dtype=jnp.float32):
-    """U(±1/√bottleneck), PyTorch's default for a linear layer of that input."""
+    """Returns uniform numbers within ±1/√bottleneck, PyTorch's default for a linear layer of this input."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
@@ -24,8 +24,8 @@ def prototype_uniform(key, shape, dtype=jnp.float32):
 class DINOHead(nn.Module):
     """Embedding [N, D] → float32 logits [N, prototypes] in [−1, 1]: three linears, L2 norm, weight-normed prototypes.
 
-    The gain of the weight norm is fixed at one, so the logits are cosines and no gain is stored: of the
-    22,098,176 parameters that PyTorch counts for a head, 65,536 are gains that never change, and 22,032,640 are here.
+    The gain of the weight norm is fixed at one: the logits are cosines, and no gain is stored. Of the 22,098,176
+    parameters that PyTorch counts for a head, 65,536 are such gains; the other 22,032,640 are here.
     """
 
     prototypes: int = 65536
@@ -34,6 +34,8 @@ class DINOHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
+        """Makes the layers before the prototypes."""
+
         def linear(features, name):
             return Linear(
                 features, kernel_init=cut_normal, bias_init=nn.initializers.zeros, dtype=self.dtype, name=name
@@ -43,7 +45,7 @@ class DINOHead(nn.Module):
         self.last_linear = linear(self.bottleneck, "linear_2")
 
     def unit_vectors(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Embedding [N, D] → float32 [N, bottleneck] of length one, what is compared with the prototypes."""
+        """Embedding [N, D] → unit vectors float32 [N, bottleneck], which are compared with the prototypes."""
         for linear, norm in self.hidden_layers:
             # The references use the exact GELU; JAX defaults to the tanh approximation.
             x = jax.nn.gelu(norm(linear(x), train), approximate=False)
@@ -51,12 +53,13 @@ class DINOHead(nn.Module):
 
     @nn.compact
     def cosines(self, units: jax.Array) -> jax.Array:
-        """Vectors [..., bottleneck] of length one → their cosines with the prototypes, [..., prototypes]."""
+        """Unit vectors [..., bottleneck] → their cosines with the prototypes, [..., prototypes]."""
         directions = parameter(self, "prototypes", prototype_uniform, (self.bottleneck, self.prototypes))
-        # The products are divided by the lengths, not the prototypes: these are larger than everything else here, and
-        # copies of length one, and their gradients, would be as large.
+        # The products are divided by the norms of the prototypes. Normalised prototypes would be a copy, and have a
+        # gradient, as large as they are: larger than all else here.
         inverse = jax.lax.rsqrt(jnp.maximum(sum_from_first_axis(jnp.square(directions), 0), LENGTH_EPSILON**2))
         return jnp.matmul(units, directions, precision="highest") * inverse
 
-    def __call__(self, x, train=False):
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Embedding [N, D] → logits float32 [N, prototypes]."""
         return self.cosines(self.unit_vectors(x, train))

@@ -9,19 +9,23 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from memo_jax.models.packed import packed_convolution
-from memo_jax.xla.compiler import cpu_barrier, gpu_barrier
+from memo_jax.xla.compiler import materialize_on_cpu
+from memo_jax.xla.products import pointwise_convolution
 from memo_jax.xla.reductions import sum_from_first_axis
 
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 
-CONVOLUTION, STATISTICS = "convolution", "statistics"  # what remat="norms" keeps (blocks.py)
+CONVOLUTION, STATISTICS = "convolution", "statistics"  # checkpoint names that remat="norms" keeps (blocks.py)
 
 
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Array:
-    """Returns a module's parameter, made by init(key, shape) where the module has none.
+    """Returns a module's parameter; init(key, shape) makes it if the module has none yet.
 
-    As `module.param`, which traces the initialiser each time a network is applied, a sixth of what tracing a step takes.
+    Like `module.param`, which traces the initialiser at every application: a sixth of the time to trace a step.
+
+    Raises:
+      ValueError: the parameter has another shape; the message names it.
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape)
@@ -44,12 +48,12 @@ def l2_normalize(x: jax.Array, axis: int = -1, epsilon: float = 1e-12) -> jax.Ar
 
 
 def valid_frames(lengths: jax.Array, frames: int) -> jax.Array:
-    """Returns a boolean mask [N, T], true where a frame lies inside its utterance."""
+    """Returns a boolean mask [N, T], true for the frames inside each utterance."""
     return jnp.arange(frames)[None, :] < lengths[:, None]
 
 
 def mask_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Zeroes the frames of x [N, T, ...] behind each utterance's length; the identity without lengths."""
+    """Returns x [N, T, ...] with zeros after each utterance's length [N]; x itself without lengths."""
     if lengths is None:
         return x
     mask = valid_frames(lengths, x.shape[1])
@@ -57,9 +61,10 @@ def mask_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
 
 
 def reflect_pad_time(x: jax.Array, pad: int, lengths: jax.Array | None) -> jax.Array:
-    """Pads x [N, T, C] by `pad` mirrored frames on both sides, each utterance at its own end.
+    """Returns x [N, T, C] padded by `pad` mirrored frames on both sides, each utterance at its own end.
 
-    Raises ValueError when the input is too short to be mirrored that far.
+    Raises:
+      ValueError: fewer than pad + 1 frames.
     """
     if x.shape[1] <= pad:
         raise ValueError(f"{x.shape[1]} frames are too few for reflect padding by {pad}: need at least {pad + 1}")
@@ -74,7 +79,7 @@ def reflect_pad_time(x: jax.Array, pad: int, lengths: jax.Array | None) -> jax.A
 
 
 def strided_lengths(lengths: jax.Array | None, stride: int) -> jax.Array | None:
-    """Returns how many frames a 'same' convolution with this stride leaves of each length."""
+    """Returns the lengths [N] after a 'same' convolution with this stride."""
     return None if lengths is None else (lengths - 1) // stride + 1
 
 
@@ -82,7 +87,7 @@ def mean_time(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
     """Returns the mean [N, ...] of x [N, T, ...] over the frames of each utterance."""
     if lengths is None:
         return x.mean(axis=1)
-    # In float32, as the mean above adds up: a bfloat16 cannot even hold the number of frames.
+    # In float32, like the mean above: bfloat16 cannot even represent the number of frames.
     count = lengths.reshape((-1,) + (1,) * (x.ndim - 2)).astype(jnp.float32)
     return (mask_time(x, lengths).astype(jnp.float32).sum(axis=1) / count).astype(x.dtype)
 
@@ -113,6 +118,7 @@ class TimeConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """[N, T, C] → [N, ⌈T / stride⌉, features]."""
         channels = x.shape[-1]
         kernel = parameter(self, "kernel", self.kernel_init, (self.kernel_size, channels, self.features))
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
@@ -139,7 +145,7 @@ class TimeConv(nn.Module):
 class PlaneConv(nn.Module):
     """Convolution over time and frequency without bias, zero-padded: [N, T, F, C] → [N, T', F', features].
 
-    With `packed_channels`, the C of an input that packed.py describes, the output is packed, too.
+    `packed_channels` are those of a packed input (packed.py); the output is then packed, too.
     """
 
     features: int
@@ -150,16 +156,16 @@ class PlaneConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[N, T, F, C] → [N, T', F', features], each axis ⌈size / stride⌉ long."""
         shape = (self.kernel_size, self.kernel_size, self.packed_channels or x.shape[-1], self.features)
         kernel = parameter(self, "kernel", torch_uniform, shape)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         if self.packed_channels:
             return checkpoint_name(packed_convolution(x, kernel, tuple(self.strides)), CONVOLUTION)
-        # As a matrix product, since XLA takes the gradient of a strided 1×1 convolution at 1 GFLOP/s on a CPU. Of a length
-        # that is a symbol, as in export, JAX could not prove that the slice has the frames that a convolution leaves.
-        # Without a name, as one of a single channel below: they take little to make again.
+        # JAX cannot prove that a strided slice of a symbolic length (as in export) has the frames of a convolution.
+        # Without a checkpoint name, like a convolution of one channel below: both are cheap to recompute.
         if self.kernel_size == 1 and isinstance(x.shape[1], int):
-            return gpu_barrier(x[:, :: self.strides[0], :: self.strides[1]]) @ kernel[0, 0]
+            return pointwise_convolution(x, kernel[0, 0], self.strides)
         pad = self.kernel_size // 2
         out = jax.lax.conv_general_dilated(
             x, kernel, tuple(self.strides), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -168,7 +174,7 @@ class PlaneConv(nn.Module):
 
 
 class Linear(nn.Module):
-    """Affine map of the last axis with PyTorch's default initialisation unless others are given."""
+    """Affine map of the last axis, [..., D] → [..., features], initialised as in PyTorch unless told otherwise."""
 
     features: int
     use_bias: bool = True
@@ -178,6 +184,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] → [..., features]."""
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         out = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
@@ -190,16 +197,15 @@ class Linear(nn.Module):
 def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
     """Returns (normalised x, mean [C], biased variance [C]) of x [..., C]; no gradient flows into the statistics.
 
-    C is the size of scale and bias; a last axis p times as long holds p values of each channel (packed.py).
-
-    Statistics are float32, the result has the type of x. The gradient is written out (Ioffe and Szegedy, 2015): two
-    sums and one pass over x, which is less than what differentiating the two-pass variance gives.
+    C is the size of scale and bias; a last axis of p·C holds p values of each channel (packed.py). Statistics are
+    float32, the result has the dtype of x. The gradient is written out (Ioffe and Szegedy, 2015): two sums and one pass
+    over x, less than differentiating the two-pass variance takes.
     """
     return _normalize(x, scale, bias, epsilon)[0]
 
 
 def channel_sums(x: jax.Array, channels: int) -> jax.Array:
-    """Returns the sums [channels] of x [..., p·channels] over all axes but the last, and over the p values of each."""
+    """Returns the sums [channels] of x [..., p·channels] over all but the channels."""
     sums = x.sum(axis=0) if x.ndim < 3 else sum_from_first_axis(x, tuple(range(x.ndim - 1)))
     return sums if sums.size == channels else sums.reshape(-1, channels).sum(axis=0)
 
@@ -211,14 +217,14 @@ def _normalize(x, scale, bias, epsilon):
     centered = x32 - _side_by_side(mean, x)
     var = channel_sums(jnp.square(centered), channels) / count
     inverse = checkpoint_name(jax.lax.rsqrt(var + epsilon), STATISTICS)
-    # Centred before it is scaled: x·gain − mean·gain would cancel, in the gradient even more than here.
+    # Centred before scaling: x·gain − mean·gain would lose digits to cancellation, and in the gradient even more.
     out = centered * _side_by_side(inverse * scale, x) + _side_by_side(bias, x)
     return (out.astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
 def _normalize_gradients(epsilon, residuals, gradients):
     x, scale, mean, inverse = residuals
-    gradient = cpu_barrier(gradients[0].astype(jnp.float32))
+    gradient = materialize_on_cpu(gradients[0].astype(jnp.float32))
     normalized = (x.astype(jnp.float32) - _side_by_side(mean, x)) * _side_by_side(inverse, x)
     of_bias, of_scale = channel_sums(gradient, scale.size), channel_sums(gradient * normalized, scale.size)
     count = x.size // scale.size
@@ -228,7 +234,7 @@ def _normalize_gradients(epsilon, residuals, gradients):
 
 
 def _side_by_side(values, x):
-    """Returns values [C] as often as x [..., p·C] has them."""
+    """Returns values [C], repeated p times for x [..., p·C]."""
     return values if values.size == x.shape[-1] else jnp.tile(values, x.shape[-1] // values.size)
 
 
@@ -239,17 +245,18 @@ normalized_batch = jax.jit(normalized_batch, static_argnums=3)  # traced once fo
 class BatchNorm(nn.Module):
     """Batch norm over all axes but the last, with statistics as PyTorch keeps them.
 
-    The batch is normalised by its biased variance, the running variance is the unbiased one (n/(n−1)); statistics are
-    float32 whatever the compute dtype. Under a sharded `jit` the batch is the global one.
+    The batch is normalised by its biased variance; the running variance is the unbiased one (n/(n−1)). Statistics are
+    float32 whatever the compute dtype, and in a sharded program they are those of the global batch.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
     affine: bool = True
-    packed_channels: int | None = None  # the channels of an input that packed.py describes
+    packed_channels: int | None = None  # of a packed input (packed.py)
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[..., C] → [..., C]; with `train`, uses and updates the statistics of the batch."""
         channels = self.packed_channels or x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)

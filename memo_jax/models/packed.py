@@ -1,7 +1,7 @@
-"""Planes [N, T, F, C] held as [N, T, F/p, p·C], p neighbouring frequencies side by side, to fill the lanes of a TPU.
+"""Packed planes: [N, T, F, C] laid out as [N, T, F/p, p·C], p neighbouring frequencies side by side, for TPUs.
 
-With 16 channels most of its 128 lanes and of the columns of its matrix units stay empty. A kernel that holds the given
-one p times over, and zeros elsewhere, convolves the same numbers packed: more products, but all in full units.
+With 16 channels, most of a TPU's 128 lanes and of the columns of its matrix units would stay empty. A kernel that holds
+the given one p times, and zeros elsewhere, convolves packed planes: more products, but all in full units.
 """
 
 import functools
@@ -15,22 +15,22 @@ LANES = 128
 
 
 def packing(frequencies: int, channels: int) -> int:
-    """Returns how many frequencies go side by side: the largest divisor of `frequencies` that fits into the lanes."""
+    """Returns p, how many frequencies are packed: the largest divisor of `frequencies` that fits into the lanes."""
     return next(p for p in range(max(LANES // channels, 1), 0, -1) if frequencies % p == 0)
 
 
 def pack(x: jax.Array, p: int) -> jax.Array:
-    """Returns x [N, T, F, C] as [N, T, F/p, p·C]; of a packed x, the packing times p."""
+    """Returns x [N, T, F, C] as [N, T, F/p, p·C]; an x that is packed already gets p times its packing."""
     return x.reshape(*x.shape[:2], x.shape[2] // p, p * x.shape[3])
 
 
 def packed_convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
-    """Convolves as `PlaneConv` does what is packed, and packs the result.
+    """Convolves packed planes as `PlaneConv` does plain ones, and returns packed planes.
 
     Args:
       x: [N, T, F/p, p·C] for any p.
       kernel: [k, k, C, D], k odd.
-      strides: of time and of frequency.
+      strides: over time and over frequency.
 
     Returns:
       [N, ⌈T/stride⌉, F'/q, q·D] with F' = ⌈F/stride⌉ and q = packing(F', D).
@@ -60,9 +60,9 @@ def packed_convolution(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]
 
 @functools.cache
 def _places(size: int, stride: int, p: int, q: int, before: int) -> np.ndarray:
-    """Says with 1 where a kernel's tap leads from place i of an input group to place o of an output group, else 0.
+    """Returns 1 where a tap of the kernel leads from place i of an input group to place o of an output group, else 0.
 
-    Float32 [taps, groups, p, q]; groups are counted from `before` the one where the output group's first input is.
+    float32 [taps, groups, p, q]; groups are counted from `before` groups ahead of the output group's first input.
     """
     groups = before + (stride * (q - 1) + size - 1 - size // 2) // p + 1
     tap, group, i, o = np.ogrid[:size, :groups, :p, :q]

@@ -13,9 +13,9 @@ from memo_jax.models.packed import pack, packing
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm and a shortcut, projected when the shape changes.
+    """Two 3×3 convolutions with batch norm and a shortcut, which is projected where the shape changes.
 
-    `packed_channels`, where given, are those of an input that packed.py describes; the output is packed, too.
+    `packed_channels` are those of a packed input (packed.py); the output is then packed, too.
     """
 
     features: int
@@ -24,7 +24,8 @@ class BasicBlock(nn.Module):
     packed_channels: int | None = None
 
     @nn.compact
-    def __call__(self, x, lengths, train):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None, train: bool) -> jax.Array:
+        """Planes [N, T, F, C] → [N, T', F', features]."""
         inside = self.features if self.packed_channels else None
         conv = functools.partial(PlaneConv, self.features, dtype=self.dtype)
         norm = functools.partial(BatchNorm, packed_channels=inside)
@@ -40,13 +41,14 @@ class BasicBlock(nn.Module):
 
 
 class TemporalStatistics(nn.Module):
-    """Mean and deviation over time of [N, T, F, C], flattened channel-major: [N, 2·C·F] float32 (TSTP)."""
+    """Mean and standard deviation over time of [N, T, F, C], flattened channel-major: [N, 2·C·F] float32 (TSTP)."""
 
     epsilon: float = 1e-7  # added to the variance before the root
-    packed_channels: int | None = None  # the channels of an input that packed.py describes
+    packed_channels: int | None = None  # of a packed input (packed.py)
 
     @nn.compact
-    def __call__(self, x, lengths=None):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+        """[N, T, F, C] → [N, 2·C·F] float32."""
         mean, variance = mean_and_variance_time(x, lengths)
         statistics = (mean, jnp.sqrt(variance + self.epsilon))
         if self.packed_channels:
@@ -58,11 +60,12 @@ class ResNet34(nn.Module):
     """ResNet34: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32.
 
     1,988,656 parameters by default, 6,634,336 at base width 32. `second_embedding` adds ReLU, batch norm without affine
-    and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets. 3D-Speaker's `pool_epsilon` is 1e-8.
-    `lengths` [N] in frames as in ECAPA.
+    part and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets, of which the latter has a
+    `pool_epsilon` of 1e-8.
+    `lengths` [N] are valid frames, as in `ECAPATDNN`.
 
-    For TPUs, with the same parameters, and but for rounding the same numbers: `packed` holds planes as packed.py says,
-    `scan` loops over a stage's blocks that are alike, so that they are compiled once, `remat` is one of `REMATS`.
+    The other fields change neither parameters nor, up to rounding, results: `packed` lays planes out for TPUs
+    (packed.py), `scan` loops over blocks of the same shape, which are then compiled once, `remat` is one of `REMATS`.
     """
 
     base_channels: int = 16
@@ -76,11 +79,12 @@ class ResNet34(nn.Module):
     remat: str = "none"
 
     @nn.compact
-    def __call__(self, x, lengths=None, train=False):
+    def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
+        """Normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32."""
         x = mask_time(x, lengths)[..., None]
         if self.packed:
             x = pack(x, packing(x.shape[2], self.base_channels))
-        # Norms are made again for a stage at once, so that only the planes between stages are kept.
+        # Norms are recomputed a whole stage at a time: only the planes between stages are kept.
         by_stage = self.remat == "norms" and not self.scan
         for stage in range(len(self.blocks)):
             run = functools.partial(
@@ -98,11 +102,11 @@ class ResNet34(nn.Module):
         return embedding
 
     def packed_channels(self, stage: int) -> int | None:
-        """Returns the channels behind a stage where planes are packed."""
+        """Returns the channels after a stage if planes are packed, else None."""
         return self.base_channels * 2**stage if self.packed else None
 
     def run_stage(self, x, *, stage, lengths, train, remat):
-        """Returns the planes behind a stage, of which the stem is part of the first."""
+        """Returns the planes after a stage; the stem belongs to the first one."""
         packed = self.packed_channels(max(stage - 1, 0))
         if stage == 0:
             of_input = 1 if self.packed else None

@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from memo_jax import config as configs
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.banks import MEGABYTE
-from memo_jax.data.batches import open_utterances, steps_per_epoch
+from memo_jax.data.batches import Utterances, steps_per_epoch
 from memo_jax.planning.chips import Gpu, Tpu, compile_only_devices
 from memo_jax.planning.hlo import collective_seconds, collectives, estimated_seconds
 from memo_jax.training.program import lowered_step
@@ -68,7 +68,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     if batch % len(devices):
         raise ValueError(f"data.batch_size {batch} is not a multiple of the {len(devices)} chips of {topology}")
     if utterances is None:
-        utterances = len(open_utterances(config.data.train)) if config.data.train else VOXCELEB2
+        utterances = len(Utterances(config.data.train)) if config.data.train else VOXCELEB2
     epoch_steps = steps_per_epoch(utterances, batch)
     mesh = sharding.data_mesh(devices)
     lowered = lowered_step(config, build_recipe(config, epoch_steps), mesh, _banks(config.augment, mesh))

@@ -1,7 +1,4 @@
-"""Pictures of a run in files: learning curves, DET curves, score histograms.
-
-Each `…_figure` (here and in figures.py) returns a matplotlib Figure; each `plot_…` saves one.
-"""
+"""The learning curves of a run as a picture."""
 
 import os
 import re
@@ -23,11 +20,10 @@ from memo_jax.scoring.figures import (
     INK,
     MUTED,
     STYLE,
-    det_figure,
     label_ends,
     running_mean,
     save_figure,
-    score_histogram_figure,
+    system_looks,
 )
 
 
@@ -37,16 +33,6 @@ def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.Path
     if not rows:
         raise ValueError(f"{metrics_jsonl}: no metrics yet, so there is nothing to draw")
     return save_figure(learning_curve_figure(rows, **options), out_png)
-
-
-def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], out_png: str | os.PathLike, **options) -> Path:
-    """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a picture."""
-    return save_figure(det_figure(systems, **options), out_png)
-
-
-def plot_score_histogram(scores, target, out_png: str | os.PathLike, **options) -> Path:
-    """Draws the distributions of target and nontarget scores into a picture; options as `score_histogram_figure`."""
-    return save_figure(score_histogram_figure(scores, target, **options), out_png)
 
 
 class Panel(NamedTuple):
@@ -100,40 +86,82 @@ def learning_curve_figure(
     Args:
       rows: metrics.jsonl as dicts, each with "step".
       references: error rates in percent to compare the EER with, by name (drawn as horizontal lines).
+
+    Raises:
+      ValueError: when the rows hold no metric to draw.
     """
-    series = _series_by_name(rows)
-    closed_at = gate_closing_step(rows)
-    panels = [(panel, found) for panel in _panels(series) if (found := _panel_series(panel, series))]
-    if not panels:
-        raise ValueError("the rows hold no metric to draw, only " + ", ".join(sorted(set().union(*rows))))
+    panels, branches = _panels_with_series(rows)
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    branches = _branches(series)
-    last = rows[-1]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * columns, 0.75 + 2.75 * lines), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.11, wspace=0.02, hspace=0.02)
-        subtitle = [f"step {last['step']:,}"]
-        if "epoch" in last:
-            subtitle.append(f"epoch {last['epoch']:.1f}")
-        if "loss/contrastive/" in "".join(series):
-            subtitle.append(
-                "contrastive loss still on"
-                if closed_at is None
-                else f"contrastive loss stopped by its gate at step {closed_at:,}"
-            )
-        figure.suptitle(f"{title}  ·  " + "  ·  ".join(subtitle), x=0.012, ha="left", fontsize=13, weight="bold")
+        heading = "  ·  ".join([title, *progress_texts(rows)])
+        figure.suptitle(heading, x=0.012, ha="left", fontsize=13, weight="bold")
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for number, (ax, (panel, found)) in enumerate(zip(axes, panels)):
-            ax.set_xlim(0, max(1, last["step"]))
-            _draw_panel(ax, panel, found, branches, (references or {}) if panel is EER else {})
-            if closed_at is not None:
-                _mark_closing(ax, closed_at, named=panel.while_open)
+            ax.set_title(panel.title, loc="left", fontsize=10.5, weight="bold", pad=19)
+            ax.annotate(
+                panel.unit,
+                (0, 1),
+                xycoords="axes fraction",
+                xytext=(0, 6),
+                textcoords="offset points",
+                fontsize=8.5,
+                color=MUTED,
+            )
+            _draw_panel(ax, panel, found, branches, references or {}, rows)
             if number + columns >= len(panels):
                 ax.set_xlabel("step")
         for ax in axes[len(panels) :]:
             ax.remove()
     return figure
+
+
+def learning_curve_panels(
+    rows: Sequence[Mapping], *, branches: Sequence[str] = (), references: Mapping[str, float] | None = None
+) -> list[tuple[Panel, Figure]]:
+    """The panels of `learning_curve_figure` as figures of their own, without titles, for a page that lays them out.
+
+    Args:
+      rows, references: as there.
+      branches: of the run, which decide the colours; by default in the order in which the metrics name them.
+    """
+    panels, named = _panels_with_series(rows)
+    branches = [*branches, *(branch for branch in named if branch not in branches)]
+    made = []
+    with matplotlib.rc_context(STYLE):
+        for panel, found in panels:
+            figure = Figure(figsize=(4.3, 2.3), layout="constrained")
+            ax = figure.subplots()
+            _draw_panel(ax, panel, found, branches, references or {}, rows)
+            ax.set_xlabel("step")
+            made.append((panel, figure))
+    return made
+
+
+def _panels_with_series(rows) -> tuple[list[tuple[Panel, list[Series]]], list[str]]:
+    """The panels that rows have metrics for, with these, and the names of the branches."""
+    series = _series_by_name(rows)
+    panels = [(panel, found) for panel in _panels(series) if (found := _panel_series(panel, series))]
+    if not panels:
+        raise ValueError("the rows hold no metric to draw, only " + ", ".join(sorted(set().union(*rows))))
+    return panels, _branches(series)
+
+
+def progress_texts(rows: Sequence[Mapping]) -> list[str]:
+    """How far a run is: its last step, its epoch, and what became of the contrastive loss if it has one."""
+    last, closed_at = rows[-1], gate_closing_step(rows)
+    texts = [f"step {last['step']:,}"]
+    if "epoch" in last:
+        texts.append(f"epoch {last['epoch']:.1f}")
+    if any(name.startswith("loss/contrastive/") for row in rows for name in row):
+        texts.append(
+            "contrastive loss still on"
+            if closed_at is None
+            else f"contrastive loss stopped by its gate at step {closed_at:,}"
+        )
+    return texts
 
 
 def gate_closing_step(rows: Sequence[Mapping]) -> int | None:
@@ -212,17 +240,9 @@ def _branches(series) -> list[str]:
     return list(dict.fromkeys(branch.split("-")[0] for branch in named if branch))
 
 
-def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str], references: Mapping[str, float]):
-    ax.set_title(panel.title, loc="left", fontsize=10.5, weight="bold", pad=19)
-    ax.annotate(
-        panel.unit,
-        (0, 1),
-        xycoords="axes fraction",
-        xytext=(0, 6),
-        textcoords="offset points",
-        fontsize=8.5,
-        color=MUTED,
-    )
+def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str], references, rows) -> None:
+    """Draws a panel's lines and their labels; `references` only where the panel shows error rates."""
+    ax.set_xlim(0, max(1, rows[-1]["step"]))
     labels, shown = [], []
     for number, one in enumerate(found):
         smooth = running_mean(one.values, len(one.values) // 60 if panel.noisy else 0)
@@ -243,9 +263,10 @@ def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str]
         value = f"\n{one.values[-1]:.2f} %, best {one.values.min():.2f} %" if panel is EER else f"  {smooth[-1]:.4g}"
         labels.append((smooth[-1], f"{name}{value}".strip(), color))
         shown.append(smooth)
-    for name, value in references.items():
-        ax.axhline(value, color=MUTED, linewidth=1.1, linestyle=DASHES[3], zorder=1)
-        labels.append((value, f"{name}\n{value:.2f} %", MUTED))
+    for name, value in references.items() if panel is EER else ():
+        color, dashes = system_looks([name])[name]
+        ax.axhline(value, color=color, linewidth=1.1, linestyle=dashes, zorder=1)
+        labels.append((value, f"{name}\n{value:.2f} %", color))
         shown.append([value])
     # limits around the running means, so that single outliers do not flatten everything else
     low, high = np.concatenate(shown).min(), np.concatenate(shown).max()
@@ -257,6 +278,9 @@ def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str]
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     ends = max(one.steps[-1] for one in found)
     label_ends(ax, labels, ends / ax.get_xlim()[1] if panel.while_open else 1.0)
+    closed_at = gate_closing_step(rows)
+    if closed_at is not None:
+        _mark_closing(ax, closed_at, named=panel.while_open)
 
 
 def _look(name: str, number: int, branches: list[str]) -> tuple[str, str, object]:
@@ -266,7 +290,7 @@ def _look(name: str, number: int, branches: list[str]) -> tuple[str, str, object
     if name == "loss":
         return "sum", INK, "-"
     branch, head = _identity(name)
-    if name.startswith("eer/") or branch.split("-")[0] not in branches:
+    if branch.split("-")[0] not in branches:
         return branch, COLORS[number % len(COLORS)], DASHES[number % len(DASHES)]
     said = branch if head in ("", "contrastive") else f"{branch} {head}"
-    return said, COLORS[branches.index(branch.split("-")[0]) % len(COLORS)], DASHES[1] if head == "cross" else "-"
+    return said, system_looks(branches)[branch.split("-")[0]].color, DASHES[1] if head == "cross" else "-"

@@ -9,22 +9,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 import memo_jax
 from memo_jax import config as configs
-from memo_jax.data.batches import Utterances, open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, check_bucket, make_folder, write_text
 from memo_jax.inference.evaluate import TrialEvaluation, network_name
 from memo_jax.inference.workdir import workdir_model
-from memo_jax.log import read_metrics
+from memo_jax.log import plural, read_metrics
 from memo_jax.models import parameter_count
-from memo_jax.report.learning_curves import gate_closing_step, learning_curve_figure
+from memo_jax.report.learning_curves import gate_closing_step, learning_curve_panels, progress_texts
+from memo_jax.report.pictures import figure_element, picture, swatch, theme_css, variable
 from memo_jax.report.template import PAGE, SCRIPT, STYLE_SHEET
 from memo_jax.scoring import metrics
-from memo_jax.scoring.figures import det_figure, embedding_map_figure, score_histogram_figure
+from memo_jax.scoring.figures import BASELINE, det_figure, embedding_map_figure, score_histogram_figure, system_looks
 from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
+from memo_jax.training.run_record import read_run
 
 HARDEST = 6  # trials of each kind
 CLIP_SECONDS = 8.0  # of a recording that can be listened to
@@ -85,7 +86,8 @@ def write_report(
 
 def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
     """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
-    evaluation = TrialEvaluation(open_utterances(data), trials)
+    evaluation = TrialEvaluation(Utterances(data), trials)
+    evaluation.trials.require_both_kinds()
     scores, embeddings = {}, {}
     for branch in config.model.branches:
         model = workdir_model(workdir, branch, "teacher", step)
@@ -94,10 +96,9 @@ def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
         scores[name] = evaluation.scores(embeddings[name])
     if len(scores) > 1:
         scores["all branches, scores averaged"] = metrics.average_scores(list(scores.values()))
-    scores["log-mel statistics"] = evaluation.statistics_scores(quiet)
+    scores[BASELINE] = evaluation.statistics_scores(quiet)
     rates = {
-        name: error_report(found, evaluation.target)
-        | {"eer_interval": eer_interval(found, evaluation.trials, evaluation.speakers(), replicates=200)}
+        name: error_report(found, evaluation.target) | eer_interval(found, evaluation.trials, evaluation.speakers())
         for name, found in scores.items()
     }
     best = min(embeddings, key=lambda name: rates[name]["eer"])
@@ -108,17 +109,9 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
     """Returns the page as HTML text."""
     name = Path(workdir).resolve().name
     last = rows[-1]
-    references = {"log-mel statistics": tested.rates["log-mel statistics"]["eer"]} if tested else {}
     sections = [
         ("run", "What was trained on what", facts_table(run_facts(workdir, config, rows))),
-        (
-            "curves",
-            "Learning curves",
-            picture(
-                learning_curve_figure(rows, title=name, references=references),
-                "Losses, error rates, entropies and schedules over the steps of training",
-            ),
-        ),
+        ("curves", "Learning curves", curves_section(rows, config.model.branches, tested)),
     ]
     if tested is None:
         note = (
@@ -141,7 +134,7 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
         title=html.escape(f"{name}: report of a run"),
         name=html.escape(name),
         step=step,
-        style=STYLE_SHEET,
+        style=theme_css() + STYLE_SHEET,
         cards="".join(headline(rows, tested)),
         links=links,
         body=body,
@@ -153,24 +146,25 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
 def headline(rows, tested: Tested | None) -> list[str]:
     """Yields the few numbers that somebody looks for first, as cards."""
     if tested is not None:
-        for name, rates in tested.rates.items():
+        for name, look in system_looks(tested.rates).items():
+            rates = tested.rates[name]
             interval = rates["eer_interval"]
-            between = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else "equal error rate"
-            kind = "card plain" if name == "log-mel statistics" else "card"
+            between = f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}<br>" if interval else ""
+            costs = ", ".join(f"minDCF({p}) {rates[f'min_dcf_{p}']:.3f}" for p in P_TARGETS)
             yield (
-                f'<div class="{kind}"><b>{rates["eer"]:.2f} %</b><span>EER, {html.escape(name)}</span>'
-                f"<small>{between}</small></div>"
+                f'<div class=card style="border-top-color: {variable(look.color)}"><b>{rates["eer"]:.2f} %</b>'
+                f"<span>EER, {html.escape(name)}</span><small>{between}{costs}</small></div>"
             )
     closed = gate_closing_step(rows)
     if closed is not None:
-        yield f'<div class="card plain"><b>{closed:,}</b><span>step at which the gate closed</span></div>'
+        yield f"<div class=card><b>{closed:,}</b><span>step at which the gate closed</span></div>"
     elif any(row.get("gate/open") for row in rows):
-        yield '<div class="card plain"><b>open</b><span>gate, to the end of these metrics</span></div>'
+        yield "<div class=card><b>open</b><span>gate, to the end of these metrics</span></div>"
 
 
 def run_facts(workdir, config, rows) -> dict[str, str]:
     """Returns what the run is, by name, in the words of a methods section."""
-    facts = {"Recordings": _dataset_text(config.data.train)}
+    facts = {"Recordings": _dataset_text(config.data.train, (read_run(workdir) or {}).get("data", {}))}
     for branch in config.model.branches:
         model = workdir_model(workdir, branch)
         facts[f"Network {branch}"] = (
@@ -207,50 +201,87 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
     return facts
 
 
-def _dataset_text(path) -> str:
+def _dataset_text(path, recorded: Mapping) -> str:
+    """What the run was trained on: as run.json has it, and its length where that very dataset is still there."""
+    text = f"{recorded.get('train', path)}"
+    if "utterances" in recorded:
+        text += f": {plural(recorded['utterances'], 'utterance')}, fingerprint {recorded['fingerprint'][:12]}"
     try:
-        utterances = open_utterances(path)
-        return f"{path}: {len(utterances):,} utterances, {utterances.seconds.sum() / 3600:.2f} h, no labels read"
+        utterances = Utterances(path)
+    except FileNotFoundError:
+        return f"{text} (not there any more)"
     except (OSError, ValueError):
-        return f"{path} (not there any more)"
+        return f"{text} (cannot be read any more)"
+    if recorded.get("fingerprint", utterances.fingerprint) != utterances.fingerprint:
+        return f"{text} (another dataset is there now)"
+    return f"{text}; {utterances.seconds.sum() / 3600:.2f} h, no labels read"
+
+
+def curves_section(rows, branches, tested: Tested | None) -> str:
+    """Returns the learning curves, one picture a panel."""
+    references = {BASELINE: tested.rates[BASELINE]["eer"]} if tested else {}
+    said = f"{', '.join(progress_texts(rows))}. Thick lines are running means, faint ones the values."
+    if gate_closing_step(rows) is not None:
+        said += " The dotted vertical line marks the step at which the gate closed."
+    panels = learning_curve_panels(rows, branches=branches, references=references)
+    pictures = "".join(
+        figure_element(picture(figure, f"{panel.title} over the steps of training"), panel.title, panel.unit)
+        for panel, figure in panels
+    )
+    return f"<p>{html.escape(said[0].upper() + said[1:])}</p><div class=panels>{pictures}</div>"
 
 
 def test_section(tested: Tested, data, trials) -> str:
     """Returns error rates as a table, DET curves and score histograms."""
     evaluation = tested.evaluation
-    head = "".join(
-        f"<th>{column}</th>"
-        for column in ("", "EER", "95 % interval", *(f"minDCF({p})" for p in P_TARGETS), "threshold of EER")
-    )
+    target, looks = evaluation.target, system_looks(tested.rates)
+    columns = ("EER", "95 % interval", *(f"minDCF({p})" for p in P_TARGETS), "threshold of EER")
     lines = []
     for name, rates in tested.rates.items():
         interval = rates["eer_interval"]
-        cells = [
+        cells = (
             f"{rates['eer']:.2f} %",
             f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "–",
             *(f"{rates[f'min_dcf_{p}']:.3f}" for p in P_TARGETS),
             f"{rates['eer_threshold']:.3f}",
-        ]
-        lines.append(f"<tr><th scope=row>{html.escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    target = evaluation.target
+        )
+        row = "".join(f'<td data-column="{column}">{cell}</td>' for column, cell in zip(columns, cells))
+        lines.append(f"<tr><th scope=row>{swatch(looks[name])}{html.escape(name)}</th>{row}</tr>")
+    reason = next((rates["no_interval"] for rates in tested.rates.values() if not rates["eer_interval"]), None)
+    intervals = "The intervals are by bootstrap over speakers." if reason is None else f"No interval: {reason}."
     said = (
-        f"<p>{len(target):,} trials of {html.escape(Path(trials).name)} over {len(evaluation.rows):,} recordings "
-        f"of {html.escape(str(data))}, {int(target.sum()):,} of them target trials. The intervals are by bootstrap "
-        "over speakers. The log-mel statistics show what room and microphone alone give away.</p>"
+        f"<p>{plural(len(target), 'trial')} of {html.escape(Path(trials).name)}, {int(target.sum()):,} of them target "
+        f"trials, over {plural(len(evaluation.rows), 'recording')} of {html.escape(str(data))}. "
+        f"{html.escape(intervals)} The log-mel statistics show what room and microphone alone give away.</p>"
     )
-    det = det_figure({name: (scores, target) for name, scores in tested.scores.items()})
-    pictures = [picture(det, "DET curves of all systems")]
+    head = "<th></th>" + "".join(f"<th scope=col>{column}</th>" for column in columns)
+    table = f"<table class=rates><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    det = det_figure({name: (scores, target) for name, scores in tested.scores.items()}, title=None)
+    note = "Dots mark equal error, diamonds the least cost at a prior of 0.05."
+    pictures = [
+        figure_element(
+            picture(det, "DET curves of all systems"),
+            "Detection error trade-off (lines as in the table)",
+            note,
+            kind="tall",
+        )
+    ]
     for name, scores in tested.scores.items():
         thresholds = {}
         for p in P_TARGETS:
             point = metrics.min_dcf_point(scores, target, p)
             if np.isfinite(point.threshold):
                 thresholds[f"minDCF({p}) {point.value:.3f}"] = point.threshold
-        figure = score_histogram_figure(scores, target, title=name, thresholds=thresholds)
-        pictures.append(picture(figure, f"Histogram of the scores by {name}"))
-    return f"{said}<table class=rates><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>" + (
-        f"{pictures[0]}<div class=pair>{''.join(pictures[1:])}</div>"
+        drawn = picture(
+            score_histogram_figure(scores, target, looks[name], thresholds=thresholds),
+            f"Histogram of the scores by {name}",
+        )
+        pictures.append(figure_element(drawn, f"Scores by {name}", mark=swatch(looks[name])))
+    legend = (
+        "<p>In the histograms, scores of one speaker (target trials) are in the system's colour, of different speakers "
+        "(nontarget) in grey; the strongly filled parts are the errors at the threshold of equal error.</p>"
     )
+    return f"{said}{table}{legend}<div class=pictures>{''.join(pictures)}</div>"
 
 
 def map_section(tested: Tested) -> str:
@@ -262,15 +293,21 @@ def map_section(tested: Tested) -> str:
     chosen = _chosen_for_map(speakers)
     points = embedding_map(tested.embeddings[chosen])
     shown = len(np.unique(speakers[chosen]))
-    figure = embedding_map_figure(points, speakers[chosen], title=tested.best)
     every = len(np.unique(speakers))
+    shown_text = plural(shown, "speaker") + (f" of {every}" if every > shown else "")
     said = (
-        f"<p>{len(chosen):,} recordings of {shown} speakers{f' of {every}' if every > shown else ''}, brought from "
-        f"{tested.embeddings.shape[1]} dimensions to two by t-SNE of the cosine distances: who is near in the map "
-        "is near in the embedding, but distances between groups mean little. The network has not seen the "
-        "speakers' names; they colour the map only.</p>"
+        f"<p>{plural(len(chosen), 'recording')} of {shown_text}, brought from {tested.embeddings.shape[1]} dimensions "
+        "to two by t-SNE of the cosine distances: who is near in the map is near in the embedding, but distances "
+        "between groups mean little. The network has not seen the speakers' names; they colour the map only, and stand "
+        "where there is room.</p>"
     )
-    return said + picture(figure, "Two-dimensional map of the embeddings, coloured by speaker")
+    description = "Two-dimensional map of the embeddings, coloured by speaker"
+    drawn = "".join(
+        picture(embedding_map_figure(points, speakers[chosen], size), description, kind)
+        for kind, size in (("wide", (9.6, 5.2)), ("narrow", (4.2, 4.8)))
+    )
+    look = system_looks(tested.rates)[tested.best]
+    return said + figure_element(drawn, tested.best, mark=swatch(look))
 
 
 def _chosen_for_map(speakers: np.ndarray) -> np.ndarray:
@@ -335,14 +372,6 @@ def _sound(utterances: Utterances, row: int) -> str:
     file = io.BytesIO()
     soundfile.write(file, samples, SAMPLE_RATE, format="MP3")
     return "data:audio/mpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def picture(figure: Figure, description: str) -> str:
-    """Returns a figure as an image element that holds it."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", facecolor="white", bbox_inches="tight", pad_inches=0.1)
-    address = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
-    return f'<figure><img src="{address}" alt="{html.escape(description)}"></figure>'
 
 
 def facts_table(facts: Mapping[str, str]) -> str:

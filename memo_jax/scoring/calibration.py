@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import isotonic_regression
+from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
 from memo_jax.scoring.metrics import cumulative_weights, detection_cost
@@ -15,14 +15,15 @@ class Calibration(NamedTuple):
     scale: float
     offset: float
 
-    def __call__(self, scores):
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        """Returns the log-likelihood ratios of scores."""
         return self.scale * np.asarray(scores, np.float64) + self.offset
 
 
 def fit_calibration(scores, target, p_target: float = 0.5, weights=None) -> Calibration:
     """Linear (logistic-regression) calibration: makes a score a natural-log likelihood ratio.
 
-    With l = scale·score + offset, minimises by Newton's method the prior-weighted cross-entropy, p times the mean over
+    With l = scale·score + offset, minimises the prior-weighted cross-entropy, p times the mean over
     targets of log(1+e^-(l+logit p)) plus 1-p times the mean over nontargets of log(1+e^(l+logit p)). Each class counts
     as a whole, whatever its number of trials. Fit on trials other than those to be judged.
 
@@ -51,17 +52,15 @@ def fit_calibration(scores, target, p_target: float = 0.5, weights=None) -> Cali
         log_odds = theta @ design + prior
         return targets @ np.logaddexp(0, -log_odds) + nontargets @ np.logaddexp(0, log_odds) + ridge @ theta**2 / 2
 
-    theta = np.zeros(2)
-    for _ in range(200):
+    def gradient(theta):
         posterior = expit(theta @ design + prior)
-        gradient = design @ (total * posterior - targets) + ridge * theta
-        hessian = (design * (total * posterior * (1 - posterior))) @ design.T + np.diag(ridge)
-        step = np.linalg.solve(hessian, gradient)
-        while loss(theta - step) > loss(theta) and np.abs(step).max() > 1e-12:
-            step = step / 2  # damping: a full Newton step may overshoot far from the minimum
-        theta = theta - step
-        if np.abs(step).max() < 1e-9 * (1 + np.abs(theta).max()):
-            break
+        return design @ (total * posterior - targets) + ridge * theta
+
+    def hessian(theta):
+        posterior = expit(theta @ design + prior)
+        return (design * (total * posterior * (1 - posterior))) @ design.T + np.diag(ridge)
+
+    theta = minimize(loss, np.zeros(2), method="trust-exact", jac=gradient, hess=hessian, options={"gtol": 1e-12}).x
     scale = theta[0] / spread
     return Calibration(float(scale), float(theta[1] - scale * center))
 

@@ -1,37 +1,43 @@
 """DET curves, score histograms and maps of embeddings as matplotlib figures, and the look that all pictures share.
 
 Colours are Okabe and Ito's (two darkened, to be readable as text), which colour-blind readers can tell apart, and never
-the only difference: lines also differ in style and carry names.
+the only difference: lines also differ in style and carry names. A system looks the same in every picture.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 
 from memo_jax.scoring.metrics import eer_point, error_rates, min_dcf_point
 
-BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#007E5B", "#A3457E", "#B07A00"
-COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, "#444444"]
-INK, MUTED, FAINT = "#222222", "#6B6B6B", "#D9D9D9"
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SLATE = "#0072B2", "#D55E00", "#007E5B", "#A3457E", "#B07A00", "#444444"
+COLORS = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SLATE]
+INK, MUTED, AXIS, FAINT, GRID = "#222222", "#6B6B6B", "#9A9A9A", "#D9D9D9", "#ECECEC"
 DASHES = ["-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2))]
+BASELINE = "log-mel statistics"  # the system that every network is compared with
+# Equally light hues that stand out from white and from black, for the speakers of a map.
+HUES = ["#CA6477", "#C86D3F", "#B08000", "#839328", "#3BA064", "#00A19B", "#0098C5", "#5D87D7", "#9376CD", "#B869A9"]
 STYLE = {
+    "text.parse_math": False,  # names that people give are never markup
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": MUTED,
-    "axes.edgecolor": "#9A9A9A",
+    "axes.edgecolor": AXIS,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#ECECEC",
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
@@ -40,6 +46,22 @@ STYLE = {
     "lines.solid_capstyle": "round",
 }
 HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+
+
+class Look(NamedTuple):
+    """How a system's lines are drawn in every picture."""
+
+    color: str
+    dashes: object = "-"
+
+
+def system_looks(names: Iterable[str]) -> dict[str, Look]:
+    """Returns the look of each system: colours in the order of their names, and a fixed one for `BASELINE`."""
+    looks: dict[str, Look] = {}
+    for name in names:
+        number = len(looks) - (BASELINE in looks)
+        looks[name] = Look(SLATE, DASHES[3]) if name == BASELINE else Look(COLORS[number % 5], DASHES[number % 3])
+    return looks
 
 
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path:
@@ -95,6 +117,11 @@ def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_he
         )
 
 
+def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, **options) -> Path:
+    """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a file; options as `det_figure`."""
+    return save_figure(det_figure(systems, **options), path)
+
+
 PERCENT_TICKS = np.array(
     [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 80, 90, 95, 98, 99]
 )
@@ -103,16 +130,16 @@ PERCENT_TICKS = np.array(
 def det_figure(
     systems: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
-    title: str = "Detection error trade-off",
+    title: str | None = "Detection error trade-off",
     p_target: float = 0.05,
 ) -> Figure:
     """DET curves: miss against false-alarm rate on normal-deviate axes in percent.
 
     Dots mark equal error rates, diamonds where the detection cost at `p_target` is least. The legend lists the systems
-    from worst to best with both.
+    from worst to best with both. Without a title (None) there is no legend either: a page says both beside the picture.
 
     Raises:
-      ValueError: naming the system, when its scores cannot make a curve (see `scoring.error_rates`).
+      ValueError: naming the system, when its scores cannot make a curve (see `metrics.error_rates`).
     """
     if not systems:
         raise ValueError("there is no system to draw a DET curve of")
@@ -123,11 +150,11 @@ def det_figure(
             curves.append((equal, name, rates, min_dcf_point(scores, target, p_target)))
         except ValueError as error:
             raise ValueError(f"system {name!r}: {error}") from None
-    looks = {name: (COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]) for i, name in enumerate(systems)}
+    looks = system_looks(systems)
     curves.sort(key=lambda curve: -curve[0])
     low, high = _det_limits([curve[0] for curve in curves], [target for _, target in systems.values()])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.2, 6.2), layout="constrained")
+        figure = Figure(figsize=(5.0, 4.9) if title is None else (10.2, 6.2), layout="constrained")
         ax = figure.subplots()
         ax.plot([low, high], [low, high], color=FAINT, linewidth=1, zorder=1)
         ax.annotate(
@@ -147,46 +174,45 @@ def det_figure(
             x, y = _thinned(*ndtri(np.clip([rates.fpr, rates.fnr], 1e-9, 1 - 1e-9)))
             text = f"{name}\nEER {100 * equal:.2f} %,  minDCF({p_target:g}) {cost.value:.3f}"
             ax.plot(x, y, color=color, linestyle=dashes, linewidth=1.8, label=text)
+            marks = {"markeredgecolor": "white", "markeredgewidth": 0.8, "color": color, "zorder": 4}
             if 0 < equal < 1:
-                ax.plot(*[ndtri(equal)] * 2, "o", color=color, markersize=7, markeredgecolor="white", zorder=4)
+                ax.plot(*[ndtri(equal)] * 2, "o", markersize=7, **marks)
             at = np.searchsorted(rates.thresholds, cost.threshold)
             if 0 < rates.fpr[at] < 1 and 0 < rates.fnr[at] < 1:
-                ax.plot(
-                    *ndtri([rates.fpr[at], rates.fnr[at]]),
-                    "D",
-                    color=color,
-                    markersize=6,
-                    markeredgecolor="white",
-                    zorder=4,
-                )
+                ax.plot(*ndtri([rates.fpr[at], rates.fnr[at]]), "D", markersize=6, **marks)
         ticks = _det_ticks(low, high)
         for axis in (ax.xaxis, ax.yaxis):
             axis.set_ticks(ndtri(np.array(ticks) / 100), [f"{tick:g}" for tick in ticks])
         ax.set(xlim=(low, high), ylim=(low, high), box_aspect=1)
         ax.set_xlabel("False-alarm rate: nontarget trials accepted (%)")
         ax.set_ylabel("Miss rate: target trials rejected (%)")
-        ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=24)
-        # Above the axes, where no curve can come.
-        ax.annotate(
-            f"● equal error    ◆ least cost at a prior of {p_target:g}",
-            (0, 1),
-            xycoords="axes fraction",
-            xytext=(0, 7),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=MUTED,
-        )
-        legend = figure.legend(
-            loc="outside right upper",
-            handlelength=2.6,
-            labelspacing=1.1,
-            fontsize=9.5,
-            title="Worst to best",
-            alignment="left",
-        )
-        for line, text in zip(legend.get_lines(), legend.get_texts()):
-            text.set_color(line.get_color())
+        if title is not None:
+            _name_curves(figure, ax, title, p_target)
     return figure
+
+
+def _name_curves(figure: Figure, ax: Axes, title: str, p_target: float) -> None:
+    """Gives a DET picture its title, its legend and what the markers mean, above the axes where no curve can come."""
+    ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=24)
+    ax.annotate(
+        f"● equal error    ◆ least cost at a prior of {p_target:g}",
+        (0, 1),
+        xycoords="axes fraction",
+        xytext=(0, 7),
+        textcoords="offset points",
+        fontsize=8.5,
+        color=MUTED,
+    )
+    legend = figure.legend(
+        loc="outside right upper",
+        handlelength=2.6,
+        labelspacing=1.1,
+        fontsize=9.5,
+        title="Worst to best",
+        alignment="left",
+    )
+    for line, text in zip(legend.get_lines(), legend.get_texts()):
+        text.set_color(line.get_color())
 
 
 def _det_limits(rates: list[float], targets) -> tuple[float, float]:
@@ -216,92 +242,99 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_histogram_figure(
-    scores,
-    target,
-    *,
-    title: str = "Scores of target and nontarget trials",
-    unit: str = "cosine score",
-    thresholds: Mapping[str, float] | None = None,
+    scores, target, look: Look, *, unit: str = "cosine score", thresholds: Mapping[str, float] | None = None
 ) -> Figure:
-    """Histograms of target and nontarget scores, each class summing to 100 %, with the threshold of equal error.
+    """Histograms of target scores, in a system's look, and of nontarget scores in grey, each class summing to 100 %.
 
-    The filled parts are the errors at that threshold. `thresholds` adds further operating points by name.
+    The dark parts are the errors at the threshold of equal error. `thresholds` adds further operating points by name.
     """
     scores, target = np.asarray(scores), np.asarray(target, bool)
     equal = eer_point(scores, target)
     width = np.ptp(scores) / 80 or 0.01
     first, last = np.floor((scores.min() - equal.threshold) / width), np.ceil((scores.max() - equal.threshold) / width)
     edges = equal.threshold + width * np.arange(first, last + 2)  # the threshold is an edge: no bin is half error
+    below = np.arange(len(edges) - 1) < -first
+    marks = {f"equal error {100 * equal.value:.2f} %": equal.threshold, **(thresholds or {})}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+        figure = Figure(figsize=(5.0, 2.5), layout="constrained")
         ax = figure.subplots()
         peak = 0.0
-        for kind, chosen, color, dashes in (
-            ("nontarget: different speakers", ~target, VERMILION, DASHES[1]),
-            ("target: same speaker", target, BLUE, "-"),
-        ):
+        for chosen, wrong, color, dashes in ((~target, ~below, AXIS, DASHES[1]), (target, below, look.color, "-")):
             share = 100 * np.histogram(scores[chosen], edges)[0] / chosen.sum()
-            below = np.arange(len(share)) < -first
-            errors = np.where(below if kind.startswith("target") else ~below, share, 0)
-            label = f"{kind} ({chosen.sum():,} trials)"
-            ax.stairs(share, edges, color=color, linewidth=1.7, linestyle=dashes, label=label)
-            ax.stairs(share, edges, color=color, fill=True, alpha=0.10)
-            ax.stairs(errors, edges, color=color, fill=True, alpha=0.45)
+            ax.stairs(share, edges, color=color, linewidth=1.4, linestyle=dashes)
+            ax.stairs(share, edges, color=color, fill=True, alpha=0.15)
+            ax.stairs(np.where(wrong, share, 0), edges, color=color, fill=True, alpha=0.6)
             peak = max(peak, share.max())
-        ax.set_ylim(0, 1.32 * peak)
-        marks = {f"equal error {100 * equal.value:.2f} %": equal.threshold, **(thresholds or {})}
-        for number, (name, threshold) in enumerate(marks.items()):
-            top = 0.93 - 0.075 * number
-            ax.axvline(threshold, ymax=top, color=INK, linewidth=1.1, linestyle=DASHES[number % 4], zorder=4)
-            ax.annotate(
-                f"{name}, at {threshold:.3g}",
-                (threshold, top),
-                xycoords=("data", "axes fraction"),
-                xytext=(5, -2),
-                textcoords="offset points",
-                fontsize=8.5,
-                va="top",
-                path_effects=HALO,
-                zorder=5,
-            )
-        ax.set_xlabel(f"{unit} (accepted at or above the threshold)")
-        ax.set_ylabel("share of the class per bin (%)")
-        ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=26)
-        ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=2.4)
-        ax.grid(axis="x", visible=False)
+        line_height = 0.09
+        ax.set_ylim(0, peak / (0.97 - line_height * len(marks)))
         ax.margins(x=0.01)
+        _mark_thresholds(ax, marks, line_height)
+        ax.set_xlabel(f"{unit} (accepted at or above the threshold)")
+        ax.set_ylabel("share of the class (%)")
+        ax.grid(axis="x", visible=False)
     return figure
 
 
-def embedding_map_figure(points, speakers, *, title: str = "Map of the embeddings", names_of_most: int = 40) -> Figure:
-    """Points [N, 2], coloured by speaker; each speaker's name stands at the middle of his points where they are few.
+def _mark_thresholds(ax: Axes, marks: Mapping[str, float], line_height: float) -> None:
+    """Draws vertical lines with their names above the histograms, on the side with room, so that no two collide."""
+    low, high = ax.get_xlim()
+    left = np.mean(list(marks.values())) > (low + high) / 2  # texts go to the left of their lines
+    # A text crosses the lines on its side, so these have to end below it.
+    for number, (name, threshold) in enumerate(sorted(marks.items(), key=lambda mark: mark[1], reverse=bool(left))):
+        top = 1 - line_height * number
+        dashes = DASHES[list(marks).index(name) % len(DASHES)]
+        ax.axvline(threshold, ymax=top, color=INK, linewidth=1.1, linestyle=dashes, zorder=4)
+        ax.annotate(
+            f"{name}, at {threshold:.3g}",
+            (threshold, top),
+            xycoords=("data", "axes fraction"),
+            xytext=(-5 if left else 5, 0),
+            textcoords="offset points",
+            fontsize=8.5,
+            ha="right" if left else "left",
+            va="top",
+            path_effects=HALO,
+            zorder=5,
+        )
+
+
+def embedding_map_figure(points, speakers, size: tuple[float, float] = (9.0, 5.0)) -> Figure:
+    """Points [N, 2], coloured by speaker, with the names of speakers where there is room; size in inches.
 
     Speakers differ in colour and mark; with more than 60 of them, some share both.
     """
-    points, speakers = np.asarray(points), np.asarray(speakers)
+    points, speakers = np.asarray(points, float), np.asarray(speakers)
     kinds = list(dict.fromkeys(speakers.tolist()))
-    palette = matplotlib.colormaps["tab20"].colors[::2] + matplotlib.colormaps["tab20"].colors[1::2]
     marks = "os^DvP"
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 6.6), layout="constrained")
-        ax = figure.subplots()
+        figure = Figure(figsize=size)
+        ax = figure.add_axes((0.02, 0.02, 0.96, 0.96))
+        tops = {}
         for number, kind in enumerate(kinds):
             mine = points[speakers == kind]
-            color, mark = palette[number % len(palette)], marks[number // len(palette) % len(marks)]
-            ax.plot(*mine.T, mark, color=color, markersize=5, alpha=0.85, markeredgecolor="white", markeredgewidth=0.4)
-            if len(kinds) <= names_of_most:
-                ax.annotate(
-                    str(kind),
-                    np.median(mine, axis=0),
-                    fontsize=7.5,
-                    color=INK,
-                    ha="center",
-                    va="center",
-                    path_effects=HALO,
-                    zorder=5,
-                )
+            tops[kind] = np.median(mine[:, 0]), mine[:, 1].max()
+            color, mark = HUES[number * 3 % len(HUES)], marks[number // len(HUES) % len(marks)]
+            ax.plot(*mine.T, mark, color=color, markersize=4.5, markeredgecolor="white", markeredgewidth=0.4)
         ax.set(xticks=[], yticks=[])
         ax.grid(False)
         ax.spines[["left", "bottom"]].set_visible(False)
-        ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=12)
+        ax.autoscale_view()  # names are compared where they will be
+        renderer, taken = FigureCanvasAgg(figure).get_renderer(), []
+        for kind, top in tops.items():
+            name = ax.annotate(
+                str(kind),
+                top,
+                xytext=(0, 4),
+                textcoords="offset points",
+                fontsize=7.5,
+                color=INK,
+                ha="center",
+                path_effects=HALO,
+                zorder=5,
+            )
+            box = name.get_window_extent(renderer)
+            if any(box.overlaps(other) for other in taken):
+                name.remove()
+            else:
+                taken.append(box)
     return figure

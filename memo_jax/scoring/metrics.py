@@ -74,7 +74,10 @@ def as_norm(scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohor
     Speaker Recognition", Interspeech 2017.
     """
     if not 2 <= top <= len(cohort):
-        raise ValueError(f"top={top} is not between 2 and the {len(cohort):,} utterances of the cohort")
+        raise ValueError(
+            f"AS-norm with the {top:,} nearest of a cohort of {len(cohort):,} recordings: choose from 2 to "
+            f"{len(cohort):,}"
+        )
     rows, inverse = np.unique(np.asarray(pairs), return_inverse=True)
     sides, cohort_units = _directions(np.asarray(embeddings)[rows]), _directions(cohort)
     mean, std = np.empty(len(rows)), np.empty(len(rows))
@@ -84,7 +87,9 @@ def as_norm(scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohor
         mean[start : start + 1024], std[start : start + 1024] = nearest.mean(axis=1), nearest.std(axis=1)
     if not np.all(std > 1e-7):
         row = rows[np.argmin(std)]
-        raise ValueError(f"the top {top} cohort scores of embedding row {row} are equal: does the cohort hold copies?")
+        raise ValueError(
+            f"the {top:,} highest cohort scores of embedding row {row} are equal: does the cohort hold copies?"
+        )
     inverse = inverse.reshape(len(pairs), 2)
     return ((np.asarray(scores)[:, None] - mean[inverse]) / std[inverse]).mean(axis=1)
 

@@ -1,14 +1,17 @@
 """Embeddings and a trial list → scores and the error rates that the field reports."""
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from memo_jax.files import write_text
+from memo_jax.files import one_line, write_text
+from memo_jax.log import plural
 from memo_jax.scoring import calibration, confidence, metrics
 from memo_jax.scoring.embedding_file import check_same_model, read_embeddings
-from memo_jax.scoring.trials import Trials, read_trials, speaker_folder, speaker_pairs, trial_pairs
+from memo_jax.scoring.trials import Trials, read_trials, recording_rows, speaker_folder, speaker_pairs
 
 P_TARGETS = (0.01, 0.05)
 REPLICATES = 1000  # of the bootstrap
@@ -27,19 +30,20 @@ def error_report(scores: np.ndarray, target: np.ndarray) -> dict[str, float]:
 
 def eer_interval(
     scores: np.ndarray, trials: Trials, speakers: Speakers = speaker_folder, replicates: int = REPLICATES
-) -> list[float] | None:
-    """Returns the 95 % interval of the EER in percent, [low, high], by the bootstrap over speakers.
+) -> dict[str, Any]:
+    """Returns the 95 % interval of the EER by the bootstrap over speakers.
 
-    None where no speakers that agree with the labels are known, or too few of them.
+    Returns:
+      {"eer_interval": [low, high] in percent}, or {"eer_interval": None, "no_interval": why there is none}.
     """
     if replicates == 0:
-        return None
+        return {"eer_interval": None, "no_interval": "the number of bootstrap replicates is 0"}
     try:
         pairs = speaker_pairs(trials, speakers)
         interval = confidence.bootstrap_interval(metrics.eer, scores, trials.target, pairs, replicates=replicates)
-    except ValueError:
-        return None
-    return [100 * end for end in interval]
+    except ValueError as error:
+        return {"eer_interval": None, "no_interval": one_line(error)}
+    return {"eer_interval": [100 * end for end in interval]}
 
 
 def calibrated_report(scores, target, tuning_scores, tuning_target) -> dict[str, float]:
@@ -87,6 +91,7 @@ def score(
     calibration_trials: str | os.PathLike | None = None,
     compare: Sequence[str | os.PathLike] = (),
     speakers: str | os.PathLike | None = None,
+    enrollments: str | os.PathLike | None = None,
     replicates: int = REPLICATES,
     scores_file: str | os.PathLike | None = None,
 ) -> dict:
@@ -94,40 +99,49 @@ def score(
 
     Args:
       embeddings: files with the recordings of the trials, one a system.
-      trials: trial list, VoxCeleb or Kaldi form.
+      trials: trial list, see `read_trials`; of one without labels, only `scores_file` is written.
       cohorts: files of embeddings of other recordings, one for each of `embeddings`, in their order.
       mean_subtraction, as_norm: see `trial_scores`.
       calibration_trials: another list of recordings in `embeddings`, to calibrate on.
       compare: files of embeddings of another system: is the first better? Scored by plain cosine.
       speakers: table `name speaker` a line (Kaldi's utt2spk) for the bootstrap; the first folder of names by default.
+      enrollments: table of speakers enrolled by several recordings, see `read_trials`.
       replicates: of the bootstrap; 0 leaves it out.
       scores_file: where to write `score enrol test` lines.
 
     Returns:
       {"eer": percent, "eer_interval": [low, high] or None, "eer_threshold", "min_dcf_0.01", "min_dcf_0.05", "trials",
-      "targets"}, with calibration also "act_dcf_0.01", "act_dcf_0.05", "cllr", "min_cllr", and with a comparison
-      "comparison": {"eer", "difference", "interval", "p_value"}.
+      "targets"}, with calibration also "act_dcf_0.01", "act_dcf_0.05", "cllr", "min_cllr", with a comparison
+      "comparison": {"eer", "min_dcf_…", "difference", "interval", "p_value"}, and with a cohort "cohort_in_trials", the
+      number of its recordings that are in the trials, too. Without labels: {"trials", "models"} alone.
 
     Raises:
       ValueError: bad input, named; also when cohort and embeddings are of different models.
     """
     if cohorts and len(cohorts) != len(embeddings):
         raise ValueError(f"{len(cohorts)} cohorts for {len(embeddings)} files of embeddings: give one for each")
-    listed = read_trials(trials)
-    for kind, present in (("target", listed.target.any()), ("nontarget", not listed.target.all())):
-        if not present:
-            raise ValueError(f"{trials} has no {kind} trial: error rates need both kinds")
+    listed = read_trials(trials, enrollments)
+    if listed.target is None and scores_file is None:
+        raise ValueError(f"{trials} has no labels, so only scores can be written: say where with --scores FILE")
+    if listed.target is not None:
+        listed.require_both_kinds()
     systems = [read_embeddings(path) for path in embeddings]
     backgrounds = [read_embeddings(path) for path in cohorts] or [None] * len(systems)
     for path, system, background, cohort in zip(embeddings, systems, backgrounds, cohorts):
         check_same_model(system.model, path, background.model, cohort)
+        dimensions = system.embeddings.shape[1], background.embeddings.shape[1]
+        if dimensions[0] != dimensions[1]:
+            raise ValueError(
+                f"{path} has embeddings of {dimensions[0]} numbers and its cohort {cohort} of {dimensions[1]}: embed "
+                "both with one model"
+            )
 
     def treated_scores(listed):
         return metrics.average_scores(
             [
                 trial_scores(
-                    system.embeddings,
-                    trial_pairs(listed, system.names),
+                    listed.side_embeddings(system.embeddings[recording_rows(listed, system.names)]),
+                    listed.pairs,
                     mean_subtraction=mean_subtraction,
                     as_norm=as_norm,
                     cohort=None if background is None else background.embeddings,
@@ -137,44 +151,67 @@ def score(
         )
 
     scores = treated_scores(listed)
-    table = speaker_folder
-    if speakers is not None:
-        table = read_speakers(speakers)
-        speaker_pairs(listed, table)  # a table that does not fit is an error, names that tell nothing are none
-    results = error_report(scores, listed.target) | {
-        "eer_interval": eer_interval(scores, listed, table, replicates),
-        "trials": len(listed),
-        "targets": int(listed.target.sum()),
-        "models": [system.model for system in systems],
-    }
-    if calibration_trials is not None:
-        tuning = read_trials(calibration_trials)
-        results |= calibrated_report(scores, listed.target, treated_scores(tuning), tuning.target) | {
-            "calibration_trials": str(calibration_trials)
-        }
-    if compare:
-        others = [read_embeddings(path) for path in compare]
-        plain = metrics.average_scores(
-            [trial_scores(other.embeddings, trial_pairs(listed, other.names)) for other in others]
+    results: dict[str, Any] = {"trials": len(listed), "models": [system.model for system in systems]}
+    if cohorts:
+        known = set(itertools.chain.from_iterable(background.names for background in backgrounds))
+        results["cohort_in_trials"] = len(known.intersection(listed.recordings))
+    if listed.target is not None:
+        results |= _labelled_results(
+            scores, listed, treated_scores, speakers, replicates, calibration_trials, enrollments, compare
         )
-        results["comparison"] = comparison(scores, plain, listed, table, replicates)
     if scores_file is not None:
         write_scores(scores_file, listed, scores)
     return results
 
 
+def _labelled_results(
+    scores, trials: Trials, treated_scores, speakers, replicates, calibration_trials, enrollments, compare
+) -> dict[str, Any]:
+    """What `score` returns of a list with labels."""
+    table = speaker_folder
+    if speakers is not None:
+        table = read_speakers(speakers)
+        speaker_pairs(trials, table)  # a table that does not fit is an error, names that tell nothing are none
+    results = {"targets": int(trials.target.sum())} | error_report(scores, trials.target)
+    results |= eer_interval(scores, trials, table, replicates)
+    if calibration_trials is not None:
+        tuning = read_trials(calibration_trials, enrollments)
+        tuning.require_both_kinds()
+        results |= calibrated_report(scores, trials.target, treated_scores(tuning), tuning.target) | {
+            "calibration_trials": str(calibration_trials)
+        }
+    if compare:
+        others = [read_embeddings(path) for path in compare]
+        plain = metrics.average_scores(
+            [
+                trial_scores(
+                    trials.side_embeddings(other.embeddings[recording_rows(trials, other.names)]), trials.pairs
+                )
+                for other in others
+            ]
+        )
+        results["comparison"] = comparison(scores, plain, trials, table, replicates)
+    return results
+
+
 def comparison(scores, other_scores, trials: Trials, speakers: Speakers, replicates: int = REPLICATES) -> dict:
-    """Returns the other's `eer`, the `difference` ours − theirs and its `interval`, percent, and `p_value`."""
-    pairs = speaker_pairs(trials, speakers)
-    found = confidence.paired_bootstrap(
-        metrics.eer, scores, other_scores, trials.target, pairs, replicates=max(replicates, 1)
-    )
-    return {
-        "eer": 100 * metrics.eer(other_scores, trials.target),
-        "difference": 100 * found.difference,
-        "interval": [100 * end for end in found.interval],
-        "p_value": found.p_value,
+    """Returns the other system's error rates, and the difference of the EERs, ours − theirs, in percent.
+
+    With `replicates` of the paired bootstrap also its 95 % `interval` and the `p_value` of "not better"; None without.
+    """
+    other = error_report(other_scores, trials.target)
+    row = {key: value for key, value in other.items() if key != "eer_threshold"} | {
+        "difference": 100 * metrics.eer(scores, trials.target) - other["eer"],
+        "interval": None,
+        "p_value": None,
     }
+    if replicates:
+        pairs = speaker_pairs(trials, speakers)
+        found = confidence.paired_bootstrap(
+            metrics.eer, scores, other_scores, trials.target, pairs, replicates=replicates
+        )
+        row |= {"interval": [100 * end for end in found.interval], "p_value": found.p_value}
+    return row
 
 
 def read_speakers(path: str | os.PathLike) -> dict[str, str]:
@@ -204,13 +241,25 @@ def rates_text(row: Mapping) -> str:
     return f"EER {row['eer']:6.2f} %{between}, {costs}"
 
 
-def summary(results: Mapping) -> str:
-    """Returns what `score` found in the form that a person reads."""
-    lines = [f"{results['trials']:,} trials, {results['targets']:,} of them target", f"  {rates_text(results)}"]
+def interval_note(results: Mapping) -> str:
+    """Returns a line that says what the brackets of `rates_text` are, or why there are none."""
     if results["eer_interval"]:
-        lines.append("  (in brackets the 95 % interval, by bootstrap over speakers)")
-    else:
-        lines.append("  (no interval: the names do not tell who speaks; give a table with --speakers)")
+        return "  (in brackets the 95 % interval, by bootstrap over speakers)"
+    return f"  (no interval: {results['no_interval']})"
+
+
+def score_text(results: Mapping) -> str:
+    """Returns what `score` found in the form that a person reads."""
+    lines = [f"{plural(results['trials'], 'trial')}"]
+    if results.get("cohort_in_trials"):
+        lines.append(
+            f"  WARNING: {plural(results['cohort_in_trials'], 'recording')} of the cohort take part in the trials. "
+            "Error rates come out too low: take a cohort of other recordings"
+        )
+    if "eer" not in results:
+        return "\n".join([*lines, "  the list has no labels: scores are written, error rates are unknown"])
+    lines[0] += f", {results['targets']:,} of them target"
+    lines += [f"  {rates_text(results)}", interval_note(results)]
     if "cllr" in results:
         costs = ", ".join(f"actDCF({p}) {results[f'act_dcf_{p}']:.3f}" for p in P_TARGETS)
         lines.append(
@@ -219,9 +268,9 @@ def summary(results: Mapping) -> str:
         )
     if "comparison" in results:
         other = results["comparison"]
-        lines.append(
-            f"  compared with EER {other['eer']:.2f} %: difference {other['difference']:+.2f} "
-            f"({other['interval'][0]:+.2f} to {other['interval'][1]:+.2f}), p = {other['p_value']:.3g} for "
-            "“not better”"
-        )
+        text = f"  compared with {rates_text(other)}: the EERs differ by {other['difference']:+.2f}"
+        if other["interval"]:
+            low, high = other["interval"]
+            text += f" ({low:+.2f} to {high:+.2f}), p = {other['p_value']:.3g} for “not better”"
+        lines.append(text)
     return "\n".join(lines)

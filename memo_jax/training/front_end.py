@@ -1,4 +1,4 @@
-"""The front end of training, on the device: int16 crops in, augmented and normalised log-mel views out."""
+"""The front end of training, on the device: int16 crops in, augmented views of normalised features out."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memo_jax import features
+from memo_jax.features import FRONT_ENDS
 from memo_jax.training.augment import augment
 
 KINDS = ("global", "local")
@@ -16,6 +16,8 @@ def training_views(
     key: jax.Array,
     batch: Mapping[str, jax.Array],
     banks: Mapping[str, jax.Array],
+    *,
+    front_end: str,
     masked_bins: int = 0,
     **settings: Any,
 ) -> tuple[jax.Array, ...]:
@@ -25,7 +27,8 @@ def training_views(
       key: a jax.random key; every draw of the augmentation comes from it.
       batch: {"global": crops, "local": crops}, int16 [B, V, L] at 16 kHz; "local" may be missing.
       banks: recordings and room responses, as `augment` takes them.
-      masked_bins: in each crop up to so many neighbouring mel bins become zero, their mean; 0 to 80.
+      front_end: a name in `features.FRONT_ENDS`.
+      masked_bins: width of the widest band of mel bins that a crop loses, 0 to 80; see `mask_bins`.
       **settings: the shares and ranges that `augment` takes.
     """
     views = []
@@ -35,27 +38,27 @@ def training_views(
             count = crops.shape[1]
             waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
             waves = augment(jax.random.fold_in(key, i), waves, banks, views=count, **settings)
-            mel = features.normalized_log_mel(features.mel_power(waves))
+            x, _ = FRONT_ENDS[front_end](waves)
             if masked_bins:
-                mel = mask_bins(jax.random.fold_in(key, len(KINDS) + i), mel, masked_bins)
-            views.append(mel.reshape((-1, count) + mel.shape[1:]))
+                x = mask_bins(jax.random.fold_in(key, len(KINDS) + i), x, masked_bins)
+            views.append(x.reshape((-1, count) + x.shape[1:]))
     return tuple(views)
 
 
-def mask_bins(key: jax.Array, mel: jax.Array, most: int) -> jax.Array:
-    """Returns log-mel crops [N, T, F] with zeros in a band of 0 to `most` neighbouring bins, of each crop its own.
+def mask_bins(key: jax.Array, x: jax.Array, widest: int) -> jax.Array:
+    """Returns features [N, T, F] with a random band of neighbouring mel bins of each crop set to zero, their mean.
 
-    Both its width and its place are uniform, every draw of crop i comes from `fold_in(key, i)`. The frequency masking
-    of SpecAugment (Park et al., Interspeech 2019): no crop can be told by what a microphone or codec does to few bins.
+    Width (0 to `widest`) and place are uniform. Every draw of crop i comes from `fold_in(key, i)`. This is the frequency
+    masking of SpecAugment (Park et al., Interspeech 2019): no crop can be told by a few bins of its channel.
     """
-    rows, _, bins = mel.shape
+    rows, _, bins = x.shape
 
     def band(key):
         width_key, place_key = jax.random.split(key)
-        width = jax.random.randint(width_key, (), 0, most + 1)
+        width = jax.random.randint(width_key, (), 0, widest + 1)
         start = jax.random.randint(place_key, (), 0, bins - width + 1)
         number = jnp.arange(bins)
         return (number >= start) & (number < start + width)
 
     masked = jax.vmap(band)(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)))
-    return jnp.where(masked[:, None, :], 0.0, mel)
+    return jnp.where(masked[:, None, :], 0.0, x)

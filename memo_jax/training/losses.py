@@ -1,7 +1,6 @@
-"""The losses of MeMo: distillation between views, contrastive on embeddings, the centre. Arrays in, arrays out."""
+"""MeMo's losses: distillation between views, NT-Xent on embeddings, the centre. Arrays in, arrays out."""
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from memo_jax.xla.reductions import logsumexp, over_last_axis
 def teacher_distributions(
     teacher_logits: jax.Array, center: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns softmax((logits − center)/temperature) of a teacher, what students learn, and its entropies.
+    """Returns a teacher's softmax((logits − center)/temperature), which students learn, and its entropies.
 
     Args:
       teacher_logits: [W, B, K] float32; no gradient flows into them.
@@ -35,61 +34,48 @@ def teacher_distributions(
     }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def distillation(student_logits: jax.Array, probabilities: jax.Array, temperature: float, seen: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def distillation(student_logits: jax.Array, probabilities: jax.Array, temperature: float) -> jax.Array:
     """Returns the DINO loss, in nats (Caron et al., 2021, eq. 2–3): the mean over the batch and over pairs of views.
 
-    A pair is a teacher's view i and a student's other view v, its loss −⟨p_i, log_softmax(s_v / temperature)⟩. Nothing
-    of size pairs × B × K is made, and the gradient, written out, keeps nothing of size V × B × K beside the logits.
+    A pair is a teacher's view i and a student's other view v, with the loss −⟨p_i, log_softmax(s_v / temperature)⟩.
+    Nothing of size pairs × B × K is built. The gradient is written out, and keeps nothing of size V × B × K but the
+    logits.
 
     Args:
-      student_logits: s [V, B, K] float32.
+      student_logits: s [V, B, K] float32; the first W views are those of the teacher.
       probabilities: p [W, B, K] of `teacher_distributions`; no gradient flows into them.
       temperature: the student's, positive.
-      seen: W where the student's first W views are the teacher's, each no pair with itself; 0 where none is.
     """
-    return _distillation_and_residuals(student_logits, probabilities, temperature, seen)[0]
+    return _distillation_and_residuals(student_logits, probabilities, temperature)[0]
 
 
-def _count_pairs(views, teacher_views, seen):
-    """Of how many pairs of views `distillation` is the mean."""
-    return views * teacher_views - seen
+def _partners(views: int, teacher_views: int) -> jax.Array:
+    """Returns how many teacher views each student view is compared with, [V]."""
+    return teacher_views - (jnp.arange(views) < teacher_views)
 
 
-def shares_of_pairs(views: Sequence[int]) -> list[float]:
-    """Returns what share of all pairs of views those of each crop length have, global crops first."""
-    counts = [_count_pairs(count, views[0], 0 if i else count) for i, count in enumerate(views)]
-    return [count / sum(counts) for count in counts]
-
-
-def _partners(views, teacher_views, seen):
-    """How many teacher views each student view is compared with, [V]."""
-    return teacher_views - (jnp.arange(views) < seen)
-
-
-def _distillation_and_residuals(student_logits, probabilities, temperature, seen):
+def _distillation_and_residuals(student_logits, probabilities, temperature):
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
     # The cross-entropy is logsumexp(s) − ⟨p, s⟩, and the views are summed before the product.
     normalizers = logsumexp(student_logits / temperature)
-    others = student_logits.sum(axis=0)
-    if seen:
-        others = others - student_logits[:seen]
+    others = student_logits.sum(axis=0) - student_logits[:teacher_views]
     products = over_last_axis(jnp.sum, probabilities * others).sum()
-    total = jnp.vdot(_partners(views, teacher_views, seen), normalizers.sum(axis=-1)) - products / temperature
-    pairs = _count_pairs(views, teacher_views, seen)
+    total = jnp.vdot(_partners(views, teacher_views), normalizers.sum(axis=-1)) - products / temperature
+    pairs = (views - 1) * teacher_views
     return total / (pairs * batch), (student_logits, probabilities, normalizers)
 
 
-def _distillation_gradient(temperature, seen, residuals, gradient):
+def _distillation_gradient(temperature, residuals, gradient):
     student_logits, probabilities, normalizers = residuals
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
-    everybody = probabilities.sum(axis=0)
+    all_views = probabilities.sum(axis=0)
     others = jnp.concatenate(
-        [everybody - probabilities[:seen], jnp.broadcast_to(everybody, (views - seen, *everybody.shape))]
+        [all_views - probabilities, jnp.broadcast_to(all_views, (views - teacher_views, *all_views.shape))]
     )
     student = jnp.exp(student_logits / temperature - normalizers[:, :, None])
-    scale = gradient / (temperature * _count_pairs(views, teacher_views, seen) * batch)
-    return scale * (_partners(views, teacher_views, seen)[:, None, None] * student - others), None
+    scale = gradient / (temperature * (views - 1) * teacher_views * batch)
+    return scale * (_partners(views, teacher_views)[:, None, None] * student - others), None
 
 
 distillation.defvjp(_distillation_and_residuals, _distillation_gradient)
@@ -108,7 +94,7 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
     included. Negatives come from the whole (global) batch.
 
     Args:
-      student: [V, B, D] embeddings of the views that the teacher has seen, too.
+      student: [V, B, D] embeddings of the views that the teacher sees.
       teacher: [V, B, D]; no gradient flows into them.
       temperature: positive.
       margin: taken off the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
@@ -122,7 +108,7 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
     for i in range(views):
         for j in range(views):
             if i != j:
-                # Halves keep an axis of their own: joined, a batch split over many devices would have to be dealt anew.
+                # The halves keep an axis of their own: concatenated, a sharded batch would have to be resharded.
                 rows = jnp.stack([teacher[i], student[j]])  # [2, B, D]
                 similarity = jnp.einsum("abd,ced->abce", rows, rows, precision="highest") / temperature
                 if margin:
@@ -134,11 +120,11 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
 
 
 def embedding_deviation(embeddings: jax.Array) -> jax.Array:
-    """Returns how far L2-normalised embeddings [N, D] spread: 1 when uniform on the sphere, 0 when all are alike."""
+    """Returns the spread of L2-normalised embeddings [N, D]: 1 when uniform on the sphere, 0 when all are equal."""
     unit = l2_normalize(embeddings.astype(jnp.float32))
     return jnp.sqrt(jnp.maximum(unit.var(axis=0).sum(), 0.0))
 
 
 def alignment(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns the mean cosine between matching rows of two gradients [..., D]; a row without gradient counts as 0."""
+    """Returns the mean cosine between matching rows of two gradients [..., D]; a row of zeros counts as 0."""
     return (l2_normalize(a) * l2_normalize(b)).sum(axis=-1).mean()

@@ -1,18 +1,23 @@
-"""Schedules and the optimiser chain: per-tensor clip, coupled masked decay, momentum or Adam, prototype freeze."""
+"""Schedules and the optimiser: clip per tensor, masked weight decay, momentum or Adam, frozen prototypes."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from memo_jax.xla.compiler import cpu_barrier
+from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm
 
 
 class Schedules(NamedTuple):
-    """Functions of the step (from 0) that return float32 scalars, and the first step with trained prototypes."""
+    """What changes from step to step.
+
+    Attributes:
+      learning_rate, momentum, teacher_temp: functions of the step (from 0) that return float32 scalars.
+      prototypes_from: the first step that trains the prototypes.
+    """
 
     learning_rate: optax.Schedule
     momentum: optax.Schedule
@@ -21,47 +26,36 @@ class Schedules(NamedTuple):
 
 
 def cosine_learning_rate(peak: float, end: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Returns linear warm-up from 0 to `peak` (both reached), then cosine to `end` at step `total_steps`.
+    """Returns linear warm-up from 0 to `peak` (both reached), then a cosine to `end` at step `total_steps`.
 
-    The DINO recipes' schedule, step for step; `end` is not scaled with the batch.
+    The schedule of the DINO recipes, step for step; `end` is not scaled with the batch.
+
+    Raises:
+      ValueError: the warm-up is negative or longer than the run.
     """
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(f"{warmup_steps} warm-up steps do not fit into {total_steps} steps")
-
-    def schedule(step):
-        warm = peak * step / max(warmup_steps - 1, 1)
-        progress = jnp.clip((step - warmup_steps) / max(total_steps - warmup_steps, 1), 0, 1)
-        return jnp.where(step < warmup_steps, warm, cosine(peak, end, progress))
-
-    return schedule
-
-
-def cosine(start: float, end: float, progress):
-    """Returns half a cosine from `start` (progress 0) to `end` (progress 1)."""
-    return end + 0.5 * (start - end) * (1 + jnp.cos(jnp.pi * progress))
+    warmup = optax.linear_schedule(0.0, peak, max(warmup_steps - 1, 1))
+    decay = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1), alpha=end / peak)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def cosine_momentum(start: float, end: float, total_steps: int) -> optax.Schedule:
-    """Returns the teacher's momentum, a cosine from `start` to `end` over all steps."""
-    return lambda step: cosine(start, end, jnp.clip(step / total_steps, 0, 1))
+    """Returns the teacher's momentum: a cosine from `start` at step 0 to `end` at step `total_steps`."""
+    remaining = optax.cosine_decay_schedule(1.0, total_steps)
+    return lambda step: end + (start - end) * remaining(step)
 
 
 def epoch_teacher_temp(start: float, end: float, warmup_epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the teacher's temperature: linear over `warmup_epochs` epochs, both ends reached, then `end`."""
-
-    def schedule(step):
-        epoch = step // steps_per_epoch
-        return (
-            start + (end - start) * jnp.clip(epoch / max(warmup_epochs - 1, 1), 0, 1)
-            if warmup_epochs > 1
-            else (jnp.where(epoch < warmup_epochs, jnp.float32(start), jnp.float32(end)))
-        )
-
-    return schedule
+    """Returns the teacher's temperature: linear over `warmup_epochs` epochs (both ends reached), then `end`."""
+    if warmup_epochs < 1:
+        return optax.constant_schedule(end)
+    by_epoch = optax.linear_schedule(start, end, max(warmup_epochs - 1, 1))
+    return lambda step: by_epoch(step // steps_per_epoch)
 
 
 def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:
-    """Scales every tensor by max_norm / (‖g‖ + 1e-6) where that is below 1: the DINO recipes clip per tensor."""
+    """Scales each tensor by max_norm / (‖g‖ + 1e-6) where that is below 1: the DINO recipes clip per tensor."""
 
     def clip(g):
         coefficient = max_norm / (jnp.sqrt(squared_norm(g)) + 1e-6)
@@ -70,16 +64,16 @@ def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
-def is_prototypes(path) -> bool:
-    """Says whether a pytree path ends at (or leads through) a head's prototypes."""
-    return any(getattr(entry, "key", getattr(entry, "name", None)) == "prototypes" for entry in path)
+def is_prototypes(path: tuple[Any, ...]) -> bool:
+    """Returns whether a pytree path leads to a head's prototypes, or to what an optimiser keeps for them."""
+    return "prototypes" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> optax.GradientTransformation:
-    """Leaves prototypes and whatever `inner` keeps for them untouched before `until_step`.
+    """Leaves prototypes, and what `inner` keeps for them, untouched before `until_step`.
 
-    As if they had no gradient: no update, no decay, no momentum. `inner` sees zeros in place of their gradients and of
-    themselves, since a gradient of zero alone would still decay them; what it keeps of zeros has to stay zero.
+    As if they had no gradient: no update, no decay, no momentum. `inner` sees zeros for their gradients and for
+    themselves, because a gradient of zero alone would still decay them; its state for zeros has to stay zero.
     """
 
     def init(params):
@@ -88,28 +82,14 @@ def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> o
     def update(updates, state, params=None):
         frozen = state["step"] < until_step
 
-        def shown(path, x):
+        def masked(path, x):
             return jnp.where(frozen, jnp.zeros_like(x), x) if is_prototypes(path) else x
 
-        updates, params = jax.tree_util.tree_map_with_path(shown, (updates, params))
+        updates, params = jax.tree_util.tree_map_with_path(masked, (updates, params))
         updates, inner_state = inner.update(updates, state["inner"], params)
         return updates, {"step": state["step"] + 1, "inner": inner_state}
 
     return optax.GradientTransformation(init, update)
-
-
-def momentum_in_place(decay: float) -> optax.GradientTransformation:
-    """Returns optax.trace, whose momenta on a CPU are computed once for both the state and the update.
-
-    Computed for each, they would read what the other has to write, so that parameters and momenta would be copied.
-    """
-    trace = optax.trace(decay)
-
-    def update(updates, state, params=None):
-        updates, state = trace.update(updates, state, params)
-        return jax.tree.map(cpu_barrier, updates), state
-
-    return optax.GradientTransformation(trace.init, update)
 
 
 def has_decay(params):
@@ -120,28 +100,39 @@ def has_decay(params):
 def build_optimizer(
     name: str, schedules: Schedules, *, weight_decay: float, clip_norm: float, sgd_momentum: float = 0.9
 ) -> optax.GradientTransformation:
-    """Returns the chain that turns gradients into updates to add.
+    """Returns the optimiser of the students.
 
-    `sgd`: clip, coupled decay (added to the gradient), momentum, learning rate: the authors' recipe. `adamw`: clip,
-    Adam, decoupled decay, learning rate: for small data and short runs. `clip_norm` 0 switches the clip off. Raises
-    ValueError for another name.
+    Args:
+      name: "sgd" (clip, coupled decay, momentum, learning rate: the authors' recipe) or "adamw" (clip, Adam, decoupled
+        decay, learning rate: for small data and short runs).
+      schedules: of which the learning rate and the thawing of the prototypes are used.
+      weight_decay: coefficient of the decay of matrices.
+      clip_norm: largest norm of each tensor's gradient; 0 does not clip.
+      sgd_momentum: decay of the momentum of "sgd".
+
+    Raises:
+      ValueError: another name.
     """
     clip = clip_each_tensor(clip_norm) if clip_norm > 0 else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=has_decay)
     if name == "sgd":
-        body = [decay, momentum_in_place(sgd_momentum)]
+        # A momentum is both kept and applied. Computed once, it lets parameters and momenta be updated in place.
+        once = optax.stateless(lambda updates, params: jax.tree.map(materialize_on_cpu, updates))
+        body = [decay, optax.trace(sgd_momentum), once]
     elif name == "adamw":
         body = [optax.scale_by_adam(), decay]
     else:
         raise ValueError(f"unknown optimizer {name!r}: choose sgd or adamw")
-    # Behind a barrier it is computed once, not again in the update of every parameter.
-    rate = optax.scale_by_learning_rate(lambda step: cpu_barrier(schedules.learning_rate(step)))
-    chain = optax.chain(clip, *body, rate)
-    return freeze_prototypes(chain, schedules.prototypes_from)
+    rate = optax.scale_by_learning_rate(lambda step: materialize_on_cpu(schedules.learning_rate(step)))
+    return freeze_prototypes(optax.chain(clip, *body, rate), schedules.prototypes_from)
 
 
 def scaled_learning_rate(base: float, batch_size: int) -> float:
-    """Returns base·batch_size/256, the linear scaling rule; `batch_size` is the global one."""
+    """Returns base · batch_size / 256, the linear scaling rule; `batch_size` is the global one.
+
+    Raises:
+      ValueError: a base that is not positive and finite.
+    """
     if not (base > 0 and math.isfinite(base)):
         raise ValueError(f"learning rate {base}: must be positive")
     return base * batch_size / 256

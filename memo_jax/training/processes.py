@@ -7,16 +7,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # a process that was silent for so long is lost, and ends the others
-SHUTDOWN_SECONDS = 60  # how long the end of a process waits for that of the others
-LAST_WORDS_SECONDS = 5.0  # the first process, whose end is that of all, lets the others say first why they end
-# How XLA's errors begin when a peer is gone. Others, RESOURCE_EXHAUSTED say, are of this process itself.
+HEARTBEAT_SECONDS = 30  # a process silent for this long counts as lost, which ends the others
+SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others to end
+LAST_WORDS_SECONDS = 5.0  # the first process, whose end ends all, first lets the others say why they end
+TEXT_BYTES = 1000  # of an error that the first process tells the others
+# How XLA's errors begin when a peer is lost. Others, such as RESOURCE_EXHAUSTED, come from this process itself.
 LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
+
+T = TypeVar("T")
 
 
 class StopRequested(Exception):
@@ -26,17 +31,17 @@ class StopRequested(Exception):
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Connects this process with those that train with it, before anything else touches a device.
+    """Connects this process with those that train with it; to be called before anything else touches a device.
 
     Without arguments, JAX finds the others on Cloud TPU, under Slurm, Open MPI and Kubernetes.
 
     Args:
-      coordinator: host and port, on which process 0 listens.
+      coordinator: host and port on which process 0 listens.
       num_processes: how many there are.
-      process_id: which this is, from 0.
+      process_id: which one this is, from 0.
 
     Raises:
-      ValueError: the arguments are wrong, or missing where there is nothing to find them by.
+      ValueError: the arguments are wrong, or missing where nothing else tells them.
       OSError: the others cannot be reached.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
@@ -52,12 +57,12 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
             process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            # Told everything, JAX need not look around; under Slurm it would still take one device a process.
+            # Told everything, JAX need not detect anything; under Slurm it would still take one device per process.
             cluster_detection_method=None if missing else "deactivate",
         )
     except ValueError as error:
         raise ValueError(
-            f"no TPU pod, Slurm, Open MPI or Kubernetes found to join the processes by ({error}): "
+            f"found no TPU pod, Slurm, Open MPI or Kubernetes that tells the processes of each other ({error}): "
             f"give {', '.join(missing) or 'other values'}"
         ) from error
     except RuntimeError as error:
@@ -65,12 +70,12 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
 
 
 def leave() -> None:
-    """Disconnects when all is done; waits for the others, which are about to do so, too."""
+    """Disconnects when all is done; waits for the others, which are about to do the same."""
     jax.distributed.shutdown()
 
 
 def leave_at_once(status: int) -> None:
-    """Ends this process for an error that others may not have, without waiting for them: they notice and end."""
+    """Ends this process after an error that others may not have, without waiting for them: they notice and end."""
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
@@ -79,12 +84,32 @@ def leave_at_once(status: int) -> None:
 
 
 def is_of_lost_process(error: BaseException) -> bool:
-    """Whether an error of a computation tells that another process is gone."""
+    """Returns whether an error of a computation tells that another process is lost."""
     return jax.process_count() > 1 and LOST.match(str(error)) is not None
 
 
+def in_first(action: Callable[[], T]) -> T | None:
+    """Calls `action` in the first process and returns its result there, None in the others.
+
+    An OSError or ValueError of it is raised in all, so that no process waits for one that has failed.
+    """
+    if jax.process_count() == 1:
+        return action()
+    result, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except (OSError, ValueError) as error:
+            failure = error
+    text = str(failure or "").encode()[:TEXT_BYTES]
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(TEXT_BYTES, b"\0"), np.uint8))
+    if text := np.asarray(told).tobytes().rstrip(b"\0").decode(errors="replace"):
+        raise failure or OSError(text)
+    return result
+
+
 def check_agreement(values: dict[str, str]) -> None:
-    """Raises ValueError, in all processes, naming the keys whose text is not the same in all of them."""
+    """Raises ValueError, in all processes, naming the first key whose text is not the same in all of them."""
     if jax.process_count() == 1:
         return
     digests = [hashlib.sha256(value.encode()).digest()[:8] for value in values.values()]
@@ -101,8 +126,8 @@ def check_agreement(values: dict[str, str]) -> None:
 class StopRequest:
     """SIGTERM as a question that a loop asks at every step: `with StopRequest() as stop: … if stop.reached(step)`.
 
-    Among several processes the answer turns to yes at the same step in all, whichever of them the signal was sent to.
-    A process that trains alone is ended at once by a second signal.
+    With several processes the answer turns to yes at the same step in all, whichever of them the signal was sent to. A
+    second signal ends a process that trains alone at once.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -112,7 +137,7 @@ class StopRequest:
         return self
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked after every step, by all processes."""
+        """Returns whether to stop after this step; to be asked after every step, by all processes."""
         return self._asked or jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *exception) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from memo_jax import config as configs
 from memo_jax.data.banks import load_banks
-from memo_jax.features import MEL_BINS
+from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.blocks import REMATS
 from memo_jax.models.ecapa import ECAPA_FORMS
@@ -68,6 +68,8 @@ def check_ranges(config) -> None:
         raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
     if config.model.ecapa_form not in ECAPA_FORMS:
         raise ValueError(f"model.ecapa_form is {config.model.ecapa_form!r}: choose {' or '.join(ECAPA_FORMS)}")
+    if config.features.front_end not in FRONT_ENDS:
+        raise ValueError(f"features.front_end is {config.features.front_end!r}: choose one of {', '.join(FRONT_ENDS)}")
     for key in ("ecapa_remat", "resnet_remat"):
         if config.model[key] not in REMATS:
             raise ValueError(f"model.{key} is {config.model[key]!r}: choose one of {', '.join(REMATS)}")
@@ -162,7 +164,7 @@ def build_front_end(config):
     settings = {name: config.augment[name] for name in ("clean", "both", "reverb_share", "babble_from_batch")}
     settings["masked_bins"] = config.augment.masked_bins
     settings["snr_db"] = {name: tuple(config.augment[f"{name}_snr_db"]) for name in CATEGORIES}
-    return functools.partial(training_views, **settings)
+    return functools.partial(training_views, front_end=config.features.front_end, **settings)
 
 
 def load_augmentation_banks(config) -> dict[str, np.ndarray]:

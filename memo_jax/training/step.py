@@ -1,8 +1,31 @@
-"""The train step, pure and un-jitted: (state, batch) → (state, metrics)."""
+"""The train step: every student descends MeMo's objective, every teacher follows its student.
 
-from collections.abc import Callable, Sequence
+Branch b (an ECAPA-TDNN, say, or a ResNet34) has a student and a teacher of one architecture. Of V views of an utterance
+the teachers see the first W, the global crops. Let e_b(v) be the student's embedding of view v and s_b^h(v) its logits
+by head h; with a bar they are the teacher's, through which no gradient flows. The objective (`objective`) is
+
+    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b ]
+
+with, over the batch and the pairs of views,
+
+    D_bc^h = mean_{i≤W, v≠i} −⟨ softmax((s̄_c^h(i) − center_c^h) / τ_t), log softmax(s_b^h(v) / τ_s) ⟩   distillation
+    C_b    = NT-Xent of e_b and ē_b over the global views                                             contrastive
+    g      = 1 while the gate is open, then 0                                                         (gate.py)
+
+Then, with the momentum m and the student's new parameters θ_b, in this order:
+
+    θ̄_b      ← m · θ̄_b + (1 − m) · θ_b
+    center_b^h ← 0.9 · center_b^h + 0.1 · mean of the teacher's logits of this step
+
+Everything here is pure and un-jitted; `program` compiles it. The method: Jin, Tu, Mak, "Self-Supervised Learning with
+Multi-Head Multi-Mode Knowledge Distillation for Speaker Verification", Interspeech 2024.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,19 +34,26 @@ from memo_jax.models import Branch, head_part
 from memo_jax.training import losses
 from memo_jax.training.gate import GateRule, updated_gate
 from memo_jax.training.optim import Schedules
-from memo_jax.training.state import TrainState
-from memo_jax.xla.compiler import cpu_barrier
+from memo_jax.training.state import TrainState, Variables
+from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm
 
-Views = tuple[jax.Array, jax.Array]  # normalised log-mel [B, V, T, F] of the global and of the local views
+Views = tuple[jax.Array, ...]  # normalised log-mel [B, V, T, F] of the global and, where there are any, the local crops
+Metrics = dict[str, jax.Array]  # scalars by the names that metrics.jsonl uses
 
 
 class LossWeights(NamedTuple):
-    """Temperatures and weights of the losses.
+    """Temperatures and weights of the objective.
 
-    `cross` is λ; `cross_head` names the head that cross-distillation uses ("self": one head shared by both). With
-    more than two branches, λ is shared evenly by the other branches' teachers. `contrastive` multiplies NT-Xent, of
-    which `contrastive_margin` makes AM-NT-Xent.
+    Attributes:
+      student_temp: τ_s.
+      center_momentum: decay of the centres per step.
+      self: weight of self-distillation.
+      cross: λ, shared evenly by the teachers of the other branches.
+      cross_head: the head of cross-distillation; with "self", one head serves both.
+      contrastive: w, the weight of NT-Xent.
+      contrastive_temperature: of NT-Xent.
+      contrastive_margin: of AM-NT-Xent; 0 for NT-Xent.
     """
 
     student_temp: float = 0.1
@@ -37,7 +67,7 @@ class LossWeights(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What a run's steps have in common; static under jit."""
+    """What the steps of a run have in common; static under jit."""
 
     branches: dict[str, Branch]
     optimizer: optax.GradientTransformation
@@ -45,28 +75,50 @@ class Recipe(NamedTuple):
     weights: LossWeights
     gate_rule: GateRule
 
+    @property
+    def is_contrastive(self) -> bool:
+        """Whether any step may use the contrastive term."""
+        return self.gate_rule.name != "never" and self.weights.contrastive != 0
 
-def distillation_pairs(names: list[str], weights: LossWeights) -> list[tuple[str, str, str, float]]:
-    """Returns (student branch, teacher branch, head, weight): the diagonal is self-, the rest cross-distillation."""
+
+class Pair(NamedTuple):
+    """A student that learns from a teacher by a head, with the weight of this loss in the objective."""
+
+    student: str
+    teacher: str
+    head: str
+    weight: float
+
+    @property
+    def kind(self) -> str:
+        """Whether this is self- or cross-distillation."""
+        return "self" if self.student == self.teacher else "cross"
+
+
+def distillation_pairs(names: Sequence[str], weights: LossWeights) -> list[Pair]:
+    """Returns all pairs of branches whose weight is not zero: the diagonal is self-, the rest cross-distillation."""
     pairs = []
     for student in names:
         for teacher in names:
             if student == teacher:
-                pairs.append((student, teacher, "self", weights.self))
+                pairs.append(Pair(student, teacher, "self", weights.self))
             else:
-                pairs.append((student, teacher, weights.cross_head, weights.cross / (len(names) - 1)))
-    return [pair for pair in pairs if pair[3] != 0]
+                pairs.append(Pair(student, teacher, weights.cross_head, weights.cross / (len(names) - 1)))
+    return [pair for pair in pairs if pair.weight != 0]
 
 
-def train_mode(module, params, batch_stats, x: jax.Array, method: str = "__call__"):
-    """Returns what a module makes of x in train mode, and the batch statistics it has updated."""
+# The forward pass.
+
+
+def apply_in_train_mode(module: nn.Module, params, batch_stats, x: jax.Array, method: str = "__call__"):
+    """Returns a module's output for x in train mode, and its updated batch statistics."""
     out, updated = module.apply(
         {"params": params, "batch_stats": batch_stats}, x, train=True, method=method, mutable=["batch_stats"]
     )
     return out, updated["batch_stats"]
 
 
-# Rows are utterance-major, so that a batch sharded over devices stays so when views join and part.
+# Rows are utterance-major: a batch sharded over devices stays sharded when views are merged and separated again.
 def merge_views(x: jax.Array) -> jax.Array:
     """Returns [B, V, …] as rows [B·V, …]."""
     return x.reshape((-1,) + x.shape[2:])
@@ -77,39 +129,59 @@ def by_view(x: jax.Array, views: int) -> jax.Array:
     return x.reshape((-1, views) + x.shape[1:]).swapaxes(0, 1)
 
 
-def embeddings_by_view(backbone, params, batch_stats, features: jax.Array):
+def embeddings_by_view(backbone: nn.Module, params, batch_stats, features: jax.Array):
     """Returns a backbone's embeddings [V, B, D] of features [B, V, T, F], and its updated batch statistics."""
-    embeddings, batch_stats = train_mode(backbone, params, batch_stats, merge_views(features))
+    embeddings, batch_stats = apply_in_train_mode(backbone, params, batch_stats, merge_views(features))
     return by_view(embeddings, features.shape[1]), batch_stats
 
 
-def logits_by_view(head, params, batch_stats, embeddings: Sequence[jax.Array]):
-    """Returns a head's logits [V, B, K] of embeddings, each [V', B, D], and its updated batch statistics.
+def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[jax.Array]):
+    """Returns a head's logits [V, B, K] of the embeddings of each crop length, and its updated batch statistics.
 
-    The layers with batch norm run on each array in turn; all views are compared with the prototypes at once.
+    The layers with batch norm run on one crop length after the other, as the authors do; the prototypes meet all views
+    at once.
     """
     units = []
     for of_views in embeddings:
         rows = merge_views(of_views.swapaxes(0, 1))
-        of_rows, batch_stats = train_mode(head, params, batch_stats, rows, "unit_vectors")
+        of_rows, batch_stats = apply_in_train_mode(head, params, batch_stats, rows, "unit_vectors")
         units.append(by_view(of_rows, of_views.shape[0]))
     return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), batch_stats
 
 
+def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views):
+    """Returns a student's embeddings [V, B, D] of each crop length, and its updated batch statistics."""
+    embeddings = []
+    for i, features in enumerate(views):
+        embed = functools.partial(embeddings_by_view, backbone)
+        if i < len(views) - 1:
+            embed = jax.checkpoint(embed)
+        of_views, batch_stats = embed(params, batch_stats, features)
+        # One crop length after the other, and backwards in the reverse order.
+        params, of_views = materialize_on_cpu((params, of_views))
+        embeddings.append(of_views)
+    return embeddings, batch_stats
+
+
 class TeacherOutputs(NamedTuple):
-    """What a branch's teacher shows of the global views, and what its own forward pass has updated."""
+    """What a branch's teacher makes of the global views, and what its forward pass has updated."""
 
     embeddings: jax.Array  # [W, B, D]
     distributions: dict[str, jax.Array]  # {head: [W, B, K]}
-    entropies: dict[str, dict[str, jax.Array]]  # {head: those of `losses.teacher_distributions`}
+    entropies: dict[str, Metrics]  # {head: those of `losses.teacher_distributions`}
     batch_stats: dict[str, Any]
-    centers: dict[str, jax.Array]
+    centers: dict[str, jax.Array]  # {head: [K]}
 
 
 def teacher_outputs(
-    branch: Branch, variables, centers, features, temperature, center_momentum: float
+    branch: Branch,
+    variables: Variables,
+    centers: Mapping[str, jax.Array],
+    features: jax.Array,
+    temperature: jax.Array,
+    center_momentum: float,
 ) -> TeacherOutputs:
-    """Returns the lesson of a branch's teacher on features [B, W, T, F]."""
+    """Returns the outputs of a branch's teacher for features [B, W, T, F]."""
     params, stats = variables["params"], dict(variables["batch_stats"])
     embeddings, stats["backbone"] = embeddings_by_view(branch.backbone, params["backbone"], stats["backbone"], features)
     distributions, entropies, new_centers = {}, {}, {}
@@ -121,196 +193,275 @@ def teacher_outputs(
     return TeacherOutputs(embeddings, distributions, entropies, stats, new_centers)
 
 
-def contrastive_term(embeddings, teacher_embeddings, distill_grad, closed, weights: LossWeights):
-    """Returns the weighted contrastive loss, its gradient and that gradient's alignment with distillation's.
+def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict[str, TeacherOutputs]:
+    """Returns {branch: outputs of its teacher for the global views}."""
+    temperature, momentum = recipe.schedules.teacher_temp(state.step), recipe.weights.center_momentum
+    return {
+        name: teacher_outputs(branch, state.teacher[name], state.center[name], views[0], temperature, momentum)
+        for name, branch in recipe.branches.items()
+    }
 
-    All are zero once the gate has closed: then the term is skipped, not multiplied by zero.
+
+# The objective.
+
+
+def distillation_loss(
+    head_params,
+    embeddings: Sequence[jax.Array],
+    *,
+    branch: Branch,
+    batch_stats,
+    pairs: Sequence[Pair],
+    teachers: Mapping[str, TeacherOutputs],
+    temperature: float,
+):
+    """Returns the weighted distillation loss of a student by one head, and (its terms {pair: loss}, batch statistics).
+
+    Args:
+      head_params: the head's parameters.
+      embeddings: the student's, [V, B, D] for each crop length.
+      branch: of the student.
+      batch_stats: the head's batch statistics.
+      pairs: the student's pairs with this head.
+      teachers: their outputs.
+      temperature: τ_s.
+    """
+    logits, batch_stats = logits_by_view(branch.head, head_params, batch_stats, embeddings)
+    terms = {
+        pair: losses.distillation(logits, teachers[pair.teacher].distributions[pair.head], temperature)
+        for pair in pairs
+    }
+    total = sum((pair.weight * term for pair, term in terms.items()), jnp.float32(0))
+    return total, (terms, batch_stats)
+
+
+def contrastive_loss(embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights) -> jax.Array:
+    """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D]."""
+    return weights.contrastive * losses.contrastive(
+        embeddings, teacher_embeddings, weights.contrastive_temperature, weights.contrastive_margin
+    )
+
+
+def objective(students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe) -> jax.Array:
+    """Returns L, which the module's docstring writes out.
+
+    The step descends its gradient without calling it: `update_branch` cuts the backward pass at the embedding.
+
+    Args:
+      students: {branch: parameters}, the only argument that a gradient reaches.
+      state: of which everything else comes.
+      views: normalised log-mel.
+      recipe: of the run.
+    """
+    teachers, weights = all_teacher_outputs(state, views, recipe), recipe.weights
+    total = jnp.float32(0)
+    for name, branch in recipe.branches.items():
+        params, stats = students[name], state.student[name]["batch_stats"]
+        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views)
+        for head in branch.head_names:
+            pairs = [
+                p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
+            ]
+            total += distillation_loss(
+                params[head_part(head)],
+                embeddings,
+                branch=branch,
+                batch_stats=stats[head_part(head)],
+                pairs=pairs,
+                teachers=teachers,
+                temperature=weights.student_temp,
+            )[0]
+        if recipe.is_contrastive:
+            gate = 1 - state.gate.closed
+            total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights)
+    return total
+
+
+# The update.
+
+
+def contrastive_gradient(embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights):
+    """Returns the contrastive loss, its gradient at the embeddings [W, B, D], and the alignment of the two gradients.
+
+    `distillation_gradient` is that of the distillation loss at the same embeddings. Once the gate has closed, all three
+    are zero and nothing is computed: the term is skipped, not multiplied by zero.
     """
 
-    def contrast(embeddings):
-        loss = losses.contrastive(
-            embeddings, teacher_embeddings, weights.contrastive_temperature, weights.contrastive_margin
-        )
-        return weights.contrastive * loss
+    def open_gate(embeddings, distillation_gradient):
+        loss, gradient = jax.value_and_grad(contrastive_loss)(embeddings, teacher_embeddings, weights)
+        return loss, gradient, losses.alignment(gradient, distillation_gradient)
 
-    def open_gate(embeddings, distill_grad):
-        loss, gradient = jax.value_and_grad(contrast)(embeddings)
-        return loss, gradient, losses.alignment(gradient, distill_grad)
-
-    def closed_gate(embeddings, distill_grad):
+    def closed_gate(embeddings, distillation_gradient):
         return jnp.float32(0), jnp.zeros_like(embeddings), jnp.float32(0)
 
-    return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distill_grad)
+    return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distillation_gradient)
 
 
 class BranchUpdate(NamedTuple):
-    """What a step makes of a branch."""
+    """A branch after a step, and what the step reports of it."""
 
-    student: Any
-    teacher: Any
-    opt_state: Any
-    metrics: dict[str, jax.Array]
+    student: Variables
+    teacher: Variables
+    opt_state: dict[str, optax.OptState]
+    metrics: Metrics
     squared_gradient: jax.Array
 
 
 def update_branch(
-    name: str, state: TrainState, views: Views, outputs: dict[str, TeacherOutputs], recipe: Recipe
+    name: str, state: TrainState, views: Views, teachers: Mapping[str, TeacherOutputs], recipe: Recipe
 ) -> BranchUpdate:
-    """Takes a step of one branch's student and teacher.
+    """Updates one branch's student by the gradient of the objective, then its teacher.
 
-    So that little is there at a time, one crop length comes after the other, then one head after the other, and each
-    head is updated before the backbone's last backward pass. The backward pass is cut at the embedding: there the
-    gradients of both kinds of loss meet, and their cosine (which the `conflict` gate reads) comes for free.
+    The backward pass is cut at the embedding, where the gradients of both kinds of loss meet: their cosine, which the
+    `conflict` gate reads, costs nothing.
     """
     branch, weights = recipe.branches[name], recipe.weights
-    momentum = cpu_barrier(recipe.schedules.momentum(state.step))
     params, averages = state.student[name]["params"], state.teacher[name]["params"]
     stats = dict(state.student[name]["batch_stats"])
+    momentum = materialize_on_cpu(recipe.schedules.momentum(state.step))
     new_params, new_averages, new_opt_state, squares = {}, {}, {}, []
-    pairs = [pair for pair in distillation_pairs(list(recipe.branches), weights) if pair[0] == name]
-    shares = losses.shares_of_pairs([x.shape[1] for x in views])
-    embeddings, backbone_grads, distilled, metrics = [], None, {}, {}
 
-    def distill(head, head_params, embeddings, seen):
-        """Returns a head's loss on embeddings, each [V', B, D], (its terms, and its updated batch statistics)."""
-        logits, new_stats = logits_by_view(branch.head, head_params, stats[head_part(head)], embeddings)
-        terms = {
-            pair: losses.distillation(logits, outputs[pair[1]].distributions[head], weights.student_temp, seen)
-            for pair in pairs
-            if pair[2] == head
-        }
-        return sum((pair[3] * term for pair, term in terms.items()), jnp.float32(0)), (terms, new_stats)
-
-    def update(part, grads):
-        """Updates student and teacher of a part by its gradients."""
-        squares.extend(squared_norm(leaf) for leaf in jax.tree.leaves(grads))
-        updates, new_opt_state[part] = recipe.optimizer.update(grads, state.opt_state[name][part], params[part])
+    def update(part, gradient):
+        """Updates student and teacher of a part: the backbone, or a head."""
+        squares.extend(squared_norm(leaf) for leaf in jax.tree.leaves(gradient))
+        updates, new_opt_state[part] = recipe.optimizer.update(gradient, state.opt_state[name][part], params[part])
         new_params[part] = optax.apply_updates(params[part], updates)
         new_averages[part] = jax.tree.map(
             lambda t, s: momentum * t + (1 - momentum) * s, averages[part], new_params[part]
         )
 
-    for i, features in enumerate(views):
-        backbone_grads, features = cpu_barrier((backbone_grads, features))
-        of_views, backbone_vjp, stats["backbone"] = jax.vjp(
-            lambda p: embeddings_by_view(branch.backbone, p, stats["backbone"], features),  # noqa: B023
-            params["backbone"],
-            has_aux=True,
-        )
-        gradient = jnp.zeros_like(of_views)
-        for head in branch.head_names:
-            part = head_part(head)
-            gradient, of_views = cpu_barrier((gradient, of_views))
-            if i < len(views) - 1:
-                # Of these views the loss is a sum of its own. The head's gradient, as large as the prototypes, is
-                # taken later, for all views at once, at the price of a second forward pass of these through the head.
-                seen = of_views.shape[0] if i == 0 else 0
-                of_head = jax.grad(
-                    lambda x: shares[i] * distill(head, params[part], [x], seen)[0]  # noqa: B023
-                )(of_views)
-            else:
-                (_, (terms, stats[part])), (head_grads, of_head) = jax.value_and_grad(
-                    lambda p, x: distill(head, p, [*embeddings, x], views[0].shape[1]),
-                    argnums=(0, 1),  # noqa: B023
-                    has_aux=True,
-                )(params[part], of_views)
-                distilled |= terms
-                # All that is computed from parameters comes before their update, which so needs no copies of them.
-                head_grads, of_head = cpu_barrier((head_grads, of_head))
-                update(part, head_grads)
-            gradient = gradient + of_head
-        if i == 0 and recipe.gate_rule.name != "never" and weights.contrastive != 0:
-            loss, of_contrast, cosine = contrastive_term(
-                of_views, outputs[name].embeddings, gradient, state.gate.closed, weights
-            )
-            gradient = gradient + of_contrast
-            metrics |= {f"loss/contrastive/{name}": loss, f"alignment/{name}": cosine}
-        embeddings.append(of_views)
-        (of_backbone,) = backbone_vjp(gradient)
-        backbone_grads = jax.tree.map(jnp.add, backbone_grads, of_backbone) if i else of_backbone
-    update("backbone", *cpu_barrier((backbone_grads,)))
-
-    for (_, teacher, head, _), loss in distilled.items():
-        kind = "self" if teacher == name else "cross"
-        suffix = name if len(recipe.branches) <= 2 or kind == "self" else f"{name}-{teacher}"
-        entropies = outputs[teacher].entropies[head]
-        metrics |= {f"loss/{kind}/{suffix}": loss, f"kl/{kind}/{suffix}": loss - entropies["teacher_entropy"]}
-        metrics |= {f"{entropy}/{kind}/{suffix}": value for entropy, value in entropies.items()}
-    metrics[f"loss/{name}"] = sum(pair[3] * loss for pair, loss in distilled.items()) + metrics.get(
-        f"loss/contrastive/{name}", 0.0
+    embeddings, backbone_vjp, stats["backbone"] = jax.vjp(
+        lambda p: student_embeddings(branch.backbone, p, stats["backbone"], views), params["backbone"], has_aux=True
     )
-    metrics[f"embedding_std/{name}"] = losses.embedding_deviation(outputs[name].embeddings[0])
+    cotangent, terms = jax.tree.map(jnp.zeros_like, embeddings), {}
+    for head in branch.head_names:
+        part = head_part(head)
+        loss = functools.partial(
+            distillation_loss,
+            branch=branch,
+            batch_stats=stats[part],
+            pairs=[
+                p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
+            ],
+            teachers=teachers,
+            temperature=weights.student_temp,
+        )
+        (_, (of_head, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            params[part], embeddings
+        )
+        cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | of_head
+        # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is there.
+        gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
+        update(part, gradient)
+
+    contrastive = None
+    if recipe.is_contrastive:
+        loss, gradient, cosine = contrastive_gradient(
+            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights
+        )
+        contrastive = loss, cosine
+        cotangent[0] = cotangent[0] + gradient
+    (gradient,) = backbone_vjp(cotangent)
+    update("backbone", materialize_on_cpu(gradient))
     return BranchUpdate(
         {"params": new_params, "batch_stats": stats},
-        {"params": new_averages, "batch_stats": outputs[name].batch_stats},
+        {"params": new_averages, "batch_stats": teachers[name].batch_stats},
         new_opt_state,
-        metrics,
+        branch_metrics(name, terms, contrastive, teachers, several=len(recipe.branches) > 2),
         sum(squares),
     )
 
 
-def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> tuple[TrainState, dict[str, Any]]:
+def branch_metrics(
+    name: str,
+    terms: Mapping[Pair, jax.Array],
+    contrastive: tuple[jax.Array, jax.Array] | None,
+    teachers: Mapping[str, TeacherOutputs],
+    *,
+    several: bool,
+) -> Metrics:
+    """Returns what a step reports of a branch.
+
+    Args:
+      name: of the branch.
+      terms: its distillation losses, before their weights.
+      contrastive: its weighted contrastive loss and the alignment of the two gradients; None without such a term.
+      teachers: their outputs.
+      several: whether there are more than two branches, so that a cross-distillation has to be named after both.
+    """
+    metrics = {}
+    for pair, loss in terms.items():
+        suffix = f"{name}-{pair.teacher}" if several and pair.kind == "cross" else name
+        entropies = teachers[pair.teacher].entropies[pair.head]
+        metrics[f"loss/{pair.kind}/{suffix}"] = loss
+        metrics[f"kl/{pair.kind}/{suffix}"] = loss - entropies["teacher_entropy"]
+        metrics |= {f"{entropy}/{pair.kind}/{suffix}": value for entropy, value in entropies.items()}
+    metrics[f"loss/{name}"] = sum(pair.weight * loss for pair, loss in terms.items())
+    if contrastive is not None:
+        loss, cosine = contrastive
+        metrics |= {f"loss/contrastive/{name}": loss, f"alignment/{name}": cosine}
+        metrics[f"loss/{name}"] += loss
+    metrics[f"embedding_std/{name}"] = losses.embedding_deviation(teachers[name].embeddings[0])
+    return metrics
+
+
+def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> tuple[TrainState, Metrics]:
     """Takes one step on normalised log-mel features of the global and the local views.
 
-    Returns the new state and metrics, scalars by the names that metrics.jsonl uses. `gate/open` tells whether this
-    step used the contrastive term; `gate/closed_at` is −1 or the first step without it.
+    Returns:
+      The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is −1,
+      or the first step without it.
     """
     names, schedules = list(recipe.branches), recipe.schedules
-    teacher_temp = schedules.teacher_temp(state.step)
-    outputs = {
-        name: teacher_outputs(
-            branch, state.teacher[name], state.center[name], views[0], teacher_temp, recipe.weights.center_momentum
-        )
-        for name, branch in recipe.branches.items()
-    }
-    trained: dict[str, BranchUpdate] = {}
+    teachers = all_teacher_outputs(state, views, recipe)
+    updates: dict[str, BranchUpdate] = {}
     for name in names:
-        # One branch after the other, and all after the outputs, whose teachers so need no copies to be updated.
-        outputs, trained, views = cpu_barrier((outputs, trained, views))
-        trained[name] = update_branch(name, state, views, outputs, recipe)
+        # One branch after the other, and all after the teachers' forward passes: parameters are updated in place.
+        teachers, updates, views = materialize_on_cpu((teachers, updates, views))
+        updates[name] = update_branch(name, state, views, teachers, recipe)
 
-    metrics = {key: value for of_branch in trained.values() for key, value in of_branch.metrics.items()}
-    gate, contrastive = state.gate, [f"loss/contrastive/{name}" in metrics for name in names]
-    if any(contrastive):
-        means = [
+    metrics = {key: value for of_branch in updates.values() for key, value in of_branch.metrics.items()}
+    gate = state.gate
+    if recipe.is_contrastive:
+        loss, alignment = (
             jnp.stack([metrics[f"{kind}/{name}"] for name in names]).mean()
             for kind in ("loss/contrastive", "alignment")
-        ]
-        gate = updated_gate(gate, state.step, *means, recipe.gate_rule)
+        )
+        gate = updated_gate(gate, state.step, loss, alignment, recipe.gate_rule)
     new_state = TrainState(
         step=state.step + 1,
-        student={name: trained[name].student for name in names},
-        teacher={name: trained[name].teacher for name in names},
-        center={name: outputs[name].centers for name in names},
-        opt_state={name: trained[name].opt_state for name in names},
+        student={name: updates[name].student for name in names},
+        teacher={name: updates[name].teacher for name in names},
+        center={name: teachers[name].centers for name in names},
+        opt_state={name: updates[name].opt_state for name in names},
         gate=gate,
     )
     metrics |= {
         "loss": sum(metrics[f"loss/{name}"] for name in names),
         "lr": schedules.learning_rate(state.step),
         "momentum": schedules.momentum(state.step),
-        "teacher_temp": teacher_temp,
-        "gate/open": 1 - state.gate.closed.astype(jnp.int32) if any(contrastive) else jnp.int32(0),
+        "teacher_temp": schedules.teacher_temp(state.step),
+        "gate/open": 1 - state.gate.closed.astype(jnp.int32) if recipe.is_contrastive else jnp.int32(0),
         "gate/closed_at": gate.closed_at,
         "gate/loss": gate.loss,
         "gate/alignment": gate.alignment,
-        "gradient_norm": jnp.sqrt(sum(of_branch.squared_gradient for of_branch in trained.values())),
+        "gradient_norm": jnp.sqrt(sum(of_branch.squared_gradient for of_branch in updates.values())),
     }
     return new_state, metrics
 
 
 def train_step(
     state: TrainState,
-    batch: Any,
-    banks: dict[str, jax.Array],
+    batch: Mapping[str, jax.Array],
+    banks: Mapping[str, jax.Array],
     key: jax.Array,
     *,
     recipe: Recipe,
-    front_end: Callable[[jax.Array, Any, dict[str, jax.Array]], Views],
-) -> tuple[TrainState, dict[str, Any]]:
-    """Takes one step on a batch of int16 crops: augmentation, log-mel, then `train_step_on_features`.
+    front_end: Callable[[jax.Array, Any, Any], Views],
+) -> tuple[TrainState, Metrics]:
+    """Takes one step on a batch of int16 crops: the front end, then `train_step_on_features`.
 
-    Every random draw comes from `key` and the state's step, so a resumed run needs no saved generator.
+    Every random draw comes from `key` and the state's step, so that a resumed run needs no saved generator.
     """
     views = front_end(jax.random.fold_in(key, state.step), batch, banks)
     return train_step_on_features(state, views, recipe)

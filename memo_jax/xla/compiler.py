@@ -1,29 +1,52 @@
-"""How XLA's compiler is told what it does not find out by itself; mostly for CPUs, where its defaults cost most."""
+"""Compiler options and barriers: how XLA is told what it does not find out by itself, mostly on CPUs."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-
-def compiler_options(platform: str) -> dict | None:
-    """Returns the options that train steps are compiled with for a platform such as "cpu"."""
-    if platform != "cpu":
-        return None
-    return {
-        # Without the library's convolutions and sums, which XLA would use, too: it takes the gradient of a 3×3 kernel at a
-        # third of the speed of XLA's own, and copies what it reads.
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-        # This pass would drop barriers before operations are fused and what occurs twice is merged.
-        "xla_disable_hlo_passes": "cse_barrier_expander",
-        # Small operations that do not need each other then run side by side.
-        "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED",
-    }
+CPU_OPTIONS = {
+    # Products go to the library, convolutions and sums do not: it takes the gradient of a 3×3 kernel at a third of the
+    # speed of XLA's own code.
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    # This pass drops barriers before operations are fused and common subexpressions are merged.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
 
 
-def run_once_options(platform: str) -> dict | None:
-    """Returns the options for a program that runs once, which is not worth optimising."""
+def compiler_options(platform: str) -> dict[str, Any] | None:
+    """Returns the options that train steps are compiled with on a platform such as "cpu"; None for the defaults.
+
+    Options that the installed jaxlib does not have are left out.
+    """
+    return dict(_known_cpu_options()) if platform == "cpu" else None
+
+
+@functools.cache
+def _known_cpu_options() -> tuple[tuple[str, Any], ...]:
+    if _compiles_with(CPU_OPTIONS):
+        return tuple(CPU_OPTIONS.items())
+    return tuple((name, value) for name, value in CPU_OPTIONS.items() if _compiles_with({name: value}))
+
+
+def _compiles_with(options: dict[str, Any]) -> bool:
+    """Returns whether the CPU compiler accepts these options."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        program = jax.jit(lambda: 0.0).lower()
+    try:
+        program.compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        return False
+    return True
+
+
+def run_once_options(platform: str) -> dict[str, Any] | None:
+    """Returns the options for a program that runs only once; None for the defaults."""
     if platform != "cpu":
         return None
     # Optimising hundreds of small kernels takes several times as long as it saves.
@@ -31,28 +54,30 @@ def run_once_options(platform: str) -> dict | None:
 
 
 @jax.jit
-def cpu_barrier(tree):
-    """Returns a pytree of arrays; on a CPU all of it is computed, once, before what reads any of it, gradients likewise.
+def materialize_on_cpu(tree: Any) -> Any:
+    """Returns the pytree; on a CPU, all of it is computed once and held in memory before anything reads any of it.
 
-    XLA's compiler for CPUs would compute a sum of residuals, and all sums before it, again in each operation that reads
-    it. Holds in what is compiled with `compiler_options`; elsewhere it is the identity.
+    The same holds for its cotangents. XLA's CPU compiler would recompute a sum of residuals, and all sums before it, in
+    every operation that reads it. Takes effect in programs compiled with `compiler_options`; elsewhere it does nothing.
     """
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
 
 
-def gpu_barrier(x: jax.Array) -> jax.Array:
-    """Returns an array; on an Nvidia GPU it is computed before what reads it, and the gradient likewise.
+def materialize_on_gpu(x: jax.Array) -> jax.Array:
+    """Returns the array; on an Nvidia GPU, it is computed before anything reads it. The same holds for its cotangent.
 
-    XLA's compiler for GPUs aborts (JAX 0.11.2, "triton_tiling_propagation") where it would fuse a strided slice into the
-    matrix product that reads it.
+    XLA's GPU compiler aborts ("triton_tiling_propagation") where it fuses a strided slice into a product.
     """
     return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def each_device_its_rows(function):
-    """Returns a function of two arrays [N, ·] → [N, ·], of which row i needs rows i alone: each device computes its own.
+def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
+    """Returns the function, of which each device computes its own rows only.
 
-    For Fourier transforms, which XLA splits among TPUs by itself; among CPUs and GPUs each would do those of all rows.
+    XLA partitions Fourier transforms by itself on TPUs; on CPUs and GPUs each device would compute those of all rows.
+
+    Args:
+      function: maps arrays [N, A] and [N, B] to [N, C]; row i of the result depends on rows i alone.
     """
     split = custom_partitioning(function)
 

@@ -1,8 +1,8 @@
-"""Sums and maxima over many elements that CPUs, too, take in one pass over what they are of.
+"""Sums and maxima over many elements, in an order that a CPU computes in one pass over its inputs.
 
-XLA's compiler for CPUs cuts a long reduction into windows, and then writes all that goes into it, say squares or
-exponentials, to memory before. Over few rows of one axis it is made in one pass with them, and rounds less. So on a CPU
-rows are first reduced in groups, and barriers keep XLA from joining what follows with that again (`compiler.py`).
+XLA's CPU compiler cuts a long reduction into windows, and then writes everything that goes into it, such as squares or
+exponentials, to memory first. A reduction over a few rows is fused with its inputs and rounds less. On a CPU, rows are
+therefore first reduced in groups, and a barrier keeps XLA from merging the two stages again (`compiler.py`).
 """
 
 import functools
@@ -16,7 +16,7 @@ GROUP = 16  # the most rows that are reduced at once
 
 
 def _group(rows: int) -> int:
-    """Returns how many of so many rows to reduce at once, a divisor of their number."""
+    """Returns how many rows to reduce at once: the largest divisor of their number up to GROUP."""
     return max(size for size in range(1, GROUP + 1) if rows % size == 0)
 
 
@@ -42,13 +42,13 @@ def over_last_axis(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
 
 
 def logsumexp(x: jax.Array) -> jax.Array:
-    """Returns ln Σ exp x over the last axis of finite x."""
+    """Returns ln Σ exp x [...] over the last axis of finite x [..., K]."""
     largest = over_last_axis(jnp.max, x)
     return largest + jnp.log(over_last_axis(jnp.sum, jnp.exp(x - largest[..., None])))
 
 
 @jax.jit
 def squared_norm(x: jax.Array) -> jax.Array:
-    """Returns the sum of the squares of all elements, float32."""
+    """Returns the sum of the squares of all elements, a float32 scalar."""
     squares = jnp.square(x.astype(jnp.float32))
     return squares.sum() if x.ndim < 2 else sum_from_first_axis(squares.reshape(-1, x.shape[-1]), (0, 1))

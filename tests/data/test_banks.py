@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from memo_jax.data import banks
-from memo_jax.data.banks import describe_banks, load_banks
+from memo_jax.data.banks import count_recordings, load_banks
 
 RATE = 16000
 
@@ -76,7 +76,7 @@ def test_a_limit_on_memory_chooses_by_seed(tmp_path):
 
 
 def test_beyond_the_limit_every_recording_gives_rows_and_no_more_is_decoded(tmp_path, monkeypatch):
-    """Three hours-long recordings (of 40, 30 and 2 rows) and room for 12: 5, 5 and 2 rows, each one piece of its file."""
+    """Three long recordings (of 40, 30 and 2 rows) and room for 12: 5, 5 and 2 rows, each one piece of its file."""
     whole = [write(tmp_path / f"{index}.wav", noise(1600 * rows, index)) for index, rows in enumerate((40, 30, 2))]
     decoded, read = [], banks.read_audio
     monkeypatch.setattr(
@@ -153,11 +153,22 @@ def test_a_folder_of_ones_own_may_have_parts_of_any_name(tmp_path):
     assert len(load_banks(noise=tmp_path / "sounds", seconds=0.1)["noise"]) == 2
 
 
-def test_description(tmp_path):
-    write(tmp_path / "a.wav", noise(3200))
-    text = describe_banks(load_banks(noise=tmp_path, rirs=tmp_path, seconds=0.1))
-    assert text == "noise: 2 rows of 0.1 s (0.0 MB); rir: 1 rows of 0.5 s (0.0 MB)"
-    assert describe_banks({}) == "no augmentation banks"
+def test_recordings_are_counted_as_people_count_them(tmp_path):
+    """Not the rows that a long one gives."""
+    write(tmp_path / "a.wav", noise(32000))
+    write(tmp_path / "b.wav", noise(1600))
+    assert count_recordings(noise=tmp_path, rirs=tmp_path) == {"noise": 2, "rir": 2}
+    assert count_recordings() == {}
+
+
+def test_hidden_files_are_passed_over_and_counted(tmp_path, capsys):
+    """What macOS writes beside a recording has its extension, and is no sound."""
+    write(tmp_path / "a.wav", noise(1600))
+    for name in ("._a.wav", ".trash/b.wav", "__MACOSX/a.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7 no sound")
+    assert len(load_banks(noise=tmp_path, seconds=0.1)["noise"]) == 1
+    assert "passed over 3 hidden files for the noise bank, such as" in capsys.readouterr().err
 
 
 def test_folders_that_give_nothing_are_errors(tmp_path):

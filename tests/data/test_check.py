@@ -1,7 +1,9 @@
-"""`prepare --check`: a sound dataset passes, and whatever is damaged in another is named."""
+"""`prepare --check`: a sound dataset passes, and whatever is damaged in another is named, there and when it is read."""
 
+import hashlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import soundfile
 
 import tiny
 from memo_jax.data import prepare as prepare_module
+from memo_jax.data import records
+from memo_jax.data.batches import Utterances
 from memo_jax.data.check import check, check_text
 from memo_jax.data.prepare import prepare
 
@@ -98,7 +102,8 @@ def test_all_that_is_damaged_is_named_up_to_a_number(dataset):
 )
 def test_an_edited_manifest_is_named_with_what_was_edited(dataset, old, new, said):
     edit(dataset / "manifest.tsv", old, new)
-    assert said in only_problem(dataset)[1]
+    problems = check(dataset, workers=1)["problems"]
+    assert problems[0][0] == "manifest.tsv" and any(said in problem for _, problem in problems)
 
 
 def test_a_row_too_few_or_no_manifest_at_all(dataset):
@@ -119,18 +124,92 @@ def test_two_records_that_changed_places_are_found(dataset):
     assert any("utterance s0/0.wav: the record's name and speaker are 's0/2.wav'" in problem for _, problem in problems)
 
 
-def test_damaged_metadata_is_named(dataset):
+def edit_index(dataset, row, column, by):
     index = np.load(dataset / "index.npy")
-    index[3, 1] += 1_000_000
+    index[row, column] += by
     np.save(dataset / "index.npy", index)
-    assert only_problem(dataset) == ("index.npy", "missing or damaged")
-    index[3, 1] -= 1_000_000
-    np.save(dataset / "index.npy", index)
+
+
+def agree(dataset):
+    """Makes the checksums those of the files, as a bug or a forger would leave them."""
+    records._write_checksums(dataset)
+
+
+@pytest.mark.parametrize("by", [1, -1, 1_000_000, -(1 << 62)])
+def test_a_wrong_length_in_the_index_is_named(dataset, by):
+    edit_index(dataset, 3, 1, by)
+    assert only_problem(dataset) == ("index.npy", "damaged or changed")
+    agree(dataset)
+    file, problem = check(dataset, workers=1)["problems"][0]
+    assert file == "index.npy" or f"index.npy says {19_000 + by:,}" in problem
+
+
+def test_an_index_that_claims_a_terabyte_takes_no_memory(dataset):
+    path = dataset / "index.npy"
+    claimed = path.read_bytes().replace(b"(10, 3), }        ", b"(9999999999, 3), }")
+    assert len(claimed) == path.stat().st_size and claimed != path.read_bytes()
+    path.write_bytes(claimed)
+    agree(dataset)
+    assert only_problem(dataset) == ("index.npy", "does not account for the records")
+    with pytest.raises(ValueError, match="index.npy is damaged"):
+        Utterances(dataset)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json"])
+@pytest.mark.parametrize("damage", ["cut", "other", "missing"])
+def test_damaged_metadata_is_one_clear_line(dataset, name, damage):
+    path = dataset / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:40] if damage == "cut" else path.read_bytes().replace(b"1", b"2"))
+    assert (name, "missing" if damage == "missing" else "damaged or changed") in check(dataset, workers=1)["problems"]
+    status, text = tiny.here("prepare", "--check", dataset)
+    assert status == 2 and f"{name}: " in text
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{name} is (gone|damaged).*prepare the dataset again"):
+        Utterances(dataset)
+
+
+def test_a_wrong_fingerprint_with_right_checksums_is_found(dataset):
     metadata = json.loads((dataset / "metadata.json").read_text())
     (dataset / "metadata.json").write_text(json.dumps(metadata | {"fingerprint": "0" * 32}))
+    agree(dataset)
     assert "fingerprint 000" in only_problem(dataset)[1]
-    (dataset / "dataset_info.json").write_text("{")
-    assert only_problem(dataset)[0] == "dataset_info.json"
+
+
+def test_a_dataset_of_another_version_is_named(dataset):
+    (dataset / "checksums.txt").unlink()
+    assert "was not made by this version of memo-jax prepare" in only_problem(dataset)[1]
+    with pytest.raises(ValueError, match="set was not made by this version.*prepare it again"):
+        Utterances(dataset)
+
+
+def test_the_checksums_are_those_of_sha256sum(dataset):
+    for line in (dataset / "checksums.txt").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert digest == hashlib.sha256((dataset / name).read_bytes()).hexdigest()
+
+
+def test_a_shard_of_another_dataset_is_noticed_when_it_is_read(dataset, monkeypatch):
+    """A dataset of the same names and lengths, so that only the sound differs."""
+    other = dataset.parent / "other"
+    shutil.copytree(dataset.parent / "speech", other)
+    rng = np.random.default_rng(1)
+    for path in other.rglob("*.wav"):
+        length = soundfile.info(path).frames
+        soundfile.write(path, rng.integers(-9999, 9999, length).astype(np.int16), RATE)
+    prepare(other, dataset.parent / "set2", workers=1)
+    shutil.copy(shard(dataset.parent / "set2", 1), shard(dataset, 1))
+    utterances = Utterances(dataset)
+    for number in (2, 3):
+        with pytest.raises(OSError, match="record . cannot be read .it is of another utterance or dataset"):
+            utterances[number]
+    crop = np.empty(100, np.int16)
+    with pytest.raises(OSError, match="of another utterance or dataset"):
+        utterances.fill(2, [crop], [0.5])
+    assert len(utterances[1]) == RATE + 1000  # other shards are as they were
+    problems = check(dataset, workers=1)["problems"]
+    assert len(problems) == 2 and all("checksum" in problem for _, problem in problems)
 
 
 def test_what_is_no_dataset_is_an_error(tmp_path):

@@ -11,8 +11,9 @@ import pandas
 import pytest
 import soundfile
 
+import tiny
 from memo_jax.data import prepare as prepare_module
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.data.prepare import preparation_text, prepare
 from memo_jax.scoring.trials import read_trials, trial_pairs
 from recording_files import WRITERS
@@ -42,7 +43,7 @@ def files_of(folder):
 
 def test_utterances_carry_path_speaker_and_samples(speech, tmp_path):
     report = prepare(speech, tmp_path / "set", workers=1)
-    utterances = open_utterances(tmp_path / "set")
+    utterances = Utterances(tmp_path / "set")
     assert utterances.names == ["a/0.wav", "a/1.flac", "b/1.wav", "c/x/1.wav", "c/x/2.wav", "c/y/1.wav"]
     assert utterances.speakers == ["a", "a", "b", "c", "c", "c"]
     for index, name in enumerate(utterances.names):
@@ -56,7 +57,7 @@ def test_utterances_carry_path_speaker_and_samples(speech, tmp_path):
 def test_flat_folders_have_no_speakers(tmp_path):
     write_recording(tmp_path / "in" / "one.wav")
     report = prepare(tmp_path / "in", tmp_path / "set", workers=1)
-    assert open_utterances(tmp_path / "set").speakers == [""]
+    assert Utterances(tmp_path / "set").speakers == [""]
     assert report["speakers"] == 0 and "speakers" not in preparation_text(report)
 
 
@@ -64,7 +65,7 @@ def test_several_folders_make_one_dataset(tmp_path):
     write_recording(tmp_path / "one" / "b" / "1.wav")
     write_recording(tmp_path / "two" / "a" / "1.wav")
     prepare([tmp_path / "one", tmp_path / "two"], tmp_path / "set", workers=1)
-    assert open_utterances(tmp_path / "set").names == ["a/1.wav", "b/1.wav"]
+    assert Utterances(tmp_path / "set").names == ["a/1.wav", "b/1.wav"]
     write_recording(tmp_path / "two" / "b" / "1.wav")
     with pytest.raises(ValueError, match="would both be called b/1.wav"):
         prepare([tmp_path / "one", tmp_path / "two"], tmp_path / "other", workers=1)
@@ -79,7 +80,7 @@ def test_other_readers_of_tfds_open_it_without_tensorflow(speech, tmp_path):
         " len(first['samples']), 'tensorflow' in sys.modules)\n"
     )
     run = subprocess.run([sys.executable, "-c", program, tmp_path / "set"], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["a/0.wav", "a", "int16", str(len(open_utterances(tmp_path / "set")[0])), "False"]
+    assert run.stdout.split() == ["a/0.wav", "a", "int16", str(len(Utterances(tmp_path / "set")[0])), "False"]
 
 
 def test_the_result_does_not_depend_on_the_workers(speech, tmp_path, monkeypatch):
@@ -96,7 +97,7 @@ def test_shards_are_bounded_in_bytes(speech, tmp_path, monkeypatch):
     prepare(speech, tmp_path / "whole", workers=1)
     monkeypatch.setattr(prepare_module, "BYTES_PER_SHARD", 60_000)
     report = prepare(speech, tmp_path / "parts", workers=1)
-    whole, parts = open_utterances(tmp_path / "whole"), open_utterances(tmp_path / "parts")
+    whole, parts = Utterances(tmp_path / "whole"), Utterances(tmp_path / "parts")
     sizes = {
         folder: [path.stat().st_size for path in (tmp_path / folder).glob("*array_record*")]
         for folder in ("whole", "parts")
@@ -110,10 +111,10 @@ def test_labels_change_nothing_but_labels(speech, tmp_path, monkeypatch):
     """Other speakers, with names of other lengths: the same order, shards, samples and fingerprint."""
     monkeypatch.setattr(prepare_module, "BYTES_PER_SHARD", 60_000)
     prepare(speech, tmp_path / "true", workers=1)
-    true = open_utterances(tmp_path / "true")
+    true = Utterances(tmp_path / "true")
     labels = {name: f"scrambled {index * 7919}" for index, name in enumerate(true.names)}
     prepare(speech, tmp_path / "false", workers=1, speakers=labels)
-    false = open_utterances(tmp_path / "false")
+    false = Utterances(tmp_path / "false")
     assert false.speakers == list(labels.values()) != true.speakers
     assert false.names == true.names and false.fingerprint == true.fingerprint
     for left, right in zip(true, false):
@@ -162,7 +163,7 @@ def test_odd_names_rates_and_channels_are_taken(tmp_path):
     write_recording(tmp_path / "in" / "Zoë Müller" / "two words.wav", rate=48000)
     soundfile.write(tmp_path / "in" / "Zoë Müller" / "日本.flac", np.random.default_rng(0).random((8000, 2)), 8000)
     prepare(tmp_path / "in", tmp_path / "a set", workers=1)
-    utterances = open_utterances(tmp_path / "a set")
+    utterances = Utterances(tmp_path / "a set")
     assert utterances.names == ["Zoë Müller/two words.wav", "Zoë Müller/日本.flac"]
     assert [len(samples) for samples in utterances] == [RATE, RATE]
 
@@ -193,8 +194,8 @@ def test_a_missing_ffmpeg_is_told_before_the_work(tmp_path, monkeypatch, capsys)
     (tmp_path / "in" / "a" / "2.m4a").write_bytes(b"something")
     monkeypatch.setenv("PATH", str(tmp_path))
     report = prepare(tmp_path / "in", tmp_path / "set", workers=1)
-    assert "ffmpeg is missing: 1 recordings that need it, such as" in capsys.readouterr().err
-    assert report["utterances"] == 1 and report["left_out"][0][1].startswith("ffmpeg is missing: it is needed")
+    assert "ffmpeg is missing: without it, 1 recording will be left out, such as" in capsys.readouterr().err
+    assert report["utterances"] == 1 and [os.path.basename(file) for file, _ in report["left_out"]] == ["2.m4a"]
     os.unlink(tmp_path / "in" / "a" / "1.wav")
     with pytest.raises(ValueError, match="ffmpeg is missing, and all recordings need it, such as .*2.m4a: install it"):
         prepare(tmp_path / "in", tmp_path / "other", workers=1)
@@ -214,11 +215,11 @@ def test_voxceleb2_as_it_comes_serves_trial_lists_that_say_wav(tmp_path, suffix)
     archive = WRITERS[suffix](tmp_path / f"vox2{suffix}", content)
     report = prepare(archive, tmp_path / "set", workers=1)
     (tmp_path / "trials.txt").write_text(f"0 {names[0]}.wav {names[1]}.wav\n")
-    utterances = open_utterances(tmp_path / "set")
+    utterances = Utterances(tmp_path / "set")
     assert trial_pairs(read_trials(tmp_path / "trials.txt"), utterances.names).tolist() == [[0, 1]]
     assert utterances.speakers == ["id00012", "id00013"]
     assert [(file, reason.split(":")[0]) for file, reason in report["left_out"]] == [
-        (f"{archive}/dev/aac/id00013/21Uxsk56VDQ/00002.m4a", "ffmpeg failed")
+        (f"{archive}/dev/aac/id00013/21Uxsk56VDQ/00002.m4a", "truncated")
     ]
 
 
@@ -249,9 +250,9 @@ def test_existing_output_is_kept_unless_told(speech, tmp_path):
     write_recording(speech / "d" / "1.wav")
     with pytest.raises(FileExistsError, match="--overwrite"):
         prepare(speech, tmp_path / "set", workers=1)
-    assert len(open_utterances(tmp_path / "set")) == 6
+    assert len(Utterances(tmp_path / "set")) == 6
     prepare(speech, tmp_path / "set", workers=1, overwrite=True)
-    assert len(open_utterances(tmp_path / "set")) == 7
+    assert len(Utterances(tmp_path / "set")) == 7
     assert sorted(os.listdir(tmp_path)) == ["set", "speech"]
 
 
@@ -270,7 +271,7 @@ def test_only_datasets_are_ever_replaced(speech, tmp_path):
 def test_an_output_inside_the_input_is_not_an_input(speech):
     prepare(speech, speech / "set", workers=1)
     prepare(speech, speech / "set", workers=1, overwrite=True)
-    assert len(open_utterances(speech / "set")) == 6
+    assert len(Utterances(speech / "set")) == 6
 
 
 def test_an_output_that_cannot_be_created_is_named(speech, tmp_path):
@@ -298,12 +299,40 @@ def test_a_disk_that_fills_is_an_error_that_leaves_nothing(speech, tmp_path):
         [sys.executable, "-c", program, speech, tmp_path / "out" / "set"], capture_output=True, text=True, timeout=60
     )
     assert f"cannot write {tmp_path / 'out' / 'set'}: File too large" in run.stdout, run.stderr
-    assert os.listdir(tmp_path / "out") == []
+    assert os.listdir(tmp_path) == ["speech"]
 
 
 def test_what_a_killed_run_left_is_no_obstacle(speech, tmp_path):
     (tmp_path / ".set.partial").mkdir()
     (tmp_path / ".set.partial" / "task-00000-00000").write_bytes(b"half a shard")
     prepare(speech, tmp_path / "set", workers=1)
-    assert len(open_utterances(tmp_path / "set")) == 6
+    assert len(Utterances(tmp_path / "set")) == 6
+    assert sorted(os.listdir(tmp_path)) == ["set", "speech"]
+
+
+def test_a_channel_can_be_chosen(tmp_path):
+    """Of two channels that cancel in their mean, one; and a recording without that channel is left out by name."""
+    left = write_recording(tmp_path / "in" / "a" / "mono.wav", seed=1)
+    soundfile.write(tmp_path / "in" / "a" / "two.wav", np.stack([left, -left], axis=1), RATE)
+    status, text = tiny.here("prepare", "--input", tmp_path / "in", "--output", tmp_path / "mean", "--workers", "1")
+    assert status == 0 and "1 utterance, 1 speaker, 0.00 hours, 1 shard\nleft out 1 file (1 × " in text
+    status, _ = tiny.here(
+        *("prepare", "--input", tmp_path / "in", "--output", tmp_path / "second", "--workers", "1", "--channel", "2")
+    )
+    assert status == 0 and Utterances(tmp_path / "second").names == ["a/two.wav"]
+    np.testing.assert_array_equal(Utterances(tmp_path / "second")[0], -left)
+    assert "mono.wav\tno channel 2: it has 1" in (tmp_path / "second" / "left_out.tsv").read_text()
+    status, text = tiny.here("prepare", "--input", "x", "--output", "y", "--channel", "left")
+    assert status == 2 and "channel 'left': expected mean, or a number from 1" in text
+
+
+def test_two_at_once_end_with_one_dataset_and_one_refusal(speech, tmp_path):
+    command = ["prepare", "--input", speech, "--output", tmp_path / "set", "--workers", "1"]
+    command = [sys.executable, "-m", "memo_jax", *map(str, command)]
+    both = [subprocess.Popen(command, env=tiny.environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2]
+    refused = errors[0 if both[0].returncode else 1]
+    assert "set is in use by process" in refused or "set exists already" in refused
+    assert len(Utterances(tmp_path / "set")) == 6
     assert sorted(os.listdir(tmp_path)) == ["set", "speech"]

@@ -12,6 +12,7 @@ import pytest
 
 import tiny
 from memo_jax.audio import AudioError
+from memo_jax.data import recordings as recordings_module
 from memo_jax.data.recordings import Kind, find_recordings, input_kind, read_recording
 from recording_files import WRITERS, audio_bytes, noise, write_files, write_tar, write_zip
 
@@ -114,18 +115,6 @@ def test_what_is_damaged_in_an_archive_is_an_error_of_its_member(tmp_path):
         read_recording(recordings[0], max_seconds=9)
 
 
-def test_a_zip_that_lies_about_a_size_takes_no_memory(tmp_path):
-    """A hundred megabytes of zeros that are said to be 1,000 bytes."""
-    path = write_zip(tmp_path / "in.zip", {"bomb.wav": bytes(100_000_000)})
-    (item,), _ = find_recordings([path])
-    item = item._replace(extent=item.extent._replace(size=1000))
-    with pytest.raises(AudioError, match="wrong checksum"):
-        read_recording(item, max_seconds=9)
-    item = item._replace(extent=item.extent._replace(size=3 << 30))
-    with pytest.raises(AudioError, match="too large to be read from an archive"):
-        read_recording(item, max_seconds=9)
-
-
 def test_links_and_encrypted_members_are_named(tmp_path):
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         info = tarfile.TarInfo("link.wav")
@@ -140,15 +129,6 @@ def test_links_and_encrypted_members_are_named(tmp_path):
         "a link in its archive",
         "encrypted in its archive",
     ]
-
-
-def test_an_end_mark_in_the_middle_of_a_tar_is_an_error(tmp_path):
-    """What follows it would be lost without a word, as when two tars are concatenated."""
-    content = {f"{index}.wav": audio_bytes(noise(20, index)) for index in range(3)}
-    one = write_tar(tmp_path / "one.tar", content).read_bytes()
-    (tmp_path / "two.tar").write_bytes(one + one)
-    with pytest.raises(ValueError, match="its end mark is at byte"):
-        find_recordings([tmp_path / "two.tar"])
 
 
 def test_no_archive_is_named(tmp_path):
@@ -217,6 +197,180 @@ def test_commands_of_kaldi_run_only_when_told(tmp_path):
         read_recording(bad, max_seconds=9)
 
 
+def test_no_line_of_a_wav_scp_is_a_command_unless_kaldi_says_so(tmp_path, monkeypatch):
+    """A kind of source is no value that a path can spell: these lines name files, which do not exist."""
+    monkeypatch.chdir(tmp_path)
+    lines = ["u1 |/touch ran", "u2 |touch ran", "u3 | /touch ran", "u4 tfds:x/0", "u5 tfds:librispeech:test/0"]
+    for run_commands in (False, True):
+        recordings, _ = find_recordings([kaldi_folder(tmp_path / "data", wav_scp=lines)], run_commands=run_commands)
+        assert len(recordings) == 5
+        for item in recordings:
+            with pytest.raises(AudioError, match="no such file"):
+                read_recording(item)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folders_and_archives_may_have_any_name(tmp_path, monkeypatch):
+    """Names that stood for something else once: those of commands, TFDS, and names like options or URLs."""
+    monkeypatch.chdir(tmp_path)
+    for number, folder in enumerate(("|", "tfds:x", "-rf", "a b", "http:", "x.zip", "$(touch ran)")):
+        write_files(tmp_path / folder, {f"{number}/touch ran.wav": None})
+        (item,) = find_recordings([folder])[0]
+        assert (item.kind, item.name) == (Kind.FILE, f"{number}/touch ran.wav")
+        assert len(read_recording(item)) == len(noise())
+    path = write_tar(tmp_path / "|.tar", {"|/a.wav": audio_bytes(noise()), "tfds:x/0/a.wav": audio_bytes(noise())})
+    recordings, _ = find_recordings([path])
+    assert {item.kind for item in recordings} == {Kind.MEMBER}
+    assert [len(read_recording(item)) for item in recordings] == [len(noise())] * 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_an_identifier(tmp_path):
+    write_files(tmp_path, {"one.wav": None})
+    folder = kaldi_folder(
+        tmp_path / "data",
+        wav_scp=[f"\ufeffu1 {tmp_path}/one.wav"],
+        utt2spk=["\ufeffu1-a anna", "u1-b bert"],
+        segments=["\ufeffu1-a u1 0 0.2", "u1-b u1 0.2 0.5"],
+    )
+    assert named(find_recordings([folder])[0]) == [("u1-a", "anna"), ("u1-b", "bert")]
+    (tmp_path / "data" / "shards.list").write_text("\ufeff../in.tar\n")
+    write_tar(tmp_path / "in.tar", {"a/1.wav": audio_bytes(noise())})
+    assert named(find_recordings([tmp_path / "data" / "shards.list"])[0]) == [("a/1.wav", "a")]
+
+
+def test_a_utt2spk_of_other_utterances_is_an_error_and_gaps_are_told(tmp_path, capsys):
+    lines = [f"u{number} {number}.wav" for number in range(3)]
+    folder = kaldi_folder(tmp_path / "data", wav_scp=lines, utt2spk=["x0 anna", "x1 bert"])
+    with pytest.raises(ValueError, match="utt2spk: no speaker for any of the 3 utterances, .* 'u0' .it has 'x0'"):
+        find_recordings([folder])
+    (folder / "utt2spk").write_text("u1 bert\nx1 anna\n")
+    assert named(find_recordings([folder])[0]) == [("u0", ""), ("u1", "bert"), ("u2", "")]
+    assert "utt2spk: no speaker for 2 of 3 utterances, such as 'u0'" in capsys.readouterr().err
+    (folder / "segments").write_text("u1-a u1 0 1\nu2-a u2 0 1\n")  # and the speaker of a whole recording
+    assert named(find_recordings([folder])[0]) == [("u1-a", "bert"), ("u2-a", "")]
+
+
+def test_forms_of_kaldi_paths(tmp_path, monkeypatch):
+    """Blanks of Unicode and bytes that are no UTF-8 are parts of a path; an offset leads into an ark."""
+    monkeypatch.chdir(tmp_path)
+    odd = os.fsdecode(b"M\xfcller.wav")
+    write_files(tmp_path, {"no\u00a0break\u3000space.wav": None, odd: None, "one.wav:7": None, "a  b.wav": None})
+    waves = [audio_bytes(noise(seed=number)) for number in range(2)]
+    (tmp_path / "x.ark").write_bytes(b"u1 " + waves[0] + b"u2 " + waves[1])
+    folder = kaldi_folder(tmp_path / "data")
+    lines = [
+        "1 no\u00a0break\u3000space.wav\r",
+        f"2 {odd}",
+        "3\tone.wav:7",
+        "4 x.ark:3",
+        f"5 x.ark:{6 + len(waves[0])}",
+    ]
+    (folder / "wav.scp").write_text("\n".join([*lines, "6 x.ark:4", "7 a  b.wav "]) + "\n", errors="surrogateescape")
+    recordings, _ = find_recordings([folder])
+    for item, seed in zip(recordings, (0, 1, 2, 0, 1, None, 3)):
+        if seed is None:
+            with pytest.raises(AudioError, match="x.ark:4: no wav at byte 4 of the ark"):
+                read_recording(item)
+        else:
+            np.testing.assert_array_equal(read_recording(item), noise(seed=seed))
+    (folder / "wav.scp").write_bytes(b"M\xfcller a.wav\n")
+    with pytest.raises(ValueError, match="wav.scp, line 1: not UTF-8 text"):
+        find_recordings([folder])
+
+
+def test_channels_of_kaldi_segments(tmp_path):
+    """The fifth field counts from 0, and comes before the channel that is asked for."""
+    left, right = noise(1.0, 0), noise(1.0, 1)
+    write_files(tmp_path, {"two.wav": audio_bytes(np.stack([left, right], axis=1))})
+    segments = ["a r 0 1 0", "b r 0.5 -1 1", "c r 0 1", "d r 0 1 2"]
+    folder = kaldi_folder(tmp_path / "data", wav_scp=[f"r {tmp_path}/two.wav"], segments=segments)
+    first, second, third, missing = find_recordings([folder])[0]
+    np.testing.assert_array_equal(read_recording(first, channel=2), left)
+    np.testing.assert_array_equal(read_recording(second), right[8000:])
+    np.testing.assert_array_equal(read_recording(third, channel=2), right)
+    assert not np.array_equal(read_recording(third), right)
+    with pytest.raises(AudioError, match="no channel 3: it has 2"):
+        read_recording(missing)
+
+
+def test_a_command_with_too_much_output_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings_module, "LARGEST_MEMBER", 1 << 20)
+    folder = kaldi_folder(tmp_path / "data", wav_scp=["u yes |", "v yes error >&2; exit 1 |"])
+    (folder / "wav.scp").write_text("u yes |\nv head -c 300000 /dev/zero >&2; exit 1 |\n")
+    endless, noisy = find_recordings([folder], run_commands=True)[0]
+    with pytest.raises(AudioError, match="command failed: more than 0.0 GB of output"):
+        read_recording(endless)
+    with pytest.raises(AudioError, match="command failed: status 1"):
+        read_recording(noisy)
+
+
+HIDDEN = ("._a.wav", "s1/._1.wav", ".trash/s1/1.wav", "__MACOSX/s1/._1.wav", "s1/.DS_Store")
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip", ".tar", ".tar.gz"])
+def test_hidden_files_are_left_out_and_listed(tmp_path, suffix):
+    """As macOS writes them beside recordings: they are called like recordings and hold none."""
+    content = {"s1/1.wav": audio_bytes(noise()), "s2/1.wav": audio_bytes(noise())} | dict.fromkeys(HIDDEN, b"\0\5\x16")
+    path = WRITERS[suffix](tmp_path / f"in{suffix}", content) if suffix else write_files(tmp_path / "in", content)
+    recordings, left_out = find_recordings([path])
+    assert named(recordings) == [("s1/1.wav", "s1"), ("s2/1.wav", "s2")]
+    assert left_out == sorted((f"{path}/{name}", "hidden file") for name in HIDDEN)
+    nested = write_files(tmp_path / ".cache" / "corpus", {"a/1.wav": None})  # the input itself may be hidden
+    assert named(find_recordings([nested])[0]) == [("a/1.wav", "a")]
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
+def test_the_archive_of_a_folder_gives_what_the_folder_gives(tmp_path, suffix):
+    content = {f"s{number}/x/{number}.wav": audio_bytes(noise()) for number in range(3)} | {
+        "flat.wav": audio_bytes(noise())
+    }
+    expected = named(find_recordings([write_files(tmp_path / "corpus", content)])[0])
+    packed = {f"corpus/{name}": data for name, data in content.items()} | {"README.md": b"text"}
+    path = WRITERS[suffix](tmp_path / f"in{suffix}", packed)
+    recordings, _ = find_recordings([path])
+    assert sorted(named(recordings)) == expected and {speaker for _, speaker in expected} == {"s0", "s1", "s2", ""}
+    assert all(item.source == f"{path}/corpus/{item.name}" for item in recordings)
+    assert sorted(named(find_recordings([path / "corpus"])[0])) == expected
+    path = WRITERS[suffix](tmp_path / f"vox{suffix}", {"id10270/v/1.wav": audio_bytes(noise())})
+    assert named(find_recordings([path])[0]) == [("id10270/v/1.wav", "id10270")]
+    # A folder of recordings alone may be a speaker, of whom each has an archive.
+    path = WRITERS[suffix](
+        tmp_path / f"s1{suffix}", {"s1/1.wav": audio_bytes(noise()), "s1/2.wav": audio_bytes(noise())}
+    )
+    assert named(find_recordings([path])[0]) == [("s1/1.wav", "s1"), ("s1/2.wav", "s1")]
+
+
+@pytest.mark.parametrize("suffix", ["", ".zip", ".tar", ".tar.gz"])
+def test_every_file_is_a_recording_or_listed(tmp_path, suffix):
+    """Names that a file system allows: not UTF-8, with line breaks and tabs."""
+    odd = {os.fsdecode(b"a/M\xfcller.wav"): "not valid UTF-8", "a/new\nline.wav": "line break", "a/tab\t.wav": "a tab"}
+    good = {"a/'quoted' \"x\" $(y) `z`.wav": None, "a/-v.wav": None, "a/b:c.wav": None, "a/日本 \u2028.wav": None}
+    content = dict.fromkeys([*odd, *good], audio_bytes(noise()))
+    if suffix == ".zip":  # Python writes UTF-8 only
+        content.pop(next(iter(odd)))
+    path = WRITERS[suffix](tmp_path / f"in{suffix}", content) if suffix else write_files(tmp_path / "in", content)
+    recordings, left_out = find_recordings([path])
+    assert {item.name for item in recordings} == set(good)
+    assert len(recordings) + len(left_out) == len(content)
+    for source, reason in left_out:
+        assert reason.startswith("odd name") and odd[source.removeprefix(f"{path}/")] in reason
+    if suffix != ".tar.gz":
+        assert all(len(read_recording(item)) == len(noise()) for item in recordings)
+
+
+def test_members_of_a_zip_that_cannot_be_read_are_listed(tmp_path):
+    path = write_zip(tmp_path / "in.zip", {"a/1.wav": audio_bytes(noise())}, zipfile.ZIP_BZIP2)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/2.wav", audio_bytes(noise()))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/3.wav", audio_bytes(noise()))
+    recordings, left_out = find_recordings([path])
+    assert named(recordings) == [("a/3.wav", "a")]
+    reason = "compressed in an unusual way: unpack the archive"
+    assert left_out == [(f"{path}/a/1.wav", reason), (f"{path}/a/2.wav", reason)]
+
+
 @pytest.mark.parametrize(
     "files, message",
     [
@@ -232,6 +386,10 @@ def test_commands_of_kaldi_run_only_when_told(tmp_path):
             "segments, line 1: expected 'utterance recording begin end'",
         ),
         ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 2 1"]}, "segments, line 1: expected"),
+        ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 nan"]}, "segments, line 1: expected"),
+        ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 left"]}, "segments, line 1: expected .*channel"),
+        ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 -1"]}, "segments, line 1: expected .*channel"),
+        ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 0 0"]}, "segments, line 1: expected .*channel"),
     ],
 )
 def test_wrong_kaldi_files_are_named_with_their_line(tmp_path, files, message):
@@ -279,6 +437,22 @@ def test_inputs_of_all_kinds_mix_and_names_must_differ(tmp_path):
     write_zip(tmp_path / "same.zip", {"a/1.wav": audio_bytes(noise())})
     with pytest.raises(ValueError, match="folder/a/1.wav and .*same.zip/a/1.wav would both be called a/1.wav"):
         find_recordings([*inputs, tmp_path / "same.zip"])
+
+
+def test_a_member_that_is_there_twice_is_an_error_that_says_so(tmp_path):
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        for _ in range(2):
+            info = tarfile.TarInfo("a/1.wav")
+            tar.addfile(info)
+    with pytest.raises(ValueError, match="in.tar/a/1.wav is there twice"):
+        find_recordings([tmp_path / "in.tar"])
+
+
+def test_no_name_leads_out_of_an_archive(tmp_path):
+    path = write_tar(
+        tmp_path / "in.tar", {"../../etc/1.wav": audio_bytes(noise()), "/a/../b/2.wav": audio_bytes(noise())}
+    )
+    assert named(find_recordings([path])[0]) == [("b/2.wav", "b"), ("etc/1.wav", "etc")]
 
 
 def test_the_benchmark_of_listing_runs():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tensorflow_datasets.proto import tf_example_pb2
 
 from memo_jax.data import records
-from memo_jax.data.batches import open_utterances, training_batches
+from memo_jax.data.batches import Utterances, training_batches
 from memo_jax.data.records import Shards, ShardWriter, samples_of, serialized, write_metadata
 
 LENGTHS = (700, 1000, 1001, 4321, 1, 2999)  # in segments of 1000 samples: 1, 1, 2, 5, 1, 3
@@ -38,7 +38,7 @@ def dataset(tmp_path_factory):
 
 
 def test_utterances_come_whole_out_of_segments(dataset):
-    utterances = open_utterances(dataset)
+    utterances = Utterances(dataset)
     assert utterances.lengths.tolist() == list(LENGTHS)
     for number, samples in enumerate(utterances):
         np.testing.assert_array_equal(samples, utterance(number))
@@ -83,7 +83,7 @@ def test_the_parser_agrees_with_protobuf(data):
 
 def test_damaged_records_are_refused_and_nothing_else_happens():
     """Cut anywhere, or with changed bytes: a ValueError, or samples when the damage is elsewhere in the record."""
-    record = serialized("a name", "a speaker", 5, np.arange(300, dtype=np.int16))
+    record = serialized("0123456789abcdef", "a name", "a speaker", 5, np.arange(300, dtype=np.int16))
     rng = random.Random(0)
     assert samples_of(record).tolist() == list(range(300))
     for size in range(len(record) - 1):
@@ -100,7 +100,7 @@ def test_damaged_records_are_refused_and_nothing_else_happens():
 
 
 def test_a_crop_reads_only_the_segments_it_touches(dataset, monkeypatch):
-    utterances, read = open_utterances(dataset), []
+    utterances, read = Utterances(dataset), []
     segments = Shards.segments
     monkeypatch.setattr(Shards, "segments", lambda self, *what: read.append(what) or segments(self, *what))
     for place, size, touched in (
@@ -160,7 +160,7 @@ def test_what_is_no_dataset_of_ours_is_named(dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match="index.npy is gone"):
         Shards(copy)
     shutil.copy(dataset / records.INDEX, copy)
-    (copy / "metadata.json").write_text("{}")
+    (copy / records.CHECKSUMS).unlink()
     with pytest.raises(ValueError, match="prepare it again"):
         Shards(copy)
 
@@ -170,5 +170,8 @@ def test_records_of_another_length_than_the_index_says_are_named(dataset, tmp_pa
     index = np.load(copy / records.INDEX)
     index[3, 1] += 100
     np.save(copy / records.INDEX, index)
+    with pytest.raises(ValueError, match="index.npy is damaged or was changed: restore the file"):
+        Utterances(copy)
+    records._write_checksums(copy)
     with pytest.raises(OSError, match=r"00001-of-00002: record 4 cannot be read \(321 samples, 421 expected\)"):
-        open_utterances(copy)[3]
+        Utterances(copy)[3]

@@ -3,16 +3,20 @@
 Making and reading one needs TensorFlow: `make test-tfds` runs this file where the extra `tfds` is installed.
 """
 
+import functools
 import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import tiny
-from memo_jax.data.batches import open_utterances
+from memo_jax.audio import AudioError
+from memo_jax.data import tfds_audio
+from memo_jax.data.batches import Utterances
 
 needs_tensorflow = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None, reason="TensorFlow is not installed: make test-tfds"
@@ -85,8 +89,8 @@ def test_examples_become_utterances(data_dir, tmp_path):
             f"--output={tmp_path / output}",
             f"--workers={workers}",
         )
-        assert done.returncode == 0 and "left out 1 files (1 × shorter than 0.5 s)" in done.stdout, done.stderr
-    utterances = open_utterances(tmp_path / "one")
+        assert done.returncode == 0 and "left out 1 file (1 × shorter than 0.5 s)" in done.stdout, done.stderr
+    utterances = Utterances(tmp_path / "one")
     assert sorted(utterances.names) == [f"train-{9 - number}" for number in range(3, -1, -1)]
     for name, speaker, samples in zip(utterances.names, utterances.speakers, utterances):
         number = 9 - int(name[-1])
@@ -102,9 +106,34 @@ def test_other_rates_channels_and_types_are_converted(data_dir, tmp_path):
     from memo_jax.data.tfds_audio import TfdsInput
 
     prepare([TfdsInput("nameless:test", str(data_dir))], tmp_path / "set", workers=1)
-    utterances = open_utterances(tmp_path / "set")
+    utterances = Utterances(tmp_path / "set")
     assert utterances.names == [f"test/{number:08d}" for number in range(3)] and utterances.speakers == [""] * 3
     assert [len(samples) for samples in utterances] == [16000] * 3
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.float32])
+def test_samples_of_any_type_and_number_of_channels(monkeypatch, kind):
+    """As TFDS gives them: 16-bit samples in wider integers, or floats. Needs no TensorFlow: there is no dataset."""
+    scale = 1 if kind is np.int64 else 32768
+    mono = np.random.default_rng(0).integers(-9999, 9999, 16000)
+    examples = [mono, np.stack([mono, mono[::-1]], axis=1), mono[:0], np.tile(mono, 3)]
+    feature = SimpleNamespace(sample_rate=16000)
+    builder = SimpleNamespace(info=SimpleNamespace(features={"audio": feature}))
+    monkeypatch.setattr(tfds_audio, "_opened", lambda text: (None, builder, "train", "audio"))
+    monkeypatch.setattr(
+        tfds_audio, "_walk", lambda text: lambda number: {"audio": (examples[number] / scale).astype(kind)}
+    )
+    read = functools.partial(tfds_audio.read_example, "tfds:made", max_seconds=2)
+    np.testing.assert_array_equal(read(0), mono)
+    np.testing.assert_array_equal(read(1, channel=2), mono[::-1])
+    np.testing.assert_allclose(read(1), (mono + mono[::-1]) / 2, atol=1)
+    for number, message in ((2, "no samples"), (3, "longer than 2 s")):
+        with pytest.raises(AudioError, match=f"tfds:made/{number}: {message}"):
+            read(number)
+    if kind is np.int64:
+        examples[0] = mono + 70_000
+        with pytest.raises(AudioError, match="integer samples beyond 16 bits"):
+            read(0)
 
 
 @needs_tensorflow

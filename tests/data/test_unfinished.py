@@ -15,9 +15,11 @@ import soundfile
 import tiny
 from memo_jax.data import prepare as prepare_module
 from memo_jax.data import records
-from memo_jax.data.batches import open_utterances
+from memo_jax.data.batches import Utterances
 from memo_jax.data.prepare import prepare
-from memo_jax.data.unfinished import Unfinished
+from memo_jax.data.recordings import Kind
+from memo_jax.data.unfinished import PLAN, Unfinished
+from memo_jax.locks import LockedError, exclusive
 from recording_files import WRITERS
 
 RATE, COUNT, PER_PART = 16000, 24, 3
@@ -87,7 +89,7 @@ def test_killed_processes_leave_whole_parts_from_which_the_same_command_goes_on(
     )
     output = tmp_path / "set"
     program = (
-        "import sys; from memo_jax import prepare\n"
+        "import sys; from memo_jax.data import prepare\n"
         f"prepare.RECORDINGS_PER_SHARD = {PER_PART}\n"
         "if __name__ == '__main__': prepare.prepare(sys.argv[1], sys.argv[2], workers=2, run_commands=True)\n"
     )
@@ -118,9 +120,7 @@ def test_killed_processes_leave_whole_parts_from_which_the_same_command_goes_on(
     }
     again, report = read_again(monkeypatch, slow, output, run_commands=True)
     assert again == COUNT - PER_PART * len(done) and report["utterances"] == COUNT
-    assert (
-        f"going on where an earlier run ended: {PER_PART * len(done)} of {COUNT} recordings" in capfd.readouterr().err
-    )
+    assert f"continuing an earlier run: {PER_PART * len(done)} of {COUNT} recordings" in capfd.readouterr().err
     kept = {path.stat().st_ino: path.stat().st_mtime_ns for path in output.glob("*array_record*")}
     assert shards.items() <= kept.items()  # not written again
     prepare(slow, tmp_path / "whole", workers=1, run_commands=True)
@@ -184,16 +184,16 @@ def test_another_command_is_refused_and_starts_over_when_told(speech, tmp_path, 
     assert parts_of(tmp_path / "set") == before
     report = prepare(speech / "s0", tmp_path / "set", workers=1, overwrite=True)
     assert "starting" in capsys.readouterr().err and report["utterances"] == 6
-    assert open_utterances(tmp_path / "set").names == sorted(path.name for path in (speech / "s0").iterdir())
+    assert Utterances(tmp_path / "set").names == sorted(path.name for path in (speech / "s0").iterdir())
     assert not (tmp_path / ".set.partial").exists()
 
 
 def test_overwriting_goes_on_too_and_the_earlier_dataset_stays_until_the_end(speech, tmp_path, monkeypatch):
     prepare(speech / "s1", tmp_path / "set", workers=1)
     interrupted(monkeypatch, speech, tmp_path / "set", 10, overwrite=True)
-    assert len(open_utterances(tmp_path / "set")) == 6
+    assert len(Utterances(tmp_path / "set")) == 6
     again, _ = read_again(monkeypatch, speech, tmp_path / "set", overwrite=True)
-    assert again == COUNT - 9 and len(open_utterances(tmp_path / "set")) == COUNT
+    assert again == COUNT - 9 and len(Utterances(tmp_path / "set")) == COUNT
 
 
 def test_files_that_came_or_went_between_are_told(speech, tmp_path, monkeypatch, capsys):
@@ -203,13 +203,13 @@ def test_files_that_came_or_went_between_are_told(speech, tmp_path, monkeypatch,
     (speech / "s0" / "0.wav").unlink()  # was done
     (speech / "s3" / "23.wav").unlink()  # was not
     report = prepare(speech, tmp_path / "set", workers=1)
-    names = open_utterances(tmp_path / "set").names
+    names = Utterances(tmp_path / "set").names
     assert len(names) == COUNT - 1 and "s0/0.wav" in names and "s0/00.wav" not in names
     assert report["left_out"] == [
-        (str(speech / "s0" / "00.wav"), "came late: after the dataset was begun"),
+        (str(speech / "s0" / "00.wav"), "added too late: after the dataset was begun"),
         (str(speech / "s3" / "23.wav"), "no such file"),
     ]
-    assert "1 recordings came since" in capsys.readouterr().err
+    assert "left out 1 recording that came after" in capsys.readouterr().err
 
 
 def test_an_input_that_goes_away_ends_the_work_and_leaves_out_nothing(speech, tmp_path, monkeypatch):
@@ -222,7 +222,7 @@ def test_an_input_that_goes_away_ends_the_work_and_leaves_out_nothing(speech, tm
         return read(item, **options)
 
     monkeypatch.setattr(prepare_module, "read_recording", read_and_lose)
-    with pytest.raises(ValueError, match="speech is gone: bring it back"):
+    with pytest.raises(ValueError, match="speech is no longer there: make it available"):
         prepare(speech, tmp_path / "set", workers=1)
     monkeypatch.setattr(prepare_module, "read_recording", read)
     with pytest.raises(FileNotFoundError, match="speech: no such folder"):
@@ -244,11 +244,8 @@ def test_an_archive_that_changed_between_is_refused(speech, tmp_path, monkeypatc
 
 def test_two_at_once_do_not_write_the_same_dataset(speech, tmp_path, monkeypatch):
     interrupted(monkeypatch, speech, tmp_path / "set", 10)
-    owner = Unfinished(tmp_path / "set")
-    owner.claim()
-    with pytest.raises(BlockingIOError, match="another process is preparing this dataset"):
+    with exclusive(tmp_path / "set"), pytest.raises(LockedError, match="set is in use by process"):
         prepare(speech, tmp_path / "set", workers=1)
-    owner.release()
     assert prepare(speech, tmp_path / "set", workers=1)["utterances"] == COUNT
 
 
@@ -271,3 +268,115 @@ def test_a_disk_that_fills_keeps_what_is_done(speech, tmp_path, monkeypatch):
         assert files_of(folder / "set") == files_of(tmp_path / "whole")
     finally:
         subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(speech, tmp_path, monkeypatch):
+    """Whoever made it, and whatever is in it; the work is kept until it has been moved away."""
+    read = prepare_module.read_recording
+
+    def read_and_appear(item, **options):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / "thesis.tex").write_text("years of work")
+        return read(item, **options)
+
+    for overwrite in (False, True):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(FileExistsError, match="set appeared while it was being prepared"),
+        ):
+            patch.setattr(prepare_module, "read_recording", read_and_appear)
+            prepare(speech, tmp_path / "set", workers=1, overwrite=overwrite)
+        assert os.listdir(tmp_path / "set") == ["thesis.tex"]
+        if not overwrite:
+            os.rename(tmp_path / "set", tmp_path / "away")
+            again, report = read_again(monkeypatch, speech, tmp_path / "set")
+            assert again == 0 and report["utterances"] == COUNT
+            shutil.rmtree(tmp_path / "set")
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_ended_after_the_dataset_was_in_its_place_the_same_command_is_done(
+    speech, tmp_path, monkeypatch, capsys, after
+):
+    """Killed while it removed what it had kept: that is all that is left to do, and the report is the same."""
+    whole = prepare(speech, tmp_path / "whole", workers=1)
+    discard = prepare_module.Unfinished.discard
+
+    def dying(self):
+        unlink, calls = os.unlink, []
+
+        def failing(*given, **named):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            unlink(*given, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", failing)
+            discard(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module.Unfinished, "discard", dying)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(speech, tmp_path / "set", workers=1)
+    with pytest.raises(FileExistsError, match="set exists already"):
+        prepare(speech / "s0", tmp_path / "set", workers=1)
+    again, report = read_again(monkeypatch, speech, tmp_path / "set")
+    assert again == 0 and report | {"output": ""} == whole | {"output": ""}
+    assert "set was already finished" in capsys.readouterr().err
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["set", "speech", "whole"]
+    with pytest.raises(FileExistsError, match="set exists already"):
+        prepare(speech, tmp_path / "set", workers=1)
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_overwriting_that_ends_between_its_two_renames_loses_neither_dataset(speech, tmp_path, monkeypatch, renames):
+    prepare(speech / "s1", tmp_path / "set", workers=1)
+    before = files_of(tmp_path / "set")
+    rename = os.rename
+
+    def failing(old, new):
+        if "set" in (os.path.basename(old), os.path.basename(new)):
+            if failing.left == 0:
+                raise OSError(5, "Input/output error")
+            failing.left -= 1
+        rename(old, new)
+
+    failing.left = renames
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        with pytest.raises(OSError, match="cannot write .*set: Input/output error; what is done is kept"):
+            prepare(speech, tmp_path / "set", workers=1, overwrite=True)
+    if renames == 0:
+        assert files_of(tmp_path / "set") == before
+    with pytest.raises(FileExistsError, match="set exists already"):  # the earlier one is back in its place
+        prepare(speech, tmp_path / "set", workers=1)
+    assert files_of(tmp_path / "set") == before
+    again, _ = read_again(monkeypatch, speech, tmp_path / "set", overwrite=True)
+    assert again == 0 and len(Utterances(tmp_path / "set")) == COUNT
+
+
+@pytest.mark.parametrize("name", [PLAN, "part-00001.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_what_an_ended_run_left_is_used_only_if_it_is_sound(speech, tmp_path, monkeypatch, name, damage):
+    prepare(speech, tmp_path / "whole", workers=1)
+    interrupted(monkeypatch, speech, tmp_path / "set", 10)
+    path = tmp_path / ".set.partial" / name
+    content = path.read_bytes()
+    if damage == "flip":  # in a name, where it is JSON as before
+        content = content.replace(b"wav", b"vaw", 1)
+    path.write_bytes(content if damage == "flip" else content[: 200 * (damage == "cut")])
+    again, _ = read_again(monkeypatch, speech, tmp_path / "set")
+    assert again == (COUNT if name == PLAN else COUNT - 2 * PER_PART)
+    assert files_of(tmp_path / "set") == files_of(tmp_path / "whole")
+
+
+def test_a_plan_runs_no_commands_that_the_call_does_not_allow(speech, tmp_path, monkeypatch):
+    """A plan that somebody else left beside the output, whose recordings are commands."""
+    interrupted(monkeypatch, speech, tmp_path / "set", 10)
+    header, recordings, left_out = Unfinished(tmp_path / "set").plan()
+    recordings = [item._replace(kind=Kind.COMMAND, path=f"touch {tmp_path}/ran") for item in recordings]
+    Unfinished(tmp_path / "set").begin(header, recordings, left_out)
+    assert prepare(speech, tmp_path / "set", workers=1)["utterances"] == COUNT
+    assert not (tmp_path / "ran").exists()

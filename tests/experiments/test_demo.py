@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import demo  # noqa: E402
 import demo_speech  # noqa: E402
 from memo_jax.config import load_config  # noqa: E402
-from memo_jax.data.batches import open_utterances  # noqa: E402
+from memo_jax.data.batches import Utterances  # noqa: E402
 from memo_jax.log import read_metrics  # noqa: E402
 from memo_jax.scoring.metrics import eer  # noqa: E402
 from memo_jax.scoring.trials import read_trials  # noqa: E402
@@ -85,7 +85,7 @@ def test_ones_own_recordings_are_divided_by_speaker_and_keep_their_names(tmp_pat
     names = {}
     for split in ("train", "test"):
         dataset = demo.prepared(folder / split, tmp_path / split)
-        names[split] = open_utterances(dataset).names
+        names[split] = Utterances(dataset).names
     assert sorted(names["train"] + names["test"]) == sorted(str(f.relative_to(mine)) for f in mine.rglob("*.wav"))
     assert len(names["test"]) == 4 and not {n.split("/")[0] for n in names["test"]} & {
         n.split("/")[0] for n in names["train"]

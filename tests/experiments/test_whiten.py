@@ -11,7 +11,7 @@ import tiny
 
 sys.path.insert(0, str(tiny.ROOT / "experiments"))
 import whiten  # noqa: E402
-from memo_jax.data.batches import open_utterances  # noqa: E402
+from memo_jax.data.batches import Utterances  # noqa: E402
 from memo_jax.inference.batches import apply_to_recordings  # noqa: E402
 from memo_jax.inference.embedder import load_model  # noqa: E402
 from memo_jax.inference.model_file import model_of_backbone, write_model  # noqa: E402
@@ -62,7 +62,7 @@ def test_the_network_it_writes_gives_whitened_embeddings(network, tmp_path, caps
     path, dataset = network
     given = ["--model", str(path), "--data", str(dataset), "--output", str(tmp_path / "w.safetensors")]
     assert whiten.main([*given, "--recordings", "15"]) == 0, capsys.readouterr().err
-    old, new, data = load_model(path), load_model(tmp_path / "w.safetensors"), open_utterances(dataset)
+    old, new, data = load_model(path), load_model(tmp_path / "w.safetensors"), Utterances(dataset)
     rows = np.sort(np.random.default_rng(0).permutation(len(data))[:15])
     halves = [apply_to_recordings(old.function, whiten.Halves(data, second), rows) for second in (False, True)]
     mean, matrix = whiten.whitening(*halves, 0.5, 0.1)

@@ -99,7 +99,7 @@ def test_people_are_enrolled_kept_in_a_file_and_found_again(corpus, tmp_path):
     assert second.gallery.names == ["Ada", "Jürgen M"]
     found = second.identify(corpus / "s4" / "0.wav")
     assert (found.name, found.nearest) == ("Jürgen M", "Jürgen M") and found.score == pytest.approx(1, abs=1e-4)
-    assert second.identify(corpus / "s4" / "0.wav", threshold=1.1)[::3] == (None, "Jürgen M")
+    assert second.identify(corpus / "s4" / "0.wav", threshold=1.0)[::3] == (None, "Jürgen M")
     ada = read_embeddings(gallery).embeddings[0]
     units = [row / np.linalg.norm(row) for row in first.embed([corpus / "s0" / "0.wav", corpus / "s0" / "1.wav"])]
     np.testing.assert_allclose(ada, sum(units) / np.linalg.norm(sum(units)), atol=1e-6)
@@ -185,7 +185,7 @@ def test_what_is_no_model_is_named(tmp_path):
     (tmp_path / "text").write_text("text")
     with pytest.raises(ModelFileError, match="not a model file"):
         Embedder.load(tmp_path / "text")
-    with pytest.raises(ValueError, match="holds one network"):
+    with pytest.raises(ValueError, match="single network"):
         Embedder.load(tiny.model_file(), branch="ecapa")
 
 

@@ -176,11 +176,11 @@ def test_a_saved_threshold_stays_with_its_network(workdir, tmp_path):
     assert tiny.here("export", "--model", run, "--output", tmp_path / "a.safetensors")[0] == 0
     assert Embedder.load(tmp_path / "a.safetensors").threshold == tuned.threshold
 
-    status, text = evaluate(tmp_path / "out", "--save-threshold", "min_dcf_0.01", workdir=tmp_path / "a.safetensors")
+    status, text = evaluate(tmp_path / "out", "--save-threshold", "eer", workdir=tmp_path / "a.safetensors")
     assert status == 0 and results_of(tmp_path / "out")["eer"] == results["eer"], text
     again = Embedder.load(tmp_path / "a.safetensors")
     assert again.threshold == results_of(tmp_path / "out")["saved_threshold"]
-    assert "min_dcf_0.01" in again.threshold_source
+    assert "eer of" in again.threshold_source
     assert again.fingerprint == tuned.fingerprint == results["fingerprint"]
     (run / "decisions.json").write_text("{")
     with pytest.raises(ValueError, match="decisions.json: damaged"):
@@ -234,7 +234,7 @@ def test_only_the_recordings_of_the_trials_are_read(workdir, tmp_path, monkeypat
     ("lines", "message"),
     [
         ("1 s0/0.wav s0/9.wav\n0 s0/0.wav s1/0.wav\n", "trials are missing from the data: 's0/9.wav'"),
-        ("1 s0/0.wav s0/1.wav\n0 s0/0.wav\n", "line 2: 2 fields where a trial has 3"),
+        ("1 s0/0.wav s0/1.wav\n0 s0/0.wav\n", "line 2: 2 fields where the first trial has 3"),
         ("1 s0/0.wav s0/1.wav\n2 s0/0.wav s1/0.wav\n", "line 2: the label '2'"),
         ("", "the trial list is empty"),
         ("\n\n", "the trial list is empty"),
@@ -278,7 +278,7 @@ def test_a_run_without_checkpoint_is_no_network(workdir, tmp_path):
 
 def test_a_checkpoint_cut_short_is_named_with_the_one_before_it(workdir, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "run")
-    data = max((copy / "checkpoints" / "6" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = max((copy / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     status, text = evaluate(tmp_path / "output", workdir=copy)
     assert status == 2 and f"{copy / 'checkpoints' / '6'}: the checkpoint is damaged or cut short" in text
@@ -308,3 +308,51 @@ def test_a_disk_that_takes_nothing_is_named(size, workdir, tmp_path):
         assert not [path for path in tmp_path.iterdir() if path.name in ("results.json", "det.png", "scores.txt")]
     finally:
         subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_threshold_that_accepts_nobody_is_refused_and_the_results_are_kept(workdir, tmp_path, monkeypatch):
+    """Where every score is alike, the least cost at a low prior is that of accepting nobody: no threshold reaches it."""
+    from memo_jax.inference.evaluate import TrialEvaluation, tuned_decision
+
+    rng = np.random.default_rng(0)
+    target = np.arange(200) < 100
+    with pytest.raises(
+        ValueError, match=r"min_dcf_0.01 is best \(1\) when nobody is accepted, so no threshold was saved"
+    ):
+        tuned_decision(np.where(target, 0.4, 0.5) + 0.01 * rng.random(200), target, "min_dcf_0.01", "list.txt")
+    monkeypatch.setattr(TrialEvaluation, "scores", lambda self, _: np.where(self.target, 0.1, 0.2))
+    run = shutil.copytree(workdir, tmp_path / "run")
+    status, text = evaluate(tmp_path / "out", "--save-threshold", "min_dcf_0.01", workdir=run)
+    assert status == 2 and "no threshold was saved" in text
+    results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["eer"] == 100 and "saved_threshold" not in results and not (run / "decisions.json").exists()
+
+
+def test_a_network_that_is_worse_than_the_statistics_is_told_so(output, tmp_path, monkeypatch):
+    from memo_jax.inference.evaluate import TrialEvaluation
+
+    monkeypatch.setattr(TrialEvaluation, "statistics_scores", lambda self, quiet: np.where(self.target, 0.3, 0.2))
+    status, text = evaluate(tmp_path)
+    worse = results_of(tmp_path)["worse_than_statistics"]
+    assert status == 0 and worse == [key for key in ERRORS if results_of(output[0])[key] > 0] and worse
+    assert "WARNING: in EER" in text and "worse than plain log-mel statistics" in text
+
+
+def test_a_list_without_labels_gives_scores_alone(output, tmp_path):
+    listed = read_trials(tiny.material().trials)
+    lines = [f"{a}\t{b}\n" for a, b in zip(listed.enrol, listed.test)]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    status, text = evaluate(tmp_path / "out", trials=tmp_path / "list.txt")
+    assert status == 0 and "no labels" in text and "eer" not in results_of(tmp_path / "out")
+    assert (tmp_path / "out" / "scores.txt").read_text() == (output[0] / "scores.txt").read_text()
+
+
+def test_enrolled_speakers_and_other_extensions_keep_the_interval(tmp_path):
+    """The list names .m4a where the data have .wav, and speakers by two recordings each."""
+    speakers = sorted({name.partition("/")[0] for name in read_trials(tiny.material().trials).recordings})
+    (tmp_path / "enroll.txt").write_text("".join(f"model-{s}\t{s}/0.m4a\n" for s in speakers))
+    lines = [f"model-{a}\t{b}/1.m4a\t{int(a == b)}\n" for a in speakers for b in speakers]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    status, text = evaluate(tmp_path / "out", "--enrollments", tmp_path / "enroll.txt", trials=tmp_path / "list.txt")
+    assert status == 0, text
+    assert results_of(tmp_path / "out")["eer_interval"] is not None

@@ -75,7 +75,7 @@ def test_what_it_is_of_is_inside(exported):
 
 def test_what_cannot_be_exported_or_read_is_named(exported, tmp_path):
     for model, output, message in (
-        (tiny.model_file(), "a.onnx", "says no format: choose one of .safetensors, .zip"),
+        (tiny.model_file(), "a.pt", "no known format: choose one of .safetensors, .zip, .onnx"),
         (exported[1], "b.safetensors", "has no weights to export"),
         (tmp_path / "gone", "a.zip", "no such workdir or model file"),
     ):

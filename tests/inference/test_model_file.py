@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tiny
-from memo_jax.inference.model_file import Model, ModelFileError, read_model, write_model
+from memo_jax.inference.model_file import Model, ModelFileError, header_text, read_model, write_model
 
 ARGUMENTS = {"embedding_dim": 8, "base_channels": 2, "blocks": (1, 1, 1, 1)}
 
@@ -61,7 +61,7 @@ def test_what_is_no_whole_model_file_is_named(tmp_path):
         (b"text that is no model", "not a model file"),
         (whole[:5000], "not a model file"),
         (whole[:-200], "not a model file"),
-        (whole[:-9] + b"\1" + whole[-8:], "damaged"),
+        (whole[:-9] + b"\1" + whole[-8:], "not a model file, or damaged .its weights"),
     ):
         path.write_bytes(content)
         with pytest.raises(ModelFileError, match=f"{path}: {reason}"):
@@ -71,14 +71,33 @@ def test_what_is_no_whole_model_file_is_named(tmp_path):
         read_model(path)
 
 
-def test_a_version_that_is_not_known_is_said(tmp_path):
-    path = write_model(tmp_path / "model.safetensors", tiny.untrained_model())
+def test_another_version_and_another_description_are_named(tmp_path):
+    model = tiny.untrained_model()
+    path = write_model(tmp_path / "model.safetensors", model)
     with safe_open(path, framework="numpy") as file:
         text, arrays = file.metadata()["memo_jax"], {name: file.get_tensor(name) for name in file.keys()}
-    for old, new, said in (
-        ('"format": 1', '"format": 99', "format 99"),
-        ("resnet", "transformer", "has no transformer on log_mel"),
+    for changed, said in (
+        (text.replace('"format": 2', '"format": 99'), "format 99"),
+        (text.replace("resnet", "ecapa"), "description is not the one that was written"),
+        (header_text(dataclasses.replace(model, backbone="transformer")), "has no transformer with log_mel"),
     ):
-        save_file(arrays, path, {"memo_jax": text.replace(old, new)})
+        assert changed != text
+        save_file(arrays, path, {"memo_jax": changed})
         with pytest.raises(ModelFileError, match=said):
             read_model(path)
+
+
+def test_half_the_size_is_another_model_that_reads_back_as_written(tmp_path):
+    model = tiny.untrained_model()
+    whole, half = (
+        write_model(tmp_path / "a.safetensors", model),
+        write_model(tmp_path / "b.safetensors", model, "float16"),
+    )
+    assert half.stat().st_size < 0.75 * whole.stat().st_size
+    read = read_model(half)
+    assert read.fingerprint != model.fingerprint
+    for given, found in zip(jax.tree.leaves(model.variables), jax.tree.leaves(read.variables), strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, np.asarray(given, np.float16).astype(np.float32))
+    with pytest.raises(ValueError, match="weights 'int8': choose float32 or float16"):
+        write_model(tmp_path / "c.safetensors", model, "int8")

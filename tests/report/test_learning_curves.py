@@ -1,6 +1,7 @@
 """Pictures: what they show follows the data, they save whole, and bad input is named."""
 
 import errno
+import html
 import json
 
 import numpy as np
@@ -9,7 +10,17 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from memo_jax.report import learning_curves as report
-from memo_jax.scoring.figures import det_figure, save_figure, score_histogram_figure
+from memo_jax.report.pictures import picture
+from memo_jax.scoring.figures import (
+    BASELINE,
+    Look,
+    det_figure,
+    embedding_map_figure,
+    plot_det,
+    save_figure,
+    score_histogram_figure,
+    system_looks,
+)
 from memo_jax.scoring.metrics import eer
 
 
@@ -181,14 +192,14 @@ def test_det_legend_goes_from_worst_to_best_and_dots_sit_on_the_diagonal(tmp_pat
     dots = [line.get_data() for line in figure.axes[0].lines if line.get_marker() == "o"]
     low, high = figure.axes[0].get_xlim()
     assert len(dots) == 3 and all(x == y and low < x[0] < high for x, y in dots)
-    assert imread(report.plot_det(systems, tmp_path / "det.png")).shape[0] > 500
+    assert imread(plot_det(systems, tmp_path / "det.png")).shape[0] > 500
 
 
 def test_det_of_extreme_systems(tmp_path):
     target = np.array([True, False] * 20)
     kinds = {"perfect": target.astype(float), "reversed": -1.0 * target, "ties": np.zeros(40)}
     systems = {name: (scores, target) for name, scores in kinds.items()}
-    report.plot_det(systems, tmp_path / "det.png")
+    plot_det(systems, tmp_path / "det.png")
     assert "perfect\nEER 0.00 %" in texts(det_figure(systems))
     with pytest.raises(ValueError, match="system 'mine': .*are target trials"):
         det_figure({"mine": (np.zeros(2), np.ones(2, bool))})
@@ -198,11 +209,87 @@ def test_det_of_extreme_systems(tmp_path):
 
 def test_histogram_shows_all_trials_and_the_errors_at_the_threshold(tmp_path):
     scores, target = trials(2.0)
-    figure = score_histogram_figure(scores, target, thresholds={"strict": 2.5})
-    sums = [patch.get_data().values.sum() for patch in figure.axes[0].patches]
-    # a class: outline, light fill (each all of it), errors
+    figure = score_histogram_figure(scores, target, Look("#112233"), thresholds={"strict": 2.5})
+    patches = figure.axes[0].patches
+    sums = [patch.get_data().values.sum() for patch in patches]
+    # a class: outline, light fill (each all of it), errors; nontarget trials first
     assert sums[0] == sums[1] == pytest.approx(100) and sums[3] == sums[4] == pytest.approx(100)
     assert sums[2] == pytest.approx(100 * eer(scores, target), abs=0.2)
     assert sums[5] == pytest.approx(100 * eer(scores, target), abs=0.2)
+    assert (
+        patches[3].get_data().values @ patches[3].get_data().edges[:-1]
+        > patches[0].get_data().values @ (patches[0].get_data().edges[:-1])
+    )
+    assert to_hex(patches[3].get_edgecolor()) == "#112233" != to_hex(patches[0].get_edgecolor())
     assert "strict, at 2.5" in texts(figure) and "equal error" in texts(figure)
-    report.plot_score_histogram(np.zeros(4), target[:4], tmp_path / "ties.png")
+    save_figure(score_histogram_figure(np.zeros(4), target[:4], Look("#112233")), tmp_path / "ties.png")
+
+
+@pytest.mark.parametrize("thresholds", [(2.4, 2.5, 2.6), (-3.9, -3.8), (1.0, 1.0, 1.0)])
+def test_names_of_thresholds_never_collide(thresholds):
+    figure = score_histogram_figure(
+        *trials(2.0), Look("#112233"), thresholds={f"operating point {i}": t for i, t in enumerate(thresholds)}
+    )
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    names = [text for text in ax.texts if ", at " in text.get_text()]
+    boxes = [name.get_window_extent() for name in names]
+    lines = [line for line in ax.lines if line.get_xdata()[0] == line.get_xdata()[1]]
+    assert len(boxes) == len(lines) == 1 + len(thresholds)
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        for line in lines:
+            x = ax.transData.transform((line.get_xdata()[0], 0))[0]
+            top = ax.transAxes.transform((0, line.get_ydata()[1]))[1]
+            assert not (box.x0 < x < box.x1 and top > box.y0 + 1)
+    tallest = max(patch.get_data().values.max() for patch in ax.patches)
+    assert ax.transData.transform((0, tallest))[1] <= min(box.y0 for box in boxes)
+
+
+def test_a_system_looks_the_same_in_every_picture():
+    """The baseline has its own look, and others theirs, whether it stands first, last or nowhere."""
+    systems = ["ecapa", "resnet", "average"]
+    looks = system_looks([*systems, BASELINE])
+    assert len({look.color for look in looks.values()}) == 4
+    assert system_looks(systems) == {name: looks[name] for name in systems}
+    assert system_looks([BASELINE, *systems]) == looks
+    det = det_figure({name: trials(1.0 + i) for i, name in enumerate(looks)}, title=None)
+    drawn = {line.get_label().split("\n")[0]: to_hex(line.get_color()) for line in det.axes[0].lines}
+    made = [{"step": i, "eer/resnet": 9.0, "eer/ecapa": 9.5, "loss/self/ecapa": 1.0} for i in (1, 2)]
+    panels = report.learning_curve_panels(made, branches=["ecapa", "resnet"], references={BASELINE: 30.0})
+    curves = {panel.title: figure.axes[0].lines for panel, figure in panels}
+    resnet, ecapa, baseline = (to_hex(line.get_color()) for line in curves["Equal error rate"])
+    (own,) = (to_hex(line.get_color()) for line in curves["Distillation loss"])
+    assert (drawn["ecapa"], drawn["resnet"], drawn[BASELINE]) == (ecapa, resnet, baseline) and own == ecapa
+    assert all(drawn[name] == look.color.lower() for name, look in looks.items())
+
+
+def test_names_on_the_map_do_not_overlap():
+    points = np.random.default_rng(0).normal(size=(400, 2))
+    figure = embedding_map_figure(points, np.arange(400) // 4, size=(4.0, 4.0))
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert 5 < len(boxes) < 100
+    assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+
+
+@pytest.mark.parametrize("name", ["$x$ and $y$", r"a\\frac{b}", "100 $", "a_b^c", "<b>&amp;", "李 $\\alpha$", "$$"])
+def test_no_name_is_parsed_as_markup(tmp_path, name):
+    """Names come from folders, files and configs: any text is drawn as it is."""
+    scores, target = trials(2.0)
+    points, speakers = np.random.default_rng(0).normal(size=(6, 2)), np.array([name, "b"] * 3)
+    kept = rows()
+    kept[-1][f"eer/{name}"] = 3.0
+    for figure in (
+        det_figure({name: (scores, target)}, title=name),
+        score_histogram_figure(scores, target, Look("#112233"), thresholds={name: 1.0}),
+        embedding_map_figure(points, speakers),
+        report.learning_curve_figure(kept, title=name, references={name: 20.0}),
+    ):
+        save_figure(figure, tmp_path / "a.svg")
+        shown = [
+            text for text in figure.findobj(lambda artist: hasattr(artist, "get_parse_math")) if name in text.get_text()
+        ]
+        assert shown and not any(text.get_parse_math() for text in shown)
+        assert html.escape(name, quote=False) in picture(figure, name)

@@ -1,10 +1,12 @@
 """`memo-jax report` as it is typed: one page that needs nothing else, and what it says."""
 
 import base64
+import html
 import html.parser
 import io
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import soundfile
 
 import tiny
 from memo_jax.report.page import embedding_map
+from memo_jax.scoring.figures import HUES
 
 
 class Page(html.parser.HTMLParser):
@@ -44,17 +47,92 @@ def test_the_page_refers_to_nothing_outside_it(made):
     assert {address[1:] for address in inside} == set(re.findall(r'<section id="(\w+)"', made))
     rest = [address for address in page.addresses if not address.startswith("#")]
     kinds = {address.partition(",")[0] for address in rest}
-    assert kinds == {"data:image/svg+xml;base64", "data:audio/mpeg;base64"}
-    assert "link" not in page.tags and "@import" not in made and "url(" not in made
+    assert kinds == {"data:audio/mpeg;base64"}
+    assert "link" not in page.tags and "@import" not in made and "http" not in made
+    assert all(address.startswith("#") for address in re.findall(r"url\(([^)]*)", made))
 
 
-def test_pictures_are_whole_and_refer_to_nothing_either(made):
-    images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)" alt="([^"]+)"', made)
-    assert len(images) == 7 and all(description for _, description in images)  # curves, DET, four histograms, the map
-    for content, _ in images:
-        svg = base64.b64decode(content).decode()
-        assert svg.rstrip().endswith("</svg>")
-        assert not [address for address in re.findall(r'(?:xlink:)?href="([^"]+)"', svg) if not address.startswith("#")]
+def charts(page):
+    """The <svg> elements of a page's pictures, as text."""
+    return re.findall(r'<svg class="chart.*?</svg>', page, re.DOTALL)
+
+
+def test_pictures_are_part_of_the_page_and_share_no_identifier(made):
+    curves = len(re.findall("<b>", made.partition("<div class=panels>")[2].partition("</section>")[0]))
+    assert curves > 8
+    pictures = charts(made)
+    assert len(pictures) == curves + 1 + 4 + 2  # DET, four histograms, the map twice
+    described = [re.search('aria-label="([^"]+)"', one)[1] for one in pictures]
+    assert len(set(described)) == len(pictures) - 1
+    ids = re.findall(r' id="([^"]+)"', made)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'href="#([^"]+)"', made) + re.findall(r"url\(#([^)]+)\)", made)
+    assert set(used) <= set(ids) | set(re.findall(r"id=(\w+)", made))
+
+
+def test_pictures_follow_the_theme_of_the_page(made):
+    """All colours are variables with a value for each scheme, but those of the map's speakers, which suit both."""
+    theme = re.search(
+        r":root \{ color-scheme: light dark;(.*?)\}\n@media \(prefers-color-scheme: dark\)(.*?)\} \}", made
+    )
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+);", rules)) for rules in theme.groups())
+    assert light.keys() == dark.keys() and all(light[name] != dark[name] for name in light)
+    assert contrast(light["ink"], light["surface"]) > 10 < contrast(dark["ink"], dark["surface"])
+    for values in (light, dark):
+        assert all(
+            contrast(values[name], values["surface"]) > 3 for name in {*values} - {"surface", "faint", "grid", "axis"}
+        )
+    for chart in charts(made):
+        fixed = set(re.findall(r"#[0-9a-fA-F]{6}", chart))
+        assert not fixed or "Two-dimensional map" in chart and fixed <= {hue.lower() for hue in HUES}
+        assert "var(--ink)" in chart or "var(--muted)" in chart
+    (bar,) = set(re.findall(r'border-top-color: var\(--(\w+)\)"><b>[\d.]+ %</b><span>EER, resnet', made))
+    row = made.partition("<th scope=row>")[2]
+    assert f"var(--{bar})" in re.search(r"<svg class=swatch[^>]*>[^>]*>(?=</svg>resnet teacher)", made)[0] and row
+
+
+def contrast(one, other):
+    """The contrast ratio of two colours, 1 to 21 (WCAG 2)."""
+
+    def luminance(color):
+        channels = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ (
+            0.2126,
+            0.7152,
+            0.0722,
+        )
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("width", [390, 820, 1400])
+def test_nothing_sticks_out_of_the_page(made, width, tmp_path):
+    """As a browser lays it out: no sideways scrolling, and no picture, table or player wider than its section."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium is installed")
+    script = """addEventListener("load", () => {
+      const page = document.querySelector("iframe").contentDocument, edge = page.documentElement.clientWidth;
+      const out = [...page.querySelectorAll("svg.chart, table, audio, p, figure, .card")].filter(one => {
+        const box = one.getBoundingClientRect();
+        return box.width > 0 && (box.right > edge - 8 || box.left < 8);
+      });
+      document.title = `wide ${page.scrollingElement.scrollWidth} edge ${edge} out ${out.length}`; });"""
+    (tmp_path / "frame.html").write_text(
+        f'<body style="margin:0"><iframe style="border:0;width:{width}px;height:800px" '
+        f'srcdoc="{html.escape(made)}"></iframe><script>{script}</script>',
+        encoding="utf-8",
+    )
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --virtual-time-budget=3000 --window-size=1600,900 --dump-dom"
+    )
+    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'frame.html'}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    found = re.search(r"<title>wide (\d+) edge (\d+) out (\d+)</title>", shown)
+    assert found, shown[-500:]
+    assert int(found[1]) == int(found[2]) <= width and int(found[3]) == 0
 
 
 def test_the_page_says_what_was_trained_and_how_it_does(made):

@@ -11,7 +11,7 @@ from memo_jax.scoring.embedding_file import (
     write_embeddings,
 )
 
-ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
+ROWS = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
 NAMES = ["a/1.wav", "zwei Wörter.wav", "你好"]
 
 
@@ -28,7 +28,7 @@ def test_parquet_has_a_column_of_names_and_one_of_lists(tmp_path):
     from pyarrow import parquet
 
     table = parquet.read_table(write_embeddings(tmp_path / "e.parquet", Embeddings(NAMES, ROWS, "m")))
-    assert table.column_names == ["name", "embedding"] and table["embedding"][1].as_py() == [4.0, 5.0, 6.0, 7.0]
+    assert table.column_names == ["name", "embedding"] and table["embedding"][1].as_py() == [5.0, 6.0, 7.0, 8.0]
 
 
 def test_an_npz_of_another_program_is_read(tmp_path):
@@ -50,6 +50,7 @@ def test_an_npz_of_another_program_is_read(tmp_path):
         ),
         ({"names": np.array(NAMES), "embeddings": ROWS[0]}, r"not float32 \[4\]"),
         ({"names": np.array(["a", "b", "a"]), "embeddings": ROWS}, "'a' occurs twice"),
+        ({"names": np.array(NAMES), "embeddings": ROWS * [[1.0], [0], [1]]}, "'zwei Wörter.wav' is zero"),
         (
             {"names": np.array(NAMES), "embeddings": ROWS * np.float32([[1], [np.inf], [1]])},
             "'zwei Wörter.wav' is not fin",
@@ -80,3 +81,34 @@ def test_models_that_are_known_and_differ_do_not_mix():
     check_same_model("", "one", "a", "other")
     with pytest.raises(OtherModelError, match="one and other are of different models"):
         check_same_model("a", "one", "b", "other")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_flipped_bit_is_noticed_or_changes_nothing(suffix, tmp_path):
+    """Each bit of a file belongs to content that a checksum covers, or to padding and hints that nobody reads."""
+    path = write_embeddings(tmp_path / f"e{suffix}", Embeddings(NAMES, ROWS, "f" * 32))
+    whole = path.read_bytes()
+    rng, noticed = np.random.default_rng(0), 0
+    for bit in rng.choice(8 * len(whole), 300, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            read = read_embeddings(path)
+        except ValueError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            noticed += 1
+            continue
+        assert read.names == NAMES and read.model == "f" * 32
+        np.testing.assert_array_equal(read.embeddings, ROWS)
+    assert noticed > 100
+
+
+def test_ragged_rows_of_parquet_are_refused(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    for rows in ([[1.0, 2, 3], [4.0], [5.0, 6]], [[1.0, 2], None, [3.0, 4]]):
+        parquet.write_table(pyarrow.table({"name": NAMES, "embedding": rows}), tmp_path / "e.parquet")
+        with pytest.raises(ValueError, match="rows of `embedding` have different lengths"):
+            read_embeddings(tmp_path / "e.parquet")

@@ -225,7 +225,7 @@ def test_as_norm_agrees_with_its_definition():
     normalised = metrics.as_norm(scores, embeddings, pairs, cohort, top=10)
     np.testing.assert_allclose(normalised, expected, rtol=1e-4)
     assert normalised[0] == pytest.approx(normalised[3], rel=1e-6)  # symmetric
-    with pytest.raises(ValueError, match="top=31 is not between 2 and the 30"):
+    with pytest.raises(ValueError, match="31 nearest of a cohort of 30 recordings: choose from 2 to 30"):
         metrics.as_norm(scores, embeddings, pairs, cohort, top=31)
     with pytest.raises(ValueError, match="copies"):
         metrics.as_norm(scores, embeddings, pairs, np.tile(cohort[:1], (10, 1)), top=5)

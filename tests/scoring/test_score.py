@@ -166,7 +166,9 @@ def test_speakers_come_from_a_table_or_from_folders_or_not_at_all(folder, tmp_pa
     (tmp_path / "trials.txt").write_text(lines)
     assert score(tmp_path, embeddings=("flat.npz",))["eer_interval"] is None
     status, text = tiny.here("score", "--embeddings", tmp_path / "flat.npz", "--trials", tmp_path / "trials.txt")
-    assert status == 0 and "no interval" in text
+    assert status == 0 and "no interval: the recording name 'id00-" in text
+    status, text = tiny.here(*arguments, "--replicates", 0)
+    assert status == 0 and "no interval: the number of bootstrap replicates is 0" in text
 
 
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):
@@ -174,7 +176,7 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
         (("--cohort", folder / "two cohort.npz", "--mean-subtraction"), "are of different models (one and two)"),
         (("--mean-subtraction",), "need a cohort"),
         (("--as-norm", "10"), "need a cohort"),
-        (("--cohort", folder / "one cohort.npz", "--as-norm", "41"), "top=41 is not between 2 and the 40"),
+        (("--cohort", folder / "one cohort.npz", "--as-norm", "41"), "41 nearest of a cohort of 40 recordings"),
         (("--embeddings", folder / "two.npz", "--cohort", folder / "one cohort.npz"), "1 cohorts for 2 files"),
         (("--embeddings", folder / "one cohort.npz"), "are missing from the data: 'id00"),
         (("--embeddings", folder / "gone.npz"), "gone.npz: no such file"),
@@ -185,12 +187,64 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
         assert status == 2 and message in text, text
     for content, message in (
         ("", "the trial list is empty"),
-        ("1 id00/0.wav\n", "2 fields"),
+        ("1 id00/0.wav id00/1.wav\n1 id00/0.wav\n", "2 fields"),
+        ("id00/0.wav id00/1.wav\n", "has no labels, so only scores can be written: say where with --scores"),
+        ("1 id00/0.wav id00/1.wav\n0 id00/1.wav id00/0.wav\n", "once as target and once as nontarget"),
         ("1 id00/0.wav id00/1.wav\n", "no nontarget trial"),
     ):
         (tmp_path / "list.txt").write_text(content)
         status, text = tiny.here("score", "--embeddings", folder / "one.npz", "--trials", tmp_path / "list.txt")
         assert status == 2 and message in text and "list.txt" in text
+
+
+def test_a_cohort_of_trial_recordings_is_warned_of(folder, tmp_path):
+    names, _ = names_and_speakers()
+    with np.load(folder / "one.npz") as file:
+        write_embeddings(tmp_path / "c.npz", Embeddings(["x", *names[:5]], file["embeddings"][:6], "one"))
+        write_embeddings(tmp_path / "narrow.npz", Embeddings(["x", "y"], file["embeddings"][:2, :8], "one"))
+    assert score(folder, "--cohort", tmp_path / "c.npz", "--mean-subtraction")["cohort_in_trials"] == 5
+    assert score(folder, "--cohort", folder / "one cohort.npz", "--mean-subtraction")["cohort_in_trials"] == 0
+    needed = ("score", "--embeddings", folder / "one.npz", "--trials", folder / "trials.txt")
+    status, text = tiny.here(*needed, "--cohort", tmp_path / "c.npz", "--mean-subtraction")
+    assert status == 0 and "WARNING: 5 recordings of the cohort take part in the trials" in text
+    status, text = tiny.here(*needed, "--cohort", tmp_path / "narrow.npz", "--mean-subtraction")
+    assert status == 2 and "embeddings of 16 numbers and its cohort" in text and "of 8" in text
+
+
+def test_a_list_without_labels_gives_scores_alone(folder, tmp_path):
+    labelled = (folder / "trials.txt").read_text().splitlines()
+    (tmp_path / "list.txt").write_text("".join(line.partition(" ")[2] + "\n" for line in labelled))
+    needed = ("score", "--embeddings", folder / "one.npz")
+    for name, trials in (("with", folder / "trials.txt"), ("without", tmp_path / "list.txt")):
+        status, text = tiny.here(*needed, "--trials", trials, "--scores", tmp_path / name, "--replicates", 0)
+        assert status == 0 and ("EER" in text) == (name == "with"), text
+    assert "no labels" in text and (tmp_path / "with").read_text() == (tmp_path / "without").read_text()
+
+
+def test_speakers_enrolled_by_several_recordings_score_by_their_mean(folder, tmp_path):
+    with np.load(folder / "one.npz") as file:
+        rows = dict(zip(file["names"].tolist(), file["embeddings"].astype(np.float64)))
+    (tmp_path / "enroll.txt").write_text("ada id00/0.wav id00/1.wav\nbob id01/0.wav\n")
+    (tmp_path / "list.txt").write_text("ada id00/2.wav 1\nada id01/2.wav 0\nbob id01/2.wav 1\nbob id02/0.wav 0\n")
+    options = ("--enrollments", tmp_path / "enroll.txt", "--scores", tmp_path / "scores.txt")
+    status, text = tiny.here(
+        "score", "--embeddings", folder / "one.npz", "--trials", tmp_path / "list.txt", *options, "--replicates", 20
+    )
+    assert status == 0, text
+    lines = [line.split("\t") for line in (tmp_path / "scores.txt").read_text().splitlines()]
+    ada = (rows["id00/0.wav"] + rows["id00/1.wav"]) / 2
+    for (found, _, test), enrolled in zip(lines, [ada, ada, rows["id01/0.wav"], rows["id01/0.wav"]], strict=True):
+        other = rows[test]
+        wanted = enrolled @ other / np.linalg.norm(enrolled) / np.linalg.norm(other)
+        assert float(found) == pytest.approx(wanted, abs=2e-6)
+
+
+def test_a_comparison_has_every_error_rate_and_needs_no_bootstrap(folder):
+    found = score(folder, "--compare", folder / "two.npz")["comparison"]
+    assert_rates(found, *plain_scores(folder, "two.npz"))
+    without = score(folder, "--compare", folder / "two.npz", "--replicates", 0)["comparison"]
+    assert without["interval"] is None and without["p_value"] is None
+    assert without["difference"] == found["difference"]
 
 
 def test_nothing_is_imported_that_scoring_does_not_need(folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from memo_jax.scoring.trials import missing_recordings, read_trials, speaker_pairs, trial_pairs
+from memo_jax.scoring.trials import read_enrollments, read_trials, speaker_pairs, trial_pairs
 
 SHARED_TRIALS = Path(__file__).parents[3] / "shared" / "speech" / "trials"
 LINES = ["1 a/x.wav a/y.wav", "0 a/x.wav b/z.wav"]
@@ -27,6 +27,8 @@ def write(tmp_path, content):
         "\n".join(LINES).replace(" ", "\t"),
         "a/x.wav a/y.wav target\na/x.wav b/z.wav nontarget\n",
         "a/x.wav\ta/y.wav\ttarget\r\na/x.wav   b/z.wav nontarget",
+        "a/x.wav a/y.wav 1\na/x.wav b/z.wav 0\n",
+        "\ufeffa/x.wav a/y.wav 1\r\na/x.wav b/z.wav 0\r\n",
     ],
 )
 def test_every_form_gives_the_same_trials(tmp_path, content):
@@ -46,7 +48,7 @@ def test_tabs_allow_names_with_spaces_and_other_alphabets(tmp_path):
     [
         ("", "the trial list is empty"),
         ("\n\r\n  \n", "the trial list is empty"),
-        ("1 a b\n1 a\n0 a b c\n", r"line 2: 2 fields where a trial has 3: '1 a'"),
+        ("1 a b\n1 a\n0 a b c\n", r"line 2: 2 fields where the first trial has 3: '1 a'"),
         ("1 a b\n1 my file.wav b\n", r"line 2: 4 fields .*'1 my file.wav b'.*tabs"),
         ("1 a b\n\n0 a c\n", r"line 2: 0 fields"),
         ("1 a b\n2 a b\n", r"line 2: the label '2' is not 1 or 0: '2 a b'"),
@@ -93,12 +95,10 @@ def test_pairs_index_the_names_given(tmp_path):
     trials = read_trials(write(tmp_path, "\n".join(LINES)))
     names = ["b/z.wav", "unused.wav", "a/y.wav", "a/x.wav"]
     assert trial_pairs(trials, names).tolist() == [[3, 2], [3, 0]]
-    assert missing_recordings(trials, names) == []
 
 
 def test_missing_recordings_are_named_and_counted(tmp_path):
     trials = read_trials(write(tmp_path, "\n".join(LINES)))
-    assert missing_recordings(trials, ["a/y.wav"]) == ["a/x.wav", "b/z.wav"]
     with pytest.raises(ValueError, match=r"2 of the 3 recordings .* 'a/x.wav', 'b/z.wav'"):
         trial_pairs(trials, ["a/y.wav"])
 
@@ -109,7 +109,6 @@ def test_the_extension_of_a_recording_does_not_matter_where_it_is_clear_which_is
     assert trial_pairs(trials, ["b/z.m4a", "a/y", "a/x.FLAC"]).tolist() == [[2, 1], [2, 0]]
     # the very name goes before others that are alike
     assert trial_pairs(trials, ["b/z.wav", "b/z.m4a", "a/y.wav", "a/x.wav"]).tolist() == [[3, 2], [3, 0]]
-    assert missing_recordings(trials, ["b/z.flac", "b/z.m4a", "a/y.wav", "a/x.wav"]) == ["b/z.wav"]
     with pytest.raises(ValueError, match="1 of the 3 recordings .* 'b/z.wav'"):
         trial_pairs(trials, ["b/z.flac", "b/z.m4a", "a/y.wav", "a/x.wav"])
     with pytest.raises(ValueError, match="'a/y.wav'"):  # other dots are part of the name
@@ -135,3 +134,44 @@ def test_speakers_come_from_folders_functions_or_tables(tmp_path):
         speaker_pairs(trials, {"a/x.wav": "anna", "a/y.wav": "anna"})
     with pytest.raises(ValueError, match="'x.wav' has no folder"):
         speaker_pairs(read_trials(write(tmp_path, "1 x.wav y.wav")))
+
+
+def test_a_list_without_labels_has_no_error_rates(tmp_path):
+    trials = read_trials(write(tmp_path, "\ufeffa/x.wav b/z.wav\r\nmy file.wav\tb/z.wav\n"))
+    assert trials.target is None and trials.enrol == ["a/x.wav", "my file.wav"] and trials.test == ["b/z.wav"] * 2
+    with pytest.raises(ValueError, match="has no labels"):
+        trials.require_both_kinds()
+
+
+@pytest.mark.parametrize("label", ["1", "0"])
+def test_labels_of_one_kind_name_the_kind_that_is_missing(tmp_path, label):
+    trials = read_trials(write(tmp_path, f"{label} a b\n{label} a c\n"))
+    with pytest.raises(ValueError, match=f"trials.txt has no {'nontarget' if label == '1' else 'target'} trial"):
+        trials.require_both_kinds()
+
+
+@pytest.mark.parametrize("again", ["0 a b", "0 b a"])
+def test_a_pair_that_is_target_and_nontarget_is_refused(tmp_path, again):
+    with pytest.raises(ValueError, match="trials 1 and 3 are of 'a' and 'b', once as target and once as nontarget"):
+        read_trials(write(tmp_path, f"1 a b\n0 a c\n{again}\n"))
+    assert len(read_trials(write(tmp_path, "1 a b\n0 a c\n1 b a\n"))) == 3
+
+
+def test_speakers_enrolled_by_several_recordings(tmp_path):
+    table = tmp_path / "enroll.txt"
+    table.write_text("\ufeffada a1.wav a2.wav\nbob b1.wav\nbob b2.wav b1.wav\n", encoding="utf-8")
+    assert read_enrollments(table) == {"ada": ["a1.wav", "a2.wav"], "bob": ["b1.wav", "b2.wav"]}
+    trials = read_trials(write(tmp_path, "1 ada a3.wav\n0 bob a3.wav\n0 ada b3.wav\n"), table)
+    assert trials.sides == ["ada", "bob", "a3.wav", "b3.wav"]
+    assert trials.recordings == ["a1.wav", "a2.wav", "b1.wav", "b2.wav", "a3.wav", "b3.wav"]
+    embeddings = np.arange(12.0).reshape(6, 2)
+    np.testing.assert_array_equal(trials.side_embeddings(embeddings), [[1, 2], [5, 6], [8, 9], [10, 11]])
+    assert speaker_pairs(trials, lambda name: name[0]).tolist() == [[0, 0], [1, 0], [0, 1]]
+    with pytest.raises(ValueError, match="'ada' is enrolled by recordings of several speakers: a1.wav, a2.wav"):
+        speaker_pairs(trials, lambda name: name)
+    for lines, said in (("1 eve a3.wav", "does not enrol 'eve'"), ("1 ada bob", "'bob' is a speaker in")):
+        with pytest.raises(ValueError, match=said):
+            read_trials(write(tmp_path, lines + "\n0 ada b3.wav\n"), table)
+    table.write_text("ada\n")
+    with pytest.raises(ValueError, match="line 1: expected `speaker recording …`"):
+        read_enrollments(table)

@@ -35,7 +35,7 @@ def pairwise_distillation(student, teacher, center, xp=np):
 def distillation(student, teacher, center, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP):
     """Returns the loss and the indicators, the student's first views being the teacher's."""
     distributions, entropies = losses.teacher_distributions(teacher, center, teacher_temp)
-    loss = losses.distillation(student, distributions, student_temp, teacher.shape[0])
+    loss = losses.distillation(student, distributions, student_temp)
     return loss, entropies
 
 
@@ -49,25 +49,6 @@ def test_distillation_is_the_mean_over_all_pairs_of_different_views(views, teach
     gradient = jax.jit(jax.grad(lambda s: distillation(s, *single[1:])[0]))(single[0])
     expected = jax.jit(jax.grad(lambda s: pairwise_distillation(s, *single[1:], xp=jnp)))(single[0])
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("counts", [(2, 4), (3,), (2, 1, 3)])
-def test_losses_of_each_crop_length_add_up_to_that_of_all_views(counts):
-    """Every pair belongs to one student view, hence to one crop length."""
-    student, teacher, center = map(jnp.float32, draw(6, (sum(counts), 3, 7), (counts[0], 3, 7), (7,), scale=0.3))
-    distributions, _ = losses.teacher_distributions(teacher, center, TEACHER_TEMP)
-    shares, ends = losses.shares_of_pairs(counts), np.cumsum(counts)
-    assert sum(shares) == pytest.approx(1)
-
-    def in_turn(student):
-        return sum(
-            share * losses.distillation(part, distributions, STUDENT_TEMP, 0 if i else counts[0])
-            for i, (share, part) in enumerate(zip(shares, jnp.split(student, ends[:-1]), strict=True))
-        )
-
-    at_once = jax.value_and_grad(lambda s: losses.distillation(s, distributions, STUDENT_TEMP, counts[0]))(student)
-    for ours, theirs in zip(jax.value_and_grad(in_turn)(student), at_once, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_distillation_subtracts_the_given_center_from_the_teacher_alone():

@@ -20,10 +20,18 @@ from memo_jax.models.layers import BatchNorm, Linear
 from memo_jax.training import optim
 from memo_jax.training.gate import GateRule
 from memo_jax.training.state import initial_state, state_from_students, student_params
-from memo_jax.training.step import LossWeights, Recipe, distillation_pairs, train_step, train_step_on_features
+from memo_jax.training.step import (
+    LossWeights,
+    Recipe,
+    distillation_pairs,
+    objective,
+    train_step,
+    train_step_on_features,
+)
 from memo_jax.xla.compiler import compiler_options
 
 BATCH, MELS, PROTOTYPES, RATE = 5, 6, 24, 0.05
+ALWAYS = GateRule("always")
 
 
 class Pooling(nn.Module):
@@ -45,7 +53,7 @@ def branches(*names, heads=("self", "cross")):
 @functools.cache
 def recipe_of(
     names=("ecapa", "resnet"),
-    rule=GateRule("always"),
+    rule=ALWAYS,
     *,
     heads=("self", "cross"),
     frozen_steps=0,
@@ -180,17 +188,15 @@ def nt_xent(student, teacher):
     return sum(terms) / 2
 
 
-def explicit_total(students, state, views, recipe, temp):
-    """MeMo's objective written out: the sum over branches of self, λ·cross and w·contrastive."""
+def written_out(state, views, recipe, temp):
+    """MeMo's objective pair by pair and row by row: the sum over branches of self, λ·cross and w·contrastive."""
     teacher = {
         n: forward(b, state.teacher[n]["params"], state.teacher[n]["batch_stats"], views, 1)
         for n, b in recipe.branches.items()
     }
     total = 0.0
     for name, other in (("ecapa", "resnet"), ("resnet", "ecapa")):
-        embedding, logits, _ = forward(
-            recipe.branches[name], students[name], state.student[name]["batch_stats"], views, 2
-        )
+        embedding, logits, _ = forward(recipe.branches[name], **state.student[name], features=views, passes=2)
         total += cross_entropy_over_pairs(logits["self"], teacher[name][1]["self"], state.center[name]["self"], temp)
         total += MEMO["cross"] * cross_entropy_over_pairs(
             logits["cross"], teacher[other][1]["cross"], state.center[other]["cross"], temp
@@ -199,23 +205,40 @@ def explicit_total(students, state, views, recipe, temp):
     return total
 
 
-def test_step_descends_the_gradient_of_the_written_out_objective(memo):
+# In step 1 teachers differ from students and centres from zero, so no term can be taken for another.
+
+
+def test_objective_is_the_sum_over_branches_pairs_of_views_and_rows(memo):
+    recipe, states, metrics = memo
+    temp = 0.04  # first epoch of two steps
+    value = float(jax.jit(lambda state: written_out(state, views_of_step(1), recipe, temp))(states[1]))
+    ours = jax.jit(lambda state: objective(student_params(state), state, views_of_step(1), recipe))(states[1])
+    assert float(ours) == pytest.approx(value, rel=1e-5)
+    assert metrics[1]["loss"] == pytest.approx(value, rel=1e-5)
+
+
+def test_step_descends_the_gradient_of_the_objective(memo):
     """With SGD without momentum, decay and clip, (old − new parameters)/rate is the gradient.
 
-    The step cuts its backward pass at the embedding and sums views before products; the objective here does neither. In
-    step 1 teachers differ from students and centres from zero, so no term can be taken for another.
+    The step cuts its backward pass at the embedding and takes one head after the other; `jax.grad` does neither.
     """
     recipe, states, metrics = memo
     state, after = states[1], states[2]
-    temp = 0.04  # first epoch of two steps
-    value, gradient = jax.jit(
-        jax.value_and_grad(lambda students: explicit_total(students, state, views_of_step(1), recipe, temp))
-    )(student_params(state))
-    assert metrics[1]["loss"] == pytest.approx(float(value), rel=1e-5)
+    gradient = jax.jit(jax.grad(lambda students: objective(students, state, views_of_step(1), recipe)))(
+        student_params(state)
+    )
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
     ours = jax.tree.map(lambda old, new: (old - new) / RATE, student_params(state), student_params(after))
     assert_trees_close(ours, gradient, 2e-5 * scale)
     assert metrics[1]["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+
+
+def test_objective_loses_its_contrastive_term_when_the_gate_closes(memo):
+    recipe, states, metrics = memo
+    closed = states[1].replace(gate=states[1].gate.replace(closed=jnp.asarray(True)))
+    value = jax.jit(lambda state: objective(student_params(state), state, views_of_step(1), recipe))(closed)
+    contrastive = sum(metrics[1][f"loss/contrastive/{name}"] for name in recipe.branches)
+    assert float(value) == pytest.approx(metrics[1]["loss"] - contrastive, rel=1e-5)
 
 
 def test_losses_add_up(memo):

@@ -1,0 +1,162 @@
+"""What watches a run beside its loop: metrics, log, progress and evaluation, and when the run must stop."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from memo_jax.log import MetricsLog, Progress
+from memo_jax.training.state import TrainState
+from memo_jax.training.step import Recipe
+from memo_jax.xla.sharding import parts_here
+
+TIMES = ("seconds_per_step", "utterances_per_second", "cpu_seconds")  # of a row: the machine's speed, not the run
+TO_TRY = (
+    "Try a lower optimizer.learning_rate, a longer optimizer.warmup, a smaller optimizer.clip_norm, or "
+    "model.dtype=float32"
+)
+
+# (recipe, {branch: variables of the teacher's backbone}) → {"eer/BRANCH": percent}
+Evaluation = Callable[[Recipe, dict], dict[str, float]]
+
+
+class TrainingStopped(ValueError):
+    """The run cannot go on: its numbers are not finite, or it has collapsed."""
+
+    exit_status = 3
+
+
+class Monitor:
+    """Follows a run step by step.
+
+    The metrics of a step are read while the next step runs on the device, so that neither waits for the other: `took`
+    reads those of the step before, `settle` also those of the step just taken.
+
+    Args:
+      config: of the run.
+      recipe: of the same config.
+      log: rows of metrics go there.
+      progress: steps are counted, and what happens is told there.
+      end: the last step of this start, which is always logged.
+      epoch_steps: steps in an epoch.
+      gate_closed: whether the gate had closed before the first step.
+      evaluation: see `Evaluation`; None for none.
+      untrained: the teachers' backbones before the first step, to be evaluated after it (its program is then compiled
+        without the evaluation's beside it); None where the run goes on, or without evaluation.
+    """
+
+    def __init__(
+        self,
+        config,
+        recipe: Recipe,
+        log: MetricsLog,
+        progress: Progress,
+        *,
+        end: int,
+        epoch_steps: int,
+        gate_closed: bool,
+        evaluation: Evaluation | None = None,
+        untrained: dict | None = None,
+    ):
+        self.config, self.recipe, self.log, self.progress = config, recipe, log, progress
+        self.end, self.epoch_steps, self.evaluation, self.untrained = end, epoch_steps, evaluation, untrained
+        self.last: dict[str, float] = {}  # the latest metrics that were read
+        self._gate_closed = gate_closed
+        self._pending = None  # number and metrics of the step whose metrics were not read
+        self._collapse = CollapseWatch(config.collapse, config.model.prototypes)
+        self._mark = time.perf_counter()
+
+    def took(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        """Notes that a step was dispatched; checks and logs the step before."""
+        if self._pending:
+            self._log(self._read())
+        self._pending = number, metrics
+
+    def settle(self, state: TrainState, backbones: dict | None = None) -> None:
+        """Waits for the step just taken, checks its metrics and its state, evaluates `backbones` if given, and logs."""
+        number = self._read()
+        check_finite(number, state)
+        if self.untrained:
+            self.log.write(0, {"epoch": 0.0} | self._evaluate(0, self.untrained))
+            self.untrained = None
+        self._log(number, self._evaluate(number, backbones) if backbones else {})
+
+    def _read(self) -> int:
+        """Waits for the pending step and checks its metrics; returns its number."""
+        (number, metrics), self._pending = self._pending, None
+        last = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not last["gate/open"]:
+            last = {k: v for k, v in last.items() if not k.startswith(("loss/contrastive", "alignment"))}
+            rule = self.recipe.gate_rule.name
+            if not self._gate_closed and rule != "never" and self.config.loss.contrastive:
+                self.progress.write(f"step {number - 1}: the gate has closed ({rule}); distillation goes on alone")
+            self._gate_closed = True
+        self._collapse.check(number, last)
+        now = time.perf_counter()
+        last["seconds_per_step"], self._mark = now - self._mark, now
+        last["utterances_per_second"] = self.config.data.batch_size / last["seconds_per_step"]
+        self.last = last
+        self.progress.update(1, loss=last["loss"])
+        return number
+
+    def _log(self, number: int, evaluated: dict[str, float] | None = None) -> None:
+        """Logs the latest metrics where a row is due."""
+        if number % self.config.log_every_steps == 0 or number in (1, self.end) or evaluated:
+            times = {"epoch": number / self.epoch_steps, "cpu_seconds": time.process_time()}
+            self.log.write(number, self.last | (evaluated or {}) | times)
+
+    def _evaluate(self, number: int, backbones: dict) -> dict[str, float]:
+        """Evaluates in every process, so that none waits for another."""
+        result = self.evaluation(self.recipe, backbones)
+        self._mark = time.perf_counter()
+        self.progress.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
+        return result
+
+
+@dataclasses.dataclass
+class CollapseWatch:
+    """Counts for how many steps in a row each indicator has been beyond its limit."""
+
+    limits: object  # config.collapse
+    prototypes: int
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def check(self, step: int, metrics: dict[str, float]) -> None:
+        """Raises TrainingStopped, saying what to try, if a loss is not finite or an indicator has been bad for long."""
+        for name, value in metrics.items():
+            if name.startswith(("loss", "gradient_norm")) and not math.isfinite(value):
+                raise TrainingStopped(f"step {step}: {name} is {value}. {TO_TRY}")
+        uniform = math.log(self.prototypes)
+        for name, value in metrics.items():
+            kind = name.split("/")[0]
+            bad, advice = {
+                "teacher_entropy": (
+                    value > (1 - self.limits.min_entropy_gap) * uniform,
+                    "the teacher is uniform over the prototypes: lower teacher.temp or raise loss.center_momentum",
+                ),
+                "mean_teacher_entropy": (
+                    value < self.limits.min_mean_entropy * uniform,
+                    "the teacher puts everybody on one prototype: raise teacher.temp or lower loss.center_momentum",
+                ),
+                "embedding_std": (
+                    value < self.limits.min_embedding_std,
+                    "all embeddings are alike: lower optimizer.learning_rate or keep the contrastive term longer",
+                ),
+            }.get(kind, (False, ""))
+            self.steps[name] = self.steps.get(name, 0) + 1 if bad else 0
+            if bad and self.steps[name] >= self.limits.patience_steps:
+                raise TrainingStopped(
+                    f"step {step}: collapsed; {name} is {value:.4g} (ln K = {uniform:.4g}) and has been beyond its "
+                    f"limit for {self.steps[name]} steps: {advice}"
+                )
+
+
+def check_finite(step: int, state: TrainState) -> None:
+    """Raises TrainingStopped when a state must not be kept. The gate is left out: at first it holds an infinity."""
+    # On the host, where the state goes to be saved anyway: a compiled check would take longer to compile than to run.
+    leaves = jax.tree.leaves((state.student, state.teacher, state.center, state.opt_state))
+    if not all(np.isfinite(part).all() for part in jax.device_get([part for x in leaves for part in parts_here(x)])):
+        raise TrainingStopped(f"step {step}: the updated parameters are not finite. {TO_TRY}")

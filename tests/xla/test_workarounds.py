@@ -1,0 +1,148 @@
+"""XLA still needs each workaround of memo_jax/xla: once the installed jaxlib does not, a test fails and says what to delete.
+
+That the workarounds do what they are for is tested here, too, and where they are used.
+"""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import tiny
+from memo_jax.xla import compiler
+
+# Runs in a process of its own, which compiles as users do; it has four devices to share a batch.
+SCRIPT = """
+import functools, json, re, time
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from memo_jax.models import blocks
+from memo_jax.models.resnet import ResNet34
+from memo_jax.planning.hlo import collectives
+from memo_jax.xla import compiler, products, reductions
+
+report = {}
+FUSION, PASS = compiler.CPU_OPTIONS
+without = {o: {k: v for k, v in compiler.CPU_OPTIONS.items() if k != o} for o in compiler.CPU_OPTIONS}
+
+def compiled(function, *arguments, options=compiler.CPU_OPTIONS):
+    return jax.jit(function).lower(*arguments).compile(options)
+
+def seconds(program, *arguments):
+    times = []
+    for _ in range(5):
+        begin = time.process_time()
+        jax.block_until_ready(program(*arguments))
+        times.append(time.process_time() - begin)
+    return min(times)
+
+def convolution(x, kernel, stride):
+    pad = (kernel.shape[0] // 2,) * 2
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+x, kernel = jnp.ones((8, 101, 20, 64)), jnp.ones((3, 3, 64, 64))
+gradient = jax.grad(lambda kernel, x: jnp.sin(convolution(x, kernel, 1)).sum())
+report["kernel gradient"] = [
+    seconds(compiled(gradient, kernel, x, options=o), kernel, x) for o in (compiler.CPU_OPTIONS, without[FUSION])]
+
+x, kernel = jnp.ones((16, 201, 80, 16)), jnp.ones((16, 32))
+ours = jax.grad(lambda kernel, x: jnp.sin(products.pointwise_convolution(x, kernel, (2, 2))).sum())
+plain = jax.grad(lambda kernel, x: jnp.sin(convolution(x, kernel[None, None], 2)).sum())
+report["pointwise"] = [seconds(compiled(f, kernel, x), kernel, x) for f in (ours, plain)]
+
+def additions(options):
+    jax.clear_caches()
+    network, x = ResNet34(4, 8, blocks=(5,)), jnp.ones((2, 40, 16))
+    variables = jax.jit(network.init)(jax.random.key(0), x)
+    def loss(params):
+        return network.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])[0].sum()
+    return len(re.findall(r" add\\(", compiled(jax.grad(loss), variables["params"], options=options).as_text()))
+
+report["additions"] = [additions(compiler.CPU_OPTIONS), additions(without[PASS])]
+barrier, blocks.materialize_on_cpu = blocks.materialize_on_cpu, lambda tree: tree
+report["additions"].append(additions(compiler.CPU_OPTIONS))
+
+x = jnp.ones((256, 1024))
+for name, functions in {
+    "squared_norm": (reductions.squared_norm, lambda x: jnp.square(x).sum()),
+    "logsumexp": (reductions.logsumexp, functools.partial(jax.nn.logsumexp, axis=-1)),
+    "sum_from_first_axis": (
+        lambda x: reductions.sum_from_first_axis(jnp.exp(x.T), 0), lambda x: jnp.exp(x.T).sum(axis=0)),
+}.items():
+    report[name] = [compiled(f, x).memory_analysis().temp_size_in_bytes / x.nbytes for f in functions]
+
+def transform(waves, responses):
+    return jnp.fft.irfft(jnp.fft.rfft(waves) * jnp.fft.rfft(responses))
+
+rows = NamedSharding(jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+x = jax.device_put(np.ones((8, 64), np.float32), rows)
+report["moved"] = [
+    collectives(jax.jit(f, out_shardings=rows).lower(x, x).compile().as_text())
+    for f in (compiler.each_device_its_rows(transform), transform)]
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def report():
+    """Returns what was measured, {what: [with the workaround, without it]}."""
+    environment = tiny.as_users_compile() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def needless(what: str) -> str:
+    return f"jaxlib {jax.lib.__version__} no longer needs it: delete {what}, and its row in memo_jax/xla/__init__.py"
+
+
+def test_the_library_takes_the_gradient_of_a_kernel_slowly(report):
+    """Where this was tried, a third of the speed."""
+    ours, default = report["kernel gradient"]
+    assert default > 1.5 * ours, needless("the ynn fusion type in compiler.CPU_OPTIONS")
+
+
+def test_the_gradient_of_a_strided_pointwise_convolution_is_slow(report):
+    """Where this was tried, half the speed of the product."""
+    ours, convolution = report["pointwise"]
+    assert convolution > 1.3 * ours, needless("products.pointwise_convolution")
+
+
+def test_sums_of_residuals_are_recomputed(report):
+    ours, _, without_barrier = report["additions"]
+    assert without_barrier > ours, needless("materialize_on_cpu in models/blocks.py")
+
+
+def test_barriers_are_dropped(report):
+    ours, without_option, without_barrier = report["additions"]
+    assert without_option == without_barrier != ours, needless("the disabled pass in compiler.CPU_OPTIONS")
+
+
+@pytest.mark.parametrize("name", ["squared_norm", "logsumexp", "sum_from_first_axis"])
+def test_what_a_long_reduction_reads_is_written_to_memory(report, name):
+    """Temporaries relative to the input: a group of rows with the workaround, all of it without."""
+    ours, plain = report[name]
+    assert ours < 0.25
+    assert plain > 0.9, needless(f"reductions.{name}")
+
+
+def test_every_device_transforms_the_rows_of_all(report):
+    ours, plain = report["moved"]
+    assert ours == {}
+    assert plain, needless("each_device_its_rows")
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
+    known = compiler.compiler_options("cpu")
+    assert known == compiler.CPU_OPTIONS, needless("the option that is missing")
+    assert compiler.compiler_options("tpu") is None
+    monkeypatch.setattr(compiler, "CPU_OPTIONS", known | {"xla_cpu_option_of_another_version": "1"})
+    compiler._known_cpu_options.cache_clear()
+    assert compiler.compiler_options("cpu") == known
+    compiler._known_cpu_options.cache_clear()
+    doubled = jax.jit(lambda x: 2 * x, compiler_options=known)(np.float32(3))
+    assert doubled == 6
