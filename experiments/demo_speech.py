@@ -361,13 +361,13 @@ def make_corpus(
     else.
     """
     output_dir = Path(output_dir)
-    made = dict(
-        speakers=speakers,
-        utterances=utterances,
-        test_speakers=test_speakers,
-        test_utterances=test_utterances,
-        seed=seed,
-    )
+    made = {
+        "speakers": speakers,
+        "utterances": utterances,
+        "test_speakers": test_speakers,
+        "test_utterances": test_utterances,
+        "seed": seed,
+    }
     record_file = output_dir / "corpus.json"
     if record_file.exists():
         found = json.loads(record_file.read_text())

@@ -29,7 +29,7 @@ PANELS = (
 SHORT = {
     "dino-ecapa": "DINO, ECAPA",
     "dino-resnet": "DINO, ResNet",
-    "two-branches": "two strangers",
+    "two-branches": "two branches",
     "shared-head": "shared head",
     "multi-head": "Multi-Head",
     "memo-always": "contrastive, always on",
@@ -134,7 +134,7 @@ def eer_figure(rows: Rows, in_minutes: bool = False) -> Figure | None:
 
 
 def gate_figure(rows: Rows) -> Figure | None:
-    """The EER at the end against the step at which the contrastive loss stopped; small marks are seeds, large are means.
+    """The final EER against the step at which the contrastive loss stopped; small marks are seeds, large ones means.
 
     A line joins the rows whose step was fixed beforehand, from never on to never off: is a rule's mark below it?
     """

@@ -19,7 +19,7 @@ BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
 )  # these may be gs://…
 # As interop.KINDS and features.FRONT_ENDS, which are slow to import.
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
-FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "speechbrain_fbank")
+FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
 
 
 def main(arguments: list[str] | None = None) -> int:

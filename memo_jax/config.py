@@ -66,10 +66,10 @@ def with_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 
 
 def config_to_json(config: ConfigDict) -> str:
-    """Returns the config as JSON text that `config_from_json` turns into an equal config, tuples and unset placeholders
-    included.
+    """Returns the config as JSON text, from which `config_from_json` makes an equal config.
 
-    Raises ValueError for a value that is not None, bool, int, float, str, or a tuple, list or group of such.
+    Tuples and unset placeholders are kept. Raises ValueError for a value that is not None, bool, int, float, str, or a
+    tuple, list or group of such.
     """
     return json.dumps(_encoded(config, "config"), indent=2, ensure_ascii=False)
 
@@ -197,7 +197,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _line_in(folder: Path, error: BaseException) -> str:
-    """ ", line N" (with the file's name) of the last line of a config file that an exception passed through."""
+    """Returns ", FILE line N" of the last line of a config file that an exception passed through."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == folder]
     return f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
 

@@ -47,7 +47,7 @@ class Lock:
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike, *, inside: bool = False) -> Iterator[Lock]:
-    """Holds the lock on an output, as in `with exclusive("gallery.npz"): …`; the lock file is removed at the end.
+    """Holds the lock on an output for as long as a `with` block lasts; the lock file is removed at its end.
 
     Args:
       path: the output, in the file system or a bucket; it need not exist.

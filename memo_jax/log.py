@@ -17,8 +17,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricsLog:
-    """Appends one row a step to `<workdir>/metrics.jsonl` and the same numbers to TensorBoard files in
-    `<workdir>/tensorboard`.
+    """Appends a row per step to `<workdir>/metrics.jsonl`, and the same numbers to `<workdir>/tensorboard`.
 
     Every row is on its way to the disk when `write` returns. A last line that a killed run left half-written is dropped
     on opening. With `active=False` (every process but the first) nothing is created or written.
@@ -129,8 +128,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
-    """Returns the rows of a metrics file (or of the one in a workdir), oldest first; a half-written last line is left
-    out.
+    """Returns the rows of a metrics file, or of the one in a workdir, oldest first; omits a half-written last line.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -145,8 +143,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
 
 
 class Progress:
-    """Progress of long work, with rate and time left: a bar on a terminal, elsewhere a plain line about every ten
-    seconds.
+    """Progress of long work with rate and time left: a bar on a terminal, elsewhere a line about every ten seconds.
 
     Args:
         total: how many units there are in all; None when unknown (no time left is shown then).

@@ -1,7 +1,7 @@
-"""A server of buckets in memory, by as much of the JSON API of Google Cloud Storage as gcsfs, tensorstore and orbax use.
+"""A server of buckets in memory: as much of Google Cloud Storage's JSON API as gcsfs, tensorstore and orbax use.
 
-Uploads are there when all of them is, and conditions on generations hold, as in a real bucket; a list shows at once what
-was written.
+Uploads are there when all of them is, and conditions on generations hold, as in a real bucket; a list shows at once
+what was written.
 """
 
 import contextlib

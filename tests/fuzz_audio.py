@@ -2,14 +2,17 @@
 
 Each must be read or refused with an AudioError, within seconds and without memory for what a lying header claims: the
 address space may grow by a fixed amount only. Prints counts as JSON; a mutation that fails in another way is left in
-FOLDER, and ends the run with its traceback (or by the signal that it caused). tests/test_audio.py runs a few hundred.
+FOLDER, and ends the run with its traceback (or by the signal that it caused). Kinds that ffmpeg decodes are among them
+where it is installed, for 1 mutation in 20. tests/test_audio.py runs a few hundred.
 """
 
 import io
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +32,23 @@ KINDS = {
     "mp3": {"format": "MP3"},
     "ogg": {"format": "OGG", "subtype": "VORBIS"},
     "opus": {"format": "OGG", "subtype": "OPUS"},
+    "vbr.mp3": {"format": "MP3", "bitrate_mode": "VARIABLE", "compression_level": 0.3},
     "aiff": {"format": "AIFF"},
     "au": {"format": "AU"},
+    "caf": {"format": "CAF"},
+    "w64": {"format": "W64"},
+    "rf64": {"format": "RF64"},
+    "sph": {"format": "NIST"},
 }
+BY_FFMPEG = {
+    "m4a": (),
+    "frag.mp4": ("-movflags", "frag_keyframe+empty_moov"),
+    "webm": (),
+    "wma": (),
+    "aac": (),
+    "avi": (),
+}
+BY_FFMPEG |= {"g722.wav": ("-c:a", "g722"), "flac.oga": ("-c:a", "flac")}
 MEMORY = 300_000_000  # bytes
 SECONDS = 20  # for one mutation
 EXTREMES = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\0\0\0\x80", b"\1\0\0\0"]
@@ -48,6 +65,23 @@ def seeds() -> dict[str, list[bytes]]:
             file = io.BytesIO()
             soundfile.write(file, samples, rate, **options)
             found.setdefault(name, []).append(file.getvalue())
+    return found
+
+
+def seeds_by_ffmpeg() -> dict[str, list[bytes]]:
+    """Small recordings of the kinds that ffmpeg decodes; none without it."""
+    found = {}
+    if not shutil.which("ffmpeg"):
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        for name, options in BY_FFMPEG.items():
+            for channels, rate in ((1, 16000), (2, 48000)):
+                channels = 1 if "g722" in name else channels
+                path = os.path.join(folder, f"a.{name}")
+                source = ["-f", "lavfi", "-i", f"anoisesrc=a=0.1:d=0.5:r={rate}", "-ac", str(channels)]
+                subprocess.run(["ffmpeg", "-v", "error", "-y", *source, *options, path], check=True)
+                with open(path, "rb") as file:
+                    found.setdefault(name, []).append(file.read())
     return found
 
 
@@ -82,17 +116,18 @@ def mutated(content: bytes, others: list[bytes], rng) -> bytes:
 
 
 def main(mutations: int, seed: int, folder: str) -> None:
-    found = seeds()
-    everything = [content for contents in found.values() for content in contents]
+    found, by_ffmpeg = seeds(), seeds_by_ffmpeg()
+    everything = [content for contents in (found | by_ffmpeg).values() for content in contents]
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # in the middle of a C function, only a signal that kills ends it
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     counts, slowest = {"read": 0, "refused": 0}, 0.0
     for number in range(mutations):
         rng = np.random.default_rng([seed, number])
-        name = list(found)[rng.integers(len(found))]
+        kinds = by_ffmpeg if by_ffmpeg and rng.random() < 0.05 else found
+        name = list(kinds)[rng.integers(len(kinds))]
         path = os.path.join(folder, f"{seed}-{number}.{name}")
-        content = mutated(found[name][rng.integers(2)], everything, rng)
+        content = mutated(kinds[name][rng.integers(2)], everything, rng)
         with open(path, "wb") as file:
             file.write(content)
         source = path

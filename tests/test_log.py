@@ -188,7 +188,7 @@ def test_plain_progress_gives_rate_and_time_left(monkeypatch, clock):
 
 
 def test_rate_leaves_out_a_slow_start(monkeypatch, clock):
-    """The first step compiles, an evaluation comes before the second: neither tells of the time left, the steps since do."""
+    """The first step compiles and an evaluation precedes the second; only later steps predict the time left."""
     console = Console(tty=False)
     monkeypatch.setattr(sys, "stderr", console)
     shown = Progress(total=101, unit="step")

@@ -1,4 +1,4 @@
-"""A run made again: bit-identical by the same seed, told apart where anything differs. And what a run says of itself."""
+"""A run made again: bit-identical with the same seed, told apart where anything differs; and its own record."""
 
 import json
 import shutil

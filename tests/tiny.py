@@ -168,6 +168,16 @@ def model_file() -> Path:
 
 
 @functools.cache
+def whole_run() -> Path:
+    """The workdir of an uninterrupted run of 12 steps, with checkpoints at 8 and 12 and the gate closing after 7."""
+    workdir = temporary_folder() / "whole"
+    status, text = train_here(workdir)
+    assert status == 0, text
+    assert "augmentation: no bank of noise or rooms; other utterances are added as babble\n" in text
+    return workdir
+
+
+@functools.cache
 def trained_run() -> tuple[Path, str]:
     """The workdir of a run of ECAPA-TDNN and ResNet with trials, started as a user does, and what it said."""
     workdir, tiny = temporary_folder() / "run", material()

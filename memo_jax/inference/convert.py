@@ -365,8 +365,6 @@ def convert_back(
         front_end = interop.FRONT_END_OF_KIND[kind]
     else:
         loaded = load_model(source, branch=branch, role=role, step=step)
-        if not isinstance(loaded, Model):
-            raise ValueError(f"{source}: an exported program has no weights to convert: give the model it is from")
         front_end = loaded.front_end
     try:
         tensors = speaker_net_of_branches(loaded) if whole else model_to_torch(loaded, kind)

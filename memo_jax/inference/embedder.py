@@ -3,7 +3,7 @@
 import os
 import zipfile
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,6 @@ from memo_jax.inference.model_file import (
     read_model,
 )
 from memo_jax.scoring.metrics import unit_norm
-
-if TYPE_CHECKING:
-    from memo_jax.inference.export import Artifact
 
 MIN_SECONDS = 0.5  # shorter recordings are refused: they say too little about a voice
 DEFAULT_THRESHOLD = 0.5  # cosine, if none has been tuned
@@ -70,7 +67,7 @@ class Embedder:
     The embedding of a recording longer than two minutes is the mean over equal windows of at most two minutes.
 
     Args:
-      model: a model, or an exported program.
+      model: the network.
       gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
       channel: of recordings with several: "mean", or a number from 1.
 
@@ -83,9 +80,7 @@ class Embedder:
       channel: as given; may be set.
     """
 
-    def __init__(
-        self, model: "Model | Artifact", gallery: str | os.PathLike | None = None, channel: str | int = "mean"
-    ):
+    def __init__(self, model: Model, gallery: str | os.PathLike | None = None, channel: str | int = "mean"):
         self.model = model
         self.channel = channel
         self.threshold = DEFAULT_THRESHOLD if model.decision is None else model.decision.threshold
@@ -243,11 +238,8 @@ def load_model(
     branch: str | None = None,
     role: str | None = None,
     step: int | None = None,
-) -> "Model | Artifact":
-    """Returns the network of a workdir, a model file or an exported program; arguments and errors as `Embedder.load`.
-
-    That of an exported program (`export.Artifact`) has no layers and weights to look at.
-    """
+) -> Model:
+    """Returns the network of a workdir, a file, the Hub or the package; arguments and errors as `Embedder.load`."""
     given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
     path = DEFAULT_MODEL if path is None else path
     if is_hub_name(path):
@@ -270,9 +262,9 @@ def load_model(
     if given:
         raise ValueError(f"{path} is a file with a single network: --{given[0]} is for workdirs")
     if zipfile.is_zipfile(path):
-        from memo_jax.inference.export import read_artifact
+        from memo_jax.inference.export import read_program
 
-        return read_artifact(path)
+        return read_program(path)
     return read_model(path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances
-from memo_jax.files import as_path, check_writable, write_text
+from memo_jax.files import as_path, check_writable, in_bucket, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model, log_mel_statistics
+from memo_jax.inference.hub import is_hub_name
 from memo_jax.inference.model_file import Decision, Model, embedding_function
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
@@ -27,6 +29,7 @@ from memo_jax.scoring.score import (
     error_report,
     interval_note,
     rates_text,
+    warnings_of,
     write_scores,
 )
 from memo_jax.scoring.trials import read_trials, recording_rows, speaker_folder, trial_pairs
@@ -185,22 +188,31 @@ def evaluate(
     log_mel_statistics.txt of plain statistics.
 
     Args:
-      model: workdir of a training run, or a model file.
+      model: workdir of a training run, a model file, or an exported program.
       data: dataset with the recordings of the trials.
       trials: trial list, see `read_trials`; of one without labels, scores are written and no error rates.
-      output: folder for the results; made when missing.
-      branch, role, step: which network of a workdir, see `Embedder.load`.
-      crops, crop_seconds: take so many crops of a recording, spread evenly, and the mean score of all pairs of them,
-        instead of full recordings.
-      save_threshold: one of CRITERIA: keep the threshold that reaches it here, and a calibration, with the model.
+      output: folder for the results; created if missing.
+      branch: which network of a workdir, as the next two; see `Embedder.load`.
+      role: "teacher" or "student".
+      step: of the checkpoint.
+      crops: take so many crops of a recording, spread evenly, and the mean score of all pairs of them, instead of full
+        recordings; 0 for full recordings.
+      crop_seconds: length of a crop.
+      save_threshold: one of CRITERIA: save the threshold at this criterion, and a calibration, with the model.
       enrollments: table of speakers enrolled by several recordings, see `read_trials`.
-      replicates: of the bootstrap for the interval; 0 leaves it out.
+      replicates: of the bootstrap for the interval; 0 for no interval.
+      quiet: show no progress.
 
     Returns:
       What results.json holds: `eer` (percent), `eer_interval`, `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`,
       the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
     """
     network = load_model(model, branch=branch, role=role, step=step)
+    if save_threshold is not None and (is_hub_name(model) or not in_bucket(model) and zipfile.is_zipfile(model)):
+        raise ValueError(
+            f"{model}: no threshold can be saved there: give the workdir or model file that it is from, then export or "
+            "push that again"
+        )
     evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
     target = evaluation.target
     if target is None and save_threshold is not None:
@@ -212,6 +224,7 @@ def evaluate(
     results: dict[str, Any] = {
         "trials": len(evaluation.trials),
         "recordings": len(evaluation.rows),
+        "self_trials": int(evaluation.trials.self_tests.sum()),
         "network": network_name(network),
         "fingerprint": network.fingerprint,
         "model": str(as_path(model)),
@@ -249,7 +262,7 @@ def evaluate(
 def tuned_decision(scores, target, criterion: str, trials) -> Decision:
     """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration.
 
-    Raises ValueError where the criterion is met best by accepting nobody or everybody: that is no threshold.
+    Raises ValueError where the criterion is best met by accepting nobody: that is no threshold.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")
@@ -257,10 +270,9 @@ def tuned_decision(scores, target, criterion: str, trials) -> Decision:
         point, unit = metrics.eer_point(scores, target), 100
     else:
         point, unit = metrics.min_dcf_point(scores, target, float(criterion.removeprefix("min_dcf_"))), 1
-    if not scores.min() <= point.threshold <= scores.max():
-        whom = "nobody" if point.threshold > scores.max() else "everybody"
+    if point.threshold > scores.max():
         raise ValueError(
-            f"{criterion} is best ({point.value:.4g}) when {whom} is accepted, so no threshold was saved: these scores "
+            f"{criterion} is best ({point.value:.4g}) when nobody is accepted, so no threshold was saved: these scores "
             "do not tell speakers apart well enough for it; use --save-threshold eer"
         )
     fitted = fit_calibration(scores, target)
@@ -287,7 +299,7 @@ def evaluation_text(results: dict) -> str:
     lines = [f"{counts[0]}, {results['targets']:,} of them target, {counts[1]}"]
     for name, row in ((results["network"], results), (BASELINE, results["log_mel_statistics"])):
         lines.append(f"  {name:<28} {rates_text(row)}")
-    lines.append(interval_note(results))
+    lines += [interval_note(results), *warnings_of(results)]
     if results["worse_than_statistics"]:
         names = ", ".join("EER" if key == "eer" else f"minDCF({key[8:]})" for key in results["worse_than_statistics"])
         lines.append(f"  WARNING: in {names} the network is worse than plain log-mel statistics")

@@ -85,8 +85,6 @@ def push(
     repository, revision = parse_hub_name(repository)
     if revision is not None:
         raise ValueError(f"{repository}@{revision}: a push goes to the main branch: leave out @{revision}")
-    if not isinstance(model, Model):
-        raise ValueError("an exported program has no weights to push: give the workdir or model file that it is of")
     hub = _huggingface_hub()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

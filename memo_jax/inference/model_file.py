@@ -1,21 +1,23 @@
 """Model files: a single network that embeds recordings, with all that is needed to use it, in one safetensors file.
 
-The tensors are the backbone's variables, float32 or float16, named by their path ("params/block_0/reduce/conv/kernel"). The file's
-metadata has one entry, "memo_jax": JSON with `format`, `backbone`, `arguments`, `front_end`, `decision`, `provenance`,
-`fingerprint` (of the network and its weights) and `checksum` (of the JSON itself). Both are checked when a file is
-read, so any damage that would change a result is noticed. Reading a model file runs none of its content.
+The tensors are the backbone's variables, float32 or float16, named by their path ("params/block_0/reduce/conv/kernel").
+The file's metadata has one entry, "memo_jax": JSON with `format`, `backbone`, `arguments`, `front_end`, `decision`,
+`provenance`, `fingerprint` (of the network and its weights) and `checksum` (of the JSON itself). Both are checked when
+a file is read, so any damage that would change a result is noticed. Reading a model file runs none of its content.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from memo_jax.models import BACKBONES, EXECUTION_FIELDS, build_backbone
 FORMAT = 2
 METADATA_KEY = "memo_jax"
 WEIGHTS = {"float32": "<f4", "float16": "<f2"}  # how a file may hold them
+MOST_VALUES, LARGEST_SIZE = 64, 1 << 20  # of an argument of a backbone
 DEFAULT_MODEL = Path(__file__).with_name("default_model.safetensors")  # comes with the package; see its card
 
 
@@ -103,8 +106,21 @@ class Model:
 
     @functools.cached_property
     def function(self) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-        """The compiled function from int16 waves [N, L], zeros after lengths [N], to embeddings [N, D]."""
-        return embedding_function(self.module, self.variables, self.front_end)
+        """The compiled function from int16 waves [N, L], zeros after lengths [N], to embeddings [N, D].
+
+        It raises ModelFileError if the variables are not those that the backbone needs.
+        """
+        apply = embedding_function(self.module, self.variables, self.front_end)
+
+        def function(waves, lengths):
+            try:
+                return apply(waves, lengths)
+            except flax.errors.FlaxError as error:
+                raise ModelFileError(
+                    f"the model's tensors are not those of a {self.backbone}: {one_line(error)}"
+                ) from error
+
+        return function
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -233,39 +249,70 @@ def read_model(path: str | os.PathLike) -> Model:
 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such model file")
-    try:
-        with safe_open(os.fspath(path), framework="numpy") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
-            if text is None:
-                raise ModelFileError(
-                    f"{path} has tensors but no description of a network: turn weights of another toolkit into a model "
-                    "file with `memo-jax convert`"
-                )
-            header = parsed_header(text)
-            variables: dict[str, Any] = {}
-            for name in file.keys():
-                *parents, leaf = name.split("/")
-                place = variables
-                for part in parents:
-                    place = place.setdefault(part, {})
-                place[leaf] = file.get_tensor(name).astype(np.float32, copy=False)
-        if header["backbone"] not in BACKBONES or header["front_end"] not in FRONT_ENDS:
+    with damage_named(path, "a model file"), safe_open(os.fspath(path), framework="numpy") as file:
+        text = (file.metadata() or {}).get(METADATA_KEY)
+        if text is None:
             raise ModelFileError(
-                f"{path}: this version of memo-jax has no {header['backbone']} with {header['front_end']}"
+                f"{path} has tensors but no description of a network: turn weights of another toolkit into a model "
+                "file with `memo-jax convert`"
             )
-        arguments = {key: _tuples(value) for key, value in header["arguments"].items()}
-        model = Model(
-            header["backbone"], arguments, variables, header["front_end"], header["provenance"], header["decision"]
-        )
-        # The variables were checked against the network when they were written: enough that they are still the same.
-        if model.fingerprint != header["fingerprint"]:
-            raise ValueError("its weights are not those that were written")
-        check_finite(model)
-        return model
+        return described_model(parsed_header(text), {name: file.get_tensor(name) for name in file.keys()})
+
+
+@contextlib.contextmanager
+def damage_named(path: str | os.PathLike, kind: str) -> Iterator[None]:
+    """Turns whatever a library raises for content that makes no sense into a ModelFileError that names the file."""
+    try:
+        yield
     except (ModelFileError, OSError):
         raise
-    except Exception as error:  # whatever safetensors, json and NumPy raise for content that makes no sense
-        raise ModelFileError(f"{path}: not a model file, or damaged ({one_line(error)})") from error
+    except Exception as error:
+        raise ModelFileError(f"{path}: not {kind}, or damaged ({one_line(error)})") from error
+
+
+def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Model:
+    """Returns the model of a description (`parsed_header`) and its tensors {"params/…/kernel": array}.
+
+    Raises:
+      ValueError: an unknown backbone, front end or argument, tensors that are not those that were described, or weights
+        that are not finite. KeyError, TypeError, …: something else.
+    """
+    if header["backbone"] not in BACKBONES or header["front_end"] not in FRONT_ENDS:
+        raise ValueError(f"this version of memo-jax has no {header['backbone']} with {header['front_end']}")
+    arguments = {key: _tuples(value) for key, value in header["arguments"].items()}
+    _check_arguments(header["backbone"], arguments)
+    variables: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        *parents, leaf = name.split("/")
+        place = variables
+        for part in parents:
+            place = place.setdefault(part, {})
+        place[leaf] = tensor.astype(np.float32, copy=False)
+    model = Model(
+        header["backbone"], arguments, variables, header["front_end"], dict(header["provenance"]), header["decision"]
+    )
+    # The variables were checked against the network when they were written: enough that they are still the same.
+    if model.fingerprint != header["fingerprint"]:
+        raise ValueError("its weights are not those that were written")
+    check_finite(model)
+    return model
+
+
+def _check_arguments(backbone, arguments) -> None:
+    """Raises ValueError for arguments that no program of ours has written: a network of them could be without end."""
+    defaults = {field.name: field.default for field in dataclasses.fields(BACKBONES[backbone])}
+    for name, value in arguments.items():
+        like = defaults.get(name, dataclasses.MISSING) if name not in EXECUTION_FIELDS else dataclasses.MISSING
+        values, likes = (value, like) if isinstance(like, tuple) else ((value,), (like,))
+        kind = type(likes[0]) if isinstance(likes[0], (bool, int, float, str)) else str  # array types are named
+        fits = isinstance(values, tuple) and len(values) <= MOST_VALUES and all(type(one) is kind for one in values)
+        if (
+            like is dataclasses.MISSING
+            or not fits
+            or kind is int
+            and not all(0 <= one <= LARGEST_SIZE for one in values)
+        ):
+            raise ValueError(f"a {backbone} cannot have {name} {one_line(ValueError(str(value)), 100)}")
 
 
 def check_model(model: Model) -> None:

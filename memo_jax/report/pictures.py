@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import warnings
 from xml.etree import ElementTree
 
 import matplotlib
@@ -53,7 +54,11 @@ def picture(figure: Figure, description: str, kind: str = "") -> str:
         text.set_path_effects([])  # the style sheet draws halos
     file = io.StringIO()
     # The salt goes into identifiers: two pictures of a page must not share any.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{kind} {description}"}):
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{kind} {description}"}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the text
         figure.savefig(
             file,
             format="svg",

@@ -3,8 +3,8 @@
 Layout: `<workdir>/checkpoints/<step>/` with orbax's files and `manifest.json`: the names, shapes and types of the
 arrays, the checksum of every file, and JSON of the caller's. A checkpoint appears, manifest included, by renaming a
 finished folder: a run killed at any moment leaves whole checkpoints and at most a temporary folder, which nobody reads
-and the next `Checkpointer` removes. In a bucket, where folders cannot be renamed, a checkpoint is whole once its folder has
-`commit_success.txt`, which is written last.
+and the next `Checkpointer` removes. In a bucket, where folders cannot be renamed, a checkpoint is whole once its
+folder has `commit_success.txt`, which is written last.
 
 There is no position in the data: a batch is a function of dataset, seed and step (`data/batches.py`).
 """

@@ -81,7 +81,7 @@ def _processor() -> str:
 
 
 def read_run(workdir: str | os.PathLike) -> dict | None:
-    """Returns what `RunRecord` wrote, None where there is nothing (a run of an earlier version). ValueError if damaged."""
+    """Returns what `RunRecord` wrote, None where there is nothing; raises ValueError if it is damaged."""
     path = as_path(workdir) / RUN_FILE
     try:
         text = read_text(path)

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import demo  # noqa: E402
 import demo_speech  # noqa: E402
 
-SIZES = dict(speakers=3, utterances=2, test_speakers=2, test_utterances=3)
+SIZES = {"speakers": 3, "utterances": 2, "test_speakers": 2, "test_utterances": 3}
 
 
 def make(folder, **changes):
     pytest.importorskip("espeakng_loader", reason="the extra `demo` (speech synthesis) is not installed")
-    return demo_speech.make_corpus(folder, **(SIZES | dict(seed=1) | changes))
+    return demo_speech.make_corpus(folder, **(SIZES | {"seed": 1} | changes))
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def test_importing_the_package_imports_nothing_heavy_until_the_embedder_is_asked
     done = subprocess.run([sys.executable, "-c", code], env=tiny.environment(), capture_output=True, text=True)
     assert done.stdout.split() == ["False", "True"], done.stderr
     with pytest.raises(AttributeError, match="Embeder"):
-        memo_jax.Embeder
+        _ = memo_jax.Embeder
 
 
 def test_a_recording_has_one_embedding_however_it_is_given(embedder, corpus):
@@ -99,7 +99,8 @@ def test_people_are_enrolled_kept_in_a_file_and_found_again(corpus, tmp_path):
     assert second.gallery.names == ["Ada", "Jürgen M"]
     found = second.identify(corpus / "s4" / "0.wav")
     assert (found.name, found.nearest) == ("Jürgen M", "Jürgen M") and found.score == pytest.approx(1, abs=1e-4)
-    assert second.identify(corpus / "s4" / "0.wav", threshold=1.0)[::3] == (None, "Jürgen M")
+    stranger = second.identify(corpus / "s2" / "0.wav", threshold=1.0)
+    assert stranger.name is None and stranger.nearest in ("Ada", "Jürgen M") and -1 <= stranger.score < 1
     ada = read_embeddings(gallery).embeddings[0]
     units = [row / np.linalg.norm(row) for row in first.embed([corpus / "s0" / "0.wav", corpus / "s0" / "1.wav"])]
     np.testing.assert_allclose(ada, sum(units) / np.linalg.norm(sum(units)), atol=1e-6)
@@ -120,8 +121,9 @@ def test_people_are_enrolled_kept_in_a_file_and_found_again(corpus, tmp_path):
 def test_nobody_enrolled_and_a_gallery_that_cannot_be_written(embedder, corpus, tmp_path):
     with pytest.raises(ValueError, match="nobody is enrolled yet"):
         embedder.identify(corpus / "s0" / "0.wav")
-    broken = Embedder.load(tiny.model_file(), gallery=tmp_path / "no folder" / "people.npz")
-    with pytest.raises(OSError, match="no folder"):
+    (tmp_path / "file").write_text("")
+    broken = Embedder.load(tiny.model_file(), gallery=tmp_path / "file" / "people.npz")
+    with pytest.raises(OSError, match="file"):
         broken.enroll("Ada", corpus / "s0" / "0.wav")
     assert not broken.gallery.names
 

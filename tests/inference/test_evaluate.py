@@ -311,7 +311,7 @@ def test_a_disk_that_takes_nothing_is_named(size, workdir, tmp_path):
 
 
 def test_a_threshold_that_accepts_nobody_is_refused_and_the_results_are_kept(workdir, tmp_path, monkeypatch):
-    """Where every score is alike, the least cost at a low prior is that of accepting nobody: no threshold reaches it."""
+    """If all scores are alike, accepting nobody costs least at a low prior: no threshold reaches that cost."""
     from memo_jax.inference.evaluate import TrialEvaluation, tuned_decision
 
     rng = np.random.default_rng(0)

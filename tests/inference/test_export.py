@@ -1,5 +1,6 @@
 """`memo-jax export` as it is typed; what it writes, used in a fresh process."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 import tiny
 from memo_jax.inference.embedder import Embedder
-from memo_jax.inference.export import read_artifact
+from memo_jax.inference.export import read_program
 from memo_jax.inference.model_file import ModelFileError, read_model
 
 WITH_JAX_ALONE = """
@@ -67,16 +68,21 @@ def test_the_embedder_takes_what_was_exported(number, exported):
 
 
 def test_what_it_is_of_is_inside(exported):
-    model, artifact, origin = read_model(exported[0]), read_artifact(exported[1]), tiny.untrained_model()
-    assert model.fingerprint == artifact.fingerprint == origin.fingerprint
-    assert model.decision == artifact.decision == origin.decision
-    assert model.provenance == artifact.provenance == origin.provenance and artifact.dimension == 8
+    origin = tiny.untrained_model()
+    for model in (read_model(exported[0]), read_program(exported[1])):
+        for field in ("backbone", "arguments", "front_end", "provenance", "decision", "fingerprint", "dimension"):
+            assert getattr(model, field) == getattr(origin, field), field
+
+
+def test_a_program_can_be_exported_again(exported, tmp_path):
+    status, text = tiny.here("export", "--model", exported[1], "--output", tmp_path / "b.safetensors")
+    assert status == 0, text
+    assert (tmp_path / "b.safetensors").read_bytes() == exported[0].read_bytes()
 
 
 def test_what_cannot_be_exported_or_read_is_named(exported, tmp_path):
     for model, output, message in (
-        (tiny.model_file(), "a.pt", "no known format: choose one of .safetensors, .zip, .onnx"),
-        (exported[1], "b.safetensors", "has no weights to export"),
+        (tiny.model_file(), "a.tflite", "is no known format: choose one of .safetensors, .zip, .onnx"),
         (tmp_path / "gone", "a.zip", "no such workdir or model file"),
     ):
         status, text = tiny.here("export", "--model", model, "--output", tmp_path / output)
@@ -84,5 +90,68 @@ def test_what_cannot_be_exported_or_read_is_named(exported, tmp_path):
     assert not list(tmp_path.iterdir())
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
         file.writestr("text", "no network")
-    with pytest.raises(ModelFileError, match="other.zip: not an exported network"):
+    with pytest.raises(ModelFileError, match="other.zip: not an exported program"):
         Embedder.load(tmp_path / "other.zip")
+    with zipfile.ZipFile(tmp_path / "torch.zip", "w") as file:
+        file.writestr("archive/data.pkl", "what torch.save writes")
+    with pytest.raises(ModelFileError, match="torch.zip: .* PyTorch checkpoint .* `memo-jax convert`"):
+        Embedder.load(tmp_path / "torch.zip")
+
+
+def rewritten(source, target, **members):
+    """Copies a zip with other contents of some members, all checksums of the zip itself right."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, members.get(name.split(".")[0], old.read(name)))
+    return target
+
+
+def program_with_a_custom_call():
+    """A program of the signature of ours that calls the Python callback number 7 of whoever runs it."""
+    import jax
+    import jax.export
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import stablehlo
+
+    like = (jax.ShapeDtypeStruct((1, 8000), "float32"), jax.ShapeDtypeStruct((1,), "int32"))
+    exported = jax.export.export(jax.jit(lambda waves, lengths: waves[:, :8] * lengths[:, None].astype("float32")))(
+        *like
+    )
+    text = """module @jit_f attributes {mhlo.num_partitions = 1 : i32, mhlo.num_replicas = 1 : i32} {
+      func.func public @main(%a: tensor<1x8000xf32>, %b: tensor<1xi32>) -> tensor<1x8xf32> {
+        %0 = stablehlo.custom_call @xla_ffi_python_cpu_callback(%a) {api_version = 4 : i32, backend_config =
+          {index = 7 : ui64}} : (tensor<1x8000xf32>) -> tensor<1x8xf32>
+        return %0 : tensor<1x8xf32> } }"""
+    with ir.Context() as context:
+        stablehlo.register_dialect(context)
+        module = stablehlo.serialize_portable_artifact_str(text, stablehlo.get_current_version())
+    return bytes(dataclasses.replace(exported, mlir_module_serialized=module).serialize())
+
+
+def test_a_strangers_program_never_runs(exported, tmp_path):
+    """A custom call, bytes on which MLIR's parser may end the process, one without end: none is parsed, all refused."""
+    with zipfile.ZipFile(exported[1]) as file:
+        program = file.read("program.jaxexport")
+    cut = program[: len(program) // 2] + bytes(100) + program[len(program) // 2 + 100 :]
+    for other in (program_with_a_custom_call(), cut, b"", b"\xff" * 100):
+        path = rewritten(exported[1], tmp_path / "other.zip", program=other)
+        status, text = tiny.here(
+            "embed", tiny.material().corpus / "s0" / "0.wav", "--model", path, "--output", tmp_path / "a.npz"
+        )
+        assert status == 2 and "other.zip: not an exported program of memo-jax, or damaged (its program" in text
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_other_members_that_make_no_sense_are_one_line(exported, tmp_path):
+    deep = "[" * 100_000 + "]" * 100_000
+    for members in (
+        {"model": deep},
+        {"model": "{}"},
+        {"model": '{"format": 2, "checksum": 7}'},
+        {"model": b"\xff\xfe"},
+        {"weights": b""},
+        {"weights": b"\xff" * 64},
+    ):
+        path = rewritten(exported[1], tmp_path / "other.zip", **members)
+        with pytest.raises(ModelFileError, match=r"other.zip: not an exported program of memo-jax, or damaged \(.+\)$"):
+            Embedder.load(path)

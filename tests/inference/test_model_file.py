@@ -1,6 +1,9 @@
 """Model files: what is written comes back, and what is not a whole model file is refused by name."""
 
 import dataclasses
+import hashlib
+import json
+import re
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import tiny
-from memo_jax.inference.model_file import Model, ModelFileError, header_text, read_model, write_model
+from memo_jax.inference.model_file import Model, ModelFileError, flattened, header_text, read_model, write_model
 
 ARGUMENTS = {"embedding_dim": 8, "base_channels": 2, "blocks": (1, 1, 1, 1)}
 
@@ -76,15 +79,60 @@ def test_another_version_and_another_description_are_named(tmp_path):
     path = write_model(tmp_path / "model.safetensors", model)
     with safe_open(path, framework="numpy") as file:
         text, arrays = file.metadata()["memo_jax"], {name: file.get_tensor(name) for name in file.keys()}
-    for changed, said in (
-        (text.replace('"format": 2', '"format": 99'), "format 99"),
-        (text.replace("resnet", "ecapa"), "description is not the one that was written"),
-        (header_text(dataclasses.replace(model, backbone="transformer")), "has no transformer with log_mel"),
+    for changes, said in (
+        ({"format": 99}, "format 99 and not 2"),
+        ({"backbone": "transformer"}, "has no transformer with log_mel"),
+        ({"arguments": {"embedding_dim": "8"}}, "a resnet cannot have embedding_dim 8"),
+        ({"arguments": {"blocks": [1] * 1000}}, "a resnet cannot have blocks"),
+        ({"arguments": {"base_channels": 1 << 40}}, "a resnet cannot have base_channels"),
+        ({"arguments": {"remat": True}}, "a resnet cannot have remat"),
+        ({"decision": {"threshold": 2.0, "scale": 1, "offset": 0, "source": ""}}, "the threshold is 2: .* in .-1, 1."),
+        ({"decision": {"threshold": 0.5, "scale": float("inf"), "offset": 0, "source": ""}}, "scale .* must be finite"),
+        ({"arguments": 7}, "damaged"),
+        ({"provenance": [[[]]]}, "damaged"),
     ):
-        assert changed != text
-        save_file(arrays, path, {"memo_jax": changed})
-        with pytest.raises(ModelFileError, match=said):
+        header = json.loads(text) | changes
+        del header["checksum"]
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:32]
+        save_file(arrays, path, {"memo_jax": json.dumps(header | {"checksum": digest})})
+        with pytest.raises(ModelFileError, match=f"{path}: .*{said}"):
             read_model(path)
+    save_file(arrays, path, {"memo_jax": text.replace("0.4", "0.5")})  # the threshold
+    with pytest.raises(ModelFileError, match="its description is not the one that was written"):
+        read_model(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_named_when_written_and_when_read(value, tmp_path):
+    """Also where all checksums are right, as in a file of a program that does not look."""
+    model = tiny.untrained_model()
+    variables = jax.tree.map(np.array, model.variables)
+    variables["params"]["embedding"]["bias"][3] = value
+    damaged = dataclasses.replace(model, variables=variables)
+    said = "tensor params/embedding/bias has 1 of 8 values that are NaN or infinite"
+    with pytest.raises(ValueError, match=said):
+        write_model(tmp_path / "a.safetensors", damaged)
+    save_file(flattened(variables), tmp_path / "b.safetensors", {"memo_jax": header_text(damaged)})
+    with pytest.raises(ModelFileError, match=f"b.safetensors: .*{said}"):
+        read_model(tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"embedding_dim": 9}, r"embedding/kernel has shape \(320, 8\) where \(320, 9\) is needed"),
+        ({"blocks": (2, 1, 1, 1)}, "the model's tensors are not those of a resnet"),
+    ],
+)
+def test_tensors_of_another_network_are_one_line_when_it_is_used(arguments, said, tmp_path):
+    model = tiny.untrained_model()
+    other = dataclasses.replace(model, arguments=model.arguments | arguments)
+    path = tmp_path / "a.safetensors"
+    save_file(flattened(model.variables), path, {"memo_jax": header_text(other)})
+    recording = tiny.material().corpus / "s0" / "0.wav"
+    status, text = tiny.here("verify", recording, recording, "--model", path)
+    assert status == 2 and re.search(said, text) and text.count("\n") == 1, text
 
 
 def test_half_the_size_is_another_model_that_reads_back_as_written(tmp_path):

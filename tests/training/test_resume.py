@@ -1,0 +1,182 @@
+"""A run that is killed, stopped, starved of disk or started again ends as if nothing had happened."""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+
+import tiny
+from memo_jax.config import read_config
+from memo_jax.log import read_metrics
+from memo_jax.training import train as training
+from memo_jax.training.checkpoint import saved_steps
+from runs import arrays, assert_same_state, files, rows_without_times
+
+# orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return tiny.whole_run()
+
+
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from memo_jax import cli, log
+from memo_jax.training import checkpoint
+
+point, step, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+write, save = log.MetricsLog.write, checkpoint.Checkpointer.save
+
+def write_or_die(self, number, values):
+    if (point, number) == ("row", step):
+        self._file.write('{"step": %d, "lo' % step)
+        self._file.flush()
+        die()
+    write(self, number, values)
+
+def save_or_die(self, number, *rest):
+    def watch():
+        while not list(Path(self.folder).glob(f"{number}.orbax-checkpoint-tmp*")):
+            time.sleep(1e-4)
+        die()
+    if (point, number) == ("save", step):
+        threading.Thread(target=watch, daemon=True).start()
+    save(self, number, *rest)
+    if (point, number) == ("save", step):
+        self.wait()
+        die()
+
+log.MetricsLog.write, checkpoint.Checkpointer.save = write_or_die, save_or_die
+sys.exit(cli.main(arguments))
+"""
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(reference, tmp_path):
+    """SIGKILL in the middle of the first save, in the middle of a row of metrics between two checkpoints, and during
+    the last save; each time the same command goes on. In the end checkpoints and rows are those of the uninterrupted
+    run, bit for bit, each row once."""
+    workdir = tmp_path / "run"
+    arguments = tiny.train_arguments(workdir)
+    texts = []
+    for point, step in (("save", 4), ("row", 7), ("save", 12)):
+        command = [sys.executable, "-c", KILLED, point, str(step), *arguments]
+        done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        texts.append(done.stderr)
+    done = tiny.memo_jax(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert_same_state(workdir, reference, 12)
+    assert_same_state(workdir, reference, 8)
+    assert rows_without_times(workdir) == rows_without_times(reference)
+    assert [row["step"] for row in read_metrics(workdir)] == list(range(1, 13))
+    assert "has closed" in texts[2] and "resumed after step" in done.stderr
+    assert "has closed" not in done.stderr, "the gate closed before the kill"
+
+
+def test_a_run_stopped_on_purpose_goes_on_exactly(reference, tmp_path):
+    """At a step that is no checkpoint's: one is made there. The schedules still span the whole run."""
+    assert tiny.train_here(tmp_path, "--stop-at-step=9")[0] == 0
+    assert saved_steps(tmp_path)[-1] == 9
+    status, text = tiny.train_here(tmp_path)
+    assert status == 0 and "resumed after step 9" in text
+    assert_same_state(tmp_path, reference, 12)
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_the_untrained_network_once(tmp_path, monkeypatch):
+    lowered_step = training.lowered_step
+
+    def of_one_step(*arguments):
+        programs = [lowered_step(*arguments).compile()]
+
+        def step(*arguments):
+            if not programs:
+                raise KeyboardInterrupt
+            return programs.pop()(*arguments)
+
+        return types.SimpleNamespace(compile=lambda: step)
+
+    monkeypatch.setattr(training, "lowered_step", of_one_step)
+    data = tiny.material()
+    for _ in range(2):
+        status, text = tiny.train_here(tmp_path, f"evaluation.data={data.dataset}", f"evaluation.trials={data.trials}")
+        assert status == 130 and "step 0: eer/resnet" in text
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(reference, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    before = (workdir / "metrics.jsonl").read_text()
+    status, text = tiny.train_here(workdir)
+    assert status == 0 and "nothing to do" in text and "12 steps already" in text
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert_same_state(workdir, reference)
+
+
+def test_a_workdir_belongs_to_its_config(reference, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    before = files(workdir)
+    status, text = tiny.train_here(workdir, "optimizer.learning_rate=0.1", "data.batch_size=5")
+    assert status == 2 and "optimizer.learning_rate: 0.2 → 0.1" in text and "data.batch_size: 4 → 5" in text
+    assert "another workdir" in text and files(workdir) == before
+    # What is only watched or kept may change.
+    status, text = tiny.train_here(workdir, "log_every_steps=3", "checkpoint.keep=1", "collapse.patience_steps=9")
+    assert status == 0, text
+    assert read_config(workdir).log_every_steps == 3
+
+
+def test_a_workdir_belongs_to_its_data(reference, tmp_path):
+    """The same dataset elsewhere will do; another one will not, whatever its place."""
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    moved = shutil.copytree(tiny.material().dataset, tmp_path / "moved")
+    status, text = tiny.train_here(workdir, f"data.train={moved}")
+    assert status == 0 and "nothing to do" in text
+    other = shutil.copytree(tiny.material().corpus, tmp_path / "corpus")
+    (other / "s0" / "0.wav").unlink()
+    dataset = tiny.write_dataset(tmp_path / "other", other)
+    status, text = tiny.train_here(workdir, f"data.train={dataset}")
+    assert status == 2 and str(dataset) in text and "not the dataset" in text and "fingerprint" in text
+    assert_same_state(workdir, reference)
+
+
+def test_a_full_disk_is_named_and_costs_no_checkpoint(small_disk, reference):
+    """The disk fills up after step 4; with space again, the same command ends as the run that had enough."""
+    workdir = small_disk / "run"
+    status, text = tiny.train_here(workdir, "--stop-at-step=4")
+    assert status == 0, text
+    with open(small_disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while ballast.write(bytes(4096)):
+            pass
+    status, text = tiny.train_here(workdir)
+    assert status == 2 and "memo-jax: error: " in text and "No space left on device" in text and str(workdir) in text
+    assert saved_steps(workdir) == [4] and arrays(workdir)
+    (small_disk / "ballast").unlink()
+    status, text = tiny.train_here(workdir)
+    assert status == 0, text
+    assert_same_state(workdir, reference, 12)
+    assert [row["step"] for row in read_metrics(workdir)] == list(range(1, 13))
+
+
+def test_damaged_remains_of_a_run_are_named(reference, tmp_path):
+    """A checkpoint cut short, a config cut short, and a broken line of metrics."""
+    for number, damage in enumerate(("checkpoints", "config.json", "metrics.jsonl")):
+        workdir = shutil.copytree(reference, tmp_path / str(number))
+        if damage == "checkpoints":
+            data = max((workdir / damage / "12").rglob("*"), key=lambda path: path.stat().st_size)
+            data.write_bytes(data.read_bytes()[:100])
+            named = f"{workdir / damage / '12'}: the checkpoint is damaged or cut short"
+        else:
+            text = (workdir / damage).read_text()
+            (workdir / damage).write_text(text[: len(text) // 2] + "\n" + text[len(text) // 2 :])
+            if damage == "config.json":
+                (workdir / damage).write_text(text[: len(text) // 2])
+            named = str(workdir / damage)
+        status, text = tiny.train_here(workdir)
+        assert status == 2 and named in text, text

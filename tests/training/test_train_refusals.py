@@ -1,0 +1,67 @@
+"""Configs and workdirs that training refuses, in one line, leaving nothing."""
+
+import subprocess
+
+import pytest
+
+import tiny
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["data.batch_sise=8"], "nearest: data.batch_size"),
+        (["data.batch_size=many"], "config.data.batch_size takes an int, not 'many'"),
+        (["data.train="], "data.train is empty"),
+        (["data.train=nowhere"], "nowhere is not a dataset"),
+        (["data.batch_size=21"], "batch_size is 21; expected 1 to 20"),
+        (["data.global_crops=1"], "data.global_crops is 1"),
+        (["data.global_seconds=0.0"], "global_seconds is 0.0"),
+        (["total_steps=0"], "total_epochs or total_steps"),
+        (["total_epochs=2"], "exactly one of total_epochs, total_steps"),
+        (["log_every_steps=0"], "log_every_steps is 0"),
+        (["model.branches=xvector"], "unknown backbone 'xvector': choose one of ecapa, resnet"),
+        (["model.branches=ecapa", "model.ecapa_channels=16,16"], "model.ecapa_channels is (16, 16)"),
+        (["model.resnet_blocks=1,1"], "model.resnet_blocks is (1, 1)"),
+        (["model.campplus_layers=1,0,1"], "model.campplus_layers is (1, 0, 1)"),
+        (["model.ecapa_form=kaldi"], "model.ecapa_form is 'kaldi': choose speechbrain or wespeaker"),
+        (["model.resnet_remat=all"], "model.resnet_remat is 'all': choose one of none, norms, blocks"),
+        (["model.prototypes=0"], "model.prototypes is 0"),
+        (["model.ecapa_stride=0"], "model.ecapa_stride is 0"),
+        (["augment.masked_bins=81"], "augment.masked_bins is 81: must be 0 to 80"),
+        (["loss.contrastive_margin=-0.1"], "loss.contrastive_margin is -0.1"),
+        (["init=nowhere.safetensors"], "nowhere.safetensors"),
+        (["model.dtype=float16"], "choose float32 or bfloat16"),
+        (["teacher.momentum=1.5"], "teacher.momentum is 1.5"),
+        (["teacher.temp=0.0"], "teacher.temp is 0.0"),
+        (["optimizer.name=lamb"], "unknown optimizer 'lamb'"),
+        (["optimizer.learning_rate=-1"], "learning rate -1.0"),
+        (["gate.rule=often"], "gate rule 'often': choose one of plateau"),
+        (["augment.noise=nowhere"], "nowhere: no such folder"),
+        (["seed=-1"], "seed is -1"),
+        (["evaluation.data=somewhere"], "evaluation.trials is not"),
+        (["evaluation.trials=somewhere"], "evaluation.data is not"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_and_leaves_nothing(settings, message, tmp_path):
+    status, text = tiny.train_here(tmp_path / "run", *settings)
+    assert status == 2 and "memo-jax: error: " in text and message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_file_that_is_none_is_refused(tmp_path):
+    wrong = (("gone.py", None, "no such config file"), ("a.py", "import nothing_of_that_name", "line 1"))
+    for name, content, message in wrong:
+        if content:
+            (tmp_path / name).write_text(content)
+        status, text = tiny.here("train", "--config", tmp_path / name, "--workdir", tmp_path / "run")
+        assert status == 2 and name in text and message in text
+
+
+def test_a_workdir_that_cannot_be_written_is_named(small_disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    status, text = tiny.train_here(small_disk / "run")
+    assert status == 2 and "memo-jax: error: " in text and "Read-only file system" in text and str(small_disk) in text
+    (tmp_path / "file").write_text("")
+    status, text = tiny.train_here(tmp_path / "file")
+    assert status == 2 and f"{tmp_path / 'file'}" in text
