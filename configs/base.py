@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     """Returns the base config, which other configs change."""
     config = ConfigDict()
     config.seed = 0  # decides initialisation, order of the data, crops and augmentation
+    config.init = ""  # model file whose network its branch starts from; "": random weights
 
     # Length of the run, which the schedules of learning rate and teacher momentum span.
     config.total_epochs = 150.0
@@ -36,6 +37,7 @@ def get_config() -> ConfigDict:
     augment.music_snr_db = (5.0, 15.0)  # signal-to-noise ratio of music
     augment.speech_snr_db = (13.0, 20.0)  # signal-to-noise ratio of speech and babble
     augment.babble_from_batch = True  # without a folder of speech, add babble: other utterances of the batch
+    augment.masked_bins = 0  # SpecAugment: widest band of mel bins, of 80, that each crop loses
     augment.bank_seconds = 6.0  # length of the rows that recordings of noise, music and speech are cut into
     augment.bank_megabytes = 512.0  # largest size of each bank on a device; larger banks are sampled
     augment.rir_seconds = 0.5  # length that room responses are cut to
@@ -56,6 +58,7 @@ def get_config() -> ConfigDict:
     model.resnet_remat = "none"  # ResNet, recomputed in the backward pass: none, norms or blocks, as above
     model.resnet_packed = False  # ResNet on TPUs: pack neighbouring frequencies to fill the lanes
     model.resnet_scan = False  # ResNet on TPUs: loop over like blocks, which compiles sooner
+    model.ecapa_stride = 1  # ECAPA-TDNN: stride of its first convolution; 2 halves a step's time
     model.ecapa_form = "speechbrain"  # variant of the ECAPA-TDNN: speechbrain (the authors') or wespeaker
     model.ecapa_embedding_norm = False  # ECAPA-TDNN: batch norm after the embedding, as wespeaker's DINO
     model.campplus_layers = (12, 24, 16)  # CAM++: layers of each dense block
@@ -75,6 +78,7 @@ def get_config() -> ConfigDict:
     loss.cross_head = "cross"  # head that cross-distillation uses: cross (its own) or self (one for both)
     loss.contrastive = 1 / 0.07  # weight w of the contrastive loss (NT-Xent) while the gate is open
     loss.contrastive_temperature = 0.1  # temperature of the contrastive loss
+    loss.contrastive_margin = 0.0  # subtracted from the cosine of positives; above 0 the loss is AM-NT-Xent
 
     gate = config.gate = ConfigDict()
     gate.rule = "plateau"  # when the contrastive loss stops: plateau, conflict, step, always (on), never (on)

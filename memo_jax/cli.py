@@ -117,10 +117,11 @@ def run_train(options) -> None:
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
         from memo_jax.inference.evaluate import training_evaluation
+        from memo_jax.inference.workdir import starting_backbones
         from memo_jax.training.train import train
 
-        evaluation = training_evaluation(config)
-        train(config, options.workdir, evaluation=evaluation, stop_at_step=options.stop_at_step)
+        evaluation, start = training_evaluation(config), starting_backbones(config)
+        train(config, options.workdir, evaluation=evaluation, start=start, stop_at_step=options.stop_at_step)
 
 
 @contextlib.contextmanager

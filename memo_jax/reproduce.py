@@ -11,6 +11,7 @@ import numpy as np
 from memo_jax import config as configs
 from memo_jax.files import check_local
 from memo_jax.inference.evaluate import evaluate, training_evaluation
+from memo_jax.inference.workdir import starting_backbones
 from memo_jax.log import read_metrics
 from memo_jax.training.checkpoint import load_raw, saved_steps
 from memo_jax.training.monitor import TIMES
@@ -59,7 +60,8 @@ def reproduce(
     last = old[-1]["step"]
     check_same_config(output, again)
     if last not in saved_steps(output):  # called once more, it compares what is there
-        train(again, output, evaluation=training_evaluation(again), stop_at_step=last, quiet=quiet)
+        evaluation, start = training_evaluation(again), starting_backbones(again)
+        train(again, output, evaluation=evaluation, start=start, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
         "parameters": compare_parameters(run, output),
         "environment": environment_differences(run, output),

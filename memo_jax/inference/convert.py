@@ -105,6 +105,8 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
 
     Raises ValueError if the toolkit has no such network.
     """
+    if model.arguments.get("stride", 1) != 1:
+        raise ValueError(f"{kind} has no ecapa whose first convolution has a stride")
     tensors = interop.backbone_to_torch(
         model.variables, kind, model.backbone, model.arguments.get("form", "speechbrain")
     )

@@ -8,7 +8,7 @@ from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, read_text, write_text
 from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, write_model
 from memo_jax.training.checkpoint import load_raw, saved_steps
-from memo_jax.training.state import backbone_variables
+from memo_jax.training.state import Variables, backbone_variables
 from memo_jax.xla import sharding
 
 DECISIONS = "decisions.json"  # {fingerprint of a model: its decision}
@@ -19,8 +19,9 @@ def workdir_model(
 ) -> Model:
     """Returns a network of a training workdir, without its heads, as a model.
 
-    Step 0 is the untrained network, which the config's seed decides. The branch is "ecapa" by default, or the first.
-    Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the run does not have.
+    Step 0 is the network before training, which the config's seed and `init` decide. The branch is "ecapa" by
+    default, or the first. Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the
+    run does not have.
     """
     from memo_jax.training.program import create_state
     from memo_jax.training.recipe import build_branches, build_recipe
@@ -41,7 +42,7 @@ def workdir_model(
     # Held as training holds it, so that programs which training has compiled are found again.
     mesh = sharding.data_mesh()
     if step == 0:
-        variables = create_state(config, build_recipe(config, 1), mesh).teacher[branch]
+        variables = create_state(config, build_recipe(config, 1), mesh, starting_backbones(config)).teacher[branch]
     else:
         if step is None and (steps := saved_steps(workdir)):
             step = steps[-1]
@@ -60,6 +61,30 @@ def workdir_model(
         },
     )
     return dataclasses.replace(model, decision=read_decisions(workdir).get(model.fingerprint))
+
+
+def starting_backbones(config) -> dict[str, Variables]:
+    """Returns {branch: variables} of the model file that a run starts from, `config.init`; {} where it names none.
+
+    Raises ValueError naming the file where the config has no branch of just that network.
+    """
+    from memo_jax.training.recipe import build_branches
+
+    if not config.init:
+        return {}
+    model, branches = read_model(config.init), build_branches(config)
+    wanted = {name: dict(model_of_backbone(branch.backbone, {}).arguments) for name, branch in branches.items()}
+    if wanted.get(model.backbone) != dict(model.arguments):
+        raise ValueError(
+            f"init: {config.init} holds {model.backbone} {dict(model.arguments)}, which is no branch of this config "
+            f"({'; '.join(f'{name} {arguments}' for name, arguments in wanted.items())}): change one of them"
+        )
+    if model.front_end != config.features.front_end:
+        raise ValueError(
+            f"init: {config.init} takes {model.front_end}, but features.front_end is {config.features.front_end}: "
+            "change one of them"
+        )
+    return {model.backbone: model.variables}
 
 
 def read_decisions(workdir: str | os.PathLike) -> dict[str, Decision]:

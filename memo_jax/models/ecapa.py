@@ -15,6 +15,7 @@ from memo_jax.models.layers import (
     mean_and_variance_time,
     mean_time,
     parameter,
+    strided_lengths,
     torch_uniform,
     valid_frames,
 )
@@ -30,13 +31,14 @@ class ConvReluNorm(nn.Module):
     dilation: int = 1
     dtype: jnp.dtype = jnp.float32
     padding: str = "reflect"
+    stride: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
         """[N, T, C] → [N, T, features]."""
-        x = TimeConv(self.features, self.kernel_size, self.dilation, self.dtype, padding=self.padding, name="conv")(
-            x, lengths
-        )
+        x = TimeConv(
+            self.features, self.kernel_size, self.dilation, self.dtype, self.stride, self.padding, name="conv"
+        )(x, lengths)
         return BatchNorm(name="norm")(jax.nn.relu(x), train)
 
 
@@ -188,6 +190,7 @@ class ECAPATDNN(nn.Module):
         batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192).
       global_context: whether the attention also sees mean and standard deviation over the utterance.
       embedding_norm: whether a batch norm follows the embedding.
+      stride: of the first convolution; 2 leaves every other frame to the rest of the network.
       remat: one of `REMATS`.
 
     Raises:
@@ -205,6 +208,7 @@ class ECAPATDNN(nn.Module):
     form: str = "speechbrain"
     global_context: bool = True
     embedding_norm: bool = False
+    stride: int = 1
     remat: str = "none"
 
     @nn.compact
@@ -217,8 +221,15 @@ class ECAPATDNN(nn.Module):
         if self.form not in ECAPA_FORMS:
             raise ValueError(f"unknown form of ECAPA-TDNN {self.form!r}: choose one of {', '.join(ECAPA_FORMS)}")
         x = ConvReluNorm(
-            self.channels[0], self.kernel_sizes[0], self.dilations[0], self.dtype, padding_of(self.form), name="stem"
+            self.channels[0],
+            self.kernel_sizes[0],
+            self.dilations[0],
+            self.dtype,
+            padding_of(self.form),
+            self.stride,
+            name="stem",
         )(x, lengths, train)
+        lengths = strided_lengths(lengths, self.stride)
         outputs = []
         for i, (width, kernel_size, dilation) in enumerate(
             zip(self.channels[1:-1], self.kernel_sizes[1:], self.dilations[1:], strict=True)

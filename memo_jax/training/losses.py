@@ -86,7 +86,7 @@ def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float
     return momentum * center + (1 - momentum) * teacher_logits.mean(axis=(0, 1))
 
 
-def contrastive(student: jax.Array, teacher: jax.Array, temperature: float) -> jax.Array:
+def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, margin: float = 0.0) -> jax.Array:
     """Returns NT-Xent between student and teacher embeddings of different views (Chen et al., 2020, eq. 1).
 
     For every pair of views i ≠ j the 2B rows [teacher view i; student view j] are compared by cosine; each row is an
@@ -97,11 +97,13 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float) -> j
       student: [V, B, D] embeddings of the views that the teacher sees.
       teacher: [V, B, D]; no gradient flows into them.
       temperature: positive.
+      margin: taken off the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
     """
     views, batch, _ = student.shape
     student = l2_normalize(student.astype(jnp.float32))
     teacher = jax.lax.stop_gradient(l2_normalize(teacher.astype(jnp.float32)))
-    itself = jnp.eye(2, dtype=bool)[:, None, :, None] & jnp.eye(batch, dtype=bool)[:, None]
+    half, utterance = jnp.eye(2, dtype=bool)[:, None, :, None], jnp.eye(batch, dtype=bool)[:, None]
+    itself = half & utterance
     losses = []
     for i in range(views):
         for j in range(views):
@@ -109,8 +111,10 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float) -> j
                 # The halves keep an axis of their own: concatenated, a sharded batch would have to be resharded.
                 rows = jnp.stack([teacher[i], student[j]])  # [2, B, D]
                 similarity = jnp.einsum("abd,ced->abce", rows, rows, precision="highest") / temperature
+                if margin:
+                    similarity = jnp.where(~half & utterance, similarity - margin / temperature, similarity)
                 others = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, similarity), axis=(2, 3))
-                positive = (rows[0] * rows[1]).sum(axis=-1) / temperature
+                positive = ((rows[0] * rows[1]).sum(axis=-1) - margin) / temperature
                 losses.append((others - positive).mean())
     return jnp.stack(losses).mean()
 

@@ -12,7 +12,7 @@ from memo_jax.audio import SAMPLE_RATE
 from memo_jax.features import MEL_BINS
 from memo_jax.training import optim
 from memo_jax.training.recipe import build_front_end
-from memo_jax.training.state import TrainState, initial_state
+from memo_jax.training.state import TrainState, Variables, initial_state
 from memo_jax.training.step import Recipe, train_step
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import compiler_options, run_once_options
@@ -80,9 +80,28 @@ def abstract_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
-def create_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
-    """Returns the state before the first step on the mesh's devices; the config's seed alone decides it."""
+def create_state(config, recipe: Recipe, mesh: Mesh, start: Mapping[str, Variables] | None = None) -> TrainState:
+    """Returns the state before the first step on the mesh's devices; the config's seed alone decides it.
+
+    Except for `start`, {branch: variables of a backbone}: students and teachers of these branches have them.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     options = run_once_options(mesh.devices.flat[0].platform)
     make = jax.jit(state_maker(recipe), out_shardings=shardings, compiler_options=options)
-    return make(jax.random.key(config.seed))
+    state = make(jax.random.key(config.seed))
+    return with_backbones(state, start) if start else state
+
+
+def with_backbones(state: TrainState, start: Mapping[str, Variables]) -> TrainState:
+    """Returns the state with these backbones, {branch: variables}, in students and teachers."""
+
+    def replaced(branch, kind, tree):
+        given = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), start[branch][kind], tree["backbone"])
+        return tree | {"backbone": given}
+
+    roles = {
+        role: variables
+        | {branch: {kind: replaced(branch, kind, tree) for kind, tree in variables[branch].items()} for branch in start}
+        for role, variables in (("student", state.student), ("teacher", state.teacher))
+    }
+    return state.replace(**roles)

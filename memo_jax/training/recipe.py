@@ -7,7 +7,7 @@ import numpy as np
 
 from memo_jax import config as configs
 from memo_jax.data.banks import load_banks
-from memo_jax.features import FRONT_ENDS
+from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.blocks import REMATS
 from memo_jax.models.ecapa import ECAPA_FORMS
@@ -21,6 +21,7 @@ from memo_jax.training.step import LossWeights, Recipe
 POSITIVE = (
     "log_every_steps",
     "model.embedding_dim",
+    "model.ecapa_stride",
     "model.resnet_base_channels",
     "model.campplus_growth",
     "model.campplus_channels",
@@ -33,7 +34,13 @@ POSITIVE = (
     "teacher.temp",
     "teacher.end_temp",
 )
-FRACTIONS = ("loss.center_momentum", "teacher.momentum", "teacher.end_momentum", "optimizer.sgd_momentum")
+FRACTIONS = (
+    "loss.center_momentum",
+    "loss.contrastive_margin",
+    "teacher.momentum",
+    "teacher.end_momentum",
+    "optimizer.sgd_momentum",
+)
 
 
 def check_ranges(config) -> None:
@@ -47,6 +54,8 @@ def check_ranges(config) -> None:
             value = (config[group] if group else config)[name]
             if not fits(value):
                 raise ValueError(f"{key} is {value}: must be {wanted}")
+    if not 0 <= config.augment.masked_bins <= MEL_BINS:
+        raise ValueError(f"augment.masked_bins is {config.augment.masked_bins}: must be 0 to {MEL_BINS}")
     if config.data.global_crops < 2:
         raise ValueError(f"data.global_crops is {config.data.global_crops}: a teacher's view needs another")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
@@ -84,6 +93,7 @@ def build_branches(config) -> dict[str, Branch]:
     arguments = {
         "ecapa": {
             "channels": tuple(model.ecapa_channels),
+            "stride": model.ecapa_stride,
             "form": model.ecapa_form,
             "embedding_norm": model.ecapa_embedding_norm,
             "remat": model.ecapa_remat,
@@ -164,6 +174,7 @@ def build_recipe(config, epoch_steps: int) -> Recipe:
 def build_front_end(config):
     """Returns the config's front end, a function (key, batch, banks) → views (`front_end.training_views`)."""
     settings = {name: config.augment[name] for name in ("clean", "both", "reverb_share", "babble_from_batch")}
+    settings["masked_bins"] = config.augment.masked_bins
     settings["snr_db"] = {name: tuple(config.augment[f"{name}_snr_db"]) for name in CATEGORIES}
     return functools.partial(training_views, front_end=config.features.front_end, **settings)
 

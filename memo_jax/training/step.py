@@ -53,6 +53,7 @@ class LossWeights(NamedTuple):
       cross_head: the head of cross-distillation; with "self", one head serves both.
       contrastive: w, the weight of NT-Xent.
       contrastive_temperature: of NT-Xent.
+      contrastive_margin: of AM-NT-Xent; 0 for NT-Xent.
     """
 
     student_temp: float = 0.1
@@ -62,6 +63,7 @@ class LossWeights(NamedTuple):
     cross_head: str = "cross"
     contrastive: float = 1.0 / 0.07
     contrastive_temperature: float = 0.1
+    contrastive_margin: float = 0.0
 
 
 class Recipe(NamedTuple):
@@ -245,7 +247,9 @@ def distillation_loss(
 
 def contrastive_loss(embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights) -> jax.Array:
     """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D]."""
-    return weights.contrastive * losses.contrastive(embeddings, teacher_embeddings, weights.contrastive_temperature)
+    return weights.contrastive * losses.contrastive(
+        embeddings, teacher_embeddings, weights.contrastive_temperature, weights.contrastive_margin
+    )
 
 
 def objective(students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe) -> jax.Array:

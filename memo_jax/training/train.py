@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import zlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.program import abstract_state, create_state, lowered_step
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
-from memo_jax.training.state import TrainState, backbone_variables
+from memo_jax.training.state import TrainState, Variables, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
 
@@ -57,6 +58,7 @@ def train(
     workdir: str | os.PathLike,
     *,
     evaluation: Evaluation | None = None,
+    start: Mapping[str, Variables] | None = None,
     stop_at_step: int | None = None,
     quiet: bool = False,
 ) -> dict[str, float]:
@@ -66,6 +68,8 @@ def train(
       config: a config with all keys of configs/base.py.
       workdir: folder of the run, perhaps gs://…: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints.
       evaluation: what the teachers are tested by while training; `inference.evaluate.training_evaluation(config)`.
+      start: {branch: variables of its backbone} of the model file that `config.init` names;
+        `inference.workdir.starting_backbones(config)`.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
       quiet: show no progress.
 
@@ -75,6 +79,8 @@ def train(
       OSError: the dataset, a bank or the workdir cannot be read or written, or another process trains in the workdir.
       StopRequested: SIGTERM came, to any of the processes; the state has been saved.
     """
+    if config.init and not start:
+        raise ValueError(f"init is {config.init}, but train() was given no network to start from")
     workdir, inputs = as_path(workdir), checked_inputs(config, evaluation)
     check_bucket(workdir)
     end = inputs.total if stop_at_step is None else min(stop_at_step, inputs.total)
@@ -102,7 +108,9 @@ def train(
         )
         log = stack.enter_context(MetricsLog(workdir, active=first))
         state = (
-            checkpoints.restore(abstract_state(config, recipe, mesh)) if begin else create_state(config, recipe, mesh)
+            checkpoints.restore(abstract_state(config, recipe, mesh))
+            if begin
+            else create_state(config, recipe, mesh, start)
         )
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)

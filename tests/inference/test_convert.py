@@ -206,13 +206,15 @@ def test_what_cannot_be_converted_is_refused(content, arguments, said, tmp_path)
 
 
 def test_a_network_that_a_toolkit_lacks_and_a_wrong_ending_are_refused(tmp_path):
-    module = build_backbone("ecapa", **WESPEAKER)
-    write_model(tmp_path / "m.safetensors", model_of_backbone(module, variables_of(module)))
-    for to, output, said in (
-        ("speechbrain", "out.safetensors", "no ecapa in wespeaker's form"),
-        ("wespeaker", "out.txt", "must end in"),
+    for name, arguments in (("wespeaker", WESPEAKER), ("strided", ECAPA | {"stride": 2})):
+        module = build_backbone("ecapa", **arguments)
+        write_model(tmp_path / f"{name}.safetensors", model_of_backbone(module, variables_of(module)))
+    for model, to, output, said in (
+        ("wespeaker", "speechbrain", "out.safetensors", "no ecapa in wespeaker's form"),
+        ("wespeaker", "wespeaker", "out.txt", "must end in"),
+        ("strided", "speechbrain", "out.safetensors", "no ecapa whose first convolution has a stride"),
     ):
-        status, printed = tiny.here("convert", tmp_path / "m.safetensors", "--to", to, "--output", tmp_path / output)
+        status, printed = tiny.here("convert", tmp_path / f"{model}.safetensors", "--to", to, "--output", tmp_path / output)
         assert status == 2 and said in printed
         assert not (tmp_path / output).exists()
 

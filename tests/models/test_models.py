@@ -160,8 +160,8 @@ def log_mel(waves, lengths):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("ecapa", {}), ("ecapa", WESPEAKER), ("resnet", {}), ("campplus", {})],
-    ids=["ecapa", "ecapa-wespeaker", "resnet", "campplus"],
+    [("ecapa", {}), ("ecapa", WESPEAKER), ("ecapa", {"stride": 2}), ("resnet", {}), ("campplus", {})],
+    ids=["ecapa", "ecapa-wespeaker", "ecapa-strided", "resnet", "campplus"],
 )
 def test_utterance_padded_in_a_batch_embeds_as_alone(name, changes):
     """An embedding is a function of its own utterance.
@@ -180,6 +180,20 @@ def test_utterance_padded_in_a_batch_embeds_as_alone(name, changes):
     for row, wave, length in zip(together, waves, lengths, strict=True):
         alone = embed(variables, log_mel(wave[None, :length], None))[0]
         np.testing.assert_allclose(row, alone, atol=1e-5, rtol=0)
+
+
+def test_a_strided_ecapa_has_the_same_parameters_and_half_the_frames():
+    """The first convolution gives every other one of the frames that it gives without a stride."""
+    plain, strided = (build_backbone("ecapa", **TINY["ecapa"] | {"stride": stride}) for stride in (1, 2))
+    variables = scrambled_variables(plain, 2, 32, 80)
+    x = jnp.float32(np.random.default_rng(2).normal(size=(1, 41, 80)))
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, scrambled_variables(strided, 2, 32, 80))
+
+    def frames(backbone):
+        _, seen = backbone.apply(variables, x, capture_intermediates=lambda module, _: module.name == "stem")
+        return seen["intermediates"]["stem"]["__call__"][0]
+
+    np.testing.assert_allclose(frames(strided), frames(plain)[:, ::2], atol=1e-5)
 
 
 def test_too_few_frames_for_a_mirrored_end_are_refused():

@@ -105,8 +105,11 @@ def test_center_follows_the_mean_of_raw_teacher_logits():
     np.testing.assert_allclose(updated, 0.9 * center + 0.1 * logits.reshape(-1, 7).mean(0), atol=1e-6)
 
 
-def nt_xent(student, teacher, temperature):
-    """The definition: every one of 2B rows is an anchor; its positive is the other row of its utterance."""
+def nt_xent(student, teacher, temperature, margin=0.0):
+    """The definition: every one of 2B rows is an anchor; its positive is the other row of its utterance.
+
+    With a margin AM-NT-Xent: the positive's logit is (cos − m)/τ, above and below the fraction, negatives' cos/τ.
+    """
     views, batch = student.shape[:2]
     unit = lambda x: x / np.linalg.norm(x)  # noqa: E731
     terms = []
@@ -116,26 +119,31 @@ def nt_xent(student, teacher, temperature):
                 continue
             rows = [unit(x) for x in teacher[i]] + [unit(x) for x in student[j]]
             for a, anchor in enumerate(rows):
-                e = {b: np.exp(anchor @ row / temperature) for b, row in enumerate(rows) if b != a}
+                cosines = {b: anchor @ row for b, row in enumerate(rows) if b != a}
+                cosines[(a + batch) % (2 * batch)] -= margin
+                e = {b: np.exp(cosine / temperature) for b, cosine in cosines.items()}
                 terms.append(-np.log(e[(a + batch) % (2 * batch)] / sum(e.values())))
     return np.mean(terms)
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.1])
 @pytest.mark.parametrize("views, batch", [(2, 4), (3, 2), (2, 1)])
-def test_contrastive_is_nt_xent_over_teacher_and_student_rows(views, batch):
+def test_contrastive_is_nt_xent_over_teacher_and_student_rows(views, batch, margin):
     student, teacher = draw(6, (views, batch, 5), (views, batch, 5))
-    loss = losses.contrastive(jnp.float32(student), jnp.float32(teacher), 0.1)
-    np.testing.assert_allclose(loss, nt_xent(student, teacher, 0.1), rtol=1e-5, atol=1e-6)
+    loss = losses.contrastive(jnp.float32(student), jnp.float32(teacher), 0.1, margin)
+    np.testing.assert_allclose(loss, nt_xent(student, teacher, 0.1, margin), rtol=1e-5, atol=1e-6)
 
 
-def test_contrastive_gradient_is_the_slope_of_its_definition():
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_contrastive_gradient_is_the_slope_of_its_definition(margin):
     student, teacher = draw(7, (2, 3, 4), (2, 3, 4))
-    gradient = np.asarray(jax.grad(losses.contrastive)(jnp.float32(student), jnp.float32(teacher), 0.1))
+    gradient = np.asarray(jax.grad(losses.contrastive)(jnp.float32(student), jnp.float32(teacher), 0.1, margin))
     slope = np.zeros_like(student)
     for index in np.ndindex(student.shape):
         step = np.zeros_like(student)
         step[index] = 1e-6
-        slope[index] = (nt_xent(student + step, teacher, 0.1) - nt_xent(student - step, teacher, 0.1)) / 2e-6
+        above, below = (nt_xent(student + sign * step, teacher, 0.1, margin) for sign in (1, -1))
+        slope[index] = (above - below) / 2e-6
     np.testing.assert_allclose(gradient, slope, atol=1e-5 * np.abs(slope).max() + 1e-6)
 
 
@@ -146,6 +154,16 @@ def test_contrastive_sees_directions_only_and_equal_rows_leave_it_at_chance():
     np.testing.assert_allclose(loss, scaled, rtol=1e-5)
     same = jnp.ones((2, 3, 5))
     np.testing.assert_allclose(losses.contrastive(same, same, 0.1), np.log(5), rtol=1e-5)
+
+
+def test_contrastive_without_a_margin_is_the_program_that_it_was():
+    """A margin that is off costs nothing: it is not in the traced program."""
+    x = jnp.ones((2, 3, 5))
+    plain, off, on = (
+        str(jax.make_jaxpr(lambda s, t: losses.contrastive(s, t, 0.1, *margin))(x, x))  # noqa: B023
+        for margin in ((), (0.0,), (0.1,))
+    )
+    assert plain == off and len(on) > len(off)
 
 
 def test_zero_embeddings_give_finite_gradients():

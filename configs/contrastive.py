@@ -1,0 +1,34 @@
+"""AM-NT-Xent alone on one ECAPA-TDNN: what an hour on one core teaches without labels.
+
+    memo-jax train --config configs/contrastive.py --workdir runs/contrastive --config.data.train=DATASET …
+
+configs/contrastive_long_crops.py goes on from its network. Commands, what else was tried, and all numbers are in
+experiments/learning.md.
+"""
+
+import small
+
+
+def get_config():
+    """Returns one branch that learns by its contrastive loss only."""
+    config = small.get_config()
+    config.total_steps = 1600
+    config.data.batch_size = 48
+    config.data.local_crops = 0
+
+    config.model.branches = ("ecapa",)
+    config.model.ecapa_stride = 2  # half the frames, so twice as many steps in the same time
+    # The head is there, as in every run, but nothing is learned through it.
+    config.model.head_hidden = 16
+    config.model.head_bottleneck = 16
+    config.model.prototypes = 16
+
+    config.loss.self = 0.0
+    config.loss.cross = 0.0
+    config.loss.contrastive_temperature = 0.05
+    config.loss.contrastive_margin = 0.1
+
+    config.checkpoint.keep_every_epochs = -1.0
+    config.checkpoint.keep_every_steps = 400
+    config.evaluation.every_steps = 400
+    return config

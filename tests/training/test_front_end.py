@@ -1,0 +1,37 @@
+"""The front end of training: masks of mel bins."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memo_jax.training.front_end import mask_bins, training_views
+
+CROPS, BINS, MOST = 400, 80, 12
+
+
+def test_each_crop_loses_a_band_of_its_own_and_nothing_else():
+    mel = jnp.float32(np.random.default_rng(0).normal(1, 0.1, (CROPS, 5, BINS)))
+    masked = np.asarray(mask_bins(jax.random.key(0), mel, MOST))
+    lost = (masked == 0).all(axis=1)  # [N, F]: over all frames
+    np.testing.assert_array_equal(masked, np.where(lost[:, None], 0, mel))
+    widths, edges = lost.sum(axis=1), np.abs(np.diff(np.pad(lost, ((0, 0), (1, 1))).astype(int))).sum(axis=1)
+    assert set(edges[widths > 0]) == {2}, "one band, without gaps"
+    assert set(widths) == set(range(MOST + 1)) and abs(widths.mean() - MOST / 2) < 1
+    assert (lost.mean(axis=0) > 0.005).all(), "every bin is lost at times"
+    np.testing.assert_array_equal(masked[:7], mask_bins(jax.random.key(0), mel[:7], MOST))
+
+
+def test_masks_are_the_last_thing_that_a_view_gets_and_off_costs_nothing():
+    crops = np.random.default_rng(1).integers(-9000, 9000, (3, 2, 4000)).astype(np.int16)
+    batch, key = {"global": crops, "local": crops[:, :1, :3000]}, jax.random.key(1)
+    plain, masked = (training_views(key, batch, {}, front_end="log_mel", masked_bins=most) for most in (0, 40))
+    for whole, part in zip(plain, masked, strict=True):
+        assert whole.shape == part.shape and np.any(part != whole)
+        np.testing.assert_array_equal(part, np.where(part == 0, 0, whole))
+    programs = [
+        str(jax.make_jaxpr(functools.partial(training_views, front_end="log_mel", **options))(key, batch, {}))
+        for options in ({}, {"masked_bins": 0}, {"masked_bins": 40})
+    ]
+    assert programs[0] == programs[1] != programs[2]
