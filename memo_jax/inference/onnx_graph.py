@@ -105,9 +105,9 @@ def last_axis_removed(x: Var) -> Var:
 # ECAPA-TDNN
 
 
-def conv_relu_norm(x, variables, dilation=1, padding="reflect"):
+def conv_relu_norm(x, variables, dilation=1, padding="reflect", stride=1):
     """`ecapa.ConvReluNorm`."""
-    x = conv(x, inside(variables, "conv"), dilation=dilation, padding=padding)
+    x = conv(x, inside(variables, "conv"), stride=stride, dilation=dilation, padding=padding)
     return norm(op.relu(x), inside(variables, "norm"))
 
 
@@ -167,7 +167,7 @@ def attentive_statistics(x, variables, network):
 def ecapa(network, variables: Variables, x: Var) -> Var:
     """`ecapa.ECAPATDNN`: [B, T, F] → [B, D]."""
     x = op.transpose(x, perm=(0, 2, 1))
-    x = conv_relu_norm(x, inside(variables, "stem"), network.dilations[0], padding_of(network.form))
+    x = conv_relu_norm(x, inside(variables, "stem"), network.dilations[0], padding_of(network.form), network.stride)
     outputs = []
     for i, dilation in enumerate(network.dilations[1:]):
         x = se_res2_block(x, inside(variables, f"block_{i}"), network, dilation)

@@ -214,7 +214,8 @@ def test_a_network_that_a_toolkit_lacks_and_a_wrong_ending_are_refused(tmp_path)
         ("wespeaker", "wespeaker", "out.txt", "must end in"),
         ("strided", "speechbrain", "out.safetensors", "no ecapa whose first convolution has a stride"),
     ):
-        status, printed = tiny.here("convert", tmp_path / f"{model}.safetensors", "--to", to, "--output", tmp_path / output)
+        given = tmp_path / f"{model}.safetensors"
+        status, printed = tiny.here("convert", given, "--to", to, "--output", tmp_path / output)
         assert status == 2 and said in printed
         assert not (tmp_path / output).exists()
 

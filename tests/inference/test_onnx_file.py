@@ -18,7 +18,7 @@ onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
 onnx_graph = pytest.importorskip("memo_jax.inference.onnx_graph", reason="needs the extra onnx")
 
 NETWORKS = {
-    "ecapa": ("ecapa", {"channels": (32, 32, 32, 32, 96)}, "log_mel"),
+    "ecapa": ("ecapa", {"channels": (32, 32, 32, 32, 96), "stride": 2}, "log_mel"),
     "ecapa of wespeaker": (
         "ecapa",
         {"channels": (16, 16, 16, 16, 48), "form": "wespeaker", "embedding_norm": True},
