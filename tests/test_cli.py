@@ -7,7 +7,7 @@ import pytest
 
 import memo_jax
 import tiny
-from memo_jax import cli
+from memo_jax import cli, options
 
 COMMANDS = (
     "prepare",
@@ -38,7 +38,7 @@ HEAVY = (
 )
 HELP = f"""
 import sys
-from memo_jax import cli
+from memo_jax import cli, options
 for command in ([], *([name] for name in {COMMANDS!r})):
     try:
         cli.main([*command, "--help"])
@@ -99,7 +99,7 @@ def test_errors_of_users_are_one_line_and_a_status(error, status, text, monkeypa
     def fail(_):
         raise error
 
-    monkeypatch.setattr(cli, "run_prepare", fail)
+    monkeypatch.setitem(cli.RUN, "prepare", fail)
     assert tiny.here("prepare", "--input", "a", "--output", "b") == (status, text)
 
 
@@ -107,7 +107,7 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
     def fail(_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cli, "run_prepare", fail)
+    monkeypatch.setitem(cli.RUN, "prepare", fail)
     with pytest.raises(KeyError):
         tiny.here("prepare", "--input", "a", "--output", "b")
 
@@ -222,4 +222,4 @@ def test_the_names_that_are_given_without_importing_are_those_there_are():
     from memo_jax.features import FRONT_ENDS
     from memo_jax.inference.interop import KINDS
 
-    assert set(cli.TOOLKITS) == set(KINDS) and set(cli.FRONT_END_NAMES) == set(FRONT_ENDS)
+    assert set(options.TOOLKITS) == set(KINDS) and set(options.FRONT_END_NAMES) == set(FRONT_ENDS)
