@@ -164,8 +164,8 @@ def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *
         if remat and i < len(views) - 1:
             embed = jax.checkpoint(embed)
         of_views, batch_stats = embed(params, batch_stats, features)
-        # One crop length after the other, in the backward pass in the reverse order: their activations are never held at
-        # the same time (0.38 GB of temporaries instead of 0.55).
+        # One crop length after the other, in the backward pass in the reverse order: their activations are never held
+        # at the same time (0.38 GB of temporaries instead of 0.55).
         params, of_views = materialize_on_cpu((params, of_views))
         embeddings.append(of_views)
     return embeddings, batch_stats
