@@ -24,6 +24,7 @@ from memo_jax.audio import (
     read_audio,
     read_float_audio,
 )
+from memo_jax.audio.mpeg import mp3_frame
 
 RATE = 16000
 
@@ -147,7 +148,7 @@ def test_names_with_spaces_and_other_letters_and_open_files(tmp_path):
         ("text.flac", b"this is not sound\n" * 99, "not readable as audio: it holds text"),
         ("page.wav", b"<!DOCTYPE html><html>not found</html>", "not readable as audio: it holds a web page"),
         ("lfs.flac", b"version https://git-lfs.github.com/spec/v1\n", "not readable as audio: it holds a pointer"),
-        ("noise.wav", bytes(range(1, 256)) * 99, "not readable as audio: it holds nothing that is known"),
+        ("noise.wav", bytes(range(1, 256)) * 99, "not readable as audio: it holds nothing known"),
     ],
 )
 def test_what_is_no_recording_is_named(tmp_path, name, content, reason):
@@ -312,6 +313,22 @@ def test_flac_of_unknown_length_is_refused_when_it_ends_within_a_frame():
         read_bytes(content[:-1])
     with pytest.raises(AudioError, match="no such part"):
         read_bytes(content, start=1.5)
+
+
+def test_an_mp3_with_the_header_of_fraunhofer_is_read_whole_and_refused_when_frames_are_missing():
+    content = content_of(noise(3.0), 44100, format="MP3", bitrate_mode="VARIABLE", compression_level=0.3)
+    mark = re.search(b"Xing|Info", content).start()
+    content = content[content.rindex(b"\xff\xfb", 0, mark) :]
+    first, mark = mp3_frame(content)[0], re.search(b"Xing|Info", content).start()
+    frames = int.from_bytes(content[mark + 8 : mark + 12], "big")
+    header = bytearray(content[:first])
+    header[4:] = bytes(len(header) - 4)
+    header[36:40], header[50:54] = b"VBRI", frames.to_bytes(4, "big")
+    read = read_bytes(bytes(header) + content[first:])
+    assert abs(len(read) - 48000 * 16000 / 44100) < 1500
+    header[50:54] = (frames + 9).to_bytes(4, "big")
+    with pytest.raises(AudioError, match="truncated: .* frames that its header promises"):
+        read_bytes(bytes(header) + content[first:])
 
 
 def test_mp3_inside_wav_is_read():
@@ -489,7 +506,7 @@ print(len(read_audio(sys.argv[1])), peak() - before)
 
 
 @pytest.mark.parametrize(
-    "name, seconds, rate, channels", [("a.wav", 3600, 16000, 1), ("a.flac", 1200, 16000, 6), ("a.wav", 600, 48000, 2)]
+    "name, seconds, rate, channels", [("a.wav", 3600, 16000, 1), ("a.flac", 600, 16000, 6), ("a.wav", 300, 48000, 2)]
 )
 def test_a_long_recording_takes_the_memory_of_its_samples(tmp_path, name, seconds, rate, channels):
     """In a process of its own: the result, and less than 30 MB beside it."""

@@ -1,8 +1,8 @@
 """Recordings of any common kind → 16 kHz mono samples, or an error that names the file and the reason.
 
-Read `read` first, which holds all that others call. `containers` (with `mpeg` and `ogg`) tells by the bytes of a file
-what it is and whether all of it is there. `decode_soundfile` and `decode_ffmpeg` decode. `samples` makes mono 16-bit
-samples. `error`, `part` and `window` are what these share.
+Read `read` first: it holds everything that other packages call. `containers` identifies a file by its bytes (`kinds`)
+and checks that it is complete (`chunks`, `flac`, `mpeg`, `ogg`). `decode_soundfile` and `decode_ffmpeg` decode.
+`samples` makes mono 16-bit samples. `error`, `part` and `window` are shared by the rest.
 """
 
 from memo_jax.audio.error import SAMPLE_RATE, AudioError

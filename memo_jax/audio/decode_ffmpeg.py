@@ -1,14 +1,14 @@
-"""Decoding by the program ffmpeg, for what libsndfile does not know: m4a, mp4, webm, wma, amr, aac and rare codecs.
+"""Decoding by the program ffmpeg, for what libsndfile cannot read: m4a, mp4, webm, wma, amr, aac and rare codecs.
 
-A recording comes from anywhere, so ffmpeg is given as little freedom as it needs:
+Recordings come from anywhere, so ffmpeg gets as little freedom as possible:
 
-* The container is told by us (`containers.find_parts`) and forced with `-f`: ffmpeg never guesses, so no playlist, list
-  of images, subtitle or script is ever opened, whatever it is called. Demuxers and protocols are limited to that one
-  and to files, also for what a container might nest.
-* It gets an open file (`/dev/fd/N`), never a name, so a name cannot be an option, a protocol or a pattern, and what
-  was checked is what is decoded.
-* It has no terminal and no standard input, runs in a process group of its own, is killed with its reader (on Linux),
-  and when it delivers nothing: it may take a minute, and for each megabyte and each second decoded a second more.
+* The container is identified by `containers.find_parts` and forced with `-f`. ffmpeg never guesses, so it never opens a
+  playlist, list of images, subtitle or script, whatever the file is called. Whitelists hold everything that a container
+  might nest to that one demuxer, and to files.
+* It gets an open file (`/dev/fd/N`) and no name. So a name cannot act as an option, protocol or pattern, and the file
+  that was checked is the file that is decoded.
+* It has no terminal, no standard input, and a process group of its own. It is killed when its reader ends (on Linux)
+  and when it stalls: it may take a minute, plus a second for each megabyte of input and each second decoded.
 """
 
 import contextlib
@@ -44,20 +44,21 @@ DEMUXERS = {  # by the kind of container
     "webm": "matroska",
     "wma": "asf",
 }
-INDEXED = {"mp4", "webm", "avi"}  # in which ffmpeg finds a time exactly; it guesses it from the bitrate in others
-PATIENCE = 60.0  # s without which no recording is given up
-HEADER = 24  # bytes of an au file
+INDEXED = {"mp4", "webm", "avi"}  # in these ffmpeg finds a time by an index; in others it guesses from the bitrate
+PATIENCE = 60.0  # s that ffmpeg may always take
+HEADER = 24  # bytes of the header of an au file that matter
 TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 class FfmpegDecoder:
-    """A part of a file, being decoded; its attributes are those of `SoundFileDecoder`.
+    """A part of a file that ffmpeg is decoding; has the attributes of `SoundFileDecoder`.
 
     Args:
       window: the file.
-      part: of the file.
+      part: what to decode of it.
       is_alone: whether the file has no other part.
-      start, end: seconds of the part that will be read; an `end` of None is its end.
+      start: seconds to skip.
+      end: second to stop at, None for the end.
     """
 
     frames = None
@@ -70,7 +71,7 @@ class FfmpegDecoder:
                 self._name,
                 f"ffmpeg is missing: it is needed to decode {part.kind}; install it, or convert it to wav or flac",
             )
-        self._skipped = start if part.kind in INDEXED and is_alone else 0.0  # s that ffmpeg leaves out itself
+        self._skipped = start if part.kind in INDEXED and is_alone else 0.0  # s skipped by ffmpeg
         self.passed = None if self._skipped else 0.0
         span = ["-ss", f"{self._skipped:.9f}"] if self._skipped else []
         if end is not None:
@@ -81,7 +82,7 @@ class FfmpegDecoder:
             file = self._closing.enter_context(_system_file(window, part, is_alone))
             file.seek(0)
             demuxer = DEMUXERS[part.kind]
-            # xerror: without it ffmpeg leaves out what is damaged or missing, and says that all went well.
+            # Without -xerror, ffmpeg skips what is damaged or missing, and reports success.
             command = [
                 program,
                 "-v",
@@ -94,7 +95,7 @@ class FfmpegDecoder:
                 "file,pipe",
             ]
             command += ["-format_whitelist", demuxer, "-f", demuxer, *span, "-i", f"file:/dev/fd/{file.fileno()}"]
-            # An au file tells its rate and channels in 24 bytes. All channels come: ffmpeg's own mix is not their mean.
+            # The first 24 bytes of an au file state rate and channels. ffmpeg's own mix would not be their mean.
             command += ["-map", "0:a:0", "-map_metadata", "-1", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
             self._process = subprocess.Popen(
                 _tied(command),
@@ -111,7 +112,7 @@ class FfmpegDecoder:
             header = self._read(HEADER)
             if len(header) < HEADER or header[:4] != b".snd":
                 self._finish()
-                raise AudioError(self._name, f"ffmpeg failed: it made no samples of this {self._kind}")
+                raise AudioError(self._name, f"ffmpeg failed: it decoded no samples from this {self._kind}")
             offset, self.rate, self.channels = (int.from_bytes(header[i : i + 4], "big") for i in (4, 16, 20))
             check_rate(self._name, self.rate)
             self._read(offset - HEADER)
@@ -132,7 +133,7 @@ class FfmpegDecoder:
         """Yields float32 [n, channels] from frame `first` on, `wanted` frames or all.
 
         Raises:
-          AudioError: ffmpeg failed, or was killed because it delivered nothing.
+          AudioError: ffmpeg failed, or stalled and was killed.
         """
         first -= round(self._skipped * self.rate)
         step, frame, place = max(1, BLOCK_SAMPLES // self.channels), 4 * self.channels, 0
@@ -150,7 +151,7 @@ class FfmpegDecoder:
         self._finish()
 
     def _read(self, count):
-        """So many bytes of what ffmpeg writes, fewer at its end; keeps the end of what it complains about."""
+        """`count` bytes of ffmpeg's output, fewer at the end. Keeps the end of its messages."""
         data = bytearray()
         while len(data) < count and not self._at_end:
             for pipe in self._ready():
@@ -167,16 +168,16 @@ class FfmpegDecoder:
         return bytes(data)
 
     def _ready(self):
-        """The pipes that have something, once there is one."""
+        """Waits for output or messages and returns the pipes that have some."""
         begun = time.monotonic()
         ready = self._pipes.select(max(0.0, PATIENCE + self._size / 1e6 + self._decoded - self._waited))
         self._waited += time.monotonic() - begun
         if not ready:
-            raise AudioError(self._name, f"ffmpeg hangs: given up on this {self._kind} after {self._waited:.0f} s")
+            raise AudioError(self._name, f"ffmpeg hangs: gave up on this {self._kind} after {self._waited:.0f} s")
         return [key.fileobj for key, _ in ready]
 
     def _finish(self):
-        """Waits for ffmpeg's end; raises AudioError unless all went well."""
+        """Waits until ffmpeg ends and raises AudioError unless it succeeded."""
         while self._pipes.get_map():
             for pipe in self._ready():
                 chunk = os.read(pipe.fileno(), 4096)
@@ -187,7 +188,7 @@ class FfmpegDecoder:
         try:
             status = self._process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AudioError(self._name, f"ffmpeg hangs: given up on this {self._kind}") from None
+            raise AudioError(self._name, f"ffmpeg hangs: gave up on this {self._kind}") from None
         text = self._errors.decode(errors="replace")
         if "ended prematurely" in text:
             raise AudioError(self._name, f"truncated: the {self._kind} ends before its end mark")
@@ -206,7 +207,7 @@ class FfmpegDecoder:
 
 
 def _system_file(window, part, is_alone):
-    """An open file of the system, from which ffmpeg reads the part."""
+    """An open file with a descriptor, from which ffmpeg reads the part."""
     begins = part.start == 0 or window.read(0, 3) == b"ID3"
     if is_alone and begins and not part.patches and not part.prefix and file_number(window.file) is not None:
         return contextlib.nullcontext(window.file)
@@ -217,7 +218,7 @@ def _system_file(window, part, is_alone):
 
 
 def _tied(command):
-    """The command, killed when the thread that started it ends, however that happens; on Linux alone."""
+    """The command, wrapped to be killed when the thread that starts it ends; unchanged except on Linux."""
     if sys.platform != "linux":
         return command
     program = _setpriv()
@@ -226,7 +227,7 @@ def _tied(command):
 
 @functools.cache
 def _setpriv():
-    """The program of util-linux, which starts faster than Python; that of busybox cannot do it."""
+    """The path of setpriv from util-linux, which starts faster than Python; busybox's cannot do this."""
     program = shutil.which("setpriv")
     return program if program and os.path.basename(os.path.realpath(program)) == "setpriv" else None
 

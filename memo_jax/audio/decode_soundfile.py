@@ -10,11 +10,11 @@ from memo_jax.audio.error import BLOCK_SAMPLES, AudioError, check_rate
 from memo_jax.audio.part import Part
 from memo_jax.audio.window import View, Window, file_number
 
-MP3_DELAY = 3000  # samples that may be missing from an MP3: its decoder's delay, and what encoders say is padding
+MP3_DELAY = 3000  # samples; an MP3 may decode to this much less: the decoder's delay and the encoder's padding
 
 
 class NotReadable(Exception):
-    """The reason why libsndfile cannot open something; ffmpeg may."""
+    """Why libsndfile cannot open a part; ffmpeg may be able to."""
 
 
 class SoundFileDecoder:
@@ -23,8 +23,8 @@ class SoundFileDecoder:
     Attributes:
       rate: Hz.
       channels: their number.
-      frames: samples per channel, None where unknown.
-      passed: seconds of the part that `blocks` has passed.
+      frames: samples per channel, None if unknown.
+      passed: seconds of the part that `blocks` has read or skipped, None if unknown.
       is_short: whether libsndfile would stop before the end.
     """
 
@@ -32,7 +32,7 @@ class SoundFileDecoder:
         import soundfile
 
         self._name, self._part = window.name, part
-        # libsndfile reads a file that it opened itself faster.
+        # libsndfile reads fastest from a file descriptor.
         begins = part.start == 0 or (part.kind == "mp3" and window.read(0, 3) == b"ID3")
         is_whole = is_alone and begins and (part.end == window.size or part.kind == "mp3")
         if is_whole and not part.prefix and not part.patches and (number := file_number(window.file)) is not None:
@@ -62,7 +62,7 @@ class SoundFileDecoder:
         self._file.close()
 
     def blocks(self, first: int, wanted: int | None) -> Iterator[np.ndarray]:
-        """Yields float32 [n, channels] from frame `first` on, `wanted` frames or all.
+        """Yields float32 [n, channels] from frame `first` on: `wanted` frames, or all.
 
         Raises:
           AudioError: damaged, or fewer frames than its header promises.
@@ -88,8 +88,8 @@ class SoundFileDecoder:
                 raise AudioError(self._name, f"truncated: {done:,} of the {promised:,} frames that its header promises")
 
     def _seek(self, first, step):
-        """Goes to a frame, or to the end; by decoding all before it in an MP3, and in what libsndfile cannot seek."""
-        # Of its class: denied above.
+        """Goes to a frame or the end and returns its number; by decoding, in MP3 and where libsndfile cannot seek."""
+        # The class's method: the instance's is replaced above.
         if self._part.kind != "mp3" and self.frames is not None and type(self._file).seekable(self._file):
             return self._file.seek(first)
         left = first

@@ -1,9 +1,12 @@
-"""The error that a recording raises, and the limits that every decoder keeps."""
+"""The error for a recording that cannot be used, and the limits that all decoders share."""
 
 import os
 
-SAMPLE_RATE = 16000  # Hz, of everything the project computes with
-SAMPLE_RATES = (4000, 768000)  # Hz; a header outside this lies, and resampling by its ratio would exhaust the memory
+SAMPLE_RATE = 16000  # Hz; everything in this project is computed at this rate
+SAMPLE_RATES = (
+    4000,
+    768000,
+)  # Hz; a header with any other rate is wrong, and resampling by its ratio could exhaust memory
 BLOCK_SAMPLES = 1 << 20  # samples over all channels decoded at a time
 
 

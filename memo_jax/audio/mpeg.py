@@ -1,8 +1,8 @@
-"""Frames of MP3 (MPEG audio, layers I to III) and of raw AAC (ADTS), which follow one another without a container.
+"""MP3 (MPEG audio, layers I to III) and raw AAC (ADTS): sequences of frames without a container.
 
-An MP3 tells its length, if at all, in a first frame of silence (Xing, Info or VBRI). Without it libsndfile estimates
-the length from the first bitrate and stops there, which loses most of a recording of variable bitrate. All frames are
-counted here, and a Part without such a frame, or with one that tells another number, is given one that is right.
+If an MP3 states its length at all, it does so in a first frame of silence (Xing, Info or VBRI). Without one, libsndfile
+estimates the length from the first bitrate and stops there, which loses most of a recording of variable bitrate. So all
+frames are counted here. A Part that lacks such a frame, or whose frame has another count, gets a correct one.
 """
 
 import functools
@@ -22,16 +22,16 @@ BITRATES = {  # kbit/s, by (is version 1, layer)
     (False, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 NO_FRAME = (0, None)
-HAS_LENGTH = 1  # the flag of a Xing frame that tells the number of frames
+HAS_LENGTH = 1  # flag of a Xing frame: it states the number of frames
 MISCOUNTED = 1  # frames: some encoders count the Xing frame itself
 READ = 1 << 20  # bytes
-HEAD = 64  # bytes of a frame that are looked at
+HEAD = 64  # bytes of a frame that are inspected
 
 
 def mp3_frame(head: bytes) -> tuple[int, tuple | None]:
-    """(bytes, family) of the frame that begins with these bytes; (0, None) where none does.
+    """(bytes, family) of the frame that begins with these bytes, or (0, None).
 
-    A family is what all frames of a stream share: (version, layer, rate in Hz).
+    The family is what all frames of a stream share: (version, layer, rate in Hz).
     """
     return _mp3_frame(head[1], head[2]) if len(head) > 3 and head[0] == 255 else NO_FRAME
 
@@ -49,12 +49,12 @@ def _mp3_frame(first, second):
 
 
 def _samples(version, layer):
-    """Samples of a frame per channel."""
+    """Samples per channel in a frame."""
     return 384 if layer == 1 else 576 if layer == 3 and version != 3 else 1152
 
 
 def aac_frame(head: bytes) -> tuple[int, tuple | None]:
-    """As `mp3_frame`, of ADTS; the family is (profile, index of the rate)."""
+    """Like `mp3_frame`, for ADTS; the family is (profile, index of the rate)."""
     if len(head) < 7 or head[0] != 255 or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
         return NO_FRAME
     size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
@@ -62,7 +62,7 @@ def aac_frame(head: bytes) -> tuple[int, tuple | None]:
 
 
 def walk_aac(window: Window, start: int) -> tuple[list[Part], int]:
-    """The frames from `start` on as a Part, and the position behind them."""
+    """The frames from `start` on as a Part, and the position after them."""
     place, family = start, aac_frame(window.read(start, 8))[1]
     while place < window.size:
         size, other = aac_frame(window.read(place, 8))
@@ -76,7 +76,7 @@ def walk_aac(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_mp3(window: Window, start: int, end: int | None = None) -> tuple[list[Part], int]:
-    """The frames from `start` on as Parts, and the position behind them; no Part where there is no frame."""
+    """The frames from `start` on as Parts, none if there is no frame, and the position after them."""
     parts, place, end = [], start, window.size if end is None else end
     while place < end and mp3_frame(window.read(place, 4))[0]:
         part, place = _mp3_part(window, place, end)
@@ -85,7 +85,7 @@ def walk_mp3(window: Window, start: int, end: int | None = None) -> tuple[list[P
 
 
 def _mp3_part(window, start, end):
-    """Frames of one family up to the next that tells a length, as a Part; and the position behind them."""
+    """The frames of one family up to the next that states a length, as a Part, and the position after them."""
     place, count, told, family = start, 0, None, mp3_frame(window.read(start, 4))[1]
     is_layer_3, at_end = family[1] == 3, False
     while place < end and not at_end:
@@ -122,13 +122,15 @@ def _mp3_part(window, start, end):
         prefix = _length_frame(window.read(behind, 4), count, place - behind) if behind < place else b""
         return Part("mp3", behind, place, frames, prefix), place
     if count <= value + MISCOUNTED:
-        return Part("mp3", start, place), place  # libsndfile knows the padding that encoders tell, too
+        return Part("mp3", start, place), place  # libsndfile also removes the encoder's padding
     return Part("mp3", start, place, patches=((start + field, count.to_bytes(4, "big")),)), place
 
 
 def _told_length(head):
-    """(offset of the field to change or None, number of frames) as a frame tells it; None of a usual frame."""
+    """(offset of the count or None, count) of a frame that states how many follow; None for any other frame."""
     place = 4 + _side_bytes(head)
+    if len(head) < HEAD:
+        return None
     if head[place : place + 4] in (b"Xing", b"Info"):
         if not head[place + 7] & HAS_LENGTH:
             return None, 0
@@ -139,13 +141,13 @@ def _told_length(head):
 
 
 def _side_bytes(head):
-    """The bytes between the header and the data of a frame of layer III."""
+    """The size of the side information of a layer III frame."""
     is_mono = head[3] >> 6 == 3
     return (17 if is_mono else 32) if head[1] >> 3 & 3 == 3 else (9 if is_mono else 17)
 
 
 def _length_frame(head, count, size):
-    """A frame of silence, of the kind of the frame that begins with `head`, that tells the frames that follow it."""
+    """A frame of silence that states the count and bytes of the frames after it, which begin with `head`."""
     place = 4 + _side_bytes(head)
     for bitrate in range(1, 15):
         header = bytes((255, head[1] | 1, bitrate << 4 | head[2] & 0x0C, head[3]))  # no checksum, no padding
@@ -157,7 +159,7 @@ def _length_frame(head, count, size):
 
 
 def _check_end(window, place, end, frame_of, family):
-    """Raises AudioError where frames of a family go on behind bytes that are none, within 1 MiB."""
+    """Raises AudioError if, within 1 MiB, more frames of the family follow bytes that are not frames."""
     data = window.read(place, min(READ, end - place))
     if re.match(rb"ID3|TAG|APETAGEX|LYRICSBEGIN|RIFF|\0", data):
         return  # tags, or another part
@@ -170,7 +172,7 @@ def _check_end(window, place, end, frame_of, family):
             here += size
         else:
             raise AudioError(
-                window.name, f"damaged: {match.start():,} bytes at byte {place:,} are no frame, and more frames follow"
+                window.name, f"damaged: {match.start():,} bytes at {place:,} are not a frame, and more frames follow"
             )
 
 

@@ -1,4 +1,4 @@
-"""Pages of Ogg: where a stream ends and the next of a chain begins, and whether all pages are there."""
+"""Ogg: where a stream ends and the next in a chain begins, and whether all pages are present."""
 
 import functools
 
@@ -6,7 +6,7 @@ from memo_jax.audio.error import AudioError
 from memo_jax.audio.part import Part, truncated
 from memo_jax.audio.window import Window
 
-CODECS = {  # by the begin of the first packet
+CODECS = {  # by the first bytes of the first packet
     b"\x01vorbis": "vorbis",
     b"OpusHead": "opus",
     b"\x7fFLAC": "flac",
@@ -17,7 +17,7 @@ BEGINS, ENDS = 2, 4  # flags of a page
 
 
 def walk_ogg(window: Window, start: int) -> tuple[list[Part], int]:
-    """The first stream of a chain as a Part, or all streams that are multiplexed there; and the position behind."""
+    """The first link of a chain, one stream or several multiplexed, as a Part, and the position after it."""
     place, streams, has_data = start, {}, False
     while len(head := window.read(place, 27)) == 27 and head[:4] == b"OggS":
         flags, serial, number = head[5], head[14:18], int.from_bytes(head[18:22], "little")
@@ -25,7 +25,7 @@ def walk_ogg(window: Window, start: int) -> tuple[list[Part], int]:
         segments = window.read(place + 27, head[26])
         behind = begin + sum(segments)
         if flags & BEGINS and has_data:
-            break  # the next of a chain
+            break  # the next link
         if len(segments) < head[26] or behind > window.size:
             raise truncated(window, "its last page is incomplete")
         if flags & BEGINS:
@@ -44,7 +44,10 @@ def walk_ogg(window: Window, start: int) -> tuple[list[Part], int]:
         if window.find(b"OggS\0", place) < window.size:
             raise AudioError(window.name, f"damaged: no page at byte {place:,}, and more pages follow")
     if not all(ends for _, _, ends in streams.values()):
-        raise truncated(window, "its last page is not marked as the last (if it is whole: ffmpeg -i IN -c copy OUT)")
+        raise truncated(
+            window,
+            "its last page is not marked as the last (if nothing is missing, mend it with: ffmpeg -i IN -c copy OUT)",
+        )
     codecs = [codec for codec, _, _ in streams.values()]
     return [Part("ogg", start, place, libsndfile=len(codecs) == 1 and codecs[0] in LIBSNDFILE)], place
 

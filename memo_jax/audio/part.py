@@ -1,4 +1,4 @@
-"""A recording within a file, and the errors of those who look for it."""
+"""A recording within a file, and the errors raised while looking for one."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,15 @@ from memo_jax.audio.window import Window
 
 
 class Part(NamedTuple):
-    """A recording within a file, alone there but for tags, or one of several that follow one another.
+    """A recording within a file: the only one, apart from tags, or one of several in sequence.
 
     Attributes:
-      kind: of container, a key of `containers.WALKERS`.
+      kind: the container, a key of `containers.WALKERS`.
       start, end: its bytes in the file.
-      frames: the samples per channel that its frames hold, None where only its decoder can tell.
-      prefix: bytes to put before it.
-      patches: (position in the file, bytes) to put over it, such as the true length over a placeholder.
-      libsndfile: whether that decodes it. If not, or where it turns out not to, ffmpeg does.
+      frames: samples per channel, None if only the decoder knows.
+      prefix: bytes to insert before it.
+      patches: (position in the file, bytes) that replace what is there, such as a placeholder for the length.
+      libsndfile: whether to try libsndfile. ffmpeg decodes the rest, and what libsndfile turns out not to read.
     """
 
     kind: str
@@ -28,10 +28,10 @@ class Part(NamedTuple):
 
 
 def truncated(window: Window, details: str) -> AudioError:
-    """The error of a file that ends early."""
+    """The error for a file that ends early."""
     return AudioError(window.name, f"truncated: {details}")
 
 
 def unreadable(window: Window, what: str) -> AudioError:
-    """The error of a file that is no recording but `what`."""
+    """The error for a file that is not a recording but `what`."""
     return AudioError(window.name, f"not readable as audio: it holds {what}")

@@ -35,12 +35,12 @@ def is_audio_name(name) -> bool:
 
 
 def needs_ffmpeg(name) -> bool:
-    """Whether a recording of this name is mostly decoded by ffmpeg; its content decides when it is read."""
+    """Whether recordings of this name usually need ffmpeg. When one is read, its content decides."""
     return os.path.splitext(os.fspath(name))[1].lower() in FFMPEG_EXTENSIONS
 
 
 def parse_channel(text: str) -> str | int:
-    """A channel as people write it, "mean" or a number from 1, as `read_audio` takes it; raises ValueError."""
+    """Converts "mean" or a number from 1 to what `read_audio` takes as its channel; raises ValueError."""
     return _checked_channel(int(text) if text.isascii() and text.isdigit() else text)
 
 
@@ -55,18 +55,18 @@ def read_audio(
 ) -> np.ndarray:
     """Decodes a recording, or an excerpt of it, to mono 16-bit samples.
 
-    What a file is, its content tells; its name does not matter. libsndfile decodes wav (also RF64, W64 and MPEG in
-    wav), flac, ogg and opus, mp3, aiff, au, caf and sph. ffmpeg, where installed, decodes m4a and mp4, webm and mkv,
-    wma, avi, amr, aac, and the rare codecs of the others; of a film, the first audio track. No other kind of file is
-    opened, so playlists and the like, which name other files, are refused.
+    The content of a file decides how it is decoded; its name does not matter. libsndfile decodes wav (also RF64, W64
+    and MPEG in wav), flac, ogg and opus, mp3, aiff, au, caf and sph. ffmpeg, where installed, decodes m4a and mp4,
+    webm and mkv, wma, avi, amr, aac, and the rare codecs of the others; of a film, the first audio track. No other kind
+    of file is decoded, so playlists and the like, which name other files, are refused.
 
-    * Channels: the mean of all of them, whatever their number and layout, or one of them.
-    * The rate is converted by soxr (high quality). A recording that is constant stays constant.
-    * Level: values beyond full scale are clipped. A recording whose peak lies below -54 dB of full scale, and which 16
-      bits would not hold exactly, is amplified by a power of two, to a peak between -12 and -6 dB.
+    * Channels: the mean of all, whatever their number and layout, or a single one.
+    * Rate: converted by soxr (high quality). A constant recording stays constant.
+    * Level: values beyond full scale are clipped. A recording with a peak below -54 dB of full scale that 16 bits
+      would not hold exactly is amplified by a power of two, to a peak between -12 and -6 dB.
     * Recordings that follow one another in a file (`cat 1.mp3 2.mp3`, chained Ogg) are read one after the other.
-    * A file that ends early is refused, of whatever kind; `containers` says what can be noticed. A placeholder for the
-      length, as programs that write to a pipe leave it, is no fault.
+    * A truncated file is refused, whatever its kind; `containers` states the rule and its limits. A placeholder for the
+      length, as programs leave it that write to a pipe, is accepted.
     * Memory: blocks of a few MB beside the result, whatever the length, rate and channels, and whatever the header
       claims. Of a recording that is quiet throughout, three times the result.
 
@@ -77,14 +77,14 @@ def read_audio(
       channel: "mean", or the number of a channel, from 1.
       start: seconds of the recording to leave out at its beginning. They are skipped without decoding where possible,
         exactly in what libsndfile decodes, to about 10 ms in m4a, webm and avi.
-      end: second of the recording to stop at; None for its end. It may lie up to half a second behind the end of the
-        recording, and the excerpt is then shorter.
+      end: second of the recording to stop at; None for its end. It may lie up to half a second after the end of the
+        recording; the excerpt is then shorter.
 
     Returns:
       int16 [L], L ≥ 1; 32768 is full scale.
 
     Raises:
-      AudioError: (a ValueError) missing, not a file, empty, no recording, truncated, damaged, without sound, NaN or
+      AudioError: (a ValueError) missing, not a file, empty, not a recording, truncated, damaged, without sound, NaN or
         infinite samples, float samples far beyond [-1, 1], too long, no such channel, channels that cancel in their
         mean (phase-inverted), an excerpt outside the recording, or ffmpeg needed and missing.
       ValueError: `channel`, `start` or `end` make no sense.
@@ -137,7 +137,7 @@ def as_audio(samples, rate: int, name: str = "the array", channel: str | int = "
         return samples
     scale = FULL_SCALE if samples.dtype == np.int16 else 1
     mixer, collector = Mixer(name, channel), Collector(np.int16)
-    with np.errstate(over="ignore"):  # of doubles: the mixer tells
+    with np.errstate(over="ignore"):  # from float64, which the mixer refuses
         block = (samples.reshape(len(samples), -1) / scale).astype(np.float32)
     for mono in _resampled(iter([(rate, mixer.mono(block))]), SAMPLE_RATE):
         collector.add(mono)
@@ -171,7 +171,7 @@ def _finished(name, mixer, collector, dtype):
         raise AudioError(name, "no samples")
     mixer.check_cancelled()
     samples = collector.result()
-    if mixer.low == mixer.high:  # without the transients at both ends that a change of the rate leaves
+    if mixer.low == mixer.high:  # removes the transients that resampling leaves at both ends
         value = np.full(1, mixer.low, np.float32)
         samples[:] = to_int16(value) if dtype is np.int16 else value
     return samples
@@ -179,7 +179,7 @@ def _finished(name, mixer, collector, dtype):
 
 def _excerpt(window, start, end) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (rate, float32 [n, channels]) of seconds `start` to `end` of all that a file holds."""
-    parts, passed, anything = find_parts(window), 0.0, False  # passed: seconds of the parts before, then of all
+    parts, passed, anything = find_parts(window), 0.0, False  # passed: seconds of the parts read or skipped
     for part in parts:
         if end is not None and passed >= end and anything:
             return
@@ -200,7 +200,7 @@ def _excerpt(window, start, end) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _decoder(window, part, is_alone, start=0.0, end=None):
-    """What decodes a part: libsndfile where it can, else ffmpeg."""
+    """Opens a part with libsndfile if that can decode it, else with ffmpeg."""
     reason = None
     if part.libsndfile:
         try:
@@ -222,7 +222,7 @@ def _decoder(window, part, is_alone, start=0.0, end=None):
 
 
 def _resampled(blocks, sample_rate):
-    """Yields mono float32 blocks at `sample_rate` of (rate, float32 [n]); recordings of one rate join without a gap."""
+    """Converts (rate, float32 [n]) to float32 blocks at `sample_rate`; parts of the same rate join without a gap."""
     resampler = rate = None
     for next_rate, block in blocks:
         if next_rate != rate:
@@ -246,7 +246,7 @@ def _checked_channel(channel):
 
 @contextlib.contextmanager
 def _opened(source):
-    """A window of the file of a path, or of an open file, which stays open."""
+    """Opens a path, or wraps an open file, which stays open."""
     with contextlib.ExitStack() as files:
         if hasattr(source, "read"):
             name = str(getattr(source, "name", "") or "an open file")
@@ -270,7 +270,7 @@ def _open_file(path):
     try:
         number = os.open(
             path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # of a named pipe, does not wait for a writer
+        )  # NONBLOCK: do not wait for the writer of a named pipe
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         raise AudioError(path, "no such file" if missing else f"cannot be opened: {error.strerror}") from None

@@ -7,14 +7,14 @@ import numpy as np
 from memo_jax.audio.error import AudioError
 
 LARGEST_SAMPLE = 32.0  # 30 dB over full scale: such float files are not scaled to [-1, 1] and would only clip
-CANCELLED = 0.01  # of the power of the channels: less is left in their mean when they cancel (1/64 of 64 unlike ones)
-QUIET = 2.0**-9  # of full scale, -54 dB: a peak below it leaves speech fewer than 7 of the 16 bits
-SILENT = 2.0**-24  # of full scale: less than a step of 24 bits
+CANCELLED = 0.01  # of the channels' power; with less left in their mean, they cancel (64 unrelated ones leave 1/64)
+QUIET = 2.0**-9  # of full scale, -54 dB; with a lower peak, speech has fewer than 7 of the 16 bits
+SILENT = 2.0**-24  # of full scale; less than one step of 24 bits
 FULL_SCALE = 32768
 
 
 class Mixer:
-    """Makes mono of blocks [n, channels]: their mean, or the channel of a number from 1."""
+    """Makes blocks [n, channels] mono: the mean of the channels, or one of them, counted from 1."""
 
     def __init__(self, name: str, channel: str | int):
         self._name, self._channel = name, channel
@@ -22,7 +22,7 @@ class Mixer:
         self.low, self.high = np.inf, -np.inf
 
     def mono(self, block: np.ndarray) -> np.ndarray:
-        """The block float32 [n, channels] as [n].
+        """Converts a block float32 [n, channels] to [n].
 
         Raises:
           AudioError: no such channel, NaN or infinite samples, or samples far beyond [-1, 1].
@@ -38,7 +38,7 @@ class Mixer:
             mono = np.ascontiguousarray(block[:, 0])
             self._check(mono)
             return mono
-        with np.errstate(over="ignore", invalid="ignore"):  # of damaged floats: the check that follows tells
+        with np.errstate(over="ignore", invalid="ignore"):  # from damaged floats, which _check refuses
             mono = block.mean(axis=1)
             self._check(mono)
             if channels <= 64:
@@ -47,7 +47,7 @@ class Mixer:
         return mono
 
     def check_cancelled(self) -> None:
-        """Raises AudioError where the channels cancel each other in their mean, as of phase-inverted stereo."""
+        """Raises AudioError if the channels cancel in their mean, as in phase-inverted stereo."""
         if self._power > 0 and self._mean_power < CANCELLED * self._power:
             raise AudioError(
                 self._name,
@@ -67,10 +67,10 @@ class Mixer:
 
 
 class Collector:
-    """Joins blocks float32 [n] to one array, of 16-bit or of float samples, without holding them twice.
+    """Joins blocks float32 [n] into one array of int16 or float32 samples, without a second copy.
 
-    Floats that are quieter than `QUIET` are kept until a louder sample comes, so that a recording that stays so quiet
-    can be amplified before it is rounded.
+    Floats are kept while all are below `QUIET`, so that a recording that stays so quiet can be amplified before it is
+    rounded.
     """
 
     def __init__(self, dtype: type):
@@ -90,7 +90,7 @@ class Collector:
             self._append(to_int16(block))
 
     def result(self) -> np.ndarray:
-        """All samples [L]; of a recording that stays quiet, amplified by a power of two to a peak of -12 to -6 dB."""
+        """All samples [L]. A recording that stayed quiet is amplified by a power of two, to a peak of -12 to -6 dB."""
         if self._held:
             peak = max((max(block.max(), -block.min()) for block in self._held if len(block)), default=0.0)
             exact = all(np.array_equal(scaled, np.rint(scaled)) for scaled in (FULL_SCALE * b for b in self._held))
@@ -105,14 +105,14 @@ class Collector:
 
     def _append(self, block):
         end = self._filled + len(block)
-        if end > len(self._array):  # in place, where the system can: no second copy
+        if end > len(self._array):  # realloc, which moves pages instead of copying them on Linux
             self._array.resize(max(end, len(self._array) * 9 // 8), refcheck=False)
         self._array[self._filled : end] = block
         self._filled = end
 
 
 def to_int16(samples: np.ndarray) -> np.ndarray:
-    """Floats of full scale 1, rounded and clipped to int16."""
+    """Rounds and clips floats of full scale 1 to int16."""
     scaled = samples * np.float32(FULL_SCALE)
     np.rint(scaled, out=scaled)
     np.clip(scaled, -FULL_SCALE, FULL_SCALE - 1, out=scaled)

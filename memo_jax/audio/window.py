@@ -1,4 +1,4 @@
-"""Bytes of an open file: by position for those who walk through it, and a part of it as a file for those who decode."""
+"""Random access to the bytes of an open file, and a view of part of it as a file of its own."""
 
 import os
 
@@ -14,7 +14,7 @@ class Window:
         self._start, self._cached = 0, b""
 
     def read(self, start: int, count: int) -> bytes:
-        """Bytes [start, start + count), fewer at the end of the file; none from outside it."""
+        """Bytes [start, start + count), fewer at the end of the file, none outside it."""
         if not 0 <= start < self.size:
             return b""
         begin = start - self._start
@@ -24,7 +24,7 @@ class Window:
         return self._cached[begin : begin + count]
 
     def find(self, pattern: bytes, start: int) -> int:
-        """The first position of `pattern` from `start` on, the size where there is none."""
+        """The first position of `pattern` at or after `start`; the size if there is none."""
         step, overlap = 1 << 20, len(pattern) - 1
         while start < self.size:
             self.file.seek(start)
@@ -35,7 +35,7 @@ class Window:
         return self.size
 
     def first_nonzero(self, start: int) -> int:
-        """The first position from `start` on that does not hold a zero, the size where there is none."""
+        """The first position at or after `start` of a byte that is not zero; the size if there is none."""
         while start < self.size:
             data = self.read(start, CACHED)
             if rest := data.lstrip(b"\0"):
@@ -47,7 +47,7 @@ class Window:
 class View:
     """A read-only file: `prefix`, then bytes [start, end) of another file, some of them replaced.
 
-    libsndfile, led by a damaged header, may seek to places that do not exist: it stays where it is then.
+    A damaged header can make libsndfile seek to positions that do not exist. Such a seek changes nothing.
     """
 
     def __init__(self, file, start: int, end: int, prefix: bytes = b"", patches: tuple[tuple[int, bytes], ...] = ()):
@@ -56,7 +56,7 @@ class View:
         self._size, self._place = end - start + len(prefix), 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file, but for places that do not exist."""
+        """As for any file, except that positions that do not exist are ignored."""
         place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
         if 0 <= place < 1 << 62:
             self._place = place
@@ -67,7 +67,7 @@ class View:
         return self._place
 
     def read(self, count: int = -1) -> bytes:
-        """At most `count` bytes, to the end where negative."""
+        """At most `count` bytes; all up to the end if negative."""
         left = max(0, self._size - self._place)
         count = left if count < 0 else min(count, left)
         data = self._prefix[self._place : self._place + count]
@@ -90,7 +90,7 @@ class View:
 
 
 def file_number(file) -> int | None:
-    """The file descriptor of an open file, None of one that lies in memory or within another."""
+    """The file descriptor of an open file; None for a file in memory or inside an archive."""
     try:
         return file.fileno()
     except (AttributeError, OSError):
