@@ -1,4 +1,4 @@
-"""MeMo so small that `make demo` learns to tell voices apart in a few minutes on two cores.
+"""A MeMo so small that `make demo` learns to tell voices apart in a few minutes on two cores.
 
     make demo
 

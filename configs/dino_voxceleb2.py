@@ -1,4 +1,4 @@
-"""Plain DINO on VoxCeleb2: one ECAPA-TDNN, one head, neither cross-distillation nor contrastive term.
+"""Plain DINO on VoxCeleb2: one ECAPA-TDNN, one head, no cross-distillation, no contrastive term.
 
     memo-jax train --config configs/dino_voxceleb2.py --workdir runs/dino --config.data.train=data/voxceleb2 …
 

@@ -1,7 +1,7 @@
-"""MeMo as its authors train it: ECAPA-TDNN 512 and ResNet34 on VoxCeleb2, 150 epochs at a batch of 240.
+r"""MeMo as its authors train it: ECAPA-TDNN 512 and ResNet34 on VoxCeleb2, 150 epochs at a batch of 240.
 
-    memo-jax train --config configs/memo_voxceleb2.py --workdir runs/memo \\
-        --config.data.train=data/voxceleb2 --config.augment.noise=musan/noise --config.augment.music=musan/music \\
+    memo-jax train --config configs/memo_voxceleb2.py --workdir runs/memo \
+        --config.data.train=data/voxceleb2 --config.augment.noise=musan/noise --config.augment.music=musan/music \
         --config.augment.speech=musan/speech --config.augment.rirs=RIRS_NOISES/simulated_rirs
 
 The authors report 3.10 % EER on VoxCeleb1-O for the ECAPA teacher. We have not run this recipe at full length.

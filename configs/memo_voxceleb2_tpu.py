@@ -1,4 +1,4 @@
-"""The authors' recipe as a TPU computes it fastest: bfloat16, and ResNet's planes packed so that they fill its lanes.
+"""The authors' recipe as a TPU computes it fastest: bfloat16, and the ResNet's planes packed to fill its lanes.
 
 memo-jax plan --config configs/memo_voxceleb2_tpu.py --topology v5e:2x2 --config.data.batch_size=128
 """
@@ -7,7 +7,7 @@ import memo_voxceleb2
 
 
 def get_config():
-    """Returns memo_voxceleb2 with the levers for TPUs; parameters and checkpoints are of the same shapes."""
+    """Returns memo_voxceleb2 with the options for TPUs; parameters and checkpoints have the same shapes."""
     config = memo_voxceleb2.get_config()
     config.model.dtype = "bfloat16"
     config.model.resnet_packed = True

@@ -2,8 +2,8 @@
 
     memo-jax train --config configs/small.py --workdir runs/small --config.data.train=DATASET …
 
-On one core it takes about an hour (2.7 CPU-seconds a step). Trained on speechocean762's and LibriSpeech's utterances, it
-ends at 9.70 % EER on speechocean762's test trials. Commands, what else was tried, and all numbers are in
+On one core it takes about an hour (2.7 CPU-seconds a step). Trained on utterances of speechocean762 and LibriSpeech, it
+reaches 9.70 % EER on the test trials of speechocean762. Commands, what else was tried, and all numbers are in
 experiments/README.md.
 """
 
@@ -39,7 +39,7 @@ def get_config():
     config.teacher.momentum = 0.95
     config.teacher.temp_warmup_epochs = 3
 
-    config.gate.rule = "always"  # the rules that close it are not yet compared at this size
+    config.gate.rule = "always"  # rules that close the gate have not been compared at this size
     config.gate.window_epochs = -1.0
     config.gate.window_steps = 100
     config.gate.min_epochs = -1.0

@@ -19,14 +19,14 @@ def get_config():
     config.model.campplus_channels = 64
     config.model.campplus_plane_channels = 4
 
-    # Warm-up and frozen prototypes stay as long as in small.py: with 20 and 30 steps of them, plain DINO's teacher became
-    # uniform, and its EER stayed where the untrained network's is.
+    # Warm-up and frozen prototypes last as long as in small.py: with 20 and 30 steps, plain DINO's teacher became
+    # uniform, and its EER stayed at that of the untrained network.
     config.gate.rule = "plateau"
     config.gate.smoothing = 0.97
     config.gate.window_steps = 40
     config.gate.min_steps = 100
     config.gate.min_improvement = 0.03
-    config.gate.min_alignment = 0.2  # at 0 the rule would never close: a longer run stayed above 0.1
+    config.gate.min_alignment = 0.2  # at 0 the gate would never close: a longer run stayed above 0.1
     config.gate.stop_epochs = -1.0
     config.gate.stop_steps = 150
 

@@ -86,5 +86,5 @@ def chosen_rows(text: str) -> list[str]:
     wanted = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in ROWS]
     if unknown or not wanted:
-        raise ValueError(f"no row {', '.join(unknown) or 'given'}: choose of {', '.join(ROWS)}, or main, or all")
+        raise ValueError(f"no row {', '.join(unknown) or 'given'}: choose from {', '.join(ROWS)}, or main, or all")
     return [name for name in ROWS if name in wanted]

@@ -1,8 +1,8 @@
-"""Who does which run: claims in a folder that several processes, on several machines, share.
+"""Claims on runs, in a folder that processes on several machines share: who does which run.
 
-A claim is a file claim-N in the folder of a run. The highest N counts. A file appears whole and only where there is
-none of its name (a hard link), so that of several processes that want a run one gets it, without any lock service; to
-take a run over is to add the next number.
+A claim is a file claim-N in the folder of a run; the highest N counts. A hard link makes the file appear whole, and
+only where there is none of its name. When several processes want a run, exactly one gets it, without a lock service.
+Taking over a run means adding the next number.
 """
 
 import json
@@ -27,8 +27,8 @@ class Claim:
 def take(folder: Path, take_over: bool = False) -> Claim | None:
     """Returns the claim of a run, None where it is another process's.
 
-    A process that has ended without a release is proven gone on its own machine only; `take_over` takes the runs of
-    other machines, too.
+    Only on its own machine can a process be shown to have ended without a release; `take_over` also takes the runs of
+    other machines.
     """
     folder.mkdir(parents=True, exist_ok=True)
     number, owner = _latest(folder)
@@ -71,7 +71,7 @@ def write_once(path: Path, text: str) -> bool:
 
 
 def _machine() -> list[str]:
-    """What tells machines apart: containers may share a name, and a kernel, but not processes."""
+    """Identifies a machine. Containers may share a host name and a kernel, but not process numbers."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())
@@ -82,7 +82,7 @@ def _machine() -> list[str]:
 
 
 def _process(pid: int) -> list:
-    """The number of a process and when it began, since numbers are used again."""
+    """The number of a process and its start time, since numbers are reused."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return [pid, stat.rpartition(")")[2].split()[19]]

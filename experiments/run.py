@@ -1,10 +1,10 @@
-r"""Runs the study: rows of experiments/ablation.py × seeds, each trained, tested and written down; then the table.
+r"""Runs the study: trains, tests and records every row of experiments/ablation.py with every seed; then the table.
 
-    python experiments/run.py --data DATASET --noise DIR --music DIR --rirs DIR \\
+    python experiments/run.py --data DATASET --noise DIR --music DIR --rirs DIR \
         --test NAME=DATASET:TRIALS --test OTHER=DATASET:TRIALS --output DIR
 
-Several such processes, on several machines that see the same folder, share the runs: each takes the next one that
-nobody has. Killed, the same command goes on from the last checkpoint. `--config.KEY=VALUE` changes a key of every run.
+Several such processes, on several machines that see the same folder, share the runs: each takes the next free one.
+After a kill, the same command continues from the last checkpoint. `--config.KEY=VALUE` changes a key of every run.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from memo_jax.training.run_record import read_run
 
 STUDY_CONFIG = Path(__file__).parents[1] / "configs" / "study.py"
 BUDGETS = ("steps", "time")
-STOPPED = 3  # how `memo-jax train` ends where the numbers are wrong: a result, too
+STOPPED = 3  # exit status of `memo-jax train` after a collapse, which is a result, too
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns 0 when every run is done or taken, 1 when some failed, 2 on bad input."""
+    """Runs the command line; returns 0 when all runs are done or taken by others, 1 after a failure, 2 on bad input."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [text for text in rest if not (text.startswith("--config.") and "=" in text)]
@@ -125,14 +125,14 @@ def test_of(text: str) -> tuple[str, tuple[Path, Path]]:
 
 
 def run_all(options, rows: list[str], seeds: list[int], tests: dict) -> list[str]:
-    """Does every run that nobody has done or is doing, seed by seed; returns what to say of those that failed."""
+    """Does every run that is neither done nor taken, seed by seed; returns a line for each that failed."""
     if not options.data or not tests:
         raise ValueError("give --data and at least one --test, or --collect-only")
     lists = {name: own_trials(options.output, name, trials) for name, (_, trials) in tests.items()}
     first = next(iter(tests))
     followed = followed_trials(options.output, first, lists[first], options.followed_recordings)
     tests = {name: (dataset, lists[name]) for name, (dataset, _) in tests.items()}
-    # A seed of every row comes before the next seed, so that the table is whole early.
+    # All rows with one seed come before the next seed, so that the table is complete early.
     failed = []
     for seed in seeds:
         for row in rows:
@@ -206,7 +206,7 @@ def time_overrides(options, row: str, texts: list[str]) -> list[str]:
     if not path.exists():
         steps, factor = study_results.steps_at_equal_time(options.output, row)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever is first decides for all seeds, whatever is measured later.
+        # The first process to get here decides for all seeds, whatever is measured later.
         claims.write_once(path, json.dumps({"total_steps": steps, "factor": factor}) + "\n")
     length = json.loads(path.read_text(encoding="utf-8"))
     evaluation = load_config(options.config, [f"--config.{text}" for text in texts]).evaluation
@@ -217,7 +217,7 @@ def time_overrides(options, row: str, texts: list[str]) -> list[str]:
 
 
 def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: Path) -> str | None:
-    """Trains and tests a run, or goes on with it, and writes its result; returns what went wrong, or None."""
+    """Trains and tests a run, or continues it, and writes its result; returns what went wrong, or None."""
     overrides = overrides_of(options, row, seed, tests, followed)
     print(f"\n{row}, seed {seed}, equal {options.budget}: {folder}", file=sys.stderr, flush=True)
     command = [*shlex.split(options.train_command), "--config", str(options.config), "--workdir", str(folder)]
@@ -260,7 +260,7 @@ def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: P
 
 
 def test_result(results: dict) -> dict:
-    """Returns what the study keeps of an evaluation: rates and counts, no paths."""
+    """Returns what the study keeps from an evaluation: rates and counts, no paths."""
     kept = (
         "eer",
         "eer_interval",
@@ -277,7 +277,7 @@ def test_result(results: dict) -> dict:
 
 
 def run_result(row: str, seed: int, budget: str, folder: Path, status: str, tests: dict) -> dict:
-    """Returns the result of a run: what it was, how it went, what it costs, what it reached, what it was made with."""
+    """Returns the result of a run: its config, course, cost, error rates, and the versions and machine it ran with."""
     rows, record = read_metrics(folder), read_run(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     steps, each = rows[-1]["step"], cpu_seconds_a_step(rows)
@@ -342,7 +342,7 @@ def cpu_seconds_a_step(rows: list[dict]) -> float | None:
 
 
 def child(command: list[str]) -> int:
-    """Runs a command to its end, which is also ours: it ends when this process does. Returns its exit status."""
+    """Runs a command and returns its exit status. The command ends when this process does."""
     path = os.pathsep.join(filter(None, (str(Path(memo_jax.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, preexec_fn=end_with_parent)
     try:
@@ -354,7 +354,7 @@ def child(command: list[str]) -> int:
 
 
 def end_with_parent() -> None:
-    """In a child on Linux: asks the kernel to end it when this process is killed, since its run will be taken over."""
+    """In a child on Linux: asks the kernel to kill it with this process, whose run another process then takes over."""
     import ctypes
 
     prctl = getattr(ctypes.CDLL(None), "prctl", None)

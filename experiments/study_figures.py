@@ -29,7 +29,7 @@ PANELS = (
 SHORT = {
     "dino-ecapa": "DINO, ECAPA",
     "dino-resnet": "DINO, ResNet",
-    "two-branches": "two strangers",
+    "two-branches": "two branches",
     "shared-head": "shared head",
     "multi-head": "Multi-Head",
     "memo-always": "contrastive, always on",

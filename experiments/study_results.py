@@ -1,4 +1,4 @@
-"""From the results of runs to the study's table: means over seeds, intervals over speakers, paired tests."""
+"""The study's tables from the results of its runs: means over seeds, intervals over speakers, paired tests."""
 
 import json
 import statistics
@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
 
 def read_results(output: Path) -> list[Run]:
-    """Returns all runs that are done, in the table's order. ValueError names a damaged file."""
+    """Returns all finished runs, in the table's order. Raises ValueError, naming a damaged file."""
     found = []
     for path in output.glob(f"*/*/seed-*/{RESULT_FILE}"):
         try:
@@ -41,7 +41,7 @@ def read_results(output: Path) -> list[Run]:
 
 
 def runs_by_row(runs: list[Run], budget: str) -> dict[str, list[Run]]:
-    """Returns {row: its runs, one a seed}. At equal time, the reference's are those at equal steps: its time counts."""
+    """Returns {row: its runs, one a seed}. At equal time, the reference has those at equal steps, which set it."""
     of_budget = {}
     for run in runs:
         borrowed = budget == "time" and run.result["row"] == ablation.REFERENCE
@@ -53,9 +53,9 @@ def runs_by_row(runs: list[Run], budget: str) -> dict[str, list[Run]]:
 
 
 def steps_at_equal_time(output: Path, row: str) -> tuple[int, float]:
-    """Returns how many steps of a row take the time of the reference, and how many times as many that is.
+    """Returns how many steps of a row take as long as the reference, and their ratio to the reference's steps.
 
-    By the costs of a step at equal steps, the median over seeds. Raises ValueError where these have not been measured.
+    Taken from the cost of a step at equal steps, the median over seeds. Raises ValueError where it was not measured.
     """
     runs = runs_by_row(read_results(output), "steps")
     costs = {
@@ -227,9 +227,9 @@ def legend(runs: list[Run], names: list[str], replicates: int) -> str:
     ]
     for name in names:
         rates = next(
-            branch["log_mel_statistics"]["eer"] for run in runs for branch in run.result["tests"].get(name, {}).values()
+            branch["log_mel_statistics"] for run in runs for branch in run.result["tests"].get(name, {}).values()
         )
-        lines.append(f"Log-mel statistics on {name}: {rates:.2f} % EER.")
+        lines.append(f"Log-mel statistics on {name}: {rates['eer']:.2f} % EER, minDCF {rates['min_dcf_0.05']:.3f}.")
     commits = sorted({str(run.result["commit"]) for run in runs})
     lines.append(f"Runs: {len(runs)}; commits: {', '.join(commits)}.")
     return "\n\n".join(lines)

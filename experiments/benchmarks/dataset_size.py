@@ -26,7 +26,7 @@ SAMPLES = 320  # 20 ms
 
 
 def write_small_dataset(folder: Path, utterances: int, shards: int) -> None:
-    """Writes as many utterances, all alike: the bytes of one record, again and again."""
+    """Writes a dataset of so many equal utterances: the bytes of one record, repeated."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     samples = np.arange(SAMPLES, dtype=np.int16)
@@ -77,7 +77,7 @@ def measure_here(folder: Path, shards: int) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The results for people."""
+    """The results as a table."""
     lines = [
         "| utterances | opening, s | first batch, s | memory then, MB | with all shards open, MB | index file, MB |",
         "|---|---|---|---|---|---|",

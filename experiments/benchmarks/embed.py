@@ -3,9 +3,9 @@
     taskset -c 1 python experiments/benchmarks/embed.py --data speech/speechocean762/test --clock cpu --json
 
 Theirs is 3D-Speaker's ECAPA-TDNN (speakerlab-slim, in speechbrain's form) with the same weights, after log-mel features
-by torch.stft; recordings are read by soundfile. Once one at a time, as wespeaker, 3D-Speaker and the MeMo authors do,
-and once in batches: sorted by length, padded, with lengths, which changes the embeddings a little at the padded ends.
-Each side has a process of its own, and they take turns.
+by torch.stft; recordings are read by soundfile. It runs once with one recording at a time, as wespeaker, 3D-Speaker
+and the MeMo authors do, and once in batches: sorted by length and padded, with lengths, which slightly changes
+embeddings at the padded ends. Each side has a process of its own, and they take turns.
 
 Prints `ratio` and `ratio_batched` (theirs ÷ ours in time, median of the runs, and the `spread` from the smallest to the
 largest), `min_cosine` and `max_relative_difference` between ours and theirs one at a time, `min_cosine_batched`,
@@ -69,7 +69,7 @@ def run_ours(paths: list[str], clock: str) -> Timed:
 
 
 def matmul_rate(clock: str, size: int = 1024) -> float:
-    """FLOP a second of the best of some products of square matrices."""
+    """FLOP per second of the fastest of several products of square matrices."""
     import jax
 
     product, matrix = jax.jit(lambda a: a @ a), jax.random.normal(jax.random.key(0), (size, size))
@@ -77,7 +77,7 @@ def matmul_rate(clock: str, size: int = 1024) -> float:
 
 
 def network_flops(frames: int) -> float:
-    """FLOP of the network alone for that many frames, as XLA counts them."""
+    """FLOP of the network alone for a number of frames, by XLA's count."""
     import jax
 
     model = embedder.model

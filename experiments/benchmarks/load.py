@@ -108,7 +108,7 @@ _constants = []
 
 
 def mel_constants():
-    """(window [400], filters [80, 257]), made once a process."""
+    """(window [400], filters [80, 257]), made once in each process."""
     if not _constants:
         import torch
 
@@ -140,7 +140,7 @@ def write_wavs(folder: Path, dataset: Path, rng) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process and of the worker processes that live now."""
+    """CPU seconds so far of this process and its living workers."""
     total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
     for process in multiprocessing.active_children():
         with contextlib.suppress(OSError):
@@ -150,7 +150,7 @@ def cpu_seconds() -> float:
 
 
 def measure(name: str, batches, batch_size: int, seconds: float) -> dict:
-    """Takes batches for some seconds, after two to begin with; returns the rates of utterances."""
+    """Takes batches for some seconds, after two for warming up; returns utterances per second."""
     from memo_jax.log import Progress
 
     for _ in range(2):
@@ -196,7 +196,7 @@ def measure_theirs(folder: Path, features: bool, batch_size: int, workers: int, 
 
 
 def table(results: dict) -> str:
-    """The results for people."""
+    """The results as a table."""
     lines = ["| loader | workers | utterances a second a core | a second of wall time |", "|---|---|---|---|"]
     for row in results["rows"]:
         lines.append(

@@ -1,17 +1,18 @@
-"""The distillation loss and its gradient beside the same written pair by pair: time, memory, and whether they agree.
+"""The distillation loss and its gradient beside a pair-by-pair version: time, memory, and whether they agree.
 
     python experiments/benchmarks/loss.py [--batch 32] [--prototypes 65536] [--global-views 2] [--local-views 4]
         [--torch] [--json]
 
-Pair by pair is how the public DINO programs have it: for every pair of a teacher view and another student view, a
-softmax of the one, a log-softmax of the other and their cross-entropy; automatic differentiation does the rest. Both are
-compiled by XLA, ours with the options of the train step; it sees all pairs at once and finds what they share.
-`cpu_seconds` are the median of the runs, in turns, of loss and gradient; `temporary_bytes` is XLA's own analysis of what
-the compiled program needs beside its arguments and results. `--torch` adds the pairs as PyTorch runs them, one operation after the other, from
-experiments/torch_steps.py (in the environment of `make parity`); of its memory nothing is known here.
+The public DINO programs go pair by pair: for every pair of a teacher view and another student view, a softmax of the
+one, a log-softmax of the other and their cross-entropy; automatic differentiation does the rest. Both versions are
+compiled by XLA, ours with the options of the train step; it sees all pairs at once and merges what they share.
+`cpu_seconds` is the median, over runs that take turns, of loss and gradient; `temporary_bytes` is XLA's own analysis of
+what the compiled program needs beside arguments and results. `--torch` adds the pairs as PyTorch runs them, one
+operation after the other, from experiments/torch_steps.py (in the environment of `make parity`); its memory is not
+measured.
 
 Prints `ratio` and `memory_ratio` (pair by pair ÷ ours) and `max_difference`: the larger of the losses' relative
-difference and the gradients' largest difference relative to the largest gradient; `ratio_torch` and
+difference and the gradients' largest difference relative to the largest gradient. `ratio_torch` and
 `max_difference_torch` are the same against PyTorch, whose float32 sums over so many prototypes round coarsely.
 """
 

@@ -109,7 +109,7 @@ def read_recordings(folder: Path, count: int) -> list:
 
 
 def table(results: dict) -> str:
-    """The results for people."""
+    """The results as a table."""
     lines = [
         f"{results['hours']:.2f} hours of {results['sound']}, {results['utterances']} utterances",
         "",

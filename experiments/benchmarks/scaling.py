@@ -1,14 +1,14 @@
 """How a training step's time, memory and compile time grow with its sizes.
 
-    python experiments/benchmarks/scaling.py [--axes batch,prototypes,seconds,branches,devices] [--output FOLDER] [--json]
-        [--config.KEY=VALUE …]
+    python experiments/benchmarks/scaling.py [--axes batch,prototypes,seconds,branches,devices] [--output FOLDER]
+        [--json] [--config.KEY=VALUE …]
 
-From a small MeMo, configs/study.py, one size at a time is changed: utterances in a batch, prototypes of a head, seconds of a crop, branches
-that learn together, devices (virtual ones, which share this machine's cores and one batch). Each point is a process of
-its own, without a cache of compiled programs. Prints for each point the CPU-seconds of a step (median) and of compiling
-it, and the memory of the compiled step: arguments and temporaries by XLA's analysis, a device's in the case of several.
-`growth` is, for each axis, the exponent p of size^p between its smallest and its largest point: 1 is linear growth.
-With --output, scaling.json and scaling.png are written there.
+Starting from a small MeMo, configs/study.py, one size at a time changes: utterances in a batch, prototypes of a head,
+seconds of a crop, branches that learn together, devices (virtual ones, which share this machine's cores and one batch).
+Each point is a process of its own, without a cache of compiled programs. Prints for each point the CPU-seconds of a
+step (median) and of compiling it, and the memory of the compiled step on a device: arguments and temporaries by XLA's
+analysis. `growth` is, for each axis, the exponent p of size^p between its smallest and its largest point: 1 is linear
+growth. With --output, scaling.json and scaling.png are written there.
 """
 
 import argparse

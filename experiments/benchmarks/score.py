@@ -1,4 +1,4 @@
-"""How long a list of the size of VoxCeleb1-E takes, given embeddings: 580,000 trials over 145,000 recordings.
+"""Time to score a list of the size of VoxCeleb1-E from embeddings: 580,000 trials over 145,000 recordings.
 
     python experiments/benchmarks/score.py --json
 

@@ -1,13 +1,14 @@
-"""Where a training step's time goes: each part compiled by itself, beside the limit that this machine sets it.
+"""Where the time of a training step goes: each part compiled by itself, beside the limit that this machine sets.
 
-    python experiments/benchmarks/step_parts.py [--config FILE] [--batch-size 4] [--runs 3] [--json] [--config.KEY=VALUE …]
+    python experiments/benchmarks/step_parts.py [--config FILE] [--batch-size 4] [--runs 3] [--json]
+        [--config.KEY=VALUE …]
 
-A part's limit is the longer of its FLOPs over the best rate of a matrix product here, in the config's `model.dtype`, and
-the bytes of its arguments and results over the best rate of a copy (read and written). FLOPs are XLA's own count before
-optimisation; what a part keeps between forward and backward is not in the bytes, so that a part may never reach its
-limit. Each time is the median of the runs: on a CPU in CPU-seconds, which other work on the machine disturbs least, on
-the cores that the process may use; on a GPU or TPU, of which it takes the first, in seconds. The parts add up to more
-than `step`, where the compiler sees all of them at once.
+A part's limit is the longer of two times: its FLOPs at the best rate of a matrix product here, in the config's
+`model.dtype`, and the bytes of its arguments and results at the best rate of a copy (read and written). FLOPs are XLA's
+own count before optimisation. Bytes leave out what a part keeps between forward and backward pass, which is why some
+parts can never reach their limit. Each time is the median of the runs: on a CPU in CPU-seconds, which other work on the
+machine disturbs least; on a GPU or TPU (the first one) in seconds. The parts add up to more than `step`, in which the
+compiler sees all of them at once.
 """
 
 import argparse
@@ -73,8 +74,8 @@ def parts_of(config):
 
         def embed(params, stats, views, backbone=branch.backbone):
             embeddings = []
-            for features in views:
-                of_views, stats = embeddings_by_view(backbone, params, stats, features)
+            for x in views:
+                of_views, stats = embeddings_by_view(backbone, params, stats, x)
                 embeddings.append(of_views)
             return embeddings, stats
 
@@ -221,9 +222,7 @@ def main(arguments=None) -> dict:
     parts = {name: part for name, part in parts_of(config).items() if options.parts in name}
     if not options.json:
         print(f"a {SECOND} does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
-        print(
-            f"| part | {SECOND}s | GFLOP | GB | limit, s | of the limit | temporary, GB |\n|---|---|---|---|---|---|---|"
-        )
+        print(f"| part | {SECOND}s | GFLOP | GB | limit, s | of the limit | temporary, GB |\n" + "|---" * 7 + "|")
     rows = []
     for name in progress(list(parts), label="measure", unit="part"):
         row = measured(name, *parts[name], options.runs, peak, bandwidth)

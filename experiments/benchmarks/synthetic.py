@@ -1,5 +1,7 @@
-"""What the benchmarks work on: datasets of speech-like sound, made in seconds, as long and about as compressible as
-speech; batches and banks of noise for a step, whose time does not depend on what is in them.
+"""Inputs of the benchmarks: datasets of speech-like sound, and batches and banks of noise.
+
+Datasets are made in seconds, and are as long and about as compressible as speech. Batches and banks are noise: the time
+of a step does not depend on their content.
 """
 
 import numpy as np

@@ -8,8 +8,8 @@ Sizes are the authors' (ECAPA-512, ResNet34 with 16 channels, four heads of 65,5
 backbones of the package speakerlab-slim, heads and losses written as the public DINO recipes write them, pair by pair.
 Ours makes the norms of its ResNet again in the backward pass (`model.resnet_remat=norms`), which costs no time here.
 Both begin with the same weights and see the same input, in two processes on the same cores that take turns, so that
-whatever else the machine does meets both. With `--platform cuda` both take their steps on the first GPU, in TensorFloat-32
-or (theirs by autocast) in bfloat16, and the memory is the most that each has had allocated there.
+whatever else the machine does meets both. With `--platform cuda` both take their steps on the first GPU, in
+TensorFloat-32 or (theirs by autocast) in bfloat16, and the memory is the most that each has had allocated there.
 
 Prints, for each, the median and the extremes of a step's wall time, its CPU time, utterances a second and the peak
 memory of its process, libraries included; then `ratio` and `memory_ratio` (theirs ÷ ours), `cpu_ratio`,

@@ -29,6 +29,7 @@ from memo_jax.scoring.score import (
     error_report,
     interval_note,
     rates_text,
+    warnings_of,
     write_scores,
 )
 from memo_jax.scoring.trials import read_trials, recording_rows, speaker_folder, trial_pairs
@@ -223,6 +224,7 @@ def evaluate(
     results: dict[str, Any] = {
         "trials": len(evaluation.trials),
         "recordings": len(evaluation.rows),
+        "self_trials": int(evaluation.trials.self_tests.sum()),
         "network": network_name(network),
         "fingerprint": network.fingerprint,
         "model": str(as_path(model)),
@@ -260,7 +262,7 @@ def evaluate(
 def tuned_decision(scores, target, criterion: str, trials) -> Decision:
     """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration.
 
-    Raises ValueError where the criterion is met best by accepting nobody or everybody: that is no threshold.
+    Raises ValueError where the criterion is best met by accepting nobody: that is no threshold.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")
@@ -268,10 +270,9 @@ def tuned_decision(scores, target, criterion: str, trials) -> Decision:
         point, unit = metrics.eer_point(scores, target), 100
     else:
         point, unit = metrics.min_dcf_point(scores, target, float(criterion.removeprefix("min_dcf_"))), 1
-    if not scores.min() <= point.threshold <= scores.max():
-        whom = "nobody" if point.threshold > scores.max() else "everybody"
+    if point.threshold > scores.max():
         raise ValueError(
-            f"{criterion} is best ({point.value:.4g}) when {whom} is accepted, so no threshold was saved: these scores "
+            f"{criterion} is best ({point.value:.4g}) when nobody is accepted, so no threshold was saved: these scores "
             "do not tell speakers apart well enough for it; use --save-threshold eer"
         )
     fitted = fit_calibration(scores, target)
@@ -298,7 +299,7 @@ def evaluation_text(results: dict) -> str:
     lines = [f"{counts[0]}, {results['targets']:,} of them target, {counts[1]}"]
     for name, row in ((results["network"], results), (BASELINE, results["log_mel_statistics"])):
         lines.append(f"  {name:<28} {rates_text(row)}")
-    lines.append(interval_note(results))
+    lines += [interval_note(results), *warnings_of(results)]
     if results["worse_than_statistics"]:
         names = ", ".join("EER" if key == "eer" else f"minDCF({key[8:]})" for key in results["worse_than_statistics"])
         lines.append(f"  WARNING: in {names} the network is worse than plain log-mel statistics")

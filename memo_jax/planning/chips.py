@@ -1,4 +1,4 @@
-"""TPUs and GPUs that programs can be compiled for without having one: their figures, and devices for compilation only."""
+"""TPUs and GPUs that programs can be compiled for without having one: data sheets, and compile-only devices."""
 
 import importlib.metadata
 import importlib.util
@@ -11,10 +11,10 @@ from jax.experimental import topologies
 
 
 class Tpu(NamedTuple):
-    """Of a TPU generation: peak of bfloat16 products (FLOP/s), memory (bytes), links (bytes/s), clock (Hz).
+    """A TPU generation: peak of bfloat16 products (FLOP/s), memory (bytes), links (bytes/s), clock (Hz).
 
-    From the pages of Cloud TPU; the clock is what makes the peak of the matrix units. `cores` is libtpu's name for a chip
-    whose cores are one device, as they are where JAX runs on it.
+    From the pages of Cloud TPU; the clock follows from the peak of the matrix units. `cores` is libtpu's name for a
+    chip whose cores are a single device, as they are for JAX.
     """
 
     peak: float
@@ -25,15 +25,15 @@ class Tpu(NamedTuple):
 
     @property
     def compiler_options(self) -> dict:
-        """Returns the options of XLA that a plan's program is compiled with."""
+        """Options that XLA compiles a plan's program with."""
         return {}
 
 
 class Gpu(NamedTuple):
-    """Of an Nvidia GPU: peak of bfloat16 products (FLOP/s), memory (bytes), links and network (bytes/s), what XLA asks.
+    """An Nvidia GPU: peak of bfloat16 products (FLOP/s), memory (bytes), links and network (bytes/s); and its parts.
 
-    Peak, NVLink (one way) and network (a card a GPU) are from Nvidia's data sheets of its SXM form and HGX machines,
-    the rest from XLA's own descriptions (openxla/xla, xla/backends/gpu/target_config/specs). Of `has_cost_model` XLA
+    Peak, NVLink (one way) and network (a card per GPU) are from Nvidia's data sheets of its SXM form and HGX machines,
+    the rest from XLA's own descriptions (openxla/xla, xla/backends/gpu/target_config/specs). With `has_cost_model`, XLA
     estimates how long operations take.
     """
 
@@ -53,11 +53,11 @@ class Gpu(NamedTuple):
 
     @property
     def compiler_options(self) -> dict:
-        """Returns options for estimates, and for cuBLAS: XLA's own products may fail to compile without a GPU to try."""
+        """Options for estimates, and for cuBLAS: XLA's own products may fail to compile without a GPU."""
         return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_collect_cost_model_stats": self.has_cost_model}
 
     def target_config(self) -> str:
-        """Returns the GPU as XLA's compiler wants it described, a text of its GpuTargetConfigProto."""
+        """Returns the GPU's description for XLA's compiler, a GpuTargetConfigProto as text."""
         extension = "ACCELERATED_FEATURES" if self.capability >= 9 else "NONE"
         return f"""
             gpu_device_info {{
@@ -133,10 +133,14 @@ TOPOLOGY_SHAPES = {Tpu: r"\d+(x\d+){1,2}", Gpu: r"\d+(x\d+)?"}
 
 
 def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
-    """Returns the kind of chip and the devices, for compilation only, of a topology such as "v5e:4x4" or "h100:8".
+    """Returns the kind of chip and compile-only devices of a topology such as "v5e:4x4" or "h100:8".
 
-    Of GPUs "8" are in one machine, "4x8" are four machines of eight, whose `links` are the slower of NVLink and the
-    machine's network cards together. Raises ValueError for no such topology, ImportError without the compiler.
+    "h100:8" are eight GPUs in a machine, "h100:4x8" four such machines, whose `links` are the slower of NVLink and all
+    network cards of a machine.
+
+    Raises:
+      ValueError: no such topology.
+      ImportError: the compiler for it is not installed.
     """
     kind, _, shape = topology.partition(":")
     chip = CHIPS.get(kind)
@@ -158,7 +162,7 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
     else:
         if importlib.util.find_spec("libtpu") is None:
             raise ImportError("planning for a TPU needs its compiler, libtpu: pip install 'memo-jax[tpu-plan]'")
-        # The compiler alone: it need not ask around for a TPU, nor be the only one that uses it.
+        # Only the compiler is used: libtpu need neither look for a TPU nor be the only process that uses one.
         for name, value in (
             ("TPU_SKIP_MDS_QUERY", "1"),
             ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),

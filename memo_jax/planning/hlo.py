@@ -1,4 +1,4 @@
-"""What the text of a compiled program (XLA's HLO) tells: its collectives, and how long XLA thinks that it takes."""
+"""Reads the text of a compiled program (XLA's HLO): its collectives, and XLA's estimate of its time."""
 
 import json
 import math
@@ -12,13 +12,13 @@ INSTRUCTION = re.compile(
 )
 ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\w*\[([\d,]*)\]")
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Of GPUs: what is no work, or is told of elsewhere.
+# On GPUs: instructions that do no work, or whose work is counted elsewhere.
 NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id")
-ESTIMATES = ("indexing-cost-model", "", "sol")  # XLA's for GPUs, the one that knows of tiles first
+ESTIMATES = ("indexing-cost-model", "", "sol")  # XLA's cost models for GPUs, the one that knows tiles first
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Returns {kind: (number, bytes)} of a compiled program's collectives, bytes of what a chip gets out of them."""
+    """Returns {kind: (number, bytes)} of a program's collectives; bytes are those of their results on a chip."""
     found = {}
     for kind, size, _ in _collectives(text):
         count, total = found.get(kind, (0, 0))
@@ -27,10 +27,10 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def collective_seconds(text: str, chip: Tpu | Gpu, chips: int) -> float:
-    """Returns how long a compiled program's collectives take, if nothing else is done meanwhile.
+    """Returns how long a compiled program's collectives take, in seconds, if nothing overlaps them.
 
-    Where XLA has an estimate (some GPUs), by that, which knows of the time to begin one; else by their bytes over the
-    links: a ring sends each part of what it reduces around twice, of what it gathers once.
+    XLA's estimate where it has one (some GPUs), which includes latency; else bytes over links: a ring sends each part
+    of what it reduces around twice, and of what it gathers once.
     """
     total = 0.0
     for kind, size, estimate in _collectives(text):
@@ -40,7 +40,7 @@ def collective_seconds(text: str, chip: Tpu | Gpu, chips: int) -> float:
 
 
 def _collectives(text: str) -> Iterator[tuple[str, int, float | None]]:
-    """Yields kind, bytes and XLA's estimate of the seconds of each."""
+    """Yields kind, bytes and XLA's estimate in seconds of each collective."""
     seen = set()
     for line in text.splitlines():
         instruction = INSTRUCTION.match(line)
@@ -48,21 +48,21 @@ def _collectives(text: str) -> Iterator[tuple[str, int, float | None]]:
         if kind not in COLLECTIVES:
             continue
         channel = re.search(r"channel_id=(\d+)", line)
-        if channel and channel[1] in seen:  # a copy of it inside a fusion that overlaps it with other work
+        if channel and channel[1] in seen:  # a copy inside a fusion that overlaps it with other work
             continue
         seen.add(channel and channel[1])
-        arrays = [array for array in ARRAY.findall(instruction["type"]) if array != ("u32", "")]  # but for contexts
-        if instruction["kind"].endswith("-start") and kind != "all-reduce":  # what goes in stands before what comes out
+        arrays = [array for array in ARRAY.findall(instruction["type"]) if array != ("u32", "")]  # without contexts
+        if instruction["kind"].endswith("-start") and kind != "all-reduce":  # operands stand before results
             arrays = arrays[len(arrays) // 2 :]
         yield kind, sum(_bytes(*array) for array in arrays), _estimate(instruction["rest"])
 
 
 def estimated_seconds(text: str, chip: Tpu | Gpu) -> float:
-    """Returns how long a compiled program takes without its collectives: loops by their trips, of branches the dearest.
+    """Returns how long a compiled program takes without its collectives, in seconds.
 
-    By XLA's cost model, which writes its estimate beside each operation. Of GPUs it has none of convolutions, copies and
-    Fourier transforms, and of some GPUs none at all: these take as long as their FLOPs at the peak, or their bytes at the
-    memory's bandwidth, whichever is longer.
+    A loop counts as often as it runs, and of branches the slowest one does. XLA's cost model writes an estimate beside
+    each operation. For GPUs it has none of convolutions, copies and Fourier transforms, and for some GPUs none at all:
+    these count with their FLOPs at the peak or their bytes at the memory's bandwidth, whichever takes longer.
     """
     if isinstance(chip, Tpu):
         return _total(text, _cycles) / chip.clock
@@ -70,7 +70,7 @@ def estimated_seconds(text: str, chip: Tpu | Gpu) -> float:
 
 
 def _total(text: str, cost: Callable[[re.Match, dict], float]) -> float:
-    """Sums up cost(instruction, types of what stands before it) over what a program runs."""
+    """Returns the sum of cost(instruction, types of the instructions before it) over what a program runs."""
     computations, entry = _computations(text)
 
     def of(name):
@@ -115,7 +115,7 @@ def _branches(line: str) -> Iterator[str]:
 
 
 def _trips(condition: list[str]) -> int:
-    """How often a loop runs that counts from 0 up to a constant; 1 where its condition is another."""
+    """Returns how often a loop runs that counts from 0 to a constant; 1 for any other condition."""
     constants = [int(found[1]) for line in condition if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", line))]
     return constants[0] if len(constants) == 1 and any("direction=LT" in line for line in condition) else 1
 
@@ -138,14 +138,14 @@ def _gpu_seconds(instruction: re.Match, types: dict, chip: Gpu) -> float:
 
 
 def _estimate(rest: str) -> float | None:
-    """Returns what XLA's compiler for GPUs reckons that an instruction takes, in seconds."""
+    """Returns the estimate of XLA's GPU compiler for an instruction, in seconds; None without one."""
     found = re.search(r'"reification_cost":(\[.*?\])', rest)
     estimates = {each["name"]: each["exec_time_us"] for each in json.loads(found[1])} if found else {}
     return next((estimates[name] / 1e6 for name in ESTIMATES if name in estimates), None)
 
 
 def _library_flops(instruction: re.Match, operands: list[str]) -> float:
-    """FLOPs of a call of cuDNN's convolutions or of cuBLAS's products; 0 of anything else."""
+    """Returns the FLOPs of a cuDNN convolution or a cuBLAS product; 0 for anything else."""
     target = re.search(r'custom_call_target="__(cudnn\$conv(\w+?)|cublas\S*?)"', instruction["rest"])
     if not target:
         return 0
@@ -159,7 +159,7 @@ def _library_flops(instruction: re.Match, operands: list[str]) -> float:
 
 
 def _peak(operands: list[str], rest: str, chip: Gpu) -> float:
-    """FLOP/s of products of such operands: half as many in TensorFloat-32, and where that is forbidden no matrix units."""
+    """Returns the peak FLOP/s for these operands: half in TensorFloat-32, and no matrix units in full float32."""
     if not operands or not operands[0].startswith(("f32", "(f32")):
         return chip.peak
     in_full = "operand_precision={highest" in rest

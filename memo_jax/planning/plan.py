@@ -1,7 +1,7 @@
-"""What training costs on TPUs or GPUs that one does not have: the train step, compiled ahead of time for a topology.
+"""What training costs on TPUs or GPUs that are not at hand: the train step, compiled ahead of time for a topology.
 
-Memory and collectives are those of the compiled program. Its time is an estimate: that of XLA's own cost model, and of
-what it leaves out, as `compiled_program.py` says.
+Memory and collectives are those of the compiled program. Its time is an estimate by XLA's cost model and, for what that
+leaves out, by FLOPs and bytes (`hlo`).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from memo_jax.training.program import lowered_step
 from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
 
-VOXCELEB2 = 1_092_009  # utterances of its development part
+VOXCELEB2 = 1_092_009  # utterances of the development part
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 MEASURED = (
     "fits",
@@ -44,23 +44,23 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def plan(config, topology: str, utterances: int | None = None) -> dict:
-    """Compiles the config's train step for a topology and returns what it needs and costs.
+    """Compiles the config's train step for a topology, and returns what it needs and costs.
 
     Args:
-      config: of the run; `data.batch_size` is that of all chips. A folder of augmentation recordings counts as a bank
-        of `augment.bank_megabytes`, and nothing in it is read.
+      config: of the run; `data.batch_size` is the global one. A folder of augmentation recordings counts as a bank of
+        `augment.bank_megabytes`; it is not read.
       topology: as `chips.compile_only_devices` takes it: "v5e:4x4", "h100:8".
-      utterances: of an epoch; by default those of `data.train` or, without one, of VoxCeleb2.
+      utterances: in an epoch; by default those of `data.train` or, without it, of VoxCeleb2.
 
     Returns:
       `fits`, `hbm_bytes` (per chip: `argument_bytes`, `temporary_bytes` and the program) of `hbm_limit_bytes`; per chip
       and step `flops`, `collective_bytes`, `collectives` {kind: [number, bytes]}, `seconds_per_step` (of which
       `collective_seconds`), `utilisation` of the peak, `utterances_per_second` of all chips; `steps`, `hours` and
-      `chip_hours` of the run; `compile_seconds`; `advice`, what to change. What a program that does not fit cannot tell
-      is None.
+      `chip_hours` of the run; `compile_seconds`; `advice`, what to change. Unknown values of a program that does not
+      fit are None.
 
     Raises:
-      ValueError: no such topology, or a batch that its chips cannot share.
+      ValueError: no such topology, or a batch that its chips cannot share evenly.
       ImportError: the compiler for such chips is not installed.
     """
     chip, devices = compile_only_devices(topology)
@@ -100,23 +100,24 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
 
 
 def model_flops(config, epoch_steps: int) -> float:
-    """Returns the FLOPs of a step of the whole batch: what its networks take by definition, on no device in particular.
+    """Returns the FLOPs of a step of the whole batch, by the definition of its networks, whatever the device.
 
-    A compiled program has more (zeros that packed planes multiply, blocks made again) or seems to have less (loops).
+    A compiled program has more (the zeros of packed planes, recomputed blocks) or seems to have less (loops).
     """
     config = copy.deepcopy(config)
     config.model.update(ecapa_remat="none", resnet_remat="none", resnet_packed=False, resnet_scan=False)
     mesh = sharding.data_mesh(jax.devices("cpu")[:1])
-    lowered = lowered_step(config, build_recipe(config, epoch_steps), mesh, _banks(config.augment, mesh))
+    recipe = build_recipe(config, epoch_steps)._replace(remat=False)
+    lowered = lowered_step(config, recipe, mesh, _banks(config.augment, mesh))
     return float(lowered.cost_analysis()["flops"])
 
 
 @contextlib.contextmanager
 def _nothing_from_the_cache():
-    """Programs for devices that are not here cannot be read back from it, and how long compiling takes is asked for."""
+    """Turns the compilation cache off, which cannot load programs for absent devices and would hide compile time."""
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # so that the setting is looked at again
+    compilation_cache.reset_cache()  # JAX reads the setting when the cache is initialised
     try:
         yield
     finally:
@@ -125,7 +126,7 @@ def _nothing_from_the_cache():
 
 
 def _banks(augment, mesh):
-    """The shapes of a config's banks, as large as they may become."""
+    """Returns the shapes of a config's banks at their largest."""
     banks, whole = {}, sharding.replicated(mesh)
     for kind, folder, dtype, seconds in (
         ("noise", augment.noise, np.int16, augment.bank_seconds),
@@ -172,28 +173,26 @@ def _measured(compiled, chip: Tpu | Gpu, chips: int, batch: int, steps: int, flo
 
 
 def advice(result: dict, config, chip: Tpu | Gpu) -> list[str]:
-    """Returns what to change in a config for what was measured of it; empty when nothing."""
+    """Returns what to change in a config, given its plan; empty when nothing."""
     chips, per_chip, lines = result["chips"], result["batch_size"] // result["chips"], []
     if not result["fits"]:
         most = int(per_chip * chip.memory / result["hbm_bytes"])
         lines.append(
-            f"{result['hbm_bytes'] / 2**30:.1f} GiB a chip are needed, {chip.memory / 2**30:.0f} are there: "
+            f"it needs {result['hbm_bytes'] / 2**30:.1f} GiB a chip of {chip.memory / 2**30:.0f}: "
             f"try --config.data.batch_size={max(most, 1) * chips} ({max(most, 1)} utterances a chip), or as "
             "many utterances on more chips"
         )
     if config.model.dtype != "bfloat16":
-        lines.append("--config.model.dtype=bfloat16 halves the memory of activations and is what the peak is of")
+        lines.append("--config.model.dtype=bfloat16 halves the memory of activations; the peak is that of bfloat16")
     if isinstance(chip, Gpu) and 0.75 * chip.memory < result["hbm_bytes"] <= chip.memory:
-        lines.append(
-            "XLA takes 75 % of a GPU's memory unless it is told to take more: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
-        )
+        lines.append("JAX takes 75 % of a GPU's memory by default; give it more: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95")
     if per_chip < 8 and result["fits"]:
-        lines.append(f"only {per_chip} utterances a chip: a larger batch, or fewer chips, would use them better")
+        lines.append(f"only {per_chip} utterances a chip: a larger batch or fewer chips would use them better")
     return lines
 
 
 def plan_text(result: dict) -> str:
-    """Returns the plan as people read it."""
+    """Returns a plan as text."""
     gib = 2**30
     lines = [
         f"{result['topology']}: {result['chips']} chips, {result['batch_size']} utterances a step "

@@ -135,6 +135,12 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 
 def _read_npz(path):
     with np.load(path, allow_pickle=False) as file:
+        # zipfile does not compare its directory with the number of entries, so a torn one could hide `checksum`.
+        with open(path, "rb") as raw:
+            raw.seek(-22, os.SEEK_END)
+            end = raw.read()
+        if end[:4] == b"PK\x05\x06" and int.from_bytes(end[10:12], "little") != len(file.files):
+            raise ValueError("its directory is damaged")
         names, embeddings = file["names"], file["embeddings"]
         model, checksum = (
             str(file[key]) if key in file.files and file[key].ndim == 0 else "" for key in ("model", "checksum")

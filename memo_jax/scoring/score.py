@@ -1,6 +1,5 @@
 """Embeddings and a trial list → scores and the error rates that the field reports."""
 
-import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,8 +9,16 @@ import numpy as np
 from memo_jax.files import one_line, write_text
 from memo_jax.log import plural
 from memo_jax.scoring import calibration, confidence, metrics
-from memo_jax.scoring.embedding_file import check_same_model, read_embeddings
-from memo_jax.scoring.trials import Trials, read_trials, recording_rows, speaker_folder, speaker_pairs
+from memo_jax.scoring.embedding_file import Embeddings, check_same_model, read_embeddings
+from memo_jax.scoring.trials import (
+    Trials,
+    name_without_extension,
+    read_trials,
+    recording_rows,
+    speaker_folder,
+    speaker_pairs,
+    text_lines,
+)
 
 P_TARGETS = (0.01, 0.05)
 REPLICATES = 1000  # of the bootstrap
@@ -112,8 +119,10 @@ def score(
     Returns:
       {"eer": percent, "eer_interval": [low, high] or None, "eer_threshold", "min_dcf_0.01", "min_dcf_0.05", "trials",
       "targets"}, with calibration also "act_dcf_0.01", "act_dcf_0.05", "cllr", "min_cllr", with a comparison
-      "comparison": {"eer", "min_dcf_…", "difference", "interval", "p_value"}, and with a cohort "cohort_in_trials", the
-      number of its recordings that are in the trials, too. Without labels: {"trials", "models"} alone.
+      "comparison": {"eer", "min_dcf_…", "difference", "interval", "p_value"}. What makes error rates come out too low
+      is counted: "self_trials" (of a recording with itself), with a cohort "cohort_in_trials" (its recordings that are
+      in the trials), with calibration "calibration_trials_in_both" (trials that it was fitted on). Without labels,
+      rates are missing.
 
     Raises:
       ValueError: bad input, named; also when cohort and embeddings are of different models.
@@ -152,9 +161,11 @@ def score(
 
     scores = treated_scores(listed)
     results: dict[str, Any] = {"trials": len(listed), "models": [system.model for system in systems]}
+    results["self_trials"] = int(listed.self_tests.sum())
     if cohorts:
-        known = set(itertools.chain.from_iterable(background.names for background in backgrounds))
-        results["cohort_in_trials"] = len(known.intersection(listed.recordings))
+        results["cohort_in_trials"] = max(
+            _recordings_in_trials(listed, system, background) for system, background in zip(systems, backgrounds)
+        )
     if listed.target is not None:
         results |= _labelled_results(
             scores, listed, treated_scores, speakers, replicates, calibration_trials, enrollments, compare
@@ -178,7 +189,8 @@ def _labelled_results(
         tuning = read_trials(calibration_trials, enrollments)
         tuning.require_both_kinds()
         results |= calibrated_report(scores, trials.target, treated_scores(tuning), tuning.target) | {
-            "calibration_trials": str(calibration_trials)
+            "calibration_trials": str(calibration_trials),
+            "calibration_trials_in_both": _trials_in_both(trials, tuning),
         }
     if compare:
         others = [read_embeddings(path) for path in compare]
@@ -192,6 +204,22 @@ def _labelled_results(
         )
         results["comparison"] = comparison(scores, plain, trials, table, replicates)
     return results
+
+
+def _recordings_in_trials(trials: Trials, system: Embeddings, cohort: Embeddings) -> int:
+    """How many recordings of a cohort are in trials: by name, whatever the extension, or by the same embedding."""
+    named = {name_without_extension(name) for name in trials.recordings}
+    rows = {system.embeddings[row].tobytes() for row in recording_rows(trials, system.names)}
+    return sum(
+        name_without_extension(name) in named or row.tobytes() in rows
+        for name, row in zip(cohort.names, cohort.embeddings)
+    )
+
+
+def _trials_in_both(one: Trials, other: Trials) -> int:
+    """How many trials of the first list are in the second, too, in either order."""
+    known = {frozenset(pair) for pair in zip(other.enrol, other.test)}
+    return sum(frozenset(pair) in known for pair in zip(one.enrol, one.test))
 
 
 def comparison(scores, other_scores, trials: Trials, speakers: Speakers, replicates: int = REPLICATES) -> dict:
@@ -215,15 +243,22 @@ def comparison(scores, other_scores, trials: Trials, speakers: Speakers, replica
 
 
 def read_speakers(path: str | os.PathLike) -> dict[str, str]:
-    """Returns {name: speaker} of a table with `name speaker` a line, parted by the line's last space or tab."""
-    table = {}
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                fields = line.strip().rsplit("\t" if "\t" in line else None, 1)
-                if len(fields) != 2:
-                    raise ValueError(f"{path}, line {number}: expected `name speaker`, not {line.strip()[:200]!r}")
-                table[fields[0].strip()] = fields[1].strip()
+    """Returns {name: speaker} of a table with `name speaker` a line, parted by the line's last space or tab.
+
+    Raises:
+      ValueError: naming file and line: another form, a name with two speakers, no line, or not UTF-8.
+      OSError: cannot be read.
+    """
+    table: dict[str, str] = {}
+    for number, line in enumerate(text_lines(path, "table of speakers"), 1):
+        if line.strip():
+            fields = [field.strip() for field in line.strip().rsplit("\t" if "\t" in line else None, 1)]
+            if len(fields) != 2:
+                raise ValueError(f"{path}, line {number}: expected `name speaker`, not {line.strip()[:200]!r}")
+            if table.setdefault(fields[0], fields[1]) != fields[1]:
+                raise ValueError(
+                    f"{path}, line {number}: {fields[0]!r} is of {fields[1]!r} here and of {table[fields[0]]!r} before"
+                )
     return table
 
 
@@ -248,14 +283,27 @@ def interval_note(results: Mapping) -> str:
     return f"  (no interval: {results['no_interval']})"
 
 
+def warnings_of(results: Mapping) -> list[str]:
+    """Returns a line for everything in results of `score` or `evaluate` that makes error rates come out too low."""
+    warnings = []
+    if count := results.get("self_trials"):
+        verb = "compares" if count == 1 else "compare"
+        warnings.append(f"{plural(count, 'trial')} {verb} a recording with itself, which is always right: remove them")
+    if count := results.get("cohort_in_trials"):
+        warnings.append(
+            f"{plural(count, 'recording')} of the cohort take part in the trials. Error rates come out too low: take a "
+            "cohort of other recordings"
+        )
+    if count := results.get("calibration_trials_in_both"):
+        warnings.append(
+            f"{plural(count, 'trial')} were calibrated on, too. Calibrated costs come out too low: calibrate on others"
+        )
+    return [f"  WARNING: {text}" for text in warnings]
+
+
 def score_text(results: Mapping) -> str:
     """Returns what `score` found in the form that a person reads."""
-    lines = [f"{plural(results['trials'], 'trial')}"]
-    if results.get("cohort_in_trials"):
-        lines.append(
-            f"  WARNING: {plural(results['cohort_in_trials'], 'recording')} of the cohort take part in the trials. "
-            "Error rates come out too low: take a cohort of other recordings"
-        )
+    lines = [plural(results["trials"], "trial"), *warnings_of(results)]
     if "eer" not in results:
         return "\n".join([*lines, "  the list has no labels: scores are written, error rates are unknown"])
     lines[0] += f", {results['targets']:,} of them target"

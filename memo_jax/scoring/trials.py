@@ -67,6 +67,13 @@ class Trials:
         row = {name: i for i, name in enumerate(self.recordings)}
         return np.stack([embeddings[[row[name] for name in self.recordings_of(side)]].mean(0) for side in self.sides])
 
+    @functools.cached_property
+    def self_tests(self) -> np.ndarray:
+        """Whether the test recording of a trial is one of its enrol side's: bool [N]. Such a trial shows nothing."""
+        if not self.enrollments:
+            return self.pairs[:, 0] == self.pairs[:, 1]
+        return np.array([test in self.recordings_of(enrol) for enrol, test in zip(self.enrol, self.test)], bool)
+
     def require_both_kinds(self) -> None:
         """Raises ValueError, naming the list, unless it has target and nontarget trials, which error rates need."""
         if self.target is None:
@@ -101,7 +108,7 @@ def read_trials(path: str | os.PathLike, enrollments: str | os.PathLike | None =
         UTF-8, a pair that is both target and nontarget, or an enrol side that the table lacks.
       OSError: when a file cannot be read.
     """
-    lines = _lines(path, "trial list")
+    lines = text_lines(path, "trial list")
     fields = _tabbed_fields if any("\t" in line for line in lines) else str.split
     width = len(fields(lines[0]))
     if width not in (2, 3):
@@ -144,7 +151,7 @@ def read_enrollments(path: str | os.PathLike) -> dict[str, list[str]]:
       ValueError: naming file and line, for a speaker without recordings or an empty table. OSError: cannot be read.
     """
     table: dict[str, list[str]] = {}
-    for number, line in enumerate(_lines(path, "table of enrolled speakers"), 1):
+    for number, line in enumerate(text_lines(path, "table of enrolled speakers"), 1):
         fields = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
         fields = [field for field in fields if field]
         if len(fields) < 2:
@@ -154,8 +161,11 @@ def read_enrollments(path: str | os.PathLike) -> dict[str, list[str]]:
     return table
 
 
-def _lines(path: str | os.PathLike, kind: str) -> list[str]:
-    """The lines of a text file, without blank ones at its end; ValueError when it is empty or not UTF-8."""
+def text_lines(path: str | os.PathLike, kind: str) -> list[str]:
+    """Returns the lines of a text file, without blank ones at its end.
+
+    Raises ValueError, naming the file as that `kind`, when it is empty or not UTF-8.
+    """
     with open(path, "rb") as file:
         raw = file.read()
     try:
@@ -169,9 +179,15 @@ def _lines(path: str | os.PathLike, kind: str) -> list[str]:
 
 
 def _check_contradictions(trials: Trials) -> None:
-    """Raises ValueError for two recordings that are both a target and a nontarget trial."""
+    """Raises ValueError for a pair that is both a target and a nontarget trial, or a nontarget of one recording."""
     if trials.target is None:
         return
+    wrong = np.flatnonzero(trials.self_tests & ~trials.target)
+    if wrong.size:
+        raise ValueError(
+            f"{trials.path}: trial {wrong[0] + 1} tests {trials.test[wrong[0]]!r} against itself and says nontarget: "
+            "remove it"
+        )
     low, high = np.sort(trials.pairs, axis=1).T
     keys = low * len(trials.sides) + high
     order = np.argsort(keys, kind="stable")
@@ -242,13 +258,14 @@ def _rows(trials: Trials, names: Sequence[str]) -> dict[str, int]:
     if len(rows) < len(needed):
         by_stem = {}
         for name, row in index.items():
-            by_stem.setdefault(_stem(name), []).append(row)
-        alike = {name: by_stem.get(_stem(name), ()) for name in needed if name not in rows}
+            by_stem.setdefault(name_without_extension(name), []).append(row)
+        alike = {name: by_stem.get(name_without_extension(name), ()) for name in needed if name not in rows}
         rows |= {name: found[0] for name, found in alike.items() if len(found) == 1}
     return rows
 
 
-def _stem(name: str) -> str:
+def name_without_extension(name: str) -> str:
+    """Returns a recording's name without the extension of an audio file."""
     return os.path.splitext(name)[0] if is_audio_name(name) else name
 
 

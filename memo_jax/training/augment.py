@@ -1,8 +1,8 @@
 """Augmentation on the device: noise, music and speech at a signal-to-noise ratio, and reverberation, crop by crop.
 
-Every draw of crop i comes from `fold_in(key, i)`, so neither the size of the batch nor the number of devices changes
-it. Banks of recordings are ordinary arguments: hold them whole on every device and split the waves by row.
-Then only babble moves crops between devices.
+Every draw for crop i comes from `fold_in(key, i)`: neither the size of the batch nor the number of devices changes it.
+Banks of recordings are ordinary arguments: replicate them on every device and shard the waves by row. Then only babble
+moves crops between devices.
 """
 
 import jax
@@ -20,32 +20,33 @@ _SILENCE = 1e-12  # energy of a crop; a single int16 sample of 1 has 9e-10
 def augment(
     key, waves, banks, *, clean=1 / 6, both=1 / 3, reverb_share=0.25, snr_db=SNR_DB, babble_from_batch=True, views=1
 ):
-    """Augments every crop by a draw of its own: left clean, one kind (reverberation or an added recording), or both.
+    """Returns the crops, each by its own draw clean, with one kind (reverberation or an added recording), or both.
 
     The share `clean` always stays clean; with `clean=1`, whatever `both`, the waves come back unchanged. If only one
     kind is available, it takes the whole rest; if none is, the waves come back unchanged. The category of an added
     recording is uniform over those available. In a crop with both kinds the recording is added to the reverberated
-    speech, which is what a microphone in the room picks up; its energy is that of the dry crop.
+    speech, as a microphone in the room picks it up, and the SNR refers to the dry crop.
 
     Args:
       key: a jax.random key.
       waves: float [N, L] in [-1, 1].
       banks: any of "noise", "music", "speech" → int16 (or float in [-1, 1]) [recordings, S], and "rir" →
         float [responses, R]. A recording longer than a crop is cut at a random place, a shorter one is repeated.
-      clean, both: shares of crops left clean and given both kinds; the rest gets one kind.
+      clean: share of crops left clean.
+      both: share of crops given both kinds; the rest gets one kind.
       reverb_share: share of reverberation among the crops given one kind.
       snr_db: {category: (lowest, highest)}, the range of the uniform signal-to-noise ratio in dB.
-      babble_from_batch: without a "speech" bank, add up three other utterances' crops of this batch instead. Only these
-        crops then depend on their neighbours. It needs at least two utterances in the batch.
-      views: crops of each utterance, in neighbouring rows: row i is of utterance i // views. Babble for an utterance is
-        not made from its own crops.
+      babble_from_batch: without a "speech" bank, add the crops of three other utterances of this batch instead. Only
+        these crops then depend on their neighbours. It needs at least two utterances in the batch.
+      views: crops of each utterance, in neighbouring rows: row i belongs to utterance i // views. Babble for an
+        utterance never contains its own crops.
 
     Returns:
       float32 [N, L], not clipped.
 
     Raises:
-      ValueError: on shares outside [0, 1], a missing or reversed SNR range, or a bank of unknown name,
-        wrong type or wrong shape.
+      ValueError: shares outside [0, 1], a missing or reversed SNR range, or a bank with an unknown name, a wrong dtype
+        or a wrong shape.
     """
     if waves.ndim != 2 or not jnp.issubdtype(waves.dtype, jnp.floating):
         raise ValueError(f"waves must be float [N, L] in [-1, 1], got {waves.dtype}{list(waves.shape)}")
@@ -88,7 +89,7 @@ def augment(
 
 
 def draw_kinds(keys, clean, both, reverb_share, *, can_reverberate=True, can_add=True):
-    """Which crops are reverberated and to which a recording is added, two bool [N], for keys [N]."""
+    """Returns which crops are reverberated and which get an added recording, two bool [N], for keys [N]."""
     u, v = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys).T
     changed, with_both = u >= clean, u >= 1 - both
     if not (can_reverberate and can_add):
@@ -98,9 +99,9 @@ def draw_kinds(keys, clean, both, reverb_share, *, can_reverberate=True, can_add
 
 
 def add_at_snr(waves, noise, snr_db):
-    """Waves [..., L] plus noise [..., L] scaled to 10 log10(energy of the wave / energy of the noise) = snr_db [...].
+    """Returns waves [..., L] plus noise [..., L], scaled to 10 log10(wave's / noise's energy) = snr_db [...].
 
-    Energies are sums over the whole crop. Where either is silent, the wave is returned unchanged.
+    Energies are sums over the whole crop. Where either is silent, the wave comes back unchanged.
     """
     signal, interference = _energy(waves), _energy(noise)
     audible = (signal > _SILENCE) & (interference > _SILENCE)
@@ -109,21 +110,21 @@ def add_at_snr(waves, noise, snr_db):
 
 
 def reverberate(waves, responses):
-    """Waves [N, L] convolved each with its room impulse response [N, R], cut to L samples, at the energy of the input.
+    """Returns waves [N, L], each convolved with its room impulse response [N, R], cut to L samples, at its own energy.
 
-    The delay of the direct sound stays. Where nothing of the reverberated sound falls within the L samples (a silent
-    crop or response, a delay beyond the end), the wave is returned unchanged.
+    The delay of the direct sound stays. Where no reverberated sound falls within the L samples (a silent crop or
+    response, a delay beyond the end), the wave comes back unchanged.
     """
     responses = responses[:, : waves.shape[1]].astype(jnp.float32)
     wet = _convolve(waves.astype(jnp.float32), responses)
     dry_energy, wet_energy = _energy(waves), _energy(wet)
-    # Against the rounding of the transform, which would be blown up to the energy of the input.
+    # Otherwise the rounding errors of the transform would be amplified to the energy of the input.
     audible = wet_energy > 1e-8 * dry_energy * _energy(responses)
     return jnp.where(audible, wet * jnp.sqrt(dry_energy / jnp.where(audible, wet_energy, 1.0)), waves)
 
 
 def draw_recordings(keys, bank, samples):
-    """For each of the keys [N] a random recording of the bank [n, S] from a random place, float32 [N, samples]."""
+    """Returns, for each key [N], a random recording of the bank [n, S] from a random offset, float32 [N, samples]."""
     bank = jnp.asarray(bank)
     rows, length = bank.shape
 
@@ -143,15 +144,15 @@ def draw_recordings(keys, bank, samples):
 
 
 def mix_babble(keys, waves, views=1):
-    """For each crop [N, L] the sum of crops of three other utterances (fewer in a tiny batch), float32 [N, L].
+    """Returns, for each crop [N, L], the sum of crops of three other utterances (fewer in tiny batches), [N, L].
 
-    Row i is of utterance i // views; view v is mixed with views v.
+    Row i belongs to utterance i // views; view v is mixed with views v.
     """
     waves = jnp.asarray(waves)
     utterances = waves.shape[0] // views
     voices = min(BABBLE_VOICES, utterances - 1)
-    # Stepping on from one's own utterance by a number from each of three ranges that do not meet
-    # (1 … a, a+1 … b, b+1 … utterances-1) never lands on oneself nor twice on the same one.
+    # Each voice is a number of utterances ahead, drawn from one of three disjoint ranges (1 … a, a+1 … b,
+    # b+1 … utterances-1): never the utterance itself, and never the same one twice.
     edges = [1 + (utterances - 1) * voice // voices for voice in range(voices + 1)]
     low, high = jnp.array(edges[:-1]), jnp.array(edges[1:])
     steps = jax.vmap(lambda k: jax.random.randint(k, (voices,), low, high))(keys)
@@ -160,16 +161,16 @@ def mix_babble(keys, waves, views=1):
 
 
 def _energy(x):
-    """Sum of squares over the last axis, kept as an axis of one."""
+    """Returns the sum of squares over the last axis, which stays as an axis of size one."""
     return jnp.sum(jnp.square(x), axis=-1, keepdims=True)
 
 
 @each_device_its_rows
 def _convolve(waves, responses):
-    """The first L samples of the convolution of every row of waves [N, L] with its row of responses [N, R], R ≤ L.
+    """Returns the first L samples of the convolutions of waves [N, L] with responses [N, R], row by row, R ≤ L.
 
-    Overlap-add: blocks as long as the response, rounded up to a power of two, so that the transforms stay short and
-    of a size that CPU and TPU both do well.
+    Overlap-add with blocks as long as the response, rounded up to a power of two: the transforms are short, and of a
+    size that is fast on both CPU and TPU.
     """
     rows, samples = waves.shape
     taps = responses.shape[1]
@@ -178,7 +179,7 @@ def _convolve(waves, responses):
     parts = jnp.pad(waves, ((0, 0), (0, blocks * block - samples))).reshape(rows, blocks, block)
     spectrum = jnp.fft.rfft(parts, 2 * block) * jnp.fft.rfft(responses, 2 * block)[:, None]
     full = jnp.fft.irfft(spectrum, 2 * block)
-    carried = jnp.pad(full[:, :-1, block:], ((0, 0), (1, 0), (0, 0)))  # what rings on into the next block
+    carried = jnp.pad(full[:, :-1, block:], ((0, 0), (1, 0), (0, 0)))  # the tail that rings into the next block
     return (full[:, :, :block] + carried).reshape(rows, blocks * block)[:, :samples]
 
 
@@ -186,7 +187,7 @@ def _check(banks, categories, clean, both, reverb_share, snr_db):
     """Raises ValueError unless the settings of `augment` make sense."""
     shares = {"clean": clean, "both": both, "clean + both": clean + both, "reverb_share": reverb_share}
     for name, share in shares.items():
-        if not 0 <= share <= 1 + 1e-6:  # two shares that make a whole may round above it
+        if not 0 <= share <= 1 + 1e-6:  # the sum of two shares may round to above one
             raise ValueError(f"{name} = {share} is not a share between 0 and 1")
     for name in categories:
         if name not in snr_db or not snr_db[name][0] <= snr_db[name][1]:

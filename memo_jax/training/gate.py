@@ -1,4 +1,4 @@
-"""When contrastive learning stops: the gate's rules as pure functions of a small state kept in the checkpoint."""
+"""When contrastive learning stops: the rules of the gate, pure functions of a small state that checkpoints keep."""
 
 from typing import NamedTuple
 
@@ -14,9 +14,9 @@ class GateRule(NamedTuple):
 
     Attributes:
       name: one of RULES. `always` never closes the gate, `never` starts with it closed.
-      smoothing: decay of the running means of contrastive loss and alignment, per step, in [0, 1).
-      window: steps over which `plateau` compares and for which `conflict` must last.
-      min_steps: `plateau` and `conflict` keep the gate open at least that long.
+      smoothing: decay per step of the running means of contrastive loss and alignment, in [0, 1).
+      window: steps over which `plateau` compares, and for which `conflict` must last.
+      min_steps: for at least so many steps, `plateau` and `conflict` keep the gate open.
       min_improvement: `plateau` closes below this relative improvement of the smoothed loss over a window.
       min_alignment: `conflict` closes below this smoothed cosine between the gradients of the contrastive and the
         distillation loss with respect to the embedding.
@@ -38,11 +38,11 @@ class Gate:
 
     Attributes:
       closed: whether the contrastive term is off; once true it stays true.
-      closed_at: the step that closed it, −1 before.
-      loss, alignment: running means of the mean contrastive loss and alignment over branches.
+      closed_at: the first step without the term; −1 while the gate is open.
+      loss, alignment: running means of contrastive loss and alignment, each averaged over branches.
       reference: the smoothed loss at the start of the current window.
-      conflicting: how many steps in a row the smoothed alignment has been below the threshold.
-      steps: how many steps the gate has seen while open.
+      conflicting: for how many steps in a row the smoothed alignment has been below the threshold.
+      steps: how many steps the gate has been open.
     """
 
     closed: jax.Array
@@ -55,7 +55,7 @@ class Gate:
 
 
 def check_rule(rule: GateRule) -> None:
-    """Raises ValueError, naming the setting, when a rule cannot work."""
+    """Raises ValueError, naming the setting, for a rule that cannot work."""
     if rule.name not in RULES:
         raise ValueError(f"gate rule {rule.name!r}: choose one of {', '.join(RULES)}")
     if not 0 <= rule.smoothing < 1:
@@ -65,28 +65,36 @@ def check_rule(rule: GateRule) -> None:
 
 
 def initial_gate(rule: GateRule) -> Gate:
-    """Returns the gate before the first step: open unless the rule is `never` or a `step` of 0."""
+    """Returns the gate before the first step: open unless the rule is `never` or a `step` of 0.
+
+    Raises:
+      ValueError: a rule that cannot work; the message names the setting.
+    """
     check_rule(rule)
     stopped = rule.name == "step" and rule.stop_step <= 0
-    zero = lambda dtype: jnp.zeros((), dtype)  # noqa: E731  each leaf owns its buffer, since the state is donated
-    return Gate(
+    return Gate(  # each leaf has a buffer of its own, since the state is donated
         closed=jnp.asarray(rule.name == "never" or stopped),
         closed_at=jnp.full((), 0 if stopped else -1, jnp.int32),
-        loss=zero(jnp.float32),
-        alignment=zero(jnp.float32),
+        loss=jnp.zeros((), jnp.float32),
+        alignment=jnp.zeros((), jnp.float32),
         reference=jnp.full((), jnp.inf, jnp.float32),
-        conflicting=zero(jnp.int32),
-        steps=zero(jnp.int32),
+        conflicting=jnp.zeros((), jnp.int32),
+        steps=jnp.zeros((), jnp.int32),
     )
 
 
 def updated_gate(gate: Gate, step: jax.Array, loss: jax.Array, alignment: jax.Array, rule: GateRule) -> Gate:
-    """Returns the gate after a step whose contrastive loss and gradient alignment were these; a closed gate is kept.
+    """Returns the gate for the next step. A closed gate stays as it is.
 
-    The gate decides about the *next* step: what this step has used is `gate`.
+    Args:
+      gate: of this step.
+      step: the number of this step, from 0.
+      loss: this step's weighted contrastive loss, averaged over branches.
+      alignment: this step's cosine between the gradients of the two losses, averaged over branches.
+      rule: which closes the gate.
     """
     steps = gate.steps + 1
-    # A running mean corrected for its start at zero, as Adam does it.
+    # A running mean with its bias towards the start at zero corrected, as in Adam.
     decay = jnp.float32(rule.smoothing)
     weight = (1 - decay) / (1 - decay**steps)
     smooth_loss = gate.loss + weight * (loss - gate.loss)

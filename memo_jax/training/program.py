@@ -66,8 +66,8 @@ def state_maker(recipe: Recipe):
 def abstract_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state on a mesh of devices that need not be present.
 
-    Above `split_above_megabytes`, prototypes (a step uses those of one head at a time) and optimiser states (used once a
-    step) are split over the devices. Everything else is replicated.
+    Above `split_above_megabytes`, prototypes (a step uses those of one head at a time) and optimiser states (used once
+    a step) are split over the devices. Everything else is replicated.
     """
     large = config.split_above_megabytes * 1e6 or float("inf")
 

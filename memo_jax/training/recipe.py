@@ -37,7 +37,7 @@ FRACTIONS = ("loss.center_momentum", "teacher.momentum", "teacher.end_momentum",
 
 
 def check_ranges(config) -> None:
-    """Raises ValueError naming a key whose value no run can work with."""
+    """Raises ValueError, naming the key, for a value that no run can work with."""
     for keys, fits, wanted in (
         (POSITIVE, lambda value: value > 0, "above 0"),
         (FRACTIONS, lambda value: 0 <= value <= 1, "in [0, 1]"),
@@ -67,7 +67,11 @@ def check_ranges(config) -> None:
 
 
 def build_branches(config) -> dict[str, Branch]:
-    """Returns the config's branches by name; raises ValueError naming the key that is wrong."""
+    """Returns the config's branches by name.
+
+    Raises:
+      ValueError: a value that no branch can work with; the message names its key.
+    """
     check_ranges(config)
     model, names = config.model, tuple(config.model.branches)
     if not names or len(set(names)) != len(names):
@@ -111,7 +115,15 @@ def build_branches(config) -> dict[str, Branch]:
 
 
 def build_recipe(config, epoch_steps: int) -> Recipe:
-    """Returns what the config's steps have in common; raises ValueError naming a bad key."""
+    """Returns what the steps of a run have in common.
+
+    Args:
+      config: with all keys of configs/base.py.
+      epoch_steps: steps in an epoch, by which durations in epochs are converted.
+
+    Raises:
+      ValueError: a value that cannot work; the message names its key.
+    """
     steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
     total = steps(config, "total")
     if total < 1:

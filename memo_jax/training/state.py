@@ -1,4 +1,4 @@
-"""The train state: everything a step reads and writes, and everything a checkpoint keeps of it."""
+"""The train state: what a step reads and writes, and what a checkpoint keeps."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ Variables = dict[str, Any]  # {"params": …, "batch_stats": …}
 
 @flax.struct.dataclass
 class TrainState:
-    """Students, teachers and all that training carries from step to step.
+    """Everything that training carries from step to step.
 
     Attributes:
-      step: how many steps have been taken, int32.
+      step: number of steps taken, int32.
       student, teacher: {branch: {"params", "batch_stats"}}.
-      center: {branch: {head: [K]}}, of the teacher of that branch.
-      opt_state: {branch: {part: the optimiser's state}}; parts of a student are its backbone and each head, which are
+      center: {branch: {head: [K]}}, the running means of the logits of that branch's teacher.
+      opt_state: {branch: {part: the optimiser's state}}; the parts of a student, its backbone and each head, are
         updated one after the other.
       gate: the state of the contrastive gate.
     """
@@ -47,7 +47,15 @@ def backbone_variables(variables: Variables) -> Variables:
 def initial_state(
     key: jax.Array, branches: dict[str, Branch], mels: int, optimizer: optax.GradientTransformation, rule: GateRule
 ) -> TrainState:
-    """Returns the state before the first step: teachers are exact copies of the students, centres are zero."""
+    """Returns the state before the first step: teachers are exact copies of the students, centres are zero.
+
+    Args:
+      key: a jax.random key, from which all students are initialised.
+      branches: by name.
+      mels: F, the mel bins of the features.
+      optimizer: of the students.
+      rule: of the gate.
+    """
     student = {}
     for i, (name, branch) in enumerate(branches.items()):
         variables = branch.init(jax.random.fold_in(key, i), jnp.zeros((2, 32, mels)), train=True)
@@ -58,7 +66,7 @@ def initial_state(
 def state_from_students(
     student: dict[str, Variables], branches: dict[str, Branch], optimizer: optax.GradientTransformation, rule: GateRule
 ) -> TrainState:
-    """Returns the state before the first step for students of given variables."""
+    """Returns the state before the first step for students with these variables, {branch: variables}."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         student=student,

@@ -45,7 +45,7 @@ def test_dataset_size():
     done = run("dataset_size.py", "--utterances", 70, 200, "--shards=2", "--json")
     rows = printed_json(done)["sizes"]
     assert [row["utterances"] for row in rows] == [70, 200]
-    assert rows[1]["index_megabytes"] - rows[0]["index_megabytes"] == pytest.approx(130 * 16 / 1e6)
+    assert rows[1]["index_megabytes"] - rows[0]["index_megabytes"] == pytest.approx(130 * 24 / 1e6)
     assert all(row["open_seconds"] > 0 and row["all_shards_megabytes"] >= 0 for row in rows)
 
 

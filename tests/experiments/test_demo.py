@@ -47,7 +47,9 @@ def smoke_size(monkeypatch, tmp_path):
 
 def printed_rates(text):
     """{name: percent} of the table."""
-    return {name: float(rate) for name, rate in re.findall(r"^    (\S.*?)\s+([\d.]+) %$", text, re.MULTILINE)}
+    return {
+        name: float(rate) for name, rate in re.findall(r"^    (\S.*?)\s+([\d.]+) %(?: +[\d.]+){2}$", text, re.MULTILINE)
+    }
 
 
 def test_the_demo_from_nothing_to_the_table_and_once_more_without_training_again(smoke_size, tmp_path, capsys):

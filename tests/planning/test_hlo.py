@@ -45,7 +45,7 @@ ENTRY %main (x: f32[8], y: bf16[4,16]) -> f32[8] {
 
 
 def test_collectives_and_cycles_of_a_program():
-    """A collective that appears twice is one; a loop counts by its trips, of branches the dearest, no inside of fusions."""
+    """A collective that appears twice counts once, a loop as often as it runs, of branches the slowest."""
     assert collectives(PROGRAM) == {"all-reduce": (1, 8 * 4 + 4 * 16 * 2), "all-gather": (1, 16 * 4)}
     assert estimated_seconds(PROGRAM, V5E) == pytest.approx((7000 + 5 * 10 + 300) / 1.5e9)
     assert collective_seconds(PROGRAM, V5E, 4) == pytest.approx((2 * 160 + 64) * 3 / 4 / 200e9)
@@ -69,7 +69,8 @@ def gpu_program(*lines):
         ),
         # No estimate: bytes read and written over the bandwidth.
         (["%x = f32[1000,1000]{1,0} parameter(0)", "%y = f32[1000,1000]{0,1} copy(%x)"], 8e6 / 3.352e12),
-        # A convolution and its two gradients have the same FLOPs: 128 × 401 outputs of 512 channels, 5 × 512 products each.
+        # A convolution and its two gradients have the same FLOPs: 128 × 401 outputs of 512 channels, 5 × 512 products
+        # each.
         (
             [
                 "%x = bf16[128,401,512]{2,1,0} parameter(0)",
@@ -102,7 +103,8 @@ def gpu_program(*lines):
             [
                 "%a = f32[4096,2048]{1,0} parameter(0)",
                 "%b = f32[2048,4096]{1,0} parameter(1)",
-                '%c = (f32[4096,4096]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", '
+                "%c = (f32[4096,4096]{1,0}, s8[4194304]{0}) custom-call(%a, %b), "
+                'custom_call_target="__cublas$lt$matmul", '
                 'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}',
             ],
             2 * 4096 * 4096 * 2048 / (989e12 / 2),

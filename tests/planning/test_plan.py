@@ -1,4 +1,4 @@
-"""Planning for TPUs and GPUs that are not here: the command compiles the train step for them and tells what it needs."""
+"""Planning for absent TPUs and GPUs: the command compiles the train step for them and says what it needs."""
 
 import importlib.metadata
 import importlib.util

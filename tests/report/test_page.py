@@ -4,6 +4,7 @@ import base64
 import html
 import html.parser
 import io
+import json
 import re
 import shutil
 import subprocess
@@ -165,6 +166,42 @@ def test_the_hardest_trials_can_be_heard(made):
     assert rate == 16000 and abs(len(samples) - len(original)) < 2500
     scores = [float(value) for value in re.findall(r"<td class=score>(-?\d\.\d+)<", made)]
     assert scores[:5] == sorted(scores[:5]) and scores[5:] == sorted(scores[5:], reverse=True)
+
+
+def test_intervals_are_those_of_an_evaluation(made, tmp_path):
+    """The same scores have the same interval in `eval` and in `report`."""
+    run, tiny_data = tiny.trained_run()[0], tiny.material()
+    options = ("--data", tiny_data.dataset, "--trials", tiny_data.trials, "--output", tmp_path, "--json")
+    status, text = tiny.here("eval", "--model", run, "--branch", "ecapa", *options)
+    assert status == 0, text
+    found = json.loads((tmp_path / "results.json").read_text())
+    row = Page(re.search(r"<tr><th scope=row><svg[^>]*>[^>]*></svg>ecapa teacher.*?</tr>", made)[0]).text
+    low, high = found["eer_interval"]
+    assert f"{found['eer']:.2f} %{low:.2f} to {high:.2f}{found['min_dcf_0.01']:.3f}" in row
+
+
+def test_the_dataset_is_the_one_of_the_run_wherever_the_report_is_made(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(tiny.trained_run()[0], run)
+    config = (run / "config.json").read_text()
+    for path in (str(tiny.material().dataset), str(tiny.material().trials)):
+        config = config.replace(f'"{path}"', '""')
+    config = re.sub(r'("train": )"[^"]*"', r'\1"ds"', config)
+    (run / "config.json").write_text(config)
+    monkeypatch.chdir(tmp_path)
+
+    def said():
+        status, text = tiny.here("report", run)
+        assert status == 0, text
+        return re.search("Recordings</th><td>(.*?)</td>", (run / "report.html").read_text())[1]
+
+    assert "20 utterances, fingerprint" in said() and "not there any more" in said()
+    corpus = tiny.write_corpus(tmp_path / "corpus", speakers=2, utterances=2)
+    assert tiny.here("prepare", "--input", corpus, "--output", tmp_path / "ds")[0] == 0
+    assert "20 utterances, fingerprint" in said() and "another dataset is there now" in said()
+    shutil.rmtree(tmp_path / "ds")
+    shutil.copytree(tiny.material().dataset, tmp_path / "ds")
+    assert "20 utterances, fingerprint" in said() and "no labels read" in said()
 
 
 def test_a_run_without_trials_has_its_curves_and_says_so(tmp_path):

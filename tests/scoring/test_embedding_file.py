@@ -112,3 +112,14 @@ def test_ragged_rows_of_parquet_are_refused(tmp_path):
         parquet.write_table(pyarrow.table({"name": NAMES, "embedding": rows}), tmp_path / "e.parquet")
         with pytest.raises(ValueError, match="rows of `embedding` have different lengths"):
             read_embeddings(tmp_path / "e.parquet")
+
+
+def test_a_torn_directory_of_an_npz_is_noticed(tmp_path):
+    """Entries that the damage swallows would take the model and the checksum with them."""
+    path = write_embeddings(tmp_path / "e.npz", Embeddings(NAMES, ROWS, "f" * 32))
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02", content.index(b"model.npy", content.index(b"PK\x01\x02")) - 46)
+    content[entry + 28 : entry + 30] = b"\xff\xff"  # as if the rest were the entry's name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        read_embeddings(path)

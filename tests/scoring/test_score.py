@@ -200,7 +200,7 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
 def test_a_cohort_of_trial_recordings_is_warned_of(folder, tmp_path):
     names, _ = names_and_speakers()
     with np.load(folder / "one.npz") as file:
-        write_embeddings(tmp_path / "c.npz", Embeddings(["x", *names[:5]], file["embeddings"][:6], "one"))
+        write_embeddings(tmp_path / "c.npz", Embeddings(["x", *names[:5]], -file["embeddings"][:6], "one"))
         write_embeddings(tmp_path / "narrow.npz", Embeddings(["x", "y"], file["embeddings"][:2, :8], "one"))
     assert score(folder, "--cohort", tmp_path / "c.npz", "--mean-subtraction")["cohort_in_trials"] == 5
     assert score(folder, "--cohort", folder / "one cohort.npz", "--mean-subtraction")["cohort_in_trials"] == 0
@@ -209,6 +209,58 @@ def test_a_cohort_of_trial_recordings_is_warned_of(folder, tmp_path):
     assert status == 0 and "WARNING: 5 recordings of the cohort take part in the trials" in text
     status, text = tiny.here(*needed, "--cohort", tmp_path / "narrow.npz", "--mean-subtraction")
     assert status == 2 and "embeddings of 16 numbers and its cohort" in text and "of 8" in text
+
+
+def test_a_cohort_of_trial_recordings_is_found_under_other_names(folder, tmp_path):
+    names, _ = names_and_speakers()
+    with np.load(folder / "one.npz") as file:
+        rows = file["embeddings"]
+    others = np.random.default_rng(1).normal(size=(4, rows.shape[1])).astype(np.float32)
+    renamed = [names[0].replace(".wav", ".flac"), names[1], "a copy of the third.wav", "stranger.wav"]
+    for embeddings, count in ((others, 2), (np.concatenate([others[:2], rows[2:3], others[3:]]), 3)):
+        write_embeddings(tmp_path / "c.npz", Embeddings(renamed, embeddings, "one"))
+        assert score(folder, "--cohort", tmp_path / "c.npz", "--mean-subtraction")["cohort_in_trials"] == count
+
+
+def test_calibration_on_the_trials_themselves_is_warned_of(folder, tmp_path):
+    lines = (folder / "trials.txt").read_text().splitlines()
+    label, first, second = lines[0].split()
+    (tmp_path / "tuning.txt").write_text("\n".join([f"{label} {second} {first}", *lines[1:40]]))
+    needed = ("score", "--embeddings", folder / "one.npz", "--trials", folder / "trials.txt", "--replicates", 0)
+    status, text = tiny.here(*needed, "--calibrate", tmp_path / "tuning.txt")
+    assert status == 0 and "WARNING: 40 trials were calibrated on, too" in text, text
+
+
+def test_recordings_compared_with_themselves_are_warned_of(folder, tmp_path):
+    lines = (folder / "trials.txt").read_text()
+    (tmp_path / "list.txt").write_text(lines + "1 id00/0.wav id00/0.wav\n")
+    needed = ("score", "--embeddings", folder / "one.npz", "--replicates", 0)
+    status, text = tiny.here(*needed, "--trials", tmp_path / "list.txt")
+    assert status == 0 and "WARNING: 1 trial compares a recording with itself" in text, text
+    (tmp_path / "enroll.txt").write_text("ada id00/0.wav id00/1.wav\n")
+    (tmp_path / "enrolled.txt").write_text("ada id00/1.wav 1\nada id00/2.wav 1\nada id01/2.wav 0\n")
+    options = ("--trials", tmp_path / "enrolled.txt", "--enrollments", tmp_path / "enroll.txt")
+    assert "WARNING: 1 trial compares" in tiny.here(*needed, *options)[1]
+    assert "WARNING" not in tiny.here(*needed, "--trials", folder / "trials.txt")[1]
+    (tmp_path / "list.txt").write_text(lines + "0 id00/0.wav id00/0.wav\n")
+    status, text = tiny.here(*needed, "--trials", tmp_path / "list.txt")
+    assert status == 2 and "'id00/0.wav' against itself and says nontarget" in text
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "the table of speakers is empty"),
+        (b"id00/0.wav\n", "line 1: expected `name speaker`"),
+        (b"a x\nb y\na z\n", "line 3: 'a' is of 'z' here and of 'x' before"),
+        (b"\xff\xfea\x00", "not a table of speakers: not UTF-8"),
+    ],
+)
+def test_a_table_of_speakers_that_cannot_be_used_is_named(content, message, folder, tmp_path):
+    (tmp_path / "utt2spk").write_bytes(content)
+    needed = ("score", "--embeddings", folder / "one.npz", "--trials", folder / "trials.txt")
+    status, text = tiny.here(*needed, "--speakers", tmp_path / "utt2spk")
+    assert status == 2 and message in text and "utt2spk" in text
 
 
 def test_a_list_without_labels_gives_scores_alone(folder, tmp_path):

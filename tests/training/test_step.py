@@ -208,37 +208,42 @@ def written_out(state, views, recipe, temp):
 # In step 1 teachers differ from students and centres from zero, so no term can be taken for another.
 
 
-def test_objective_is_the_sum_over_branches_pairs_of_views_and_rows(memo):
+@pytest.fixture(scope="module")
+def value_and_gradient(memo):
+    """Returns the jitted function state → (objective of step 1, its gradient), by `jax.grad` alone."""
+    recipe, views = memo[0], views_of_step(1)
+    return jax.jit(
+        lambda state: jax.value_and_grad(objective)(student_params(state), state, views=views, recipe=recipe)
+    )
+
+
+def test_objective_is_the_sum_over_branches_pairs_of_views_and_rows(memo, value_and_gradient):
     recipe, states, metrics = memo
     temp = 0.04  # first epoch of two steps
-    value = float(jax.jit(lambda state: written_out(state, views_of_step(1), recipe, temp))(states[1]))
-    ours = jax.jit(lambda state: objective(student_params(state), state, views_of_step(1), recipe))(states[1])
-    assert float(ours) == pytest.approx(value, rel=1e-5)
-    assert metrics[1]["loss"] == pytest.approx(value, rel=1e-5)
+    expected = float(jax.jit(lambda state: written_out(state, views_of_step(1), recipe, temp))(states[1]))
+    assert float(value_and_gradient(states[1])[0]) == pytest.approx(expected, rel=1e-5)
+    assert metrics[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_step_descends_the_gradient_of_the_objective(memo):
+def test_objective_loses_its_contrastive_term_when_the_gate_closes(memo, value_and_gradient):
+    recipe, states, metrics = memo
+    closed = states[1].replace(gate=states[1].gate.replace(closed=jnp.asarray(True)))
+    contrastive = sum(metrics[1][f"loss/contrastive/{name}"] for name in recipe.branches)
+    assert float(value_and_gradient(closed)[0]) == pytest.approx(metrics[1]["loss"] - contrastive, rel=1e-5)
+
+
+def test_step_descends_the_gradient_of_the_objective(memo, value_and_gradient):
     """With SGD without momentum, decay and clip, (old − new parameters)/rate is the gradient.
 
     The step cuts its backward pass at the embedding and takes one head after the other; `jax.grad` does neither.
     """
-    recipe, states, metrics = memo
+    _, states, metrics = memo
     state, after = states[1], states[2]
-    gradient = jax.jit(jax.grad(lambda students: objective(students, state, views_of_step(1), recipe)))(
-        student_params(state)
-    )
+    _, gradient = value_and_gradient(state)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
     ours = jax.tree.map(lambda old, new: (old - new) / RATE, student_params(state), student_params(after))
     assert_trees_close(ours, gradient, 2e-5 * scale)
     assert metrics[1]["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
-
-
-def test_objective_loses_its_contrastive_term_when_the_gate_closes(memo):
-    recipe, states, metrics = memo
-    closed = states[1].replace(gate=states[1].gate.replace(closed=jnp.asarray(True)))
-    value = jax.jit(lambda state: objective(student_params(state), state, views_of_step(1), recipe))(closed)
-    contrastive = sum(metrics[1][f"loss/contrastive/{name}"] for name in recipe.branches)
-    assert float(value) == pytest.approx(metrics[1]["loss"] - contrastive, rel=1e-5)
 
 
 def test_losses_add_up(memo):

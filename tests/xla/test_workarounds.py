@@ -1,6 +1,6 @@
-"""XLA still needs each workaround of memo_jax/xla: once the installed jaxlib does not, a test fails and says what to delete.
+"""XLA still needs each workaround of memo_jax/xla: a test fails once jaxlib does not, and says what to delete.
 
-That the workarounds do what they are for is tested here, too, and where they are used.
+That the workarounds help is tested here, too; that they change no result, where they are used.
 """
 
 import json
