@@ -199,8 +199,9 @@ class FfmpegDecoder:
             raise AudioError(self._name, f"ffmpeg failed: {reason} (decoding {self._kind})")
 
     def _end(self):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if self._process.returncode is None:  # else its number may be another's by now
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.stdout.close()
         self._process.stderr.close()
         self._process.wait()
