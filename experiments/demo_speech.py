@@ -259,7 +259,7 @@ def background_noise(rng, samples):
             noise += rng.uniform(0, 0.5) * np.sin(2 * np.pi * (harmonic * fundamental * seconds + rng.random()))
     if rng.random() < 0.5:
         noise *= 1 + rng.uniform(0.2, 0.9) * np.sin(2 * np.pi * (rng.uniform(0.2, 4) * seconds + rng.random()))
-    return noise / noise.std()
+    return noise / np.sqrt(np.mean(noise**2))
 
 
 def microphone(rng, wave):
