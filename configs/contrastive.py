@@ -1,9 +1,9 @@
-"""AM-NT-Xent alone on one ECAPA-TDNN: what an hour on one core teaches without labels.
+"""AM-NT-Xent alone on one ECAPA-TDNN: what 35 CPU-minutes teach without labels.
 
     memo-jax train --config configs/contrastive.py --workdir runs/contrastive --config.data.train=DATASET …
+    python experiments/whiten.py --model runs/contrastive --data DATASET --output contrastive.safetensors
 
-configs/contrastive_long_crops.py goes on from its network. Commands, what else was tried, and all numbers are in
-experiments/learning.md.
+All commands, what else was tried, and all numbers are in experiments/learning.md.
 """
 
 import small
