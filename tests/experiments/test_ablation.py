@@ -106,5 +106,5 @@ def test_rows_are_chosen_by_name_in_the_tables_order():
     assert ablation.chosen_rows("all") == list(ablation.ROWS)
     assert {"dino-ecapa", ablation.REFERENCE} < set(ablation.chosen_rows("main")) < set(ablation.ROWS)
     for wrong in ("memo", ""):
-        with pytest.raises(ValueError, match="choose of dino-ecapa, "):
+        with pytest.raises(ValueError, match="choose from dino-ecapa, "):
             ablation.chosen_rows(wrong)

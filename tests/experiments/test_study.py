@@ -338,7 +338,7 @@ def test_the_table_has_means_over_seeds_intervals_comparisons_and_costs(made_up)
     assert row_of(equal_steps, ablation.REFERENCE)[5] == "125, 150, 175" and row_of(equal_steps, "multi-head")[5] == "–"
     assert row_of(equal_time, "dino-ecapa")[7].startswith(f"`{ablation.REFERENCE}` +"), "compared with MeMo, and worse"
     assert row_of(equal_time, ablation.REFERENCE)[6] == row_of(equal_steps, ablation.REFERENCE)[6], "the same runs"
-    assert "Log-mel statistics on one: 14.65 % EER." in text
+    assert "Log-mel statistics on one: 14.65 % EER, minDCF 0.548." in text
 
 
 def test_plots_are_drawn_with_bands_closings_and_agreement(made_up):

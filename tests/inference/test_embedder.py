@@ -198,3 +198,15 @@ def test_an_hour_is_embedded_in_windows(embedder):
     got = embedder.embed(long, RATE)
     halves = embedder.embed([long[: 100 * RATE], long[100 * RATE :]], RATE)
     np.testing.assert_allclose(got, halves.mean(axis=0), atol=1e-4 * np.linalg.norm(got))
+
+
+def test_the_network_of_the_package_needs_no_name(corpus):
+    """It is read from the package, knows its threshold, and says what it was tuned on."""
+    own = Embedder.load()
+    assert own.dimension == 128 and own.fingerprint == "19256d0d8a703f2e0ab24b828d3b49dd"
+    assert 0 < own.threshold < 1 and "trials" in own.threshold_source
+    one, other = corpus / "s0" / "0.wav", corpus / "s1" / "0.wav"
+    assert own.verify(one, one).score == pytest.approx(1, abs=1e-5)
+    assert own.verify(one, other).score < 0.999
+    status, text = tiny.here("verify", one, one)
+    assert status == 0 and "score" in text.lower()
