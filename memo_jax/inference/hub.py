@@ -124,7 +124,7 @@ def model_card(
     for result in results:
         if "eer" not in result:
             raise ValueError("these results have no EER: give the results.json that `memo-jax eval` writes")
-        trials = Path(str(result.get("trials", "trials"))).name
+        trials = Path(str(result.get("trial_list", "trials"))).name
         for key, kind, name in [("eer", "eer", "Equal error rate (%)")] + [
             (key, "min_dcf", f"Minimum detection cost, p(target) = {key.removeprefix('min_dcf_')}")
             for key in sorted(result)

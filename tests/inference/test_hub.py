@@ -44,7 +44,11 @@ def run(hub, folder, *command, token="hf_test"):
 
 def test_a_pushed_model_is_loaded_by_name_and_by_revision(hub, tmp_path):
     results = tmp_path / "results.json"
-    results.write_text(json.dumps({"eer": 3.21, "min_dcf_0.01": 0.3, "min_dcf_0.05": 0.2, "trials": "lists/test.txt"}))
+    results.write_text(
+        json.dumps(
+            {"eer": 3.21, "min_dcf_0.01": 0.3, "min_dcf_0.05": 0.2, "trials": 45, "trial_list": "lists/test.txt"}
+        )
+    )
     done = run(
         hub, tmp_path, "-m", "memo_jax", "push", tiny.model_file(), "org/voices", "--results", results,
         "--license", "cc-by-4.0", "--dataset", "some/speech", "--no-onnx",
@@ -62,6 +66,7 @@ def test_a_pushed_model_is_loaded_by_name_and_by_revision(hub, tmp_path):
     assert {(row.metric_type, row.metric_value) for row in card.data.eval_results} == {
         ("eer", 3.21), ("min_dcf", 0.3), ("min_dcf", 0.2)
     }  # fmt: skip
+    assert {row.dataset_name for row in card.data.eval_results} == {"test.txt"}
     assert 'Embedder.load("hf:org/voices")' in card.text
 
     other = tiny.untrained_model()
