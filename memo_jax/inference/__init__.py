@@ -2,5 +2,5 @@
 
 Read `embedder` first, the class that users import, then `workdir` and `model_file`, from which it loads, and `batches`,
 which groups recordings by length. `embed_recordings`, `gallery`, `evaluate`, `export` and `convert` are the commands;
-`interop` has the parameter names of other toolkits, `onnx_graph` and `onnx_file` write ONNX, `hub` reads and pushes models.
+`interop` has the parameter names of other toolkits; `onnx_graph` and `onnx_file` write ONNX; `hub` is the Hub.
 """
