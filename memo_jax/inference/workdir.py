@@ -7,7 +7,8 @@ import os
 from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, read_text, write_text
 from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, write_model
-from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import Variables, backbone_variables
 from memo_jax.xla import sharding
 

@@ -16,11 +16,12 @@ from memo_jax.log import read_metrics
 from memo_jax.scoring.figures import (
     COLORS,
     DASHES,
-    HALO,
     INK,
     MUTED,
     STYLE,
+    add_title,
     label_ends,
+    name_step,
     running_mean,
     save_figure,
     system_looks,
@@ -100,16 +101,7 @@ def learning_curve_figure(
         figure.suptitle(heading, x=0.012, ha="left", fontsize=13, weight="bold")
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for number, (ax, (panel, found)) in enumerate(zip(axes, panels)):
-            ax.set_title(panel.title, loc="left", fontsize=10.5, weight="bold", pad=19)
-            ax.annotate(
-                panel.unit,
-                (0, 1),
-                xycoords="axes fraction",
-                xytext=(0, 6),
-                textcoords="offset points",
-                fontsize=8.5,
-                color=MUTED,
-            )
+            add_title(ax, panel.title, panel.unit)
             _draw_panel(ax, panel, found, branches, references or {}, rows)
             _mark_closing(ax, gate_closing_step(rows), named=panel.while_open)
             if number + columns >= len(panels):
@@ -184,19 +176,7 @@ def _mark_closing(ax: Axes, step: int | None, named: bool):
         return
     ax.axvline(step, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
     if named:
-        left = step < 0.7 * ax.get_xlim()[1]
-        ax.annotate(
-            f"gate closes,\nstep {step:,}",
-            (step, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(5 if left else -5, 0),
-            textcoords="offset points",
-            ha="left" if left else "right",
-            va="top",
-            fontsize=8,
-            color=MUTED,
-            path_effects=HALO,
-        )
+        name_step(ax, step, f"gate closes,\nstep {step:,}", end=ax.get_xlim()[1], color=MUTED)
 
 
 def _series_by_name(rows) -> dict[str, Series]:

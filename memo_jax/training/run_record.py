@@ -1,4 +1,4 @@
-"""What a run was made with, kept beside it: versions, commit, command, hardware, data, and every start of the run."""
+"""The record of a run, kept beside it: versions, commit, command, hardware, data, and every start."""
 
 import importlib.metadata
 import json
@@ -31,9 +31,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Returns the commit of the checkout that memo_jax runs from, with "+changes" where its files differ from it.
+    """Returns the commit of the checkout that memo_jax runs from, with "+changes" if files were changed since.
 
-    None where memo_jax was installed from a package, or git is not there.
+    None if memo_jax was installed from a package, or without git.
     """
     package = Path(__file__).parent
 
@@ -45,7 +45,7 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An environment may lie within a checkout of something else, which does not track it.
+    # The environment may lie inside the checkout of another project, which does not track it.
     if not git("ls-files", "--error-unmatch", Path(__file__).name):
         return None
     head = git("rev-parse", "HEAD")
@@ -53,7 +53,7 @@ def commit() -> str | None:
 
 
 def hardware() -> dict:
-    """Returns processor, cores that this process may use, memory, and the devices of all processes."""
+    """Returns the processor, the cores this process may use, the memory, and the devices of all processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gigabytes = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -71,7 +71,7 @@ def hardware() -> dict:
 
 
 def _processor() -> str:
-    """The name that the kernel gives, which says more than the architecture that platform.processor() knows."""
+    """The kernel's name of the processor, which says more than platform.processor(), the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -81,7 +81,7 @@ def _processor() -> str:
 
 
 def read_run(workdir: str | os.PathLike) -> dict | None:
-    """Returns what `RunRecord` wrote, None where there is nothing; raises ValueError if it is damaged."""
+    """Returns what `RunRecord` wrote, None if there is no record; raises ValueError if it is damaged."""
     path = as_path(workdir) / RUN_FILE
     try:
         text = read_text(path)
@@ -95,9 +95,9 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
 
 
 class RunRecord:
-    """Writes `<workdir>/run.json`: seed and data of the run, and for each time it was started with what, from where.
+    """Writes `<workdir>/run.json`: the run's seed and data, and of each start step, command, versions and hardware.
 
-    A start's `last_step`, `seconds` and `cpu_seconds` are filled in when it ends; a start that was killed lacks them.
+    A start's `last_step`, `seconds` and `cpu_seconds` are added when it ends; a start that was killed lacks them.
     With `active=False` (every process but the first) nothing is written.
     """
 
@@ -115,7 +115,7 @@ class RunRecord:
             "versions": versions(),
             "hardware": hardware(),
         }
-        # What a start from the beginning replaces is not part of the run.
+        # A start from the beginning replaces all earlier ones.
         earlier = before["starts"] if begin else []
         self._run = {"seed": seed, "data": data, "starts": [*earlier, self._start]}
         self._write()

@@ -18,11 +18,12 @@ from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training import processes
-from memo_jax.training.checkpoint import Checkpointer, load_extra, saved_steps
+from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding

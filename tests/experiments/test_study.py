@@ -24,8 +24,8 @@ from memo_jax.config import load_config  # noqa: E402
 from memo_jax.log import read_metrics  # noqa: E402
 from memo_jax.scoring.metrics import eer  # noqa: E402
 from memo_jax.scoring.trials import read_trials  # noqa: E402
-from memo_jax.training.checkpoint import saved_steps  # noqa: E402
 from memo_jax.training.run_record import RunRecord  # noqa: E402
+from memo_jax.training.saved_checkpoint import saved_steps  # noqa: E402
 
 SMALL_ROWS = {
     "dino-resnet": ablation.Row("plain", ("model.branches=resnet", "gate.rule=never"), ()),

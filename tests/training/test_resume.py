@@ -12,8 +12,8 @@ import pytest
 import tiny
 from memo_jax.config import read_config
 from memo_jax.log import read_metrics
-from memo_jax.training import train as training
-from memo_jax.training.checkpoint import saved_steps
+from memo_jax.training import program
+from memo_jax.training.saved_checkpoint import saved_steps
 from runs import arrays, assert_same_state, files, rows_without_times
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
@@ -91,7 +91,7 @@ def test_a_run_stopped_on_purpose_goes_on_exactly(reference, tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_logs_the_untrained_network_once(tmp_path, monkeypatch):
-    lowered_step = training.lowered_step
+    lowered_step = program.lowered_step
 
     def of_one_step(*arguments):
         programs = [lowered_step(*arguments).compile()]
@@ -103,7 +103,7 @@ def test_a_run_killed_before_its_first_checkpoint_logs_the_untrained_network_onc
 
         return types.SimpleNamespace(compile=lambda: step)
 
-    monkeypatch.setattr(training, "lowered_step", of_one_step)
+    monkeypatch.setattr(program, "lowered_step", of_one_step)
     data = tiny.material()
     for _ in range(2):
         status, text = tiny.train_here(tmp_path, f"evaluation.data={data.dataset}", f"evaluation.trials={data.trials}")
