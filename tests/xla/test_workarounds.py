@@ -161,7 +161,8 @@ def test_compiler_options_that_jaxlib_does_not_know_are_left_out_and_named_once(
 
 def test_xla_flags_that_jaxlib_does_not_know_are_left_out(monkeypatch, capsys):
     """Such a flag would end any process that starts JAX."""
-    known, unknown = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true", "--xla_flag_of_another_version=1"
+    known = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
+    unknown = "--xla_flag_of_another_version=1"
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     flags.default_xla_flags(unknown, known)
     assert os.environ["XLA_FLAGS"] == known
