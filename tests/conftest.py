@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from memo_jax.xla.flags import default_xla_flags
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -16,7 +18,7 @@ def pytest_configure(config):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Small networks that take a few steps: compiling them is what takes the time. tiny.as_users_compile() undoes it.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    default_xla_flags("--xla_cpu_use_fusion_emitters=false")  # jaxlib 0.11 has no such flag
     cache = getattr(config, "cache", None)  # absent under `-p no:cacheprovider`
     if cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
@@ -82,13 +83,60 @@ def test_the_library_imports_only_what_it_declares(setup_cfg):
     assert not undeclared
 
 
-def test_extras_exist_and_accelerator_extras_pin_the_same_jax(setup_cfg):
+ACCELERATORS = {"cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin", "tpu": "libtpu"}
+
+
+def test_accelerator_extras_pin_the_same_jax(setup_cfg):
     extras = setup_cfg["options.extras_require"]
     jax = next(item for item in requirements(setup_cfg["options"]["install_requires"]) if item.name == "jax")
-    assert {"demo", "test", "cuda", "tpu"} <= set(extras)
-    for name in ("cuda", "tpu"):
+    for name in (*ACCELERATORS, "tpu-plan"):
         (requirement,) = requirements(extras[name])
         assert requirement.name == "jax" and requirement.extras and requirement.specifier == jax.specifier
+
+
+def would_install(*wanted):
+    """What `pip install --dry-run --no-deps` would install, as pip reports it; skips where no index answers."""
+    options = ["--dry-run", "--no-deps", "--ignore-installed", "--use-feature=fast-deps", "--quiet", "--report=-"]
+    command = [sys.executable, "-m", "pip", "install", *options, *wanted]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        pytest.skip("the package index does not answer within a minute")
+    if "from versions: none" in done.stderr or "Connection" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["install"]
+
+
+def test_accelerator_extras_resolve(setup_cfg):
+    """To the part of the same release that drives the accelerator. All that this part needs, gigabytes for CUDA, is
+    resolved by the workflow."""
+    texts = [setup_cfg["options.extras_require"][name].strip() for name in ACCELERATORS]
+    wanted = [str(item) for text in texts for item in requirements(text)]
+    (jax,) = [item["metadata"] for item in would_install(*wanted) if item["metadata"]["name"] == "jax"]
+    needs, plugins = [Requirement(text) for text in jax["requires_dist"]], []
+    for extra, plugin in ACCELERATORS.items():
+        (of_extra,) = [
+            need for need in needs if need.name == plugin and need.marker and need.marker.evaluate({"extra": extra})
+        ]
+        plugins.append(f"{of_extra.name}{of_extra.specifier}")
+    found = {item["metadata"]["name"]: item["metadata"]["version"] for item in would_install(*plugins)}
+    assert found.keys() == set(ACCELERATORS.values())
+    assert found["jax-cuda12-plugin"] == found["jax-cuda13-plugin"] == jax["version"]
+
+
+def lowest(setup_cfg):
+    """The oldest versions that setup.cfg promises to work with, as lines of a constraints file."""
+    of_tests = requirements(setup_cfg["options.extras_require"]["test"])
+    for requirement in requirements(setup_cfg["options"]["install_requires"]) + of_tests:
+        (version,) = [bound.version for bound in requirement.specifier if bound.operator == ">="]
+        yield f"{requirement.name}=={version}\n"
+
+
+def test_the_oldest_versions_that_the_workflow_tests_are_those_of_setup_cfg(setup_cfg):
+    path = ROOT / ".ci" / "oldest.txt"
+    expected = "".join(lowest(setup_cfg))
+    assert path.read_text() == expected, f"write this into {path.name}:\n{expected}"
 
 
 def test_every_folder_with_modules_is_a_package():
