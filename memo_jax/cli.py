@@ -244,7 +244,9 @@ def run_embed(options) -> int:
     embedder = load_embedder(options)
     from memo_jax.inference.embed_recordings import embed_recordings, embedding_text
 
-    report = embed_recordings(embedder, options.input, options.output, min_seconds=options.min_seconds)
+    report = embed_recordings(
+        embedder, options.input, options.output, min_seconds=options.min_seconds, window=options.window, hop=options.hop
+    )
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else embedding_text(report))
     return NO if report["left_out"] else 0
 
@@ -268,7 +270,7 @@ def run_enroll(options) -> None:
     """memo-jax enroll."""
     from memo_jax.scoring.embedding_file import check_output_name
 
-    check_writable(check_output_name(options.gallery))
+    check_writable(check_output_name(options.gallery, gallery=True))
     embedder = load_embedder(options, options.gallery)
     embedder.enroll(options.name, options.recordings)
     names = embedder.gallery.names
@@ -282,7 +284,9 @@ def run_enroll(options) -> None:
 def run_remove(options) -> None:
     """memo-jax remove."""
     from memo_jax.inference.gallery import remove_person
+    from memo_jax.scoring.embedding_file import check_output_name
 
+    check_output_name(options.gallery, gallery=True)
     names = remove_person(options.gallery, options.name).names
     print(
         json.dumps({"removed": options.name, "people": names}, indent=2, ensure_ascii=False)

@@ -10,7 +10,7 @@ import memo_jax
 # As interop.KINDS and features.FRONT_ENDS, which are slow to import.
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
 FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
-
+RECORDING_HELP = "a file, or an excerpt of it in seconds: file.wav:12.5-20"
 
 Command = Callable[..., argparse.ArgumentParser]  # (name, description, *parents) → the parser of a command
 
@@ -104,7 +104,13 @@ def shared_options() -> SimpleNamespace:
         help="leave out recordings shorter than this (default: %(default)s)",
     )
     gallery = options()
-    gallery.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+    gallery.add_argument(
+        "--gallery",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="FILE.npz or FILE.parquet; identify also reads .npy, .ark and .scp",
+    )
     config = options()
     config.add_argument(
         "--config",
@@ -257,8 +263,28 @@ def add_eval(command: Command, shared: SimpleNamespace) -> None:
 def add_embed(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax embed."""
     added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
-    added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
-    added.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+    added.add_argument(
+        "input",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help="files, excerpts (file.wav:12.5-20, in seconds), folders or datasets of recordings",
+    )
+    added.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="FILE.npz, .parquet, .npy (with FILE.names.txt) or .ark (Kaldi's, with FILE.scp)",
+    )
+    added.add_argument(
+        "--window",
+        type=float,
+        metavar="S",
+        help="embed sliding windows of this length instead of whole recordings, with their times",
+    )
+    added.add_argument("--hop", type=float, metavar="S", help="from one window to the next (default: half a window)")
 
 
 def add_verify(command: Command, shared: SimpleNamespace) -> None:
@@ -266,14 +292,14 @@ def add_verify(command: Command, shared: SimpleNamespace) -> None:
     added = command(
         "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
     )
-    added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
+    added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_enroll(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax enroll."""
     added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
     added.add_argument("name", metavar="NAME")
-    added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
+    added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_remove(command: Command, shared: SimpleNamespace) -> None:
@@ -292,7 +318,7 @@ def add_identify(command: Command, shared: SimpleNamespace) -> None:
         shared.gallery,
         shared.channel,
     )
-    added.add_argument("recording", type=Path, metavar="RECORDING")
+    added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_report(command: Command, shared: SimpleNamespace) -> None:
@@ -363,7 +389,8 @@ def add_score(command: Command, shared: SimpleNamespace) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged",
+        help="npz with `names` and `embeddings` [N, D], parquet, npy, ark or scp; given several times, scores are "
+        "averaged",
     )
     added.add_argument(
         "--cohort",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memo_jax import features
-from memo_jax.audio import as_audio, check_speech, read_audio
+from memo_jax.audio import as_audio, check_speech, read_excerpt
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery, changing_gallery
@@ -55,6 +55,7 @@ class Embedder:
 
     A recording is the path of a file that `memo_jax.audio.read_audio` reads (wav, flac, ogg, opus, mp3, …), or an array
     [L] or [L, channels] (floating point in [-1, 1], or int16) with its rate in Hz. All are converted to 16 kHz mono.
+    "a.wav:12.5-20" is the excerpt from second 12.5 to second 20, unless a file is really called so.
 
         embedder = Embedder.load("runs/small")
         embedder.embed("a.wav")                      # float32 [D]
@@ -210,7 +211,7 @@ class Embedder:
 
     def _samples(self, recording, rate, name) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
-            name, samples = os.fspath(recording), read_audio(recording, channel=self.channel)
+            name, samples = os.fspath(recording), read_excerpt(recording, channel=self.channel)
         else:
             samples, rate = recording if isinstance(recording, tuple) else (recording, rate)
             if rate is None:
