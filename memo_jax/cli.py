@@ -107,6 +107,13 @@ def run_prepare(options) -> int:
     return 0
 
 
+def run_init_config(options) -> None:
+    """memo-jax init-config."""
+    from memo_jax.config_template import write_config
+
+    print(write_config(options.name, options.output))
+
+
 def run_train(options) -> None:
     """memo-jax train."""
     from memo_jax.config import load_config
@@ -195,6 +202,7 @@ def run_eval(options) -> None:
         crop_seconds=options.crop_seconds,
         enrollments=options.enrollments,
         save_threshold=options.save_threshold,
+        save_calibration=options.save_calibration,
         replicates=options.replicates,
     )
     if options.json:
@@ -217,7 +225,21 @@ def load_embedder(options, gallery=None):
         step=options.step,
         gallery=gallery,
         channel=options.channel,
+        calibration=getattr(options, "calibration", None),
     )
+
+
+def decided(options, embedder, score: float) -> tuple[str, dict]:
+    """Returns where a decision's threshold is from and what the score's probability is: for people, and as JSON."""
+    source = embedder.threshold_source if options.threshold is None else "given"
+    probability = embedder.probability(score, options.prior)
+    fields = {"threshold_source": source, "probability": probability, "prior": options.prior}
+    fields["calibration_source"] = None if embedder.decision is None else embedder.decision.source
+    if probability is None:
+        return f"({source})", fields
+    calibration = "of the same source" if source == fields["calibration_source"] else fields["calibration_source"]
+    text = f"probability of the same person {probability:.4f} (prior {options.prior:g}; calibration: {calibration})"
+    return f"({source})\n  {text}", fields
 
 
 def run_convert(options) -> None:
@@ -255,13 +277,14 @@ def run_verify(options) -> int:
     """memo-jax verify."""
     embedder = load_embedder(options)
     result = embedder.verify(*options.recordings, threshold=options.threshold)
-    source = embedder.threshold_source if options.threshold is None else "given"
+    text, fields = decided(options, embedder, result.score)
     if options.json:
-        print(json.dumps(result._asdict() | {"threshold_source": source, "model": embedder.fingerprint}, indent=2))
+        fields |= {"model": embedder.fingerprint}
+        print(json.dumps(result._asdict() | fields, indent=2, ensure_ascii=False))
     else:
         print(
             f"{'same speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, threshold "
-            f"{result.threshold:.4f} ({source})"
+            f"{result.threshold:.4f} {text}"
         )
     return 0 if result.decision else NO
 
@@ -301,13 +324,13 @@ def run_identify(options) -> int:
         raise FileNotFoundError(f"{options.gallery}: no such gallery: enrol people with memo-jax enroll")
     embedder = load_embedder(options, options.gallery)
     result = embedder.identify(options.recording, threshold=options.threshold)
-    source = embedder.threshold_source if options.threshold is None else "given"
+    text, fields = decided(options, embedder, result.score)
     if options.json:
-        print(json.dumps(result._asdict() | {"threshold_source": source}, indent=2, ensure_ascii=False))
+        print(json.dumps(result._asdict() | fields, indent=2, ensure_ascii=False))
     else:
         print(
             f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, threshold "
-            f"{result.threshold:.4f} ({source})"
+            f"{result.threshold:.4f} {text}"
         )
     return NO if result.name is None else 0
 
@@ -405,6 +428,7 @@ def keep_freed_memory() -> None:
 
 RUN = {
     "prepare": run_prepare,
+    "init-config": run_init_config,
     "train": run_train,
     "reproduce": run_reproduce,
     "plan": run_plan,

@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     shared = shared_options()
     for add in (
         add_prepare,
+        add_init_config,
         add_train,
         add_reproduce,
         add_plan,
@@ -79,6 +80,19 @@ def shared_options() -> SimpleNamespace:
         metavar="COSINE",
         help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
     )
+    threshold.add_argument(
+        "--prior",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="probability of the same speaker before the score is known, for the one after it (default: %(default)s)",
+    )
+    threshold.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="threshold and calibration that eval --save-calibration wrote (default: those in the model)",
+    )
     replicates = options()
     replicates.add_argument(
         "--replicates",
@@ -116,7 +130,8 @@ def shared_options() -> SimpleNamespace:
         "--config",
         required=True,
         metavar="FILE",
-        help="Python file with get_config(); change keys with --config.KEY=VALUE",
+        help="Python file with get_config(), or the name of a packaged config, such as small; change keys with "
+        "--config.KEY=VALUE",
     )
     trials = options()
     trials.add_argument(
@@ -170,6 +185,19 @@ def add_prepare(command: Command, shared: SimpleNamespace) -> None:
         "--check", type=Path, metavar="DATASET", help="instead: read all of this dataset and verify its contents"
     )
     added.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
+
+def add_init_config(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax init-config."""
+    added = command("init-config", "write a config file with every key and its meaning, to change and train with")
+    added.add_argument(
+        "name",
+        nargs="?",
+        default="small",
+        metavar="NAME",
+        help="packaged config whose values it has: small, base (the authors'), … (default: %(default)s)",
+    )
+    added.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.py")
 
 
 def add_train(command: Command, shared: SimpleNamespace) -> None:
@@ -256,7 +284,14 @@ def add_eval(command: Command, shared: SimpleNamespace) -> None:
         const="eer",
         metavar="CRITERION",
         choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
-        help="save the threshold at this criterion (default: eer) with the model, for verify and identify",
+        help="save the threshold at this criterion (default: eer) and a calibration of the scores with the model, for "
+        "verify and identify",
+    )
+    added.add_argument(
+        "--save-calibration",
+        type=Path,
+        metavar="FILE",
+        help="save both to a file, for verify --calibration; for models that cannot be changed",
     )
 
 
@@ -464,6 +499,17 @@ def cosine(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
+    return value
+
+
+def probability(text: str) -> float:
+    """Returns a probability of the command line, neither 0 nor 1; argparse reports the error."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not strictly between 0 and 1, as this probability must be")
     return value
 
 

@@ -21,6 +21,7 @@ from memo_jax.inference.model_file import (
     ModelFileError,
     check_finite,
     check_threshold,
+    read_decision,
     read_model,
 )
 from memo_jax.scoring.metrics import unit_norm
@@ -71,6 +72,7 @@ class Embedder:
       model: the network.
       gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
       channel: of recordings with several: "mean", or a number from 1.
+      calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
 
     Attributes:
       model: network, weights, provenance.
@@ -78,14 +80,22 @@ class Embedder:
       gallery: the people enrolled.
       threshold: cosine score from which two recordings count as the same speaker; may be set.
       threshold_source: where the threshold comes from, for people.
+      decision: threshold and calibration as they were tuned, None if they were not.
       channel: as given; may be set.
     """
 
-    def __init__(self, model: Model, gallery: str | os.PathLike | None = None, channel: str | int = "mean"):
+    def __init__(
+        self,
+        model: Model,
+        gallery: str | os.PathLike | None = None,
+        channel: str | int = "mean",
+        calibration: str | os.PathLike | None = None,
+    ):
         self.model = model
         self.channel = channel
-        self.threshold = DEFAULT_THRESHOLD if model.decision is None else model.decision.threshold
-        self.threshold_source = UNTUNED if model.decision is None else model.decision.source
+        self.decision = model.decision if calibration is None else read_decision(calibration, model.fingerprint)
+        self.threshold = DEFAULT_THRESHOLD if self.decision is None else self.decision.threshold
+        self.threshold_source = UNTUNED if self.decision is None else self.decision.source
         self.apply = model.function
         self._gallery_path = gallery
         if gallery is not None and os.path.exists(gallery):
@@ -103,6 +113,7 @@ class Embedder:
         step: int | None = None,
         gallery: str | os.PathLike | None = None,
         channel: str | int = "mean",
+        calibration: str | os.PathLike | None = None,
     ) -> "Embedder":
         """Loads a network: that of the package, a training workdir, a model file, an exported program, or the Hub.
 
@@ -114,6 +125,7 @@ class Embedder:
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
           gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
           channel: of recordings with several: "mean", or a number from 1.
+          calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
 
         Raises:
           FileNotFoundError: nothing there, or a workdir without checkpoints.
@@ -121,7 +133,7 @@ class Embedder:
           ValueError: no such branch, weights that are not finite, a gallery of another model, or a branch, role or step
             given with a file.
         """
-        return cls(load_model(path, branch=branch, role=role, step=step), gallery, channel)
+        return cls(load_model(path, branch=branch, role=role, step=step), gallery, channel, calibration)
 
     @property
     def fingerprint(self) -> str:
@@ -174,6 +186,21 @@ class Embedder:
         one, other = unit_norm(self.embed([a, b], rate))
         score = float(np.clip(one @ other, -1, 1))
         return Verification(score, score >= threshold, threshold)
+
+    def probability(self, score: float, prior: float = 0.5) -> float | None:
+        """Returns the probability that recordings of this score are of the same speaker, None without a calibration.
+
+        It is that of two recordings like those of the calibration's trial list. Of a person enrolled by several, scores
+        are higher, so it is a little too sure.
+
+        Args:
+          score: cosine, as `verify` and `identify` return it.
+          prior: probability that they are before the score is known, strictly between 0 and 1.
+
+        Raises:
+          ValueError: the prior is not.
+        """
+        return None if self.decision is None else self.decision.probability(score, prior)
 
     def enroll(self, name: str, recordings, rate: int | None = None) -> None:
         """Adds a person to the gallery by one recording or several.

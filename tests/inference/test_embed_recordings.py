@@ -1,5 +1,6 @@
 """`memo-jax embed`, `verify`, `enroll` and `identify` as they are typed, above all with recordings that are none."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import soundfile
 import tiny
 from memo_jax.inference import embed_recordings as module
 from memo_jax.inference.embedder import Embedder
+from memo_jax.inference.model_file import Decision, write_decision, write_model
 from memo_jax.scoring.embedding_file import read_embeddings
 
 RATE = 16000
@@ -210,6 +212,54 @@ def test_verify_says_and_returns_its_decision(corpus):
     result = json_of(text)
     assert status == 1 and result["decision"] is False and result["threshold"] == 1 and -1 <= result["score"] < 1
     assert result["threshold_source"] == "given" and result["model"] == tiny.untrained_model().fingerprint
+
+
+def test_verify_and_identify_tell_the_probability_by_the_calibration_and_the_prior(corpus, tmp_path):
+    """By Bayes' rule from scale · score + offset, the logarithm of the likelihood ratio."""
+    a, b = corpus / "s0" / "0.wav", corpus / "s1" / "0.wav"
+    model = ["--model", tiny.model_file()]
+    status, text = tiny.here("verify", a, a, *model)
+    assert "probability of the same person 1.0000 (prior 0.5; calibration: of the same source)" in text, text
+    status, text = tiny.here("verify", a, b, *model, "--prior", "0.01", "--threshold", "0.2", "--json")
+    result = json_of(text)
+    ratio = np.exp(20 * result["score"] - 8)
+    assert result["probability"] == pytest.approx(ratio * 0.01 / (ratio * 0.01 + 0.99))
+    assert (result["prior"], result["threshold_source"], result["calibration_source"]) == (0.01, "given", "a list")
+    people = [*model, "--gallery", tmp_path / "people.npz"]
+    tiny.here("enroll", "Ada", a, *people)
+    status, text = tiny.here("identify", b, *people, "--json")
+    assert json_of(text)["probability"] == pytest.approx(ratio / (ratio + 1))
+    status, text = tiny.here("identify", b, *people, "--threshold", "1")
+    assert "(given)\n  probability of the same person" in text and "(prior 0.5; calibration: a list)" in text
+
+    untuned = write_model(tmp_path / "m.safetensors", dataclasses.replace(tiny.untrained_model(), decision=None))
+    status, text = tiny.here("verify", a, a, "--model", untuned)
+    assert status == 0 and "not tuned" in text and "probability" not in text
+    status, text = tiny.here("verify", a, a, "--model", untuned, "--json")
+    assert json_of(text)["probability"] is json_of(text)["calibration_source"] is None
+    for prior in ("0", "1", "nan", "half"):
+        status, text = tiny.here("verify", a, a, *model, "--prior", prior)
+        assert status == 2 and "--prior" in text
+
+
+def test_a_calibration_of_a_file_takes_the_place_of_that_in_the_model(corpus, tmp_path):
+    model, file = tiny.untrained_model(), tmp_path / "calibration.json"
+    write_decision(file, Decision(0.9, 3.0, -1.0, "another list"), model.fingerprint)
+    command = ["verify", corpus / "s0" / "0.wav", corpus / "s0" / "0.wav", "--model", tiny.model_file()]
+    status, text = tiny.here(*command, "--calibration", file)
+    assert (
+        status == 0
+        and f"threshold 0.9000 (another list)\n  probability of the same person {1 / (1 + np.exp(-2)):.4f}" in text
+    )
+    for content, message in (
+        (file.read_text().replace(model.fingerprint, "0" * 32), f"of another model ({'0' * 32}, not"),
+        ("{}", "not a calibration that"),
+        ("no JSON", "not a calibration that"),
+        (file.read_text().replace("0.9", "1.9"), "the threshold is 1.9"),
+    ):
+        file.write_text(content)
+        status, text = tiny.here(*command, "--calibration", file)
+        assert status == 2 and "calibration.json" in text and message in text, text
 
 
 def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
