@@ -214,9 +214,12 @@ def run_eval(options) -> None:
 
 def load_embedder(options, gallery=None):
     """Returns the Embedder that a command's options choose."""
-    keep_compiled_programs()
-    keep_freed_memory()
     from memo_jax.inference.embedder import Embedder
+    from memo_jax.inference.runtime import chosen_runtime
+
+    if chosen_runtime(options.runtime) == "jax":
+        keep_compiled_programs()
+    keep_freed_memory()
 
     return Embedder.load(
         options.model,
@@ -226,6 +229,7 @@ def load_embedder(options, gallery=None):
         gallery=gallery,
         channel=options.channel,
         calibration=getattr(options, "calibration", None),
+        runtime=options.runtime,
     )
 
 

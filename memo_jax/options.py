@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import memo_jax
 
-# As interop.KINDS and features.FRONT_ENDS, which are slow to import.
+# As interop.KINDS, runtime.RUNTIMES and features.FRONT_ENDS, which are slow to import.
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
+RUNTIMES = ("auto", "jax", "onnx")
 FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
 RECORDING_HELP = "a file, or an excerpt of it in seconds: file.wav:12.5-20"
 
@@ -295,9 +296,20 @@ def add_eval(command: Command, shared: SimpleNamespace) -> None:
     )
 
 
+def add_runtime(added: argparse.ArgumentParser) -> None:
+    """--runtime, of the commands that have an Embedder."""
+    added.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default="auto",
+        help="what runs the network (default: auto: onnxruntime where it is installed and there is only a CPU)",
+    )
+
+
 def add_embed(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax embed."""
     added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
+    add_runtime(added)
     added.add_argument(
         "input",
         nargs="+",
@@ -327,12 +339,14 @@ def add_verify(command: Command, shared: SimpleNamespace) -> None:
     added = command(
         "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
     )
+    add_runtime(added)
     added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_enroll(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax enroll."""
     added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
+    add_runtime(added)
     added.add_argument("name", metavar="NAME")
     added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
@@ -353,6 +367,7 @@ def add_identify(command: Command, shared: SimpleNamespace) -> None:
         shared.gallery,
         shared.channel,
     )
+    add_runtime(added)
     added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 

@@ -1,16 +1,23 @@
-"""Recordings on disk to embeddings: `memo-jax embed` beside the same ECAPA-TDNN under PyTorch, on the same cores.
+"""Recordings on disk to embeddings: `memo-jax embed` beside others that run the same ECAPA-TDNN on the same cores.
 
     taskset -c 1 python experiments/benchmarks/embed.py --data speech/speechocean762/test --clock cpu --json
 
-Theirs is 3D-Speaker's ECAPA-TDNN (speakerlab-slim, in speechbrain's form) with the same weights, after log-mel features
-by torch.stft; recordings are read by soundfile. It runs once with one recording at a time, as wespeaker, 3D-Speaker
-and the MeMo authors do, and once in batches: sorted by length and padded, with lengths, which slightly changes
-embeddings at the padded ends. Each side has a process of its own, and they take turns.
+The others have the same weights:
 
-Prints `ratio` and `ratio_batched` (theirs ÷ ours in time, median of the runs, and the `spread` from the smallest to the
-largest), `min_cosine` and `max_relative_difference` between ours and theirs one at a time, `min_cosine_batched`,
-`audio_seconds_per_second` of all three, and `fraction_of_peak`: what the network alone must compute for the frames that
-there are, in the time of the whole, of the rate of one big matrix product here.
+* `pytorch`: 3D-Speaker's ECAPA-TDNN (speakerlab-slim, in speechbrain's form) after log-mel features by torch.stft.
+* `onnxruntime`: the file that `memo-jax export name.onnx` writes, front end inside, with all graph optimisations and a
+  thread a core.
+* `sherpa_onnx`: its SpeakerEmbeddingExtractor with the file for it, whose features are sherpa-onnx's own in C++, so its
+  embeddings are other ones; a thread a core.
+
+They read recordings by soundfile and run one at a time, as their own examples do; the first two also in batches: sorted
+by length and padded, which changes embeddings at the padded ends. Each side has a process of its own, and they take
+turns.
+
+Prints for each of them `ratio` (theirs ÷ ours in time, median of the runs), `spread` from the smallest to the largest,
+`min_cosine` and `max_relative_difference` between their embeddings and ours; `audio_seconds_per_second` of all; and
+`fraction_of_peak`: what the network alone must compute for the frames that there are, in the time of the whole, of the
+rate of one big matrix product here.
 """
 
 import argparse
@@ -42,17 +49,17 @@ class Timed(NamedTuple):
     embeddings: np.ndarray
 
 
-# ------------------------------------------------------------------------------- ours and theirs, in their processes
+# ------------------------------------------------------------------------------ ours and others, in their processes
 
 
-def load_ours(model: Path) -> None:
+def load_ours(model: Path, runtime: str) -> None:
     """Prepares a process as the command `memo-jax embed` does."""
     global embedder
     from memo_jax import Embedder, cli
 
     cli.keep_compiled_programs()
     cli.keep_freed_memory()
-    embedder = Embedder.load(model)
+    embedder = Embedder.load(model, runtime=runtime)
 
 
 def run_ours(paths: list[str], clock: str) -> Timed:
@@ -66,6 +73,11 @@ def run_ours(paths: list[str], clock: str) -> Timed:
         seconds = CLOCKS[clock]() - begun
         found = read_embeddings(output)
         return Timed(seconds, found.embeddings[[list(found.names).index(path) for path in paths]])
+
+
+def runtime_of_ours() -> str:
+    """What runs our network."""
+    return embedder.runtime
 
 
 def matmul_rate(clock: str, size: int = 1024) -> float:
@@ -89,7 +101,7 @@ def network_flops(frames: int) -> float:
     return (flops(300) - flops(200)) / 100 * frames
 
 
-def load_theirs(model: Path, threads: int) -> None:
+def load_pytorch(model: Path, threads: int) -> None:
     """Builds the PyTorch network with the weights of our model file."""
     global network, window, filters
     import torch
@@ -119,24 +131,112 @@ def torch_features(path: str):
     return (log_mel - log_mel.mean(0)) / torch.sqrt(log_mel.var(0, unbiased=False) + 1e-5)
 
 
-def run_theirs(paths: list[str], clock: str, batch_size: int = 1) -> Timed:
+def run_pytorch(paths: list[str], clock: str, batch_size: int = 1) -> Timed:
     """Embeds one at a time, or in batches of recordings of similar length, padded."""
     import torch
 
-    begun, found = CLOCKS[clock](), {}
+    def embed(batch):
+        lengths = torch.tensor([len(x) for x in batch])
+        padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        return network(padded, lengths / padded.shape[1]).numpy()
+
     with torch.inference_mode():
-        if batch_size == 1:
-            for path in paths:
-                found[path] = network(torch_features(path)[None])[0].numpy()
-        else:
-            inputs = sorted(((path, torch_features(path)) for path in paths), key=lambda item: len(item[1]))
-            for start in range(0, len(inputs), batch_size):
-                names, batch = zip(*inputs[start : start + batch_size])
-                lengths = torch.tensor([len(x) for x in batch])
-                padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-                found |= zip(names, network(padded, lengths / padded.shape[1]).numpy())
+        return timed(paths, clock, batch_size, torch_features, embed)
+
+
+def load_onnxruntime(model: Path, threads: int) -> None:
+    """Exports our model file and opens it with onnxruntime."""
+    global session
+    import onnxruntime
+
+    from memo_jax.inference.model_file import read_model
+    from memo_jax.inference.onnx_file import write_onnx
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    path = write_onnx(model.with_suffix(".onnx"), read_model(model))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnxruntime(paths: list[str], clock: str, batch_size: int = 1) -> Timed:
+    """Embeds one at a time, or in batches of recordings of similar length, padded."""
+    import soundfile
+
+    def embed(batch):
+        padded = np.zeros((len(batch), max(map(len, batch))), np.float32)
+        for row, wave in zip(padded, batch):
+            row[: len(wave)] = wave
+        return session.run(None, {"waveform": padded})[0]
+
+    return timed(paths, clock, batch_size, lambda path: soundfile.read(path, dtype="float32")[0], embed)
+
+
+def load_sherpa_onnx(model: Path, threads: int) -> None:
+    """Exports our model file for sherpa-onnx and opens it there."""
+    global extractor
+    import dataclasses
+
+    import sherpa_onnx
+
+    from memo_jax.inference.model_file import read_model
+    from memo_jax.inference.onnx_file import write_onnx
+
+    ours = dataclasses.replace(read_model(model), front_end="sherpa_fbank")
+    path = write_onnx(model.with_suffix(".sherpa.onnx"), ours, inputs="feats", runtime="sherpa-onnx")
+    extractor = sherpa_onnx.SpeakerEmbeddingExtractor(
+        sherpa_onnx.SpeakerEmbeddingExtractorConfig(model=str(path), num_threads=threads)
+    )
+
+
+def run_sherpa_onnx(paths: list[str], clock: str, batch_size: int = 1) -> Timed:
+    """Embeds one at a time."""
+    import soundfile
+
+    def embed(batch):
+        stream = extractor.create_stream()
+        stream.accept_waveform(16000, batch[0])
+        stream.input_finished()
+        return [np.array(extractor.compute(stream), np.float32)]
+
+    return timed(paths, clock, 1, lambda path: soundfile.read(path, dtype="float32")[0], embed)
+
+
+def timed(paths, clock, batch_size, read, embed) -> Timed:
+    """Runs one of the others: `read` a path, `embed` a list of what it returns, sorted by length if of several."""
+    begun, found = CLOCKS[clock](), {}
+    if batch_size == 1:
+        for path in paths:
+            found[path] = embed([read(path)])[0]
+    else:
+        inputs = sorted(((path, read(path)) for path in paths), key=lambda item: len(item[1]))
+        for start in range(0, len(inputs), batch_size):
+            names, batch = zip(*inputs[start : start + batch_size])
+            found |= zip(names, embed(batch))
     seconds = CLOCKS[clock]() - begun
     return Timed(seconds, np.stack([found[path] for path in paths]))
+
+
+class Other(NamedTuple):
+    """One to compare with: what it needs, how its process begins, how it runs, and whether in batches too."""
+
+    needs: dict[str, str]  # modules, and the packages that have them
+    load: Callable
+    run: Callable
+    batched: bool
+
+
+OTHERS = {
+    "pytorch": Other(
+        {"torch": "torch", "speakerlab": "speakerlab-slim (without its dependencies)"}, load_pytorch, run_pytorch, True
+    ),
+    "onnxruntime": Other(
+        {"onnxruntime": "memo-jax[onnx]", "spox": "memo-jax[onnx]"}, load_onnxruntime, run_onnxruntime, True
+    ),
+    "sherpa_onnx": Other(
+        {"sherpa_onnx": "sherpa-onnx", "spox": "memo-jax[onnx]"}, load_sherpa_onnx, run_sherpa_onnx, False
+    ),
+}
 
 
 # ------------------------------------------------------------------------------------------------- the comparison
@@ -188,7 +288,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def compare(paths: list[str], model: Path, options, threads: int) -> dict:
-    """Runs both sides in turns; the first run of each, in which programs are compiled, does not count."""
+    """Runs all sides in turns; the first run of each, in which programs are compiled, does not count."""
     from memo_jax.audio import audio_seconds
     from memo_jax.features import HOP, SAMPLE_RATE
     from memo_jax.log import progress
@@ -196,12 +296,19 @@ def compare(paths: list[str], model: Path, options, threads: int) -> dict:
     clock, processes = options.clock, multiprocessing.get_context("spawn")
     durations = [audio_seconds(path) for path in paths]
     frames = sum(1 + int(s * SAMPLE_RATE) // HOP for s in durations)
-    ours = ProcessPoolExecutor(1, processes, load_ours, (model,))
+    ours = ProcessPoolExecutor(1, processes, load_ours, (model, options.runtime))
+    pools = [ours]
     sides: dict[str, Callable[[], Timed]] = {"ours": lambda: ours.submit(run_ours, paths, clock).result()}
-    if not options.ours_only:
-        theirs = ProcessPoolExecutor(1, processes, load_theirs, (model, threads))
-        sides["theirs"] = lambda: theirs.submit(run_theirs, paths, clock).result()
-        sides["theirs_batched"] = lambda: theirs.submit(run_theirs, paths, clock, options.batch_size).result()
+
+    def add(name, pool, run, batch_size):
+        sides[name] = lambda: pool.submit(run, paths, clock, batch_size).result()
+
+    for name in options.against:
+        other = OTHERS[name]
+        pools.append(ProcessPoolExecutor(1, processes, other.load, (model, threads)))
+        add(name, pools[-1], other.run, 1)
+        if other.batched:
+            add(f"{name}_batched", pools[-1], other.run, options.batch_size)
     first = {side: run() for side, run in sides.items()}
     taken: dict[str, list[float]] = {side: [] for side in sides}
     rates = []
@@ -215,6 +322,7 @@ def compare(paths: list[str], model: Path, options, threads: int) -> dict:
         "recordings": len(paths),
         "audio_seconds": sum(durations),
         "threads": threads,
+        "runtime": ours.submit(runtime_of_ours).result(),
         "clock": clock,
         "runs": options.runs,
         "first_run_seconds": first["ours"].seconds,
@@ -223,18 +331,18 @@ def compare(paths: list[str], model: Path, options, threads: int) -> dict:
         "matmul_gflops": max(rates) / 1e9,
         "fraction_of_peak": flops / middle["ours"] / max(rates),
     }
-    for side, key in (("theirs", "ratio"), ("theirs_batched", "ratio_batched")):
-        if side in sides:
-            ratios = [a / b for a, b in zip(taken[side], taken["ours"])]
-            results |= {key: median(ratios), f"{key}_spread": [min(ratios), max(ratios)]}
-            results[key.replace("ratio", "min_cosine")] = float(
-                cosines(first[side].embeddings, first["ours"].embeddings).min()
-            )
-    if "theirs" in sides:
-        a, b = first["theirs"].embeddings, first["ours"].embeddings
-        results["max_relative_difference"] = float((np.abs(a - b).max(1) / np.abs(a).max(1)).max())
-    for side in sides:
-        (ours if side == "ours" else theirs).shutdown()
+    b = first["ours"].embeddings
+    for side in list(sides)[1:]:
+        ratios = [other / own for other, own in zip(taken[side], taken["ours"])]
+        a = first[side].embeddings
+        results[side] = {
+            "ratio": median(ratios),
+            "spread": [min(ratios), max(ratios)],
+            "min_cosine": float(cosines(a, b).min()),
+            "max_relative_difference": float((np.abs(a - b).max(1) / np.abs(a).max(1)).max()),
+        }
+    for pool in pools:
+        pool.shutdown()
     return results
 
 
@@ -248,18 +356,20 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=16, help="of theirs, batched (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="default: %(default)s")
-    parser.add_argument("--ours-only", action="store_true", help="without PyTorch")
+    parser.add_argument("--runtime", default="auto", help="of ours: jax or onnx (default: as the command chooses)")
+    parser.add_argument("--against", nargs="*", choices=OTHERS, help="whom to compare with (default: those installed)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    needed = {"torch": "torch", "speakerlab": "speakerlab-slim, without its dependencies"}
-    lacking = [text for name, text in needed.items() if importlib.util.find_spec(name) is None]
-    if lacking and not options.ours_only:
-        print(
-            f"embed.py compares with PyTorch and needs {' and '.join(lacking)}: `make parity` makes an environment, "
-            ".venv-parity, that has them; or measure ours alone with --ours-only",
-            file=sys.stderr,
-        )
+    asked = list(OTHERS) if options.against is None else options.against
+    lacking = {}
+    for name in asked:
+        if packages := [p for module, p in OTHERS[name].needs.items() if importlib.util.find_spec(module) is None]:
+            lacking[name] = " and ".join(sorted(set(packages)))
+    for name, packages in lacking.items():
+        print(f"embed.py: {name} needs {packages}, which is not installed here", file=sys.stderr)
+    if lacking and options.against is not None:
         return 2
+    options.against = [name for name in asked if name not in lacking]
     with tempfile.TemporaryDirectory(prefix="memo-jax-benchmark-") as folder:
         model = Path(folder) / "ecapa.safetensors"
         write_network(model, options.width)

@@ -3,15 +3,15 @@
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
-from memo_jax import features
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.log import progress
 
 SHORTEST_BUCKET = SAMPLE_RATE  # samples
+BUCKET_STEP = 160  # samples; lengths of buckets are multiples of it, the hop of the front ends
 COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
 FINE_GROWTH = 2**0.125  # of those that had enough for FINE_FROM batches: about a twentieth of the frames is padding
 FINE_FROM = 12  # so that what one more program saves in padding outweighs compiling it, some seconds
@@ -22,11 +22,19 @@ LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows wit
 WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
 
 
+@runtime_checkable
+class StreamFunction(Protocol):
+    """A wave function that takes recordings as they are, however long, so that they need no batches."""
+
+    def stream(self, waves: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (key, row float32 [D]) for every (key, int16 wave [L]), as `apply_to_stream`."""
+
+
 def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
     """Returns the padded length, in samples, of an utterance of that length; lengths grow by that factor."""
     length = SHORTEST_BUCKET
     while length < samples:
-        length = -(-int(length * growth) // features.HOP) * features.HOP
+        length = -(-int(length * growth) // BUCKET_STEP) * BUCKET_STEP
     return length
 
 
@@ -67,6 +75,11 @@ def apply_to_stream(
     lengths of which there are many have finer buckets, and those left at the end share a few batches. One longer than
     LONGEST_SECONDS gives the mean of its windows' rows.
     """
+    if isinstance(function, StreamFunction):
+        yield from function.stream(waves)
+        return
+    import jax  # only here: what onnxruntime runs does not wait for it
+
     seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
     waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
     unfinished: dict[int, list[np.ndarray]] = {}

@@ -2,14 +2,11 @@
 
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from memo_jax import features
 from memo_jax.audio import as_audio, check_speech, read_excerpt
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
@@ -21,9 +18,11 @@ from memo_jax.inference.model_file import (
     ModelFileError,
     check_finite,
     check_threshold,
+    is_never_known,
     read_decision,
     read_model,
 )
+from memo_jax.inference.runtime import cached_graph, chosen_runtime, computes_in_float32, onnx_function
 from memo_jax.scoring.metrics import unit_norm
 
 MIN_SECONDS = 0.5  # shorter recordings are refused: they say too little about a voice
@@ -73,10 +72,13 @@ class Embedder:
       gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
       channel: of recordings with several: "mean", or a number from 1.
       calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
+      runtime: what runs the network: "jax", "onnx" for onnxruntime, which needs the extra `onnx`, or "auto":
+        onnxruntime where it is installed and JAX has nothing but the CPU. The embeddings agree to 1e-4 of their norm.
 
     Attributes:
       model: network, weights, provenance.
-      apply: the compiled function below: int16 waves [N, L] at 16 kHz, zeros after lengths [N] → embeddings [N, D].
+      runtime: "jax" or "onnx".
+      apply: the function below: int16 waves [N, L] at 16 kHz, zeros after lengths [N] → embeddings [N, D].
       gallery: the people enrolled.
       threshold: cosine score from which two recordings count as the same speaker; may be set.
       threshold_source: where the threshold comes from, for people.
@@ -89,14 +91,18 @@ class Embedder:
         model: Model,
         gallery: str | os.PathLike | None = None,
         channel: str | int = "mean",
+        runtime: str = "auto",
         calibration: str | os.PathLike | None = None,
     ):
         self.model = model
+        self.runtime = chosen_runtime(runtime)
+        if runtime == "auto" and not computes_in_float32(model):
+            self.runtime = "jax"
         self.channel = channel
         self.decision = model.decision if calibration is None else read_decision(calibration, model.fingerprint)
         self.threshold = DEFAULT_THRESHOLD if self.decision is None else self.decision.threshold
         self.threshold_source = UNTUNED if self.decision is None else self.decision.source
-        self.apply = model.function
+        self.apply = onnx_function(model) if self.runtime == "onnx" else model.function
         self._gallery_path = gallery
         if gallery is not None and os.path.exists(gallery):
             self.gallery = Gallery.load(gallery, self.fingerprint, self.dimension)
@@ -113,6 +119,7 @@ class Embedder:
         step: int | None = None,
         gallery: str | os.PathLike | None = None,
         channel: str | int = "mean",
+        runtime: str = "auto",
         calibration: str | os.PathLike | None = None,
     ) -> "Embedder":
         """Loads a network: that of the package, a training workdir, a model file, an exported program, or the Hub.
@@ -126,14 +133,19 @@ class Embedder:
           gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
           channel: of recordings with several: "mean", or a number from 1.
           calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
+          runtime: what runs the network: "auto", "jax" or "onnx"; see the class.
 
         Raises:
           FileNotFoundError: nothing there, or a workdir without checkpoints.
           ModelFileError: (a ValueError) a file that is not a model, or is damaged.
           ValueError: no such branch, weights that are not finite, a gallery of another model, or a branch, role or step
             given with a file.
+          ImportError: an extra that is needed is not installed.
         """
-        return cls(load_model(path, branch=branch, role=role, step=step), gallery, channel, calibration)
+        onnx = chosen_runtime(runtime) == "onnx"
+        is_known = (lambda fingerprint: cached_graph(fingerprint) is not None) if onnx else is_never_known
+        model = load_model(path, branch=branch, role=role, step=step, is_known=is_known)
+        return cls(model, gallery, channel, runtime, calibration)
 
     @property
     def fingerprint(self) -> str:
@@ -266,14 +278,18 @@ def load_model(
     branch: str | None = None,
     role: str | None = None,
     step: int | None = None,
+    is_known: Callable[[str], bool] = is_never_known,
 ) -> Model:
-    """Returns the network of a workdir, a file, the Hub or the package; arguments and errors as `Embedder.load`."""
+    """Returns the network of a workdir, a file, the Hub or the package.
+
+    Arguments and errors as those of `Embedder.load`; `is_known` as that of `read_model`.
+    """
     given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
     path = DEFAULT_MODEL if path is None else path
     if is_hub_name(path):
         if given:
             raise ValueError(f"{path} has a single network: --{given[0]} is for workdirs")
-        return read_hub_model(path)
+        return read_hub_model(path, is_known)
     path = as_path(path)
     check_bucket(path)
     if in_bucket(path) or os.path.isdir(path):
@@ -293,17 +309,10 @@ def load_model(
         from memo_jax.inference.export import read_program
 
         return read_program(path)
-    return read_model(path)
+    return read_model(path, is_known)
 
 
 def check_embedding(name: str, embedding: np.ndarray) -> None:
     """Raises ValueError, naming the recording, if the network gave an embedding [D] that is not finite."""
     if not np.isfinite(embedding).all():
         raise ValueError(f"{name}: its embedding is not finite: the network overflows or is damaged")
-
-
-@jax.jit
-def log_mel_statistics(waves: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Returns mean and standard deviation over time of the log-mel frames, [N, 2F]: the channel baseline."""
-    mel = features.mel_power(waves.astype(jnp.float32) / 32768, lengths)
-    return features.log_mel_statistics(mel, features.frame_count(lengths))

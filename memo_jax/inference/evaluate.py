@@ -14,9 +14,10 @@ from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances
 from memo_jax.files import as_path, check_writable, in_bucket, write_text
 from memo_jax.inference.batches import apply_to_recordings
-from memo_jax.inference.embedder import check_embedding, load_model, log_mel_statistics
+from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
-from memo_jax.inference.model_file import Decision, Model, embedding_function, write_decision
+from memo_jax.inference.model_file import Decision, Model, write_decision
+from memo_jax.inference.network import embedding_function, log_mel_statistics
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration

@@ -8,13 +8,13 @@ program that uses it.
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import memo_jax
 from memo_jax.files import one_line
-from memo_jax.inference.model_file import Model, header_text, read_model, write_model
+from memo_jax.inference.model_file import Model, header_text, is_never_known, read_model, write_model
 
 PREFIX = "hf:"
 MODEL, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
@@ -34,11 +34,12 @@ def parse_hub_name(name: str | os.PathLike) -> tuple[str, str | None]:
     return match["repository"], match["revision"]
 
 
-def read_hub_model(name: str | os.PathLike) -> Model:
+def read_hub_model(name: str | os.PathLike, is_known: Callable[[str], bool] = is_never_known) -> Model:
     """Returns the model of a repository; it is downloaded unless this revision is in the cache.
 
     Args:
       name: "hf:org/name", or "hf:org/name@revision" with a branch, a tag or a commit.
+      is_known: as that of `read_model`.
 
     Raises:
       ImportError: the extra `hub` is not installed.
@@ -53,7 +54,7 @@ def read_hub_model(name: str | os.PathLike) -> Model:
         )
     except Exception as error:  # its own, or one of its HTTP library, which differs between its versions
         raise OSError(f"{os.fspath(name)}: cannot be downloaded: {one_line(error)}") from error
-    return read_model(path)
+    return read_model(path, is_known)
 
 
 def push(

@@ -6,6 +6,8 @@ The file's metadata has one entry, "memo_jax": JSON with `format`, `backbone`, `
 a file is read, so any damage that would change a result is noticed. Reading a model file runs none of its content.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import functools
@@ -15,17 +17,17 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import flax.errors
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.files import one_line, replacing, write_text
-from memo_jax.models import BACKBONES, EXECUTION_FIELDS, build_backbone
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    import jax
+
+# JAX, Flax and the networks are imported where they are needed: a model that onnxruntime runs is read without them.
 
 FORMAT = 2
 METADATA_KEY = "memo_jax"
@@ -137,15 +139,20 @@ class Model:
     @functools.cached_property
     def module(self) -> nn.Module:
         """The backbone: `module.apply(variables, x, lengths)` maps its input [N, T, 80] to embeddings [N, D]."""
+        from memo_jax.models import build_backbone
+
         return build_backbone(self.backbone, **self.arguments)
 
     @property
     def dimension(self) -> int:
         """D, the length of an embedding."""
-        return self.module.embedding_dim
+        stated = self.arguments.get("embedding_dim")
+        return self.module.embedding_dim if stated is None else stated
 
     def embed_waves(self, waves: jax.Array, lengths: jax.Array) -> jax.Array:
         """Waves float [N, L] in [-1, 1] at 16 kHz, zeros after lengths [N] → embeddings [N, D]; can be traced."""
+        from memo_jax.inference.network import embed_waves
+
         return embed_waves(self.module, self.front_end, self.variables, waves, lengths)
 
     @functools.cached_property
@@ -154,6 +161,10 @@ class Model:
 
         It raises ModelFileError if the variables are not those that the backbone needs.
         """
+        import flax.errors
+
+        from memo_jax.inference.network import embedding_function
+
         apply = embedding_function(self.module, self.variables, self.front_end)
 
         def function(waves, lengths):
@@ -181,28 +192,10 @@ class Model:
         return digest.hexdigest()[:32]
 
 
-def embed_waves(backbone: nn.Module, front_end: str, variables, waves: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Waves float [N, L] in [-1, 1] → embeddings [N, D] in evaluation mode; can be traced."""
-    x, frames = FRONT_ENDS[front_end](waves, lengths)
-    return backbone.apply(variables, x, frames)
-
-
-# A function of the module, so that every evaluation of a training run reuses what the first one compiled.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _embed_integers(backbone, front_end, variables, waves, lengths):
-    return embed_waves(backbone, front_end, variables, waves.astype(jnp.float32) / 32768, lengths)
-
-
-def embedding_function(
-    backbone: nn.Module, variables, front_end: str = "log_mel"
-) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
-    """Returns the compiled function from int16 waves [N, L], lengths [N] to embeddings [N, D] in evaluation mode."""
-    variables = jax.device_put(variables)  # only once: NumPy arrays would be copied to the device in every call
-    return functools.partial(_embed_integers, backbone, front_end, variables)
-
-
 def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **fields) -> Model:
     """Returns the model of a backbone given as a module; `fields` are the other attributes of `Model`."""
+    from memo_jax.models import BACKBONES, EXECUTION_FIELDS
+
     name = next(name for name, kind in BACKBONES.items() if type(backbone) is kind)
     arguments = {
         field.name: getattr(backbone, field.name)
@@ -216,6 +209,8 @@ def _argument(value):
     """An argument of a backbone as JSON can hold it; array types by name."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_argument, value))
+    import jax.numpy as jnp
+
     return value if isinstance(value, (bool, int, float, str, type(None))) else jnp.dtype(value).name
 
 
@@ -236,6 +231,8 @@ def write_model(path: str | os.PathLike, model: Model, weights: str = "float32")
     if weights not in WEIGHTS:
         raise ValueError(f"weights {weights!r}: choose {' or '.join(WEIGHTS)}")
     if weights == "float16":
+        import jax
+
         rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), model.variables)
         model = dataclasses.replace(model, variables=rounded)
     check_model(model)
@@ -297,8 +294,18 @@ def _checksum(header) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_model(path: str | os.PathLike) -> Model:
+def is_never_known(fingerprint: str) -> bool:
+    """What `read_model` asks by default: no model has been checked before."""
+    return False
+
+
+def read_model(path: str | os.PathLike, is_known: Callable[[str], bool] = is_never_known) -> Model:
     """Reads a model file that `write_model` wrote.
+
+    Args:
+      path: of the file.
+      is_known: tells of a fingerprint whether a model with it has been checked before. Such a model is read without
+        building its network, which needs JAX.
 
     Raises:
       FileNotFoundError: no such file.
@@ -316,7 +323,9 @@ def read_model(path: str | os.PathLike) -> Model:
                 f"{path} has tensors but no description of a network: turn weights of another toolkit into a model "
                 "file with `memo-jax convert`"
             )
-        return described_model(parsed_header(text), {name: file.get_tensor(name) for name in file.keys()})
+        header = parsed_header(text)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return described_model(header, tensors, checked=is_known(header["fingerprint"]))
 
 
 @contextlib.contextmanager
@@ -330,17 +339,23 @@ def damage_named(path: str | os.PathLike, kind: str) -> Iterator[None]:
         raise ModelFileError(f"{path}: not {kind}, or damaged ({one_line(error)})") from error
 
 
-def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Model:
+def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], checked: bool = False) -> Model:
     """Returns the model of a description (`parsed_header`) and its tensors {"params/…/kernel": array}.
+
+    `checked` says that a model with this fingerprint has passed all checks before: enough that it is the same.
 
     Raises:
       ValueError: an unknown backbone, front end or argument, tensors that are not those that were described, or weights
         that are not finite. KeyError, TypeError, …: something else.
     """
-    if header["backbone"] not in BACKBONES or header["front_end"] not in FRONT_ENDS:
-        raise ValueError(f"this version of memo-jax has no {header['backbone']} with {header['front_end']}")
     arguments = {key: _tuples(value) for key, value in header["arguments"].items()}
-    _check_arguments(header["backbone"], arguments)
+    if not checked:
+        from memo_jax.features import FRONT_ENDS
+        from memo_jax.models import BACKBONES
+
+        if header["backbone"] not in BACKBONES or header["front_end"] not in FRONT_ENDS:
+            raise ValueError(f"this version of memo-jax has no {header['backbone']} with {header['front_end']}")
+        _check_arguments(header["backbone"], arguments)
     variables: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *parents, leaf = name.split("/")
@@ -354,12 +369,15 @@ def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
     # The variables were checked against the network when they were written: enough that they are still the same.
     if model.fingerprint != header["fingerprint"]:
         raise ValueError("its weights are not those that were written")
-    check_finite(model)
+    if not checked:
+        check_finite(model)
     return model
 
 
 def _check_arguments(backbone, arguments) -> None:
     """Raises ValueError for arguments that no program of ours has written: a network of them could be without end."""
+    from memo_jax.models import BACKBONES, EXECUTION_FIELDS
+
     defaults = {field.name: field.default for field in dataclasses.fields(BACKBONES[backbone])}
     for name, value in arguments.items():
         like = defaults.get(name, dataclasses.MISSING) if name not in EXECUTION_FIELDS else dataclasses.MISSING
@@ -377,6 +395,11 @@ def _check_arguments(backbone, arguments) -> None:
 
 def check_model(model: Model) -> None:
     """Raises ValueError, naming the tensor, unless the variables are those that the backbone needs, and finite."""
+    import jax
+    import jax.numpy as jnp
+
+    from memo_jax.features import FRONT_ENDS, MEL_BINS
+
     if model.front_end not in FRONT_ENDS:
         raise ValueError(f"unknown front end {model.front_end!r}: choose one of {', '.join(FRONT_ENDS)}")
     shapes = jax.eval_shape(model.module.init, jax.random.key(0), jax.ShapeDtypeStruct((2, 200, MEL_BINS), jnp.float32))
@@ -400,9 +423,14 @@ def check_finite(model: Model) -> None:
 
 
 def flattened(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"params/…/kernel": leaf} of nested variables."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    """Returns {"params/…/kernel": leaf} of nested variables, in the order of their names at every level."""
+    found = {}
+    for name, value in sorted(variables.items()):
+        if isinstance(value, Mapping):
+            found |= {f"{name}/{inner}": leaf for inner, leaf in flattened(value).items()}
+        else:
+            found[name] = value
+    return found
 
 
 def _json_ready(arguments):

@@ -16,7 +16,8 @@ import numpy as np
 import memo_jax
 from memo_jax.features import FRONT_ENDS, SAMPLE_RATE
 from memo_jax.files import replacing
-from memo_jax.inference.model_file import Model, embed_waves
+from memo_jax.inference.model_file import Model, ModelFileError, check_model
+from memo_jax.inference.network import embed_waves
 
 INPUTS = ("waveform", "feats")
 WEIGHTS = ("float32", "float16", "int8")
@@ -82,6 +83,36 @@ def write_onnx(
 
 def onnx_bytes(model: Model, inputs: str, weights: str, metadata: dict[str, str]) -> bytes:
     """Returns the content of an ONNX file, checked; arguments as those of `write_onnx`."""
+    graph = _graph(model, inputs)
+    if weights == "float16":
+        _keep_as_float16(graph)
+    elif weights == "int8":
+        graph = _quantized(graph, keep=_front_end_nodes(graph) if inputs == "waveform" else [])
+    import onnx
+
+    graph.producer_name, graph.producer_version = "memo_jax", memo_jax.__version__
+    onnx.helper.set_model_props(graph, described(model) | metadata)
+    content = graph.SerializeToString()
+    check_against_jax(model, content, inputs, tolerance=TOLERANCE if weights == "float32" else np.inf)
+    return content
+
+
+def waveform_graph(model: Model) -> bytes:
+    """Returns a float32 network with `waveform` as its input, checked by itself but not against JAX.
+
+    Raises:
+      ImportError: the extra `onnx` is not installed.
+      ModelFileError: (a ValueError) the variables are not those that the backbone needs.
+    """
+    try:
+        check_model(model)
+    except ValueError as error:
+        raise ModelFileError(f"the model's tensors are not those of a {model.backbone}: {error}") from error
+    return _graph(model, "waveform").SerializeToString()
+
+
+def _graph(model, inputs):
+    """Returns the float32 network as an ONNX graph."""
     try:
         import onnx
         import spox
@@ -95,15 +126,7 @@ def onnx_bytes(model: Model, inputs: str, weights: str, metadata: dict[str, str]
     graph = spox.build({inputs: given}, {"embs": embeddings})
     onnx.checker.check_model(graph, full_check=True)
     _move_constants_to_initializers(graph)
-    if weights == "float16":
-        _keep_as_float16(graph)
-    elif weights == "int8":
-        graph = _quantized(graph, keep=_front_end_nodes(graph) if inputs == "waveform" else [])
-    graph.producer_name, graph.producer_version = "memo_jax", memo_jax.__version__
-    onnx.helper.set_model_props(graph, described(model) | metadata)
-    content = graph.SerializeToString()
-    check_against_jax(model, content, inputs, tolerance=TOLERANCE if weights == "float32" else np.inf)
-    return content
+    return graph
 
 
 def described(model: Model) -> dict[str, str]:

@@ -86,19 +86,23 @@ def test_load_compares_with_pytorch():
 EMBED = ("--width=16", "--utterances=3", "--seconds=1", "--runs=2", "--json")
 
 
-def test_embed_ours_only():
-    results = printed_json(run("embed.py", "--ours-only", *EMBED))
+@pytest.mark.skipif(importlib.util.find_spec("spox") is None, reason="needs the extra onnx")
+def test_embed_compares_with_onnxruntime():
+    results = printed_json(run("embed.py", *EMBED, "--against=onnxruntime"))
     assert results["recordings"] == 3 and len(results["seconds"]["ours"]) == 2
     assert results["audio_seconds_per_second"]["ours"] > 0 and 0 < results["fraction_of_peak"] < 1
-    assert "ratio" not in results
+    alone, batched = results["onnxruntime"], results["onnxruntime_batched"]
+    assert alone["max_relative_difference"] < 1e-4 < batched["max_relative_difference"]  # padding changes embeddings
+    assert alone["spread"][0] <= alone["ratio"] <= alone["spread"][1]
+    assert "pytorch" not in results
 
 
 def test_embed_says_what_to_install_where_the_networks_are_missing():
     if importlib.util.find_spec("speakerlab"):
         pytest.skip("they are there")
-    done = run("embed.py", *EMBED)
+    done = run("embed.py", *EMBED, "--against=pytorch")
     assert done.returncode == 2 and done.stdout == ""
-    assert "speakerlab-slim" in done.stderr and "--ours-only" in done.stderr
+    assert "speakerlab-slim" in done.stderr
 
 
 SMALLEST = (

@@ -10,8 +10,7 @@ import pytest
 from memo_jax import features
 from memo_jax.inference import batches
 from memo_jax.inference.batches import COARSE_GROWTH, apply_to_recordings, apply_to_stream, bucket_length
-from memo_jax.inference.embedder import log_mel_statistics
-from memo_jax.inference.model_file import embedding_function
+from memo_jax.inference.network import embedding_function, log_mel_statistics
 from memo_jax.models import build_backbone
 
 RATE = features.SAMPLE_RATE

@@ -140,8 +140,10 @@ def test_tensors_of_another_network_are_one_line_when_it_is_used(arguments, said
     path = tmp_path / "a.safetensors"
     save_file(flattened(model.variables), path, {"memo_jax": header_text(other)})
     recording = tiny.material().corpus / "s0" / "0.wav"
-    status, text = tiny.here("verify", recording, recording, "--model", path)
+    status, text = tiny.here("verify", recording, recording, "--model", path, "--runtime=jax")
     assert status == 2 and re.search(said, text) and text.count("\n") == 1, text
+    status, text = tiny.here("verify", recording, recording, "--model", path, "--runtime=auto")
+    assert status == 2 and "the model's tensors are not those of a resnet" in text and text.count("\n") == 1, text
 
 
 def test_half_the_size_is_another_model_that_reads_back_as_written(tmp_path):
