@@ -107,6 +107,24 @@ def run_prepare(options) -> int:
     return 0
 
 
+def run_trials(options) -> None:
+    """memo-jax trials."""
+    check_writable(options.output)
+    from memo_jax.data.trial_lists import trials_of, trials_text
+
+    report = trials_of(
+        options.input,
+        options.output,
+        targets=options.targets,
+        nontargets=options.nontargets,
+        genders=options.same_gender,
+        same_session=options.same_session,
+        seed=options.seed,
+        form=options.form,
+    )
+    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else trials_text(report))
+
+
 def run_init_config(options) -> None:
     """memo-jax init-config."""
     from memo_jax.config_template import write_config
@@ -432,6 +450,7 @@ def keep_freed_memory() -> None:
 
 RUN = {
     "prepare": run_prepare,
+    "trials": run_trials,
     "init-config": run_init_config,
     "train": run_train,
     "reproduce": run_reproduce,

@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     shared = shared_options()
     for add in (
         add_prepare,
+        add_trials,
         add_init_config,
         add_train,
         add_reproduce,
@@ -186,6 +187,40 @@ def add_prepare(command: Command, shared: SimpleNamespace) -> None:
         "--check", type=Path, metavar="DATASET", help="instead: read all of this dataset and verify its contents"
     )
     added.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
+
+def add_trials(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax trials."""
+    added = command("trials", "make a trial list of labelled recordings", shared.as_json)
+    added.add_argument("input", type=Path, metavar="DATASET", help="a dataset, or a folder or archive as for prepare")
+    added.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="where the list goes")
+    added.add_argument(
+        "--targets",
+        type=positive,
+        metavar="N",
+        help="trials of one speaker, shared out evenly (default: up to 10 of each speaker)",
+    )
+    added.add_argument(
+        "--nontargets", type=positive, metavar="N", help="trials of different speakers (default: as many as targets)"
+    )
+    added.add_argument(
+        "--same-gender",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker gender`; nontarget trials are then within a gender",
+    )
+    added.add_argument(
+        "--same-session",
+        action="store_true",
+        help="allow target trials within a session: a folder between the speaker's and the recording",
+    )
+    added.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    added.add_argument(
+        "--form",
+        choices=("voxceleb", "kaldi"),
+        default="voxceleb",
+        help="`1 enrol test` or `enrol test target` (default: %(default)s)",
+    )
 
 
 def add_init_config(command: Command, shared: SimpleNamespace) -> None:
@@ -515,6 +550,13 @@ def cosine(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
     return value
+
+
+def positive(text: str) -> int:
+    """Returns a number from 1 of the command line; argparse reports the error."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
 
 
 def probability(text: str) -> float:
