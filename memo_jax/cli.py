@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interrupts.handled():
             check_paths(options)
-            return RUN[options.command](options) or 0
+            with device_of(options):
+                return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
         if arguments is None and interrupts.requested():
             interrupts.end()  # a process of its own, which need not wait for threads that compile
@@ -49,6 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
         if status is None:
             raise
         return status
+
+
+def device_of(options):
+    """Returns a context in which a command runs on the device that its options name."""
+    name = getattr(options, "device", None)
+    if name is None:
+        return contextlib.nullcontext()
+    from memo_jax.xla.devices import on_device
+
+    if getattr(options, "runtime", None) == "onnx" and not name.startswith("cpu"):
+        raise ValueError(f"--runtime onnx computes on the CPU: leave it out, or --device {name}")
+    if getattr(options, "distributed", False) or getattr(options, "coordinator", None):
+        raise ValueError("--device is for a single process: where several train, each has its own devices")
+    return on_device(name)
 
 
 def report_error(error: BaseException) -> int | None:

@@ -59,6 +59,13 @@ def shared_options() -> SimpleNamespace:
 
     as_json = options()
     as_json.add_argument("--json", action="store_true", help="print JSON instead of text")
+    device = options()
+    device.add_argument(
+        "--device",
+        type=device_choice,
+        metavar="NAME",
+        help="what computes: cpu, gpu, tpu, or one of several, such as cuda:1 (default: the fastest kind there is)",
+    )
     network = options()
     network.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
     network.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
@@ -68,7 +75,7 @@ def shared_options() -> SimpleNamespace:
         metavar="N",
         help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
     )
-    model = options(network, as_json)
+    model = options(network, device, as_json)
     model.add_argument(
         "--model",
         type=Path,
@@ -151,6 +158,7 @@ def shared_options() -> SimpleNamespace:
     )
     return SimpleNamespace(
         as_json=as_json,
+        device=device,
         network=network,
         model=model,
         threshold=threshold,
@@ -238,7 +246,7 @@ def add_init_config(command: Command, shared: SimpleNamespace) -> None:
 
 def add_train(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax train."""
-    added = command("train", "train a new run, or resume the run in a workdir", shared.config)
+    added = command("train", "train a new run, or resume the run in a workdir", shared.config, shared.device)
     added.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
@@ -295,6 +303,7 @@ def add_eval(command: Command, shared: SimpleNamespace) -> None:
         "eval",
         "score a trial list with a trained network",
         shared.network,
+        shared.device,
         shared.as_json,
         shared.trials,
         shared.replicates,
@@ -408,7 +417,7 @@ def add_identify(command: Command, shared: SimpleNamespace) -> None:
 
 def add_report(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax report."""
-    added = command("report", "write an HTML page about a training run")
+    added = command("report", "write an HTML page about a training run", shared.device)
     added.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
     added.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
     added.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
@@ -550,6 +559,16 @@ def cosine(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
     return value
+
+
+def device_choice(text: str) -> str:
+    """Returns the name of a device of the command line; argparse reports the error."""
+    from memo_jax.xla.devices import check_device_name
+
+    try:
+        return check_device_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

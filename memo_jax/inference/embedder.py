@@ -147,6 +147,19 @@ class Embedder:
         model = load_model(path, branch=branch, role=role, step=step, is_known=is_known)
         return cls(model, gallery, channel, runtime, calibration)
 
+    def __repr__(self) -> str:
+        front_end = f"front end {self.model.front_end}, {self.model.backbone}, {self.dimension} numbers"
+        return f"<Embedder: {self.model.name} ({self.fingerprint[:8]}…): {front_end}, {self.runtime} on {self.device}>"
+
+    @property
+    def device(self) -> str:
+        """What computes: "cpu:0", "cuda:1"."""
+        if self.runtime == "onnx":
+            return "cpu:0"
+        from memo_jax.xla.devices import device_name
+
+        return device_name()
+
     @property
     def fingerprint(self) -> str:
         """The model's: embeddings can only be compared if their models have the same fingerprint."""

@@ -235,7 +235,7 @@ def evaluate(
         "trials": len(evaluation.trials),
         "recordings": len(evaluation.rows),
         "self_trials": int(evaluation.trials.self_tests.sum()),
-        "network": network_name(network),
+        "network": network.name,
         "fingerprint": network.fingerprint,
         "model": str(as_path(model)),
         **{key: network.provenance.get(key) for key in ("branch", "role", "step")},
@@ -296,14 +296,6 @@ def tuned_decision(scores, target, criterion: str, trials) -> Decision:
         f"{Path(trials).name}"
     )
     return Decision(point.threshold, fitted.scale, fitted.offset, text)
-
-
-def network_name(model: Model) -> str:
-    """Returns what to call a network in tables: "ecapa teacher, step 600", or its backbone."""
-    known = model.provenance
-    if {"branch", "role", "step"} <= known.keys():
-        return f"{known['branch']} {known['role']}, step {known['step']}"
-    return str(known.get("name", "network"))
 
 
 def evaluation_text(results: dict) -> str:

@@ -144,6 +144,14 @@ class Model:
         return build_backbone(self.backbone, **self.arguments)
 
     @property
+    def name(self) -> str:
+        """What to call the network in tables: "ecapa teacher, step 600", or the name that it was given."""
+        known = self.provenance
+        if {"branch", "role", "step"} <= known.keys():
+            return f"{known['branch']} {known['role']}, step {known['step']}"
+        return str(known.get("name", "network"))
+
+    @property
     def dimension(self) -> int:
         """D, the length of an embedding."""
         stated = self.arguments.get("embedding_dim")
