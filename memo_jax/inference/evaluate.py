@@ -16,7 +16,7 @@ from memo_jax.files import as_path, check_writable, in_bucket, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
-from memo_jax.inference.model_file import Decision, Model, write_decision
+from memo_jax.inference.model_file import Decision, write_decision
 from memo_jax.inference.network import embedding_function, log_mel_statistics
 from memo_jax.log import plural
 from memo_jax.scoring import metrics

@@ -62,8 +62,6 @@ def device_names() -> list[str]:
 
 def device_name(device=None) -> str:
     """Returns the name of a device of JAX, by default of the one that it computes on."""
-    import jax
-
     device = device or chosen_devices()[0]
     maker = re.match(r"(cuda|rocm)\b", str(device))
     return f"{maker[1] if maker else device.platform}:{device.id}"
