@@ -26,10 +26,12 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
     """Runs a config file and applies overrides.
 
     The file defines `get_config()` (or `get_config(arg)`, given as "file.py:arg"). It may import the files beside it by
-    name: `import base` in configs/demo.py always means configs/base.py, even if another module has that name.
+    name: `import base` in configs/demo.py always means configs/base.py, even if another module has that name. If there
+    is no such file beside it, the packaged config of that name is imported.
 
     Args:
-        path: the config file, absolute or relative to the current folder.
+        path: the config file, absolute or relative to the current folder, or the bare name of a packaged config,
+            such as "small" (`packaged_configs`).
         overrides: texts like "--config.optim.lr=0.1", in the order to apply them. A value is read as the type it
             replaces: int, float (an int will do), bool (true, false, 1, 0), str (taken literally), tuple or list
             ("1,2" or "(1, 2)", with elements of the types replaced). A placeholder of ml_collections also takes "None".
@@ -53,6 +55,13 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
             except config_dict.RequiredValueError:
                 raise ValueError(f"{path}: config.{key} has no value; give one: --config.{key}=…") from None
     return config.lock()
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Returns {name: file} of the configs that come with the package, sorted: those of the repository's configs/."""
+    package = Path(__file__).parent
+    installed, cloned = package / "configs", package.parent / "configs"  # of a wheel; of a clone or editable install
+    return {file.stem: file for file in sorted((installed if installed.is_dir() else cloned).glob("*.py"))}
 
 
 def with_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
@@ -150,7 +159,12 @@ def _file_and_argument(text: str) -> tuple[Path, str | None]:
     path, argument = Path(text), None
     if not path.is_file() and ":" in text:
         path, argument = Path(text.rpartition(":")[0]), text.rpartition(":")[2]
+    packaged = packaged_configs()
     if not path.is_file():
+        path = packaged.get(str(path), path)
+    if not path.is_file():
+        if path.parent == Path() and not path.suffix:
+            raise FileNotFoundError(f"no packaged config is called {path}; there is {', '.join(packaged)}")
         others = sorted(str(other) for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(str(path), others, 1, 0.5) or others[:10]
         there_is = f"; there is {', '.join(nearest)}" if nearest else ""
@@ -161,7 +175,7 @@ def _file_and_argument(text: str) -> tuple[Path, str | None]:
 def _run_get_config(path: Path, argument: str | None) -> ConfigDict:
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
-    with _importable(path.parent):
+    with _importable(path.parent, *{file.parent for file in packaged_configs().values()} - {path.parent}):
         try:
             exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         except Exception as error:
@@ -179,17 +193,18 @@ def _run_get_config(path: Path, argument: str | None) -> ConfigDict:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Lets `import base` find base.py in `folder`, then forgets it: another folder may have its own base.py."""
-    names = {file.stem for file in folder.glob("*.py")}
+def _importable(*folders: Path) -> Iterator[None]:
+    """Lets `import base` find base.py in the first folder that has it, then forgets it again."""
+    names = {file.stem for folder in folders for file in folder.glob("*.py")}
     hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
     write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing is left in the user's folder
-    sys.path.insert(0, str(folder))
+    sys.path[:0] = map(str, folders)
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        for folder in folders:
+            sys.path.remove(str(folder))
         sys.dont_write_bytecode = write_bytecode
         for name in names & sys.modules.keys():
             del sys.modules[name]

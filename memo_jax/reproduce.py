@@ -41,7 +41,7 @@ def reproduce(
 
     Raises:
       FileNotFoundError: `run` is not a workdir.
-      ValueError: it has logged no step, `output` is `run`, or an override changes what is learned.
+      ValueError: it has logged no step or was extended, `output` is `run`, or an override changes what is learned.
     """
     check_local(run)
     check_local(output)
@@ -54,6 +54,12 @@ def reproduce(
     old = read_metrics(run)
     if not old or old[-1]["step"] < 1:
         raise ValueError(f"{run} has logged no step yet, so there is nothing to compare with")
+    for start in (read_run(run) or {"starts": []})["starts"]:
+        if "extended_from" in start:
+            raise ValueError(
+                f"{run} was extended from {start['extended_from']} to {start['total_steps']} steps before step "
+                f"{start['first_step']}, where its schedules changed: no config makes such a run again from the start"
+            )
     again = configs.with_overrides(config, overrides)
     learnt = [line for line in configs.config_differences(config, again) if not line.startswith(MOVABLE)]
     if learnt:

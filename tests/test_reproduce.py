@@ -147,12 +147,12 @@ def test_a_run_keeps_what_it_was_made_with(run):
 
 def test_every_start_is_kept_unless_the_run_begins_anew(tmp_path):
     for begin, end in ((0, 3), (3, None), (3, 8)):
-        record = RunRecord(tmp_path, seed=1, data={}, begin=begin)
+        record = RunRecord(tmp_path, seed=1, data={}, begin=begin, total=9)
         if end:
             record.end(end)
     starts = read_run(tmp_path)["starts"]
     assert [(start["first_step"], start.get("last_step")) for start in starts] == [(1, 3), (4, None), (4, 8)]
-    RunRecord(tmp_path, seed=1, data={}, begin=0)
+    RunRecord(tmp_path, seed=1, data={}, begin=0, total=9)
     assert len(read_run(tmp_path)["starts"]) == 1
-    RunRecord(tmp_path / "other", seed=1, data={}, begin=0, active=False).end(3)
+    RunRecord(tmp_path / "other", seed=1, data={}, begin=0, total=9, active=False).end(3)
     assert not (tmp_path / "other").exists() and read_run(tmp_path / "other") is None

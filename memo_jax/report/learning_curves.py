@@ -47,8 +47,13 @@ class Panel(NamedTuple):
 
 
 EER = Panel(r"eer/.+", "Equal error rate", "percent of trials, lower is better")
+COSTS = tuple(
+    Panel(rf"min_dcf_{prior}/.+", f"minDCF at a prior of {prior}", "detection cost; 1: no better than accepting nobody")
+    for prior in (0.01, 0.05)
+)
 PANELS = (
     EER,
+    *COSTS,
     Panel(r"loss/(self|cross)/.+", "Distillation loss", "cross-entropy to the teacher, nats"),
     Panel(r"loss/contrastive/.+|gate/loss", "Contrastive loss", "NT-Xent times its weight, nats", True),
     Panel(r"alignment/.+|gate/alignment", "Do both losses agree?", "cosine of their gradients at the embedding", True),
@@ -220,7 +225,7 @@ def _identity(name: str) -> tuple[str, str]:
 
 def _branches(series) -> list[str]:
     """Branch names, which get the same colour in every panel, in order of appearance."""
-    named = (_identity(name)[0] for name in series if not name.startswith(("eer/", "gate/")))
+    named = (_identity(name)[0] for name in series if not name.startswith(("eer/", "min_dcf_", "gate/")))
     return list(dict.fromkeys(branch.split("-")[0] for branch in named if branch))
 
 
@@ -255,7 +260,7 @@ def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str]
     # limits around the running means, so that single outliers do not flatten everything else
     low, high = np.concatenate(shown).min(), np.concatenate(shown).max()
     pad = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
-    ax.set_ylim(0 if panel is EER else low - pad, high + pad)
+    ax.set_ylim(0 if panel in (EER, *COSTS) else low - pad, high + pad)
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.8g}"))
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))

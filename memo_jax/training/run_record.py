@@ -88,7 +88,7 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
         if text is None:
             return None
         run = json.loads(text)
-        run["starts"][0]["versions"]
+        run["starts"][0]["versions"], run["starts"][-1]["total_steps"]
         return run
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to go on without it") from None
@@ -97,11 +97,17 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
 class RunRecord:
     """Writes `<workdir>/run.json`: the run's seed and data, and of each start step, command, versions and hardware.
 
+    `total_steps` is the length of the run as of a start. If it differs from that of the start before, the run was
+    extended, and `extended_from` is the earlier length: from there on, the schedules span the new length.
+
     A start's `last_step`, `seconds` and `cpu_seconds` are added when it ends; a start that was killed lacks them.
     With `active=False` (every process but the first) nothing is written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, seed: int, data: dict, begin: int, active: bool = True):
+    def __init__(
+        self, workdir: str | os.PathLike, *, seed: int, data: dict, begin: int, total: int, active: bool = True
+    ):
+        self.extended_from: int | None = None
         self._path, self._active = as_path(workdir) / RUN_FILE, active
         self._began = time.monotonic()
         if not active:
@@ -110,6 +116,7 @@ class RunRecord:
         self._start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "first_step": begin + 1,
+            "total_steps": total,
             "command": sys.argv,
             "commit": commit(),
             "versions": versions(),
@@ -117,6 +124,8 @@ class RunRecord:
         }
         # A start from the beginning replaces all earlier ones.
         earlier = before["starts"] if begin else []
+        if earlier and earlier[-1]["total_steps"] != total:
+            self.extended_from = self._start["extended_from"] = earlier[-1]["total_steps"]
         self._run = {"seed": seed, "data": data, "starts": [*earlier, self._start]}
         self._write()
 
