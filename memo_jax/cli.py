@@ -16,7 +16,7 @@ NO = 1  # the answer is no: different speakers, nobody known, some recordings le
 BAD_INPUT = 2
 LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
-    ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"}
+    ("eval", "embed", "verify", "enroll", "identify", "app", "export"), {"model"}
 )  # these may be gs://…
 
 
@@ -28,18 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     stopped because of its own numbers. 75: SIGTERM ended training after a checkpoint. 76: another process of a
     distributed run was lost. 130: interrupted by Ctrl-C. An exception's `exit_status` overrides 2.
     """
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    overrides = [text for text in rest if text.startswith("--config.")]
-    for text in overrides:
-        if "=" not in text:
-            parser.error(f"{text} has no value: write {text}=VALUE")
-    unknown = [text for text in rest if not text.startswith("--config.")]
-    if unknown or (overrides and options.command not in ("train", "plan", "reproduce")):
-        parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
-    options.overrides = overrides
     try:
         with interrupts.handled():
+            options = parsed(arguments)
             check_paths(options)
             with device_of(options):
                 return RUN[options.command](options) or 0
@@ -50,6 +41,21 @@ def main(arguments: list[str] | None = None) -> int:
         if status is None:
             raise
         return status
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """Returns the options of a command line, the config's among them as `overrides`; exits for a wrong one."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if text.startswith("--config.")]
+    for text in overrides:
+        if "=" not in text:
+            parser.error(f"{text} has no value: write {text}=VALUE")
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    if unknown or (overrides and options.command not in ("train", "plan", "reproduce")):
+        parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
+    options.overrides = overrides
+    return options
 
 
 def device_of(options):
@@ -114,6 +120,7 @@ def run_prepare(options) -> int:
         options.output,
         min_seconds=options.min_seconds,
         channel=options.channel,
+        vad=options.vad,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
@@ -158,10 +165,18 @@ def run_train(options) -> None:
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
         from memo_jax.inference.evaluate import training_evaluation
         from memo_jax.inference.workdir import starting_backbones
+        from memo_jax.training.profile import profiled_steps
         from memo_jax.training.train import train
 
         evaluation, start = training_evaluation(config), starting_backbones(config)
-        train(config, options.workdir, evaluation=evaluation, start=start, stop_at_step=options.stop_at_step)
+        train(
+            config,
+            options.workdir,
+            evaluation=evaluation,
+            start=start,
+            stop_at_step=options.stop_at_step,
+            profile=options.profile and profiled_steps(options.profile),
+        )
 
 
 @contextlib.contextmanager
@@ -263,6 +278,7 @@ def load_embedder(options, gallery=None):
         channel=options.channel,
         calibration=getattr(options, "calibration", None),
         runtime=options.runtime,
+        vad=options.vad,
     )
 
 
@@ -274,8 +290,11 @@ def decided(options, embedder, score: float) -> tuple[str, dict]:
     fields["calibration_source"] = None if embedder.decision is None else embedder.decision.source
     if probability is None:
         return f"({source})", fields
-    calibration = "of the same source" if source == fields["calibration_source"] else fields["calibration_source"]
-    text = f"probability of the same person {probability:.4f} (prior {options.prior:g}; calibration: {calibration})"
+    trials = "the same trials" if source == fields["calibration_source"] else fields["calibration_source"]
+    likely = f"{100 * probability:.1f} %"
+    if not 0.001 <= probability <= 0.999:
+        likely = "over 99.9 %" if probability > 0.5 else "below 0.1 %"
+    text = f"probability of the same person {likely} (prior {options.prior:g}; calibrated by {trials})"
     return f"({source})\n  {text}", fields
 
 
@@ -370,6 +389,20 @@ def run_identify(options) -> int:
             f"{result.threshold:.4f} {text}"
         )
     return NO if result.name is None else 0
+
+
+def run_app(options) -> None:
+    """memo-jax app."""
+    if options.gallery is not None:
+        from memo_jax.scoring.embedding_file import check_output_name
+
+        check_writable(check_output_name(options.gallery))
+    from memo_jax.app.page import serve
+
+    embedder = load_embedder(options, options.gallery)
+    if options.threshold is not None:
+        embedder.threshold, embedder.threshold_source = options.threshold, "given"
+    serve(embedder, options.port, options.open, options.prior, options.json)
 
 
 def run_report(options) -> None:
@@ -476,6 +509,7 @@ RUN = {
     "enroll": run_enroll,
     "remove": run_remove,
     "identify": run_identify,
+    "app": run_app,
     "report": run_report,
     "export": run_export,
     "push": run_push,

@@ -221,7 +221,7 @@ def _with_sharding(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _ignore_closed_loops() -> None:
-    """Hides what tensorstore prints of the writes that a failed save leaves unfinished; the failure itself is raised."""
+    """Hides what tensorstore prints of writes that a failed save leaves unfinished; the failure itself is raised."""
     hook = sys.unraisablehook
 
     def without_closed_loops(ignored):
