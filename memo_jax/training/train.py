@@ -13,7 +13,7 @@ import numpy as np
 import memo_jax
 from memo_jax import config as configs
 from memo_jax import interrupts
-from memo_jax.data.batches import Utterances, steps_per_epoch, training_batches
+from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress
@@ -46,6 +46,7 @@ class Inputs(NamedTuple):
     """What a run is made from, checked: everything but the banks, which take long to load. Durations are in steps."""
 
     utterances: Utterances
+    labels: np.ndarray | None  # of the utterances; None for training without labels
     recipe: Recipe
     epoch_steps: int
     total: int
@@ -89,11 +90,11 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.StopRequest())
         lock = processes.in_first(lambda: stack.enter_context(exclusive(workdir, inside=True)))
-        begin = check_same_run(workdir, config, inputs.utterances)
+        begin = check_same_run(workdir, config, inputs)
         banks = load_augmentation_banks(config)
-        processes.check_agreement(agreed_inputs(config, inputs.utterances, banks))
+        processes.check_agreement(agreed_inputs(config, inputs, banks))
         interrupts.check()
-        batches = batches_of(config, inputs.utterances, begin)
+        batches = batches_of(config, inputs.utterances, begin, inputs.labels)
         stack.callback(batches.close)
         banks_here = sharding.replicate(mesh, banks)
         if begin < end:
@@ -125,7 +126,7 @@ def train(
                 f"extended from {record.extended_from} to {inputs.total} steps: the schedules span the new length from "
                 f"step {begin + 1} on, so this run differs from one that was {inputs.total} steps long from the start"
             )
-        extra = {"fingerprint": inputs.utterances.fingerprint, "version": memo_jax.__version__}
+        extra = data_identity(inputs) | {"version": memo_jax.__version__}
         key = augmentation_key(config, mesh)
         monitor = Monitor(config, recipe, log, shown, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation)
         monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
@@ -164,7 +165,8 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
         )
     utterances = Utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
-    recipe = build_recipe(config, epoch_steps)
+    labels = speaker_numbers(utterances) if config.supervised.weight else None
+    recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1)
     batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
@@ -172,6 +174,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
     return Inputs(
         utterances,
+        labels,
         recipe,
         epoch_steps,
         total=steps(config, "total"),
@@ -193,7 +196,7 @@ def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] 
             )
 
 
-def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -> int:
+def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
     """Returns the step that a run resumes after, 0 at its beginning.
 
     Raises ValueError for another config, but for a greater length, or for another dataset.
@@ -202,14 +205,17 @@ def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -
     steps = saved_steps(workdir)
     if not steps:
         return 0
-    if load_extra(workdir)["fingerprint"] != utterances.fingerprint:
-        raise ValueError(
-            f"{config.data.train} is not the dataset that {workdir} was trained on (its fingerprint differs): "
-            "give that one to resume, or use another workdir"
-        )
-    epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
+    saved = load_extra(workdir)
+    for kind, value in data_identity(inputs).items():
+        if saved[kind] != value:
+            what = "its fingerprint differs" if kind == "fingerprint" else "its speakers differ"
+            raise ValueError(
+                f"{config.data.train} is not the dataset that {workdir} was trained on ({what}): "
+                "give that one to resume, or use another workdir"
+            )
     old, new = (
-        configs.duration_in_steps(one, "total", epoch_steps) for one in (configs.read_config(workdir) or config, config)
+        configs.duration_in_steps(one, "total", inputs.epoch_steps)
+        for one in (configs.read_config(workdir) or config, config)
     )
     if new < old:
         raise ValueError(
@@ -219,7 +225,7 @@ def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -
     return steps[-1]
 
 
-def batches_of(config, utterances: Utterances, start: int):
+def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | None = None):
     """Returns the batches of this process from a step on."""
     return training_batches(
         utterances,
@@ -233,6 +239,7 @@ def batches_of(config, utterances: Utterances, start: int):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
+        labels=labels,
     )
 
 
@@ -251,11 +258,17 @@ def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) ->
     }
 
 
-def agreed_inputs(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict[str, str]:
+def data_identity(inputs: Inputs) -> dict:
+    """Returns what tells one dataset from another: the fingerprint of its audio, and a checksum of the labels used."""
+    labels = None if inputs.labels is None else zlib.crc32(inputs.labels)
+    return {"fingerprint": inputs.utterances.fingerprint, "labels": labels}
+
+
+def agreed_inputs(config, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
     """Returns {name: text} of everything that must be the same in all processes."""
     return {
         "the config": configs.config_to_json(config),
-        "the dataset": utterances.fingerprint,
+        "the dataset": str(data_identity(inputs)),
         "the version of memo-jax": memo_jax.__version__,
     } | {f"the bank of {name}": str(bank_record(rows)) for name, rows in banks.items()}
 
