@@ -274,8 +274,11 @@ def decided(options, embedder, score: float) -> tuple[str, dict]:
     fields["calibration_source"] = None if embedder.decision is None else embedder.decision.source
     if probability is None:
         return f"({source})", fields
-    calibration = "of the same source" if source == fields["calibration_source"] else fields["calibration_source"]
-    text = f"probability of the same person {probability:.4f} (prior {options.prior:g}; calibration: {calibration})"
+    trials = "the same trials" if source == fields["calibration_source"] else fields["calibration_source"]
+    likely = f"{100 * probability:.1f} %"
+    if not 0.001 <= probability <= 0.999:
+        likely = "over 99.9 %" if probability > 0.5 else "below 0.1 %"
+    text = f"probability of the same person {likely} (prior {options.prior:g}; calibrated by {trials})"
     return f"({source})\n  {text}", fields
 
 

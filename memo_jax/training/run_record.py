@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from memo_jax.files import as_path, read_text, write_text
+from memo_jax.xla.devices import chosen_devices
 
 RUN_FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy", "soundfile")
@@ -54,6 +55,7 @@ def commit() -> str | None:
 
 def hardware() -> dict:
     """Returns the processor, the cores this process may use, the memory, and the devices of all processes."""
+    devices = chosen_devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gigabytes = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -63,9 +65,9 @@ def hardware() -> dict:
         "cores": cores,
         "memory_gib": gigabytes,
         "system": platform.system(),
-        "devices": jax.device_count(),
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.devices()[0].platform,
+        "devices": len(devices),
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
         "processes": jax.process_count(),
     }
 

@@ -27,6 +27,7 @@ from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
+from memo_jax.xla.devices import chosen_devices
 
 # Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; its
 # fingerprint tells that it is the same.
@@ -280,6 +281,7 @@ def teacher_backbones(state: TrainState) -> dict:
 
 def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: int) -> str:
     """Returns what a run says when it starts."""
+    devices = chosen_devices()
     bank_text = ", ".join(f"{len(rows)} {name}" for name, rows in banks.items())
     if not bank_text:
         bank_text = "no bank of noise or rooms" + (
@@ -288,7 +290,7 @@ def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: in
     lines = [
         f"{len(inputs.utterances)} utterances, {inputs.epoch_steps} steps an epoch, {inputs.total} steps in all"
         + (f", resumed after step {begin}" if begin else ""),
-        f"branches {', '.join(inputs.recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"branches {', '.join(inputs.recipe.branches)} on {len(devices)} {devices[0].platform} device(s)"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + f", gate rule {inputs.recipe.gate_rule.name}",
         f"augmentation: {bank_text}",
