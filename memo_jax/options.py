@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_enroll,
         add_remove,
         add_identify,
+        add_app,
         add_report,
         add_export,
         add_push,
@@ -310,6 +311,27 @@ def add_identify(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("recording", type=Path, metavar="RECORDING")
 
 
+def add_app(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax app."""
+    added = command(
+        "app",
+        "serve a page on this machine: compare two recordings, enrol people, identify them",
+        shared.model,
+        shared.threshold,
+        shared.channel,
+    )
+    add_runtime(added)
+    added.add_argument(
+        "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
+    )
+    added.add_argument(
+        "--port", type=int, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
+    )
+    added.add_argument(
+        "--open", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser"
+    )
+
+
 def add_report(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax report."""
     added = command("report", "write an HTML page about a training run")
@@ -453,6 +475,14 @@ def cosine(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
     return value
+
+
+def port(text: str) -> int:
+    """Returns a port of the command line; argparse reports the error."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not in [1, 65535]")
+    return number
 
 
 def channel_choice(text: str) -> str | int:

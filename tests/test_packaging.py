@@ -23,7 +23,7 @@ MODULE_NAMES = {
     "scikit-learn": "sklearn",
 }
 # Imported where they are needed alone, with a message for those who lack them, and the extras that they are of.
-OPTIONAL = {"torch": "torch", "fsspec": "gcs", "google": "gcs", "huggingface_hub": "hub"} | dict.fromkeys(
+OPTIONAL = {"torch": "torch", "fsspec": "gcs", "google": "gcs", "huggingface_hub": "hub", "gradio": "app"} | dict.fromkeys(
     ("onnx", "onnxruntime", "spox"), "onnx"
 )
 

@@ -206,6 +206,19 @@ class Embedder:
             gallery.add(name, embeddings)
         self.gallery = gallery
 
+    def remove(self, name: str) -> None:
+        """Removes a person from the gallery, and from its file, if it has one, in a single locked step.
+
+        Raises:
+          ValueError: nobody of that name is enrolled. OSError: as `enroll`.
+        """
+        if self._gallery_path is None:
+            self.gallery.remove(name)
+            return
+        with changing_gallery(self._gallery_path, self.fingerprint, self.dimension) as gallery:
+            gallery.remove(name)
+        self.gallery = gallery
+
     def identify(self, recording, rate: int | None = None, *, threshold: float | None = None) -> Identification:
         """Says who in the gallery speaks in a recording (as for `embed`), if anybody.
 
