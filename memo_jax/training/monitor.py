@@ -42,10 +42,7 @@ class Monitor:
       progress: steps are counted, and what happens is told there.
       end: the last step of this start, which is always logged.
       epoch_steps: steps in an epoch.
-      gate_closed: whether the gate had closed before the first step.
       evaluation: see `Evaluation`; None for none.
-      untrained: the teachers' backbones before the first step, to be evaluated after it (its program is then compiled
-        without the evaluation's beside it); None where the run goes on, or without evaluation.
     """
 
     def __init__(
@@ -57,17 +54,28 @@ class Monitor:
         *,
         end: int,
         epoch_steps: int,
-        gate_closed: bool,
         evaluation: Evaluation | None = None,
-        untrained: dict | None = None,
     ):
         self.config, self.recipe, self.log, self.progress = config, recipe, log, progress
-        self.end, self.epoch_steps, self.evaluation, self.untrained = end, epoch_steps, evaluation, untrained
+        self.end, self.epoch_steps, self.evaluation = end, epoch_steps, evaluation
+        self.untrained = None  # the teachers' backbones before the first step, until they are evaluated
         self.last: dict[str, float] = {}  # the latest metrics that were read
-        self._gate_closed = gate_closed
+        self._gate_closed = False
         self._pending = None  # number and metrics of the step whose metrics were not read
         self._collapse = CollapseWatch(config.collapse, config.model.prototypes)
         self._mark = time.perf_counter()
+
+    def starts_from(self, state: TrainState, untrained: dict | None = None) -> None:
+        """Notes the state before the first step of this start.
+
+        Args:
+          state: its gate is read.
+          untrained: the teachers' backbones at the beginning of a run. They are evaluated after the first step, so that
+            the two programs are not compiled at the same time.
+        """
+        self._gate_closed = bool(state.gate.closed)
+        if untrained and self.evaluation:
+            self.untrained = jax.tree.map(np.array, untrained)  # a copy, since the step donates its state
 
     def took(self, number: int, metrics: dict[str, jax.Array]) -> None:
         """Notes that a step was dispatched; checks and logs the step before."""

@@ -25,9 +25,12 @@ T = TypeVar("T")
 
 
 class StopRequested(Exception):
-    """SIGTERM was sent to this process, or to another that trains with it; what was to be kept has been kept."""
+    """SIGTERM was sent to this process, or to another that trains with it; the state after `step` has been saved."""
 
     exit_status = 75
+
+    def __init__(self, step: int):
+        super().__init__(f"SIGTERM: stopped after step {step}, which is saved; the same command goes on from there")
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:

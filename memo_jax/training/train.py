@@ -1,6 +1,5 @@
 """The training loop: from a config and a workdir to a trained run, resumed if it was begun before."""
 
-import concurrent.futures
 import contextlib
 import functools
 import os
@@ -21,7 +20,7 @@ from memo_jax.log import MetricsLog, Progress
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra, saved_steps
 from memo_jax.training.monitor import Evaluation, Monitor
-from memo_jax.training.program import abstract_state, create_state, lowered_step
+from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.state import TrainState, Variables, backbone_variables
@@ -95,23 +94,18 @@ def train(
         batches = batches_of(config, inputs.utterances, begin)
         stack.callback(batches.close)
         banks_here = sharding.replicate(mesh, banks)
-        # Compiled while everything else before the first step happens. An error there is told at once, not afterwards.
-        compiler = concurrent.futures.ThreadPoolExecutor(1, "compiler")
-        stack.callback(compiler.shutdown, wait=False)
         if begin < end:
-            # Traced here and not in that thread: two threads that trace take turns.
-            compiled = compiler.submit(lowered_step(config, recipe, mesh, banks_here).compile)
+            take_step = stack.enter_context(StepCompiledInBackground(config, recipe, mesh, banks_here))
         if first:  # only now: a config that cannot work claims no workdir
             configs.save_config(workdir, config)
         checkpoints = stack.enter_context(
             Checkpointer(workdir, keep=config.checkpoint.keep, keep_every=inputs.keep_every)
         )
         log = stack.enter_context(MetricsLog(workdir, active=first))
-        state = (
-            checkpoints.restore(abstract_state(config, recipe, mesh))
-            if begin
-            else create_state(config, recipe, mesh, start)
-        )
+        if begin:
+            state = checkpoints.restore(abstract_state(config, recipe, mesh))
+        else:
+            state = create_state(config, recipe, mesh, start)
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)
         shown = stack.enter_context(
@@ -123,29 +117,16 @@ def train(
         data = data_record(config, inputs.utterances, banks)
         record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, active=first and begin < end)
         extra = {"fingerprint": inputs.utterances.fingerprint, "version": memo_jax.__version__}
-        key = jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=sharding.replicated(mesh))()
-        monitor = Monitor(
-            config,
-            recipe,
-            log,
-            shown,
-            end=end,
-            epoch_steps=inputs.epoch_steps,
-            gate_closed=bool(state.gate.closed),
-            evaluation=evaluation,
-            untrained=jax.tree.map(np.array, teacher_backbones(state)) if begin == 0 and evaluation else None,
-        )
+        key = augmentation_key(config, mesh)
+        monitor = Monitor(config, recipe, log, shown, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation)
+        monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
         for number in range(begin + 1, end + 1):
             batch = sharding.global_batch(mesh, next(batches))
-            if number == begin + 1:
-                take_step = compiled.result()
-                jax.clear_caches()  # of all that the process has traced: 70 MB with the authors' sizes
-                interrupts.check()
             state, metrics = take_step(state, batch, banks_here, key)
             monitor.took(number, metrics)
             stops = stop.reached(number)
-            saves = number % inputs.save_every == 0 or number == end or stops
-            evaluates = evaluation is not None and (number % inputs.evaluate_every == 0 or number == end)
+            saves = stops or number == end or number % inputs.save_every == 0
+            evaluates = evaluation is not None and (number == end or number % inputs.evaluate_every == 0)
             if saves or evaluates or monitor.untrained:
                 # Checked first, so that a state that is not finite is never saved.
                 monitor.settle(state, teacher_backbones(state) if evaluates else None)
@@ -157,9 +138,7 @@ def train(
             if stops and number < inputs.total:
                 checkpoints.wait()
                 record.end(number)
-                raise processes.StopRequested(
-                    f"SIGTERM: stopped after step {number}, which is saved; the same command goes on from there"
-                )
+                raise processes.StopRequested(number)
         checkpoints.wait()
         record.end(end)
     return monitor.last
