@@ -325,7 +325,7 @@ def add_app(command: Command, shared: SimpleNamespace) -> None:
         "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
     )
     added.add_argument(
-        "--port", type=int, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
+        "--port", type=port, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
     )
     added.add_argument(
         "--open", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser"

@@ -23,9 +23,16 @@ MODULE_NAMES = {
     "scikit-learn": "sklearn",
 }
 # Imported where they are needed alone, with a message for those who lack them, and the extras that they are of.
-OPTIONAL = {"torch": "torch", "fsspec": "gcs", "google": "gcs", "huggingface_hub": "hub", "gradio": "app"} | dict.fromkeys(
-    ("onnx", "onnxruntime", "spox"), "onnx"
-)
+OPTIONAL = {
+    "torch": "torch",
+    "fsspec": "gcs",
+    "google": "gcs",
+    "huggingface_hub": "hub",
+    "gradio": "app",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "spox": "onnx",
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The map of voices: distances on the plane, and labels that neither leave it nor cover each other where there is room."""
+"""The map of voices: distances on the plane, and labels that stay on it and apart."""
 
 import numpy as np
 
