@@ -156,6 +156,7 @@ class Training:
         autocast: torch.dtype | None = None,
     ):
         self.config, self.dtype, self.device, self.autocast = config, dtype, device, autocast
+        self.distillation_loss = distillation_loss
         self.students = {name: student.to(device, dtype).train() for name, student in students.items()}
         self.teachers = copy.deepcopy(self.students)
         self.learning_rates, self.momenta = learning_rates(config), teacher_momenta(config)
@@ -174,6 +175,13 @@ class Training:
             lr=0.0,
             momentum=config["sgd_momentum"],
         )
+
+    def compile(self) -> None:
+        """Compiles the networks and the distillation loss with torch.compile."""
+        for branch in (*self.students.values(), *self.teachers.values()):
+            for part in (branch.backbone, branch.self_head, branch.cross_head):
+                part.compile()
+        self.distillation_loss = torch.compile(distillation_loss)
 
     def student_outputs(self, branch: Branch, inputs) -> dict[str, list[torch.Tensor]]:
         """Returns global embeddings and both heads' logits, view by view; batch norms see global, then local views."""
@@ -221,7 +229,7 @@ class Training:
         }
         losses, total = {}, 0.0
         for (kind, name), target in targets.items():
-            loss = distillation_loss(students[name][kind], target, self.centers[kind, name], *temperatures)
+            loss = self.distillation_loss(students[name][kind], target, self.centers[kind, name], *temperatures)
             losses[f"{kind}/{name}"] = loss
             total = total + (loss if kind == "self" else config["cross_weight"] * loss)
         for name in BRANCHES:

@@ -11,7 +11,7 @@ import memo_jax
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
 RUNTIMES = ("auto", "jax", "onnx")
 FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
-
+RECORDING_HELP = "a file, or an excerpt of it in seconds: file.wav:12.5-20"
 
 Command = Callable[..., argparse.ArgumentParser]  # (name, description, *parents) → the parser of a command
 
@@ -30,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     shared = shared_options()
     for add in (
         add_prepare,
+        add_trials,
+        add_init_config,
         add_train,
         add_reproduce,
         add_plan,
@@ -58,6 +60,13 @@ def shared_options() -> SimpleNamespace:
 
     as_json = options()
     as_json.add_argument("--json", action="store_true", help="print JSON instead of text")
+    device = options()
+    device.add_argument(
+        "--device",
+        type=device_choice,
+        metavar="NAME",
+        help="what computes: cpu, gpu, tpu, or one of several, such as cuda:1 (default: the fastest kind there is)",
+    )
     network = options()
     network.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
     network.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
@@ -67,7 +76,7 @@ def shared_options() -> SimpleNamespace:
         metavar="N",
         help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
     )
-    model = options(network, as_json)
+    model = options(network, device, as_json)
     model.add_argument(
         "--model",
         type=Path,
@@ -80,6 +89,19 @@ def shared_options() -> SimpleNamespace:
         type=cosine,
         metavar="COSINE",
         help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
+    )
+    threshold.add_argument(
+        "--prior",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="probability of the same speaker before the score is known, for the one after it (default: %(default)s)",
+    )
+    threshold.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="threshold and calibration that eval --save-calibration wrote (default: those in the model)",
     )
     replicates = options()
     replicates.add_argument(
@@ -106,13 +128,20 @@ def shared_options() -> SimpleNamespace:
         help="leave out recordings shorter than this (default: %(default)s)",
     )
     gallery = options()
-    gallery.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+    gallery.add_argument(
+        "--gallery",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="FILE.npz or FILE.parquet; identify also reads .npy, .ark and .scp",
+    )
     config = options()
     config.add_argument(
         "--config",
         required=True,
         metavar="FILE",
-        help="Python file with get_config(); change keys with --config.KEY=VALUE",
+        help="Python file with get_config(), or the name of a packaged config, such as small; change keys with "
+        "--config.KEY=VALUE",
     )
     trials = options()
     trials.add_argument(
@@ -130,6 +159,7 @@ def shared_options() -> SimpleNamespace:
     )
     return SimpleNamespace(
         as_json=as_json,
+        device=device,
         network=network,
         model=model,
         threshold=threshold,
@@ -168,9 +198,56 @@ def add_prepare(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
+def add_trials(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax trials."""
+    added = command("trials", "make a trial list of labelled recordings", shared.as_json)
+    added.add_argument("input", type=Path, metavar="DATASET", help="a dataset, or a folder or archive as for prepare")
+    added.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="where the list goes")
+    added.add_argument(
+        "--targets",
+        type=positive,
+        metavar="N",
+        help="trials of one speaker, shared out evenly (default: up to 10 of each speaker)",
+    )
+    added.add_argument(
+        "--nontargets", type=positive, metavar="N", help="trials of different speakers (default: as many as targets)"
+    )
+    added.add_argument(
+        "--same-gender",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker gender`; nontarget trials are then within a gender",
+    )
+    added.add_argument(
+        "--same-session",
+        action="store_true",
+        help="allow target trials within a session: a folder between the speaker's and the recording",
+    )
+    added.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    added.add_argument(
+        "--form",
+        choices=("voxceleb", "kaldi"),
+        default="voxceleb",
+        help="`1 enrol test` or `enrol test target` (default: %(default)s)",
+    )
+
+
+def add_init_config(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax init-config."""
+    added = command("init-config", "write a config file with every key and its meaning, to change and train with")
+    added.add_argument(
+        "name",
+        nargs="?",
+        default="small",
+        metavar="NAME",
+        help="packaged config whose values it has: small, base (the authors'), … (default: %(default)s)",
+    )
+    added.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.py")
+
+
 def add_train(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax train."""
-    added = command("train", "train a new run, or resume the run in a workdir", shared.config)
+    added = command("train", "train a new run, or resume the run in a workdir", shared.config, shared.device)
     added.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
@@ -227,6 +304,7 @@ def add_eval(command: Command, shared: SimpleNamespace) -> None:
         "eval",
         "score a trial list with a trained network",
         shared.network,
+        shared.device,
         shared.as_json,
         shared.trials,
         shared.replicates,
@@ -252,7 +330,14 @@ def add_eval(command: Command, shared: SimpleNamespace) -> None:
         const="eer",
         metavar="CRITERION",
         choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
-        help="save the threshold at this criterion (default: eer) with the model, for verify and identify",
+        help="save the threshold at this criterion (default: eer) and a calibration of the scores with the model, for "
+        "verify and identify",
+    )
+    added.add_argument(
+        "--save-calibration",
+        type=Path,
+        metavar="FILE",
+        help="save both to a file, for verify --calibration; for models that cannot be changed",
     )
 
 
@@ -270,8 +355,28 @@ def add_embed(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax embed."""
     added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
     add_runtime(added)
-    added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
-    added.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
+    added.add_argument(
+        "input",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help="files, excerpts (file.wav:12.5-20, in seconds), folders or datasets of recordings",
+    )
+    added.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="FILE.npz, .parquet, .npy (with FILE.names.txt) or .ark (Kaldi's, with FILE.scp)",
+    )
+    added.add_argument(
+        "--window",
+        type=float,
+        metavar="S",
+        help="embed sliding windows of this length instead of whole recordings, with their times",
+    )
+    added.add_argument("--hop", type=float, metavar="S", help="from one window to the next (default: half a window)")
 
 
 def add_verify(command: Command, shared: SimpleNamespace) -> None:
@@ -280,7 +385,7 @@ def add_verify(command: Command, shared: SimpleNamespace) -> None:
         "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
     )
     add_runtime(added)
-    added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
+    added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_enroll(command: Command, shared: SimpleNamespace) -> None:
@@ -288,7 +393,7 @@ def add_enroll(command: Command, shared: SimpleNamespace) -> None:
     added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
     add_runtime(added)
     added.add_argument("name", metavar="NAME")
-    added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
+    added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_remove(command: Command, shared: SimpleNamespace) -> None:
@@ -308,7 +413,7 @@ def add_identify(command: Command, shared: SimpleNamespace) -> None:
         shared.channel,
     )
     add_runtime(added)
-    added.add_argument("recording", type=Path, metavar="RECORDING")
+    added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_app(command: Command, shared: SimpleNamespace) -> None:
@@ -334,7 +439,7 @@ def add_app(command: Command, shared: SimpleNamespace) -> None:
 
 def add_report(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax report."""
-    added = command("report", "write an HTML page about a training run")
+    added = command("report", "write an HTML page about a training run", shared.device)
     added.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
     added.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
     added.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
@@ -400,7 +505,8 @@ def add_score(command: Command, shared: SimpleNamespace) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged",
+        help="npz with `names` and `embeddings` [N, D], parquet, npy, ark or scp; given several times, scores are "
+        "averaged",
     )
     added.add_argument(
         "--cohort",
@@ -483,6 +589,34 @@ def port(text: str) -> int:
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{number} is not in [1, 65535]")
     return number
+
+
+def device_choice(text: str) -> str:
+    """Returns the name of a device of the command line; argparse reports the error."""
+    from memo_jax.xla.devices import check_device_name
+
+    try:
+        return check_device_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """Returns a number from 1 of the command line; argparse reports the error."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    """Returns a probability of the command line, neither 0 nor 1; argparse reports the error."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not strictly between 0 and 1, as this probability must be")
+    return value
 
 
 def channel_choice(text: str) -> str | int:

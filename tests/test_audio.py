@@ -264,25 +264,19 @@ def test_a_header_alone_has_no_samples(tmp_path):
 def with_length(kind, length):
     """One second of a kind with another length in its header, by its place there."""
     content = bytearray(content_of(noise(1.0), **KINDS[kind][0]))
-    match kind:
-        case "wav":
-            place = content.index(b"data") + 4
-            content[place : place + 4] = (length % 2**32).to_bytes(4, "little")
-        case "rf64":
-            content[28:36] = (length % 2**64).to_bytes(8, "little")
-        case "w64":
-            place = content.index(b"data\xf3\xac") + 16
-            content[place : place + 8] = (length % 2**64).to_bytes(8, "little")
-        case "aiff":
-            place = content.index(b"SSND") + 4
-            content[place : place + 4] = (length % 2**32).to_bytes(4, "big")
-        case "au":
-            content[8:12] = (length % 2**32).to_bytes(4, "big")
-        case "caf":
-            place = content.index(b"data") + 4
-            content[place : place + 8] = (length % 2**64).to_bytes(8, "big")
-        case "flac":
-            content[21:26] = ((content[21] & 0xF0) << 32 | length).to_bytes(5, "big")
+    if kind == "flac":
+        content[21:26] = ((content[21] & 0xF0) << 32 | length).to_bytes(5, "big")
+        return bytes(content)
+    after, offset, size, order = {
+        "wav": (b"data", 4, 4, "little"),
+        "rf64": (b"", 28, 8, "little"),
+        "w64": (b"data\xf3\xac", 16, 8, "little"),
+        "aiff": (b"SSND", 4, 4, "big"),
+        "au": (b"", 8, 4, "big"),
+        "caf": (b"data", 4, 8, "big"),
+    }[kind]
+    place = content.index(after) + offset
+    content[place : place + size] = (length % 2 ** (8 * size)).to_bytes(size, order)
     return bytes(content)
 
 

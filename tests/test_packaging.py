@@ -3,10 +3,12 @@
 import ast
 import configparser
 import importlib.metadata
+import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -89,19 +91,116 @@ def test_the_library_imports_only_what_it_declares(setup_cfg):
     assert not undeclared
 
 
-def test_extras_exist_and_accelerator_extras_pin_the_same_jax(setup_cfg):
+ACCELERATORS = {"cuda12": "jax-cuda12-plugin", "cuda13": "jax-cuda13-plugin", "tpu": "libtpu"}
+
+
+def test_accelerator_extras_pin_the_same_jax(setup_cfg):
     extras = setup_cfg["options.extras_require"]
     jax = next(item for item in requirements(setup_cfg["options"]["install_requires"]) if item.name == "jax")
-    assert {"demo", "test", "cuda", "tpu"} <= set(extras)
-    for name in ("cuda", "tpu"):
+    for name in (*ACCELERATORS, "tpu-plan"):
         (requirement,) = requirements(extras[name])
         assert requirement.name == "jax" and requirement.extras and requirement.specifier == jax.specifier
 
 
-def test_every_folder_with_modules_is_a_package():
-    """setuptools' `find:` skips a folder without __init__.py, and only an installed copy would notice."""
+def would_install(*wanted):
+    """What `pip install --dry-run --no-deps` would install, as pip reports it; skips where no index answers."""
+    options = ["--dry-run", "--no-deps", "--ignore-installed", "--use-feature=fast-deps", "--quiet", "--report=-"]
+    command = [sys.executable, "-m", "pip", "install", *options, *wanted]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        pytest.skip("the package index does not answer within a minute")
+    if "from versions: none" in done.stderr or "Connection" in done.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["install"]
+
+
+def test_accelerator_extras_resolve(setup_cfg):
+    """To the part of the same release that drives the accelerator. All that this part needs, gigabytes for CUDA, is
+    resolved by the workflow."""
+    texts = [setup_cfg["options.extras_require"][name].strip() for name in ACCELERATORS]
+    wanted = [str(item) for text in texts for item in requirements(text)]
+    (jax,) = [item["metadata"] for item in would_install(*wanted) if item["metadata"]["name"] == "jax"]
+    needs, plugins = [Requirement(text) for text in jax["requires_dist"]], []
+    for extra, plugin in ACCELERATORS.items():
+        (of_extra,) = [
+            need for need in needs if need.name == plugin and need.marker and need.marker.evaluate({"extra": extra})
+        ]
+        plugins.append(f"{of_extra.name}{of_extra.specifier}")
+    found = {item["metadata"]["name"]: item["metadata"]["version"] for item in would_install(*plugins)}
+    assert found.keys() == set(ACCELERATORS.values())
+    assert found["jax-cuda12-plugin"] == found["jax-cuda13-plugin"] == jax["version"]
+
+
+def lowest(setup_cfg):
+    """The oldest versions that setup.cfg promises to work with, as lines of a constraints file."""
+    of_tests = requirements(setup_cfg["options.extras_require"]["test"])
+    for requirement in requirements(setup_cfg["options"]["install_requires"]) + of_tests:
+        (version,) = [bound.version for bound in requirement.specifier if bound.operator == ">="]
+        yield f"{requirement.name}=={version}\n"
+
+
+def test_the_oldest_versions_that_the_workflow_tests_are_those_of_setup_cfg(setup_cfg):
+    path = ROOT / ".ci" / "oldest.txt"
+    expected = "".join(lowest(setup_cfg))
+    assert path.read_text() == expected, f"write this into {path.name}:\n{expected}"
+
+
+def test_every_folder_with_modules_is_a_package_that_is_listed(setup_cfg):
+    """Only an installed copy would notice a missing one."""
     folders = {file.parent for file in (ROOT / "memo_jax").rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"memo_jax.configs"}
+    assert setup_cfg["options"]["packages"].split("\n")[1:] == sorted(names)
+
+
+@pytest.fixture(scope="module")
+def wheel_folder(tmp_path_factory):
+    """A folder with what a wheel of this package installs."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("memo_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    code = f"import setuptools.build_meta as backend; print(backend.build_wheel({str(target)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = target.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def test_the_wheel_has_the_configs_and_the_network(wheel_folder):
+    wanted = {f"configs/{file.name}": file for file in (ROOT / "configs").glob("*.py")}
+    wanted["inference/default_model.safetensors"] = ROOT / "memo_jax" / "inference" / "default_model.safetensors"
+    assert len(wanted) > 5
+    for name, file in wanted.items():
+        assert (wheel_folder / "memo_jax" / name).read_bytes() == file.read_bytes()
+
+
+def test_who_has_no_repository_names_a_config_and_writes_one(wheel_folder, tmp_path):
+    """In a folder without configs: `init-config`, `--config small`, and a config that imports a packaged one."""
+    environment = os.environ | {"PYTHONPATH": str(wheel_folder)}
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = run("-m", "memo_jax", "init-config", "small", "--output", "my.py")
+    assert done.returncode == 0 and done.stdout == "my.py\n", done.stderr
+    (tmp_path / "derived.py").write_text(
+        "import small\n\n\ndef get_config():\n    config = small.get_config()\n    config.seed = 7\n    return config\n"
+    )
+    code = """if True:
+        import memo_jax
+        from memo_jax.config import config_differences, load_config
+        small, mine, derived = map(load_config, ("small", "my.py", "derived.py"))
+        print(memo_jax.__file__, config_differences(small, mine), config_differences(small, derived))
+    """
+    done = run("-c", code)
+    assert done.stdout == f"{wheel_folder}/memo_jax/__init__.py [] ['seed: 0 → 7']\n", done.stderr
 
 
 def test_versions_agree(setup_cfg):

@@ -110,7 +110,11 @@ class TorchSteps:
             },
         )
         autocast = None if options.dtype == "float32" else self.dtype
+        if options.channels_last:
+            students = {name: student.to(memory_format=torch.channels_last) for name, student in students.items()}
         self.training, self.number = Training(config, students, device=self.platform, autocast=autocast), 0
+        if options.compile:
+            self.training.compile()
 
     def take_step(self) -> list[float]:
         """Takes a step; returns its six losses."""
@@ -308,6 +312,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="what networks compute in")
+    parser.add_argument("--compile", action="store_true", help="theirs with torch.compile")
+    parser.add_argument("--channels-last", action="store_true", help="theirs with its images' channels last in memory")
     parser.add_argument("--resnet-remat", choices=("none", "norms", "blocks"), default="norms", help="of ours")
     parser.add_argument("--global-seconds", type=float, default=4.0)
     parser.add_argument("--local-seconds", type=float, default=2.0)

@@ -1,7 +1,6 @@
 """What the page answers: comparisons, enrolments, identifications, and one clear sentence where something is wrong."""
 
 import html
-import math
 import os
 import threading
 
@@ -11,7 +10,6 @@ from memo_jax.app.people_map import Voice, map_html
 from memo_jax.audio import AudioError
 from memo_jax.files import one_line
 from memo_jax.inference.embedder import Embedder
-from memo_jax.inference.model_file import Decision
 from memo_jax.log import plural
 from memo_jax.scoring.metrics import unit_norm
 
@@ -24,19 +22,19 @@ class Answers:
 
     Args:
       embedder: the network with its gallery.
+      prior: probability of the same person before anything is heard, strictly between 0 and 1.
     """
 
-    def __init__(self, embedder: Embedder):
-        self.embedder = embedder
+    def __init__(self, embedder: Embedder, prior: float = 0.5):
+        self.embedder, self.prior = embedder, prior
         self._changing = threading.Lock()  # several tabs may change the gallery at once
 
     def description(self) -> str:
         """HTML: which network answers, and by what threshold."""
         model = self.embedder.model
-        name = model.provenance.get("name") or model.backbone
         runs = {"onnx": "onnxruntime", "jax": "JAX"}[self.embedder.runtime]
         return (
-            f'<p class="memo-model">Model <b>{html.escape(str(name))}</b> ({html.escape(model.backbone)}, fingerprint '
+            f'<p class="memo-model">Model <b>{html.escape(model.name)}</b> ({html.escape(model.backbone)}, fingerprint '
             f"<code>{model.fingerprint}</code>), run by {runs} on this machine. No recording leaves it.</p>"
         )
 
@@ -121,7 +119,7 @@ class Answers:
     def _scored(self, verdict, score, good, more="") -> str:
         """HTML of a verdict with its score on a scale, its probability, and the threshold and its source."""
         threshold = self.embedder.threshold
-        probability = calibrated(self.embedder.model.decision, score)
+        probability = self.embedder.probability(score, self.prior)
         facts = [("score", f"{score:.3f}"), ("threshold", f"{threshold:.3f}")]
         if probability is not None:
             facts.insert(0, ("probability", percent(probability)))
@@ -130,7 +128,8 @@ class Answers:
         if probability is None:
             notes.append("This model has no calibration, so there is no probability.")
         else:
-            notes.append("The probability supposes that, before listening, both answers were equally likely.")
+            before = "as likely as not" if self.prior == 0.5 else f"probable to {percent(self.prior)}"
+            notes.append(f"The probability supposes that, before listening, the same person was {before}.")
         return (
             f'<div class="memo-answer {"yes" if good else "no"}"><h3>{html.escape(verdict)}</h3>'
             + (f'<p class="memo-more">{html.escape(more)}</p>' if more else "")
@@ -140,11 +139,6 @@ class Answers:
             '<p class="memo-ends"><span>less alike</span><span>more alike</span></p>'
             f'<p class="memo-hint">{html.escape(" ".join(notes))}</p></div>'
         )
-
-
-def calibrated(decision: Decision | None, score: float) -> float | None:
-    """Probability of the same person by a model's calibration, if both answers were equally likely before; or None."""
-    return None if decision is None else 1 / (1 + math.exp(-np.clip(decision.scale * score + decision.offset, -50, 50)))
 
 
 def along(score: float) -> float:

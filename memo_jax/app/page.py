@@ -20,7 +20,9 @@ DESCRIBED = "Compare two voices, or enrol people and ask who is speaking. A mach
 
 
 @contextmanager
-def served(embedder: Embedder, port: int | None = None, open_browser: bool = False) -> Iterator[str]:
+def served(
+    embedder: Embedder, port: int | None = None, open_browser: bool = False, prior: float = 0.5
+) -> Iterator[str]:
     """Serves the page on this machine while the block runs; yields its address.
 
     Recordings are kept in a temporary folder, which is removed at the end.
@@ -29,6 +31,7 @@ def served(embedder: Embedder, port: int | None = None, open_browser: bool = Fal
       embedder: the network, with its gallery.
       port: None for the first free one from 7860.
       open_browser: also show the page in the user's browser.
+      prior: of probabilities, see `Answers`.
 
     Raises:
       ImportError: the extra `app` is not installed.
@@ -42,7 +45,7 @@ def served(embedder: Embedder, port: int | None = None, open_browser: bool = Fal
     except ImportError as error:
         raise ImportError(f"the page needs the extra `app`: pip install 'memo-jax[app]' ({error})") from error
     with _recordings_in_a_temporary_folder():
-        blocks = build(Answers(embedder))
+        blocks = build(Answers(embedder, prior))
         theme = gradio.themes.Base(primary_hue="indigo", font=FONTS, font_mono=CODE_FONTS)
         try:
             _, address, _ = blocks.launch(
@@ -81,9 +84,9 @@ def _recordings_in_a_temporary_folder() -> Iterator[None]:
                 os.environ[name] = before
 
 
-def serve(embedder: Embedder, port: int | None = None, open_browser: bool = True, as_json: bool = False) -> None:
-    """Serves the page until Ctrl-C; prints its address. Errors as those of `served`."""
-    with served(embedder, port, open_browser) as address:
+def serve(embedder: Embedder, port: int | None, open_browser: bool, prior: float, as_json: bool) -> None:
+    """Serves the page until Ctrl-C; prints its address. Arguments and errors as those of `served`."""
+    with served(embedder, port, open_browser, prior) as address:
         told = json.dumps({"address": address, "model": embedder.fingerprint})
         print(told if as_json else f"{address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()

@@ -12,10 +12,13 @@ from memo_jax.audio.read import (
     as_audio,
     audio_seconds,
     check_speech,
+    excerpt_name,
     is_audio_name,
     needs_ffmpeg,
     parse_channel,
+    parse_excerpt,
     read_audio,
+    read_excerpt,
     read_float_audio,
 )
 
@@ -27,9 +30,12 @@ __all__ = [
     "as_audio",
     "audio_seconds",
     "check_speech",
+    "excerpt_name",
     "is_audio_name",
     "needs_ffmpeg",
     "parse_channel",
+    "parse_excerpt",
     "read_audio",
+    "read_excerpt",
     "read_float_audio",
 ]

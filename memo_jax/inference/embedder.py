@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import as_audio, check_speech, read_audio
+from memo_jax.audio import as_audio, check_speech, read_excerpt
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery, changing_gallery
@@ -19,6 +19,7 @@ from memo_jax.inference.model_file import (
     check_finite,
     check_threshold,
     is_never_known,
+    read_decision,
     read_model,
 )
 from memo_jax.inference.runtime import cached_graph, chosen_runtime, computes_in_float32, onnx_function
@@ -54,6 +55,7 @@ class Embedder:
 
     A recording is the path of a file that `memo_jax.audio.read_audio` reads (wav, flac, ogg, opus, mp3, …), or an array
     [L] or [L, channels] (floating point in [-1, 1], or int16) with its rate in Hz. All are converted to 16 kHz mono.
+    "a.wav:12.5-20" is the excerpt from second 12.5 to second 20, unless a file is really called so.
 
         embedder = Embedder.load("runs/small")
         embedder.embed("a.wav")                      # float32 [D]
@@ -69,6 +71,7 @@ class Embedder:
       model: the network.
       gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
       channel: of recordings with several: "mean", or a number from 1.
+      calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
       runtime: what runs the network: "jax", "onnx" for onnxruntime, which needs the extra `onnx`, or "auto":
         onnxruntime where it is installed and JAX has nothing but the CPU. The embeddings agree to 1e-4 of their norm.
 
@@ -79,19 +82,26 @@ class Embedder:
       gallery: the people enrolled.
       threshold: cosine score from which two recordings count as the same speaker; may be set.
       threshold_source: where the threshold comes from, for people.
+      decision: threshold and calibration as they were tuned, None if they were not.
       channel: as given; may be set.
     """
 
     def __init__(
-        self, model: Model, gallery: str | os.PathLike | None = None, channel: str | int = "mean", runtime: str = "auto"
+        self,
+        model: Model,
+        gallery: str | os.PathLike | None = None,
+        channel: str | int = "mean",
+        runtime: str = "auto",
+        calibration: str | os.PathLike | None = None,
     ):
         self.model = model
         self.runtime = chosen_runtime(runtime)
         if runtime == "auto" and not computes_in_float32(model):
             self.runtime = "jax"
         self.channel = channel
-        self.threshold = DEFAULT_THRESHOLD if model.decision is None else model.decision.threshold
-        self.threshold_source = UNTUNED if model.decision is None else model.decision.source
+        self.decision = model.decision if calibration is None else read_decision(calibration, model.fingerprint)
+        self.threshold = DEFAULT_THRESHOLD if self.decision is None else self.decision.threshold
+        self.threshold_source = UNTUNED if self.decision is None else self.decision.source
         self.apply = onnx_function(model) if self.runtime == "onnx" else model.function
         self._gallery_path = gallery
         if gallery is not None and os.path.exists(gallery):
@@ -110,6 +120,7 @@ class Embedder:
         gallery: str | os.PathLike | None = None,
         channel: str | int = "mean",
         runtime: str = "auto",
+        calibration: str | os.PathLike | None = None,
     ) -> "Embedder":
         """Loads a network: that of the package, a training workdir, a model file, an exported program, or the Hub.
 
@@ -121,6 +132,7 @@ class Embedder:
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
           gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
           channel: of recordings with several: "mean", or a number from 1.
+          calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
           runtime: what runs the network: "auto", "jax" or "onnx"; see the class.
 
         Raises:
@@ -133,7 +145,20 @@ class Embedder:
         onnx = chosen_runtime(runtime) == "onnx"
         is_known = (lambda fingerprint: cached_graph(fingerprint) is not None) if onnx else is_never_known
         model = load_model(path, branch=branch, role=role, step=step, is_known=is_known)
-        return cls(model, gallery, channel, runtime)
+        return cls(model, gallery, channel, runtime, calibration)
+
+    def __repr__(self) -> str:
+        front_end = f"front end {self.model.front_end}, {self.model.backbone}, {self.dimension} numbers"
+        return f"<Embedder: {self.model.name} ({self.fingerprint[:8]}…): {front_end}, {self.runtime} on {self.device}>"
+
+    @property
+    def device(self) -> str:
+        """What computes: "cpu:0", "cuda:1"."""
+        if self.runtime == "onnx":
+            return "cpu:0"
+        from memo_jax.xla.devices import device_name
+
+        return device_name()
 
     @property
     def fingerprint(self) -> str:
@@ -187,6 +212,21 @@ class Embedder:
         score = float(np.clip(one @ other, -1, 1))
         return Verification(score, score >= threshold, threshold)
 
+    def probability(self, score: float, prior: float = 0.5) -> float | None:
+        """Returns the probability that recordings of this score are of the same speaker, None without a calibration.
+
+        It is that of two recordings like those of the calibration's trial list. Of a person enrolled by several, scores
+        are higher, so it is a little too sure.
+
+        Args:
+          score: cosine, as `verify` and `identify` return it.
+          prior: probability that they are before the score is known, strictly between 0 and 1.
+
+        Raises:
+          ValueError: the prior is not.
+        """
+        return None if self.decision is None else self.decision.probability(score, prior)
+
     def enroll(self, name: str, recordings, rate: int | None = None) -> None:
         """Adds a person to the gallery by one recording or several.
 
@@ -236,7 +276,7 @@ class Embedder:
 
     def _samples(self, recording, rate, name) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
-            name, samples = os.fspath(recording), read_audio(recording, channel=self.channel)
+            name, samples = os.fspath(recording), read_excerpt(recording, channel=self.channel)
         else:
             samples, rate = recording if isinstance(recording, tuple) else (recording, rate)
             if rate is None:

@@ -154,7 +154,7 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
         if not any(
             plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins")
         ):
-            raise ImportError("planning for a GPU needs JAX's part for CUDA (no GPU): pip install 'memo-jax[cuda]'")
+            raise ImportError("planning for a GPU needs JAX's part for CUDA (no GPU): pip install 'memo-jax[cuda13]'")
         machines, gpus = (int(size) for size in f"1x{shape}".split("x")[-2:])
         if machines > 1:
             chip = chip._replace(links=min(chip.links, gpus * chip.network))

@@ -22,6 +22,7 @@ from memo_jax.planning.hlo import collective_seconds, collectives, estimated_sec
 from memo_jax.training.program import lowered_step
 from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
+from memo_jax.xla.compiler import known_options
 
 VOXCELEB2 = 1_092_009  # utterances of the development part
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
@@ -84,7 +85,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     begin = time.perf_counter()
     try:
         with _nothing_from_the_cache():
-            compiled = lowered.compile(chip.compiler_options)
+            compiled = lowered.compile(known_options(chip.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         used = OUT_OF_MEMORY.search(str(error))
         if not used:

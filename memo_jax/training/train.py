@@ -18,11 +18,12 @@ from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training import processes
-from memo_jax.training.checkpoint import Checkpointer, load_extra, saved_steps
+from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
@@ -38,6 +39,7 @@ FREE_ON_RESUME = (
     "collapse.",
     "split_above_megabytes",
 )
+LENGTH = ("total_epochs", "total_steps")  # may grow: the run goes on, with schedules that span the new length
 
 
 class Inputs(NamedTuple):
@@ -115,7 +117,14 @@ def train(
         if begin >= end:
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
         data = data_record(config, inputs.utterances, banks)
-        record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, active=first and begin < end)
+        record = RunRecord(
+            workdir, seed=config.seed, data=data, begin=begin, total=inputs.total, active=first and begin < end
+        )
+        if record.extended_from:
+            shown.write(
+                f"extended from {record.extended_from} to {inputs.total} steps: the schedules span the new length from "
+                f"step {begin + 1} on, so this run differs from one that was {inputs.total} steps long from the start"
+            )
         extra = {"fingerprint": inputs.utterances.fingerprint, "version": memo_jax.__version__}
         key = augmentation_key(config, mesh)
         monitor = Monitor(config, recipe, log, shown, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation)
@@ -172,11 +181,11 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     )
 
 
-def check_same_config(workdir: str | os.PathLike, config) -> None:
-    """Raises ValueError naming the keys when the workdir was made with another config."""
+def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:
+    """Raises ValueError naming the keys, of those not in `free`, when the workdir was made with another config."""
     old = configs.read_config(workdir)
     if old is not None:
-        changed = [d for d in configs.config_differences(old, config) if not d.startswith(FREE_ON_RESUME)]
+        changed = [d for d in configs.config_differences(old, config) if not d.startswith(free)]
         if changed:
             raise ValueError(
                 f"{workdir} was made with another config ({'; '.join(changed)}): use another workdir, or give the "
@@ -185,8 +194,11 @@ def check_same_config(workdir: str | os.PathLike, config) -> None:
 
 
 def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -> int:
-    """Returns the step that a run resumes after, 0 at its beginning; ValueError for another config or dataset."""
-    check_same_config(workdir, config)
+    """Returns the step that a run resumes after, 0 at its beginning.
+
+    Raises ValueError for another config, but for a greater length, or for another dataset.
+    """
+    check_same_config(workdir, config, (*FREE_ON_RESUME, *LENGTH))
     steps = saved_steps(workdir)
     if not steps:
         return 0
@@ -194,6 +206,15 @@ def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -
         raise ValueError(
             f"{config.data.train} is not the dataset that {workdir} was trained on (its fingerprint differs): "
             "give that one to resume, or use another workdir"
+        )
+    epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
+    old, new = (
+        configs.duration_in_steps(one, "total", epoch_steps) for one in (configs.read_config(workdir) or config, config)
+    )
+    if new < old:
+        raise ValueError(
+            f"{workdir} is a run of {old} steps and cannot become one of {new}: a run may be extended, not shortened; "
+            f"--stop-at-step {new} stops it there"
         )
     return steps[-1]
 

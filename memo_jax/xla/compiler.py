@@ -1,12 +1,18 @@
 """Compiler options and barriers: how XLA is told what it does not find out by itself, mostly on CPUs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
+
+from memo_jax.log import say
+
+try:
+    from jax.experimental.custom_partitioning import custom_partitioning
+except ImportError:  # experimental: another version of JAX may have moved it
+    custom_partitioning = None
 
 CPU_OPTIONS = {
     # Products go to the library, convolutions and sums do not: it takes the gradient of a 3×3 kernel at a third of the
@@ -15,26 +21,46 @@ CPU_OPTIONS = {
     # This pass drops barriers before operations are fused and common subexpressions are merged.
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+RUN_ONCE_CPU_OPTIONS = {
+    # Optimising hundreds of small kernels takes several times as long as it saves.
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 
 def compiler_options(platform: str) -> dict[str, Any] | None:
-    """Returns the options that train steps are compiled with on a platform such as "cpu"; None for the defaults.
+    """Returns the options that train steps are compiled with on a platform such as "cpu"; None for the defaults."""
+    return known_options(CPU_OPTIONS) if platform == "cpu" else None
 
-    Options that the installed jaxlib does not have are left out.
-    """
-    return dict(_known_cpu_options()) if platform == "cpu" else None
+
+def run_once_options(platform: str) -> dict[str, Any] | None:
+    """Returns the options for a program that runs only once; None for the defaults."""
+    return known_options(RUN_ONCE_CPU_OPTIONS) if platform == "cpu" else None
+
+
+def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of these compiler options that the installed jaxlib has; the others are named, once."""
+    return dict(_known_options(tuple(options.items())))
 
 
 @functools.cache
-def _known_cpu_options() -> tuple[tuple[str, Any], ...]:
-    if _compiles_with(CPU_OPTIONS):
-        return tuple(CPU_OPTIONS.items())
-    return tuple((name, value) for name, value in CPU_OPTIONS.items() if _compiles_with({name: value}))
+def _known_options(options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+    if _compiles_with(dict(options)):
+        return options
+    known = tuple((name, value) for name, value in options if _compiles_with({name: value}))
+    for name, _ in options:
+        if name not in dict(known):
+            say(f"this jaxlib does not know the compiler option {name}: going on without it")
+    return known
 
 
 def _compiles_with(options: dict[str, Any]) -> bool:
-    """Returns whether the CPU compiler accepts these options."""
-    with jax.default_device(jax.devices("cpu")[0]):
+    """Returns whether XLA accepts these options."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]  # all of XLA's own compilers share one list of options
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        device = jax.local_devices()[0]
+    with jax.default_device(device):
         program = jax.jit(lambda: 0.0).lower()
     try:
         program.compile(options)
@@ -43,14 +69,6 @@ def _compiles_with(options: dict[str, Any]) -> bool:
             raise
         return False
     return True
-
-
-def run_once_options(platform: str) -> dict[str, Any] | None:
-    """Returns the options for a program that runs only once; None for the defaults."""
-    if platform != "cpu":
-        return None
-    # Optimising hundreds of small kernels takes several times as long as it saves.
-    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @jax.jit
@@ -79,6 +97,9 @@ def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
     Args:
       function: maps arrays [N, A] and [N, B] to [N, C]; row i of the result depends on rows i alone.
     """
+    if custom_partitioning is None:
+        _say_once("this JAX has no custom_partitioning: each device augments the crops of all")
+        return function
     split = custom_partitioning(function)
 
     def partition(mesh, arguments, result):
@@ -92,3 +113,8 @@ def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
         return jax.lax.platform_dependent(*arrays, tpu=function, default=split)
 
     return by_rows
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text)

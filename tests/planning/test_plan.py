@@ -14,7 +14,7 @@ from memo_jax.planning import plan as training_plan
 from memo_jax.training import program
 
 has_cuda = any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
-needs_cuda = pytest.mark.skipif(not has_cuda, reason="needs JAX's part for CUDA: .[cuda]")
+needs_cuda = pytest.mark.skipif(not has_cuda, reason="needs JAX's part for CUDA: .[cuda13]")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: .[tpu-plan]")
 
 
@@ -105,7 +105,7 @@ def test_a_topology_that_no_pod_has_and_a_batch_that_its_chips_cannot_share_are_
     assert status == 2 and "memo-jax: error: topology 'v5e:3x5': " in text
 
 
-@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu-plan"), ("h100:8", "cuda")])
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu-plan"), ("h100:8", "cuda13")])
 def test_without_the_compiler_its_extra_is_named(monkeypatch, topology, extra):
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(chips.importlib.metadata, "entry_points", lambda group: [])

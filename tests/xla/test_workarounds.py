@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tiny
-from memo_jax.xla import compiler
+from memo_jax.xla import compiler, flags
 
 # Runs in a process of its own, which compiles as users do; it has four devices to share a batch.
 SCRIPT = """
@@ -144,13 +144,39 @@ def test_every_device_transforms_the_rows_of_all(report):
     assert plain, needless("each_device_its_rows")
 
 
-def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
+def test_compiler_options_that_jaxlib_does_not_know_are_left_out_and_named_once(capsys):
     known = compiler.compiler_options("cpu")
     assert known == compiler.CPU_OPTIONS, needless("the option that is missing")
-    assert compiler.compiler_options("tpu") is None
-    monkeypatch.setattr(compiler, "CPU_OPTIONS", known | {"xla_cpu_option_of_another_version": "1"})
-    compiler._known_cpu_options.cache_clear()
-    assert compiler.compiler_options("cpu") == known
-    compiler._known_cpu_options.cache_clear()
+    assert compiler.run_once_options("cpu") == compiler.RUN_ONCE_CPU_OPTIONS
+    assert compiler.compiler_options("tpu") is compiler.run_once_options("tpu") is None
+    capsys.readouterr()
+    for _ in range(2):
+        assert compiler.known_options(known | {"xla_cpu_option_of_another_version": "1"}) == known
+    assert capsys.readouterr().err == (
+        "this jaxlib does not know the compiler option xla_cpu_option_of_another_version: going on without it\n"
+    )
     doubled = jax.jit(lambda x: 2 * x, compiler_options=known)(np.float32(3))
     assert doubled == 6
+
+
+def test_xla_flags_that_jaxlib_does_not_know_are_left_out(monkeypatch, capsys):
+    """Such a flag would end any process that starts JAX."""
+    known = "--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true"
+    unknown = "--xla_flag_of_another_version=1"
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    flags.default_xla_flags(unknown, known)
+    assert os.environ["XLA_FLAGS"] == known
+    assert capsys.readouterr().err == f"this jaxlib does not know the XLA flag {unknown}: going on without it\n"
+
+
+def test_xla_flags_of_the_user_stay(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
+    flags.default_xla_flags("--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true")
+    assert os.environ["XLA_FLAGS"] == "--xla_force_host_platform_device_count=3"
+
+
+def test_without_custom_partitioning_the_function_runs_as_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(compiler, "custom_partitioning", None)
+    assert compiler.each_device_its_rows(np.add) is np.add
+    assert compiler.each_device_its_rows(np.multiply) is np.multiply
+    assert capsys.readouterr().err.count("has no custom_partitioning") == 1

@@ -1,0 +1,21 @@
+"""The study's MeMo at the authors' sizes, for accelerators.
+
+    python experiments/accelerator.py --output DIR --data DIR
+
+Networks, heads and crops are those of base.py, in bfloat16. Schedules are those of study.py, which accelerator.py
+stretches to as many steps as its minutes hold.
+"""
+
+import base
+import study
+
+
+def get_config():
+    """Returns the study's schedules with the authors' networks."""
+    config, authors = study.get_config(), base.get_config()
+    config.model = authors.model
+    config.model.dtype = "bfloat16"
+    config.data.batch_size = 128
+    for key in ("global_crops", "global_seconds", "local_crops", "local_seconds"):
+        config.data[key] = authors.data[key]
+    return config

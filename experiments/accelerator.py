@@ -1,0 +1,688 @@
+r"""The first hour on a machine with GPUs or TPUs, in one command: is it right, how fast is it, and does it learn.
+
+    python experiments/accelerator.py --output OUTPUT [--data DATA] [--config FILE] [--config.KEY=VALUE …]
+
+Needs nothing but this repository and an installed memo-jax. It does its parts one after the other, each in a process of
+its own, and ends with 75 once `--minutes` are over: the same command goes on. Each part leaves OUTPUT/parts/PART.json,
+which is all that counts as done: delete it to have the part again. OUTPUT/results.md and results.json show all of them.
+
+    machine                  devices, best rate of a matrix product and of a copy
+    parity                   reference steps of a PyTorch program, replayed in float32, within that file's tolerances
+    bfloat16                 the same steps in float32 and in bfloat16
+    devices                  the same steps on one device and on all
+    flops                    of a step, by the definition of the networks
+    step/DTYPE/BATCH         the authors' step, augmentation included, on all devices, at BATCH utterances a device,
+                             until one does not fit
+    lever/NAME               the same in bfloat16 at the smallest batch, with one setting changed
+    torch/VARIANT            the same step in PyTorch from the same weights, beside ours, both from mel power (where
+                             PyTorch and the package speakerlab-slim are installed)
+    trace                    a profile of three steps for XProf and TensorBoard, and the memory's, for pprof
+    plan                     what `memo-jax plan` says of this machine, beside what was measured
+    training                 rows of the study at the authors' sizes, and their EER (where DATA is given)
+
+DATA holds `train` and `test`, both made by `memo-jax prepare`, `trials.txt` (of test), and, if there are any, the
+folders `noise`, `music` and `rirs`. Without it, the synthetic speech of `make demo` is made where the package
+espeakng-loader is installed.
+
+The exit status is 0 when all parts are done, 1 when numbers are wrong or a part failed in another way than for lack of
+memory, 75 when time is up, 2 for bad arguments.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EXPERIMENTS = Path(__file__).resolve().parent
+ROOT = EXPERIMENTS.parent
+sys.path[:0] = [str(EXPERIMENTS / "benchmarks")]
+
+from memo_jax import config as configs  # noqa: E402
+from memo_jax.files import write_text  # noqa: E402
+from memo_jax.log import say  # noqa: E402
+
+GO_ON = 75
+SAVE_SECONDS = 60  # that a part may take to end when time is up
+LEVERS = {
+    "resnet_remat=norms": ("model.resnet_remat=norms",),
+    "resnet_remat=blocks": ("model.resnet_remat=blocks",),
+    "ecapa_remat=norms": ("model.ecapa_remat=norms",),
+    "resnet_packed": ("model.resnet_packed=true",),
+    "resnet_scan": ("model.resnet_scan=true",),
+    "ecapa_stride=2": ("model.ecapa_stride=2",),
+}
+TORCH_VARIANTS = {
+    "float32": (),
+    "float32, compiled": ("--compile",),
+    "bfloat16": ("--dtype=bfloat16",),
+    "bfloat16, channels last": ("--dtype=bfloat16", "--channels-last"),
+    "bfloat16, compiled": ("--dtype=bfloat16", "--compile"),
+    "bfloat16, compiled, channels last": ("--dtype=bfloat16", "--compile", "--channels-last"),
+}
+CHIPS = {"H200": "h200", "H100": "h100", "A100": "a100", "B200": "b200", "v5 lite": "v5e", "v6 lite": "v6e", "v4": "v4"}
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of TPUs on a host
+OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OutOfMemory|Ran out of memory")
+# A rounding of bfloat16 is 2^-9 of a number; all roundings of a step together moved no loss by more.
+BFLOAT16_TOLERANCE = 0.02
+# Devices add up in another order, and training amplifies it.
+DEVICES_TOLERANCE = {"first": 1e-5, "last": 1e-3}
+STEPS = 3  # of the checks
+EPOCH_STEPS = 1000  # of the recipe that is timed
+
+
+class Skip(Exception):
+    """A part that cannot run here, and why."""
+
+
+# Parts: each runs in a process of its own and returns what its file will hold.
+
+
+def machine(options) -> dict:
+    """Devices, versions and limits."""
+    import jax
+    import jaxlib
+
+    import step_parts
+
+    rates = {dtype: step_parts.machine_limits(dtype) for dtype in ("float32", "bfloat16")}
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "devices": jax.device_count(),
+        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": sys.version.split()[0],
+        "flops_per_second": {dtype: rate for dtype, (rate, _) in rates.items()},
+        "bytes_per_second": max(bandwidth for _, bandwidth in rates.values()),
+    }
+
+
+def parity(options) -> dict:
+    """Reference steps replayed in float32."""
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    import parity as replay
+
+    result = replay.compare(str(options.reference))
+    return {
+        "passed": not result["passed_tolerance"],
+        "beyond_tolerance": result["passed_tolerance"],
+        "largest_share_of_tolerance": max(
+            deviation / (replay.NOISE_MARGIN * result["noise"][check])
+            for check, deviation in result["deviations"].items()
+        ),
+    }
+
+
+def bfloat16(options) -> dict:
+    """Losses of the same steps in float32 and in bfloat16."""
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")
+    ours, exact = (
+        losses_of(config_of(options, f"model.dtype={dtype}"), jax.devices()[:1]) for dtype in ("bfloat16", "float32")
+    )
+    found = differences(ours, exact)
+    return {"passed": found[0] <= BFLOAT16_TOLERANCE, "relative_differences": found, "tolerance": BFLOAT16_TOLERANCE}
+
+
+def devices(options) -> dict:
+    """Losses of the same steps on one device and on all of them."""
+    import jax
+
+    count = jax.device_count()
+    if count == 1:
+        raise Skip("there is one device")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    batch = -(-options.batches[0] // count) * count
+    config = config_of(options, "model.dtype=float32", f"data.batch_size={batch}")
+    found = differences(losses_of(config, jax.devices()), losses_of(config, jax.devices()[:1]))
+    passed = found[0] <= DEVICES_TOLERANCE["first"] and found[-1] <= DEVICES_TOLERANCE["last"]
+    return {"passed": passed, "devices": count, "relative_differences": found, "tolerance": DEVICES_TOLERANCE}
+
+
+def flops(options) -> dict:
+    """FLOPs of a step of one utterance, by the definition of the networks."""
+    from memo_jax.planning.plan import model_flops
+
+    batch = options.batches[0]
+    total = model_flops(config_of(options, f"data.batch_size={batch}"), EPOCH_STEPS)
+    return {"flops_per_utterance": total / batch}
+
+
+def step(options, *overrides, batch: int) -> dict:
+    """Time, memory and rates of the training step on all devices at a batch a device."""
+    import jax
+
+    count = jax.device_count()
+    config = config_of(options, *overrides, f"data.batch_size={batch * count}")
+    program = Program(config, jax.devices())
+    for _ in range(2):
+        program.take_step()
+    seconds = []
+    for _ in range(options.rounds):
+        begin = time.perf_counter()
+        for _ in range(options.steps):
+            program.dispatch()
+        program.wait()
+        seconds.append((time.perf_counter() - begin) / options.steps)
+    median, limits = statistics.median(seconds), result_of(options, "machine")
+    needed = result_of(options, "flops")["flops_per_utterance"] * batch
+    analysis, memory = program.compiled.cost_analysis() or {}, program.compiled.memory_analysis()
+    moved = analysis.get("bytes accessed")
+    planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return {
+        "batch_a_device": batch,
+        "devices": count,
+        "dtype": config.model.dtype,
+        "seconds": median,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "utterances_per_second": batch * count / median,
+        "compile_seconds": program.compile_seconds,
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "compiled_bytes": planned,
+        "fraction_of_peak": needed / median / limits["flops_per_second"][config.model.dtype],
+        # XLA's count of what operations read and write, which is less where caches help.
+        "fraction_of_bandwidth": moved / median / limits["bytes_per_second"] if moved else None,
+    }
+
+
+def torch_step(options, *arguments) -> dict:
+    """The step of experiments/torch_steps.py beside ours."""
+    for module in ("torch", "speakerlab"):
+        if importlib.util.find_spec(module) is None:
+            raise Skip(f"the module {module} is not installed")
+    platform = {"gpu": "cuda"}.get(platform_of(options), platform_of(options))
+    if platform not in ("cpu", "cuda"):
+        raise Skip(f"PyTorch has no {platform} here")
+    if platform == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Skip("this PyTorch sees no GPU")
+    model, data = (config := config_of(options)).model, config.data
+    sizes = [
+        f"--batch={options.batches[0]}",
+        f"--global-seconds={data.global_seconds}",
+        f"--local-seconds={data.local_seconds}",
+        *("--ecapa-channels", *map(str, model.ecapa_channels)),
+        f"--resnet-base-channels={model.resnet_base_channels}",
+        f"--embedding-dim={model.embedding_dim}",
+        f"--head-hidden={model.head_hidden}",
+        f"--head-bottleneck={model.head_bottleneck}",
+        f"--prototypes={model.prototypes}",
+        "--resnet-remat=none",
+        f"--steps={options.steps}",
+    ]
+    script = EXPERIMENTS / "benchmarks" / "train_step.py"
+    command = [sys.executable, str(script), f"--platform={platform}", "--json", *sizes, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trace(options) -> dict:
+    """A profile of three steps, and of the memory."""
+    import jax
+
+    folder = options.output / "profile"
+    program = Program(config_of(options, "model.dtype=bfloat16", f"data.batch_size={small_batch(options)}"), None)
+    for _ in range(2):
+        program.take_step()
+    with jax.profiler.trace(folder):
+        for _ in range(3):
+            program.take_step()
+    jax.profiler.save_device_memory_profile(str(folder / "memory.prof"))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {"folder": str(folder), "bytes": sum(path.stat().st_size for path in files), "files": len(files)}
+
+
+def plan(options) -> dict:
+    """What `memo-jax plan` says of these devices, beside what was measured."""
+    limits = result_of(options, "machine")
+    chip = next((chip for name, chip in CHIPS.items() if name in limits["kind"]), None)
+    if chip is None:
+        raise Skip(f"`memo-jax plan` has no data sheet of {limits['kind']}")
+    count = limits["devices"]
+    shape = str(count) if limits["platform"] == "gpu" else SLICES.get(count)
+    if shape is None:
+        raise Skip(f"no topology of {count} chips is known here")
+    measured = result_of(options, f"step/bfloat16/{options.batches[0]}")
+    texts = [*options.overrides, "model.dtype=bfloat16", f"data.batch_size={small_batch(options)}"]
+    command = [sys.executable, "-m", "memo_jax", "plan", f"--config={options.config}", f"--topology={chip}:{shape}"]
+    command += ["--json", *(f"--config.{text}" for text in texts)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.returncode)
+    planned = json.loads(done.stdout)
+    return {
+        "topology": f"{chip}:{shape}",
+        "planned_seconds": planned["seconds_per_step"],
+        "measured_seconds": measured.get("seconds"),
+        "planned_bytes": planned["hbm_bytes"],
+        "measured_bytes": measured.get("peak_bytes") or measured.get("compiled_bytes"),
+    }
+
+
+def training(options) -> dict:
+    """Rows of the study at full width, by experiments/run.py, and their error rates."""
+    data = options.data or demo_data(options.output / "data")
+    folder = options.output / "training"
+    command = [sys.executable, str(EXPERIMENTS / "run.py"), f"--data={data / 'train'}", "--seeds=0", "--replicates=100"]
+    command += [f"--test=test={data / 'test'}:{data / 'trials.txt'}", f"--output={folder}", f"--results={folder}"]
+    command += [f"--rows={options.rows}", f"--config={options.training_config}"]
+    command += [f"--{kind}={data / kind}" for kind in ("noise", "music", "rirs") if (data / kind).is_dir()]
+    command += [f"--config.{text}" for text in training_overrides(options)]
+    say(shlex.join(command))
+    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: runner.terminate())  # it lets the training save where it is
+    if status := runner.wait():
+        raise SystemExit(status)
+    import study_results
+
+    rows = {}
+    for run in study_results.read_results(folder):
+        tested = run.result["tests"].get("test", {})
+        rows[run.result["row"]] = {
+            "status": run.result["status"],
+            "steps": run.result["steps"],
+            "eer": {branch: found["eer"] for branch, found in tested.items()},
+        }
+    return {"rows": rows}
+
+
+# What parts share.
+
+
+class Program:
+    """The compiled training step of a config on devices (None: all), with a state and a batch of noise."""
+
+    def __init__(self, config, of_devices):
+        import jax
+
+        from memo_jax.training.program import create_state, lowered_step
+        from memo_jax.training.recipe import build_recipe
+        from memo_jax.xla import sharding
+        from synthetic import example_banks, example_batch
+
+        mesh = sharding.data_mesh(of_devices)
+        recipe, self.banks = build_recipe(config, EPOCH_STEPS), sharding.replicate(mesh, example_banks())
+        begin = time.perf_counter()
+        self.compiled = lowered_step(config, recipe, mesh, self.banks).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        jax.clear_caches()
+        self.state = create_state(config, recipe, mesh)
+        self.batch = sharding.global_batch(mesh, example_batch(config))
+        self.key = jax.jit(lambda: jax.random.key(1), out_shardings=sharding.replicated(mesh))()
+        self.metrics = None
+
+    def dispatch(self) -> None:
+        """Asks for a step."""
+        self.state, self.metrics = self.compiled(self.state, self.batch, self.banks, self.key)
+
+    def wait(self) -> None:
+        """Waits for all that was asked for."""
+        import jax
+
+        jax.block_until_ready((self.state, self.metrics))
+
+    def take_step(self) -> dict[str, float]:
+        """Takes a step; returns its losses."""
+        self.dispatch()
+        self.wait()
+        return {name: float(value) for name, value in self.metrics.items() if name.startswith("loss")}
+
+
+def config_of(options, *overrides):
+    """The config with the command line's overrides, and these, "key=value"."""
+    texts = [*options.overrides, *overrides]
+    config = configs.load_config(options.config, [f"--config.{text}" for text in texts])
+    if not any(text.startswith("data.batch_size=") for text in overrides):
+        config.data.batch_size = options.batches[0]
+    return config
+
+
+def small_batch(options) -> int:
+    """The smallest batch, of all devices."""
+    return options.batches[0] * result_of(options, "machine")["devices"]
+
+
+def losses_of(config, of_devices) -> list[dict[str, float]]:
+    """Losses of the first steps."""
+    program = Program(config, of_devices)
+    return [program.take_step() for _ in range(STEPS)]
+
+
+def differences(ours: list[dict], exact: list[dict]) -> list[float]:
+    """Of each step, the largest relative difference of a loss."""
+    return [max(abs(a[name] / b[name] - 1) for name in b if b[name]) for a, b in zip(ours, exact, strict=True)]
+
+
+def part_file(options, name: str) -> Path:
+    """Where a part leaves its result."""
+    return options.output / "parts" / (re.sub(r"[^\w=.]+", "-", name) + ".json")
+
+
+def result_of(options, name: str) -> dict:
+    """Result of a part that came before."""
+    file = part_file(options, name)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def platform_of(options) -> str:
+    """Returns what the machine part found: cpu, gpu or tpu."""
+    return result_of(options, "machine")["platform"]
+
+
+def training_overrides(options) -> list[str]:
+    """The schedules of the training config, stretched to the steps that the minutes hold, by the measured step."""
+    config = configs.load_config(options.training_config, [f"--config.{text}" for text in options.overrides])
+    texts = list(options.overrides)
+    if any(text.startswith("total_steps=") for text in texts):
+        return texts
+    import ablation
+
+    measured = result_of(options, f"step/bfloat16/{options.batches[0]}")
+    if "utterances_per_second" not in measured:
+        raise Skip(f"step/bfloat16/{options.batches[0]} was not measured, and tells how many steps there is time for")
+    rate = measured["utterances_per_second"] / config.data.batch_size
+    seconds = 60 * options.training_minutes / len(ablation.chosen_rows(options.rows))
+    factor = max(seconds * rate / config.total_steps, 1.0)
+    for key in (
+        "total_steps",
+        "gate.window_steps",
+        "gate.min_steps",
+        "gate.stop_steps",
+        "optimizer.warmup_steps",
+        "optimizer.freeze_prototypes_steps",
+        "evaluation.every_steps",
+    ):
+        value = functools.reduce(getattr, key.split("."), config)
+        if value > 0:
+            texts.append(f"{key}={round(value * factor)}")
+    return texts
+
+
+def demo_data(folder: Path) -> Path:
+    """Makes the synthetic speech of the demo into a folder as --data takes it."""
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise Skip("no --data, and the package espeakng-loader, which makes synthetic speech, is not installed")
+    import demo_speech
+    from memo_jax.data.prepare import prepare
+
+    corpus = folder / "corpus"
+    demo_speech.make_corpus(corpus)
+    for split in ("train", "test"):
+        if not (folder / split / "dataset_info.json").exists():
+            prepare([corpus / split], folder / split)
+    for name in ("trials.txt", "noise", "rirs"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(corpus / name)
+    return folder
+
+
+# The command.
+
+
+def parts_of(options) -> dict:
+    """{name: function of the options} of all parts, in order."""
+    parts = {"machine": machine, "parity": parity, "bfloat16": bfloat16, "devices": devices, "flops": flops}
+    for dtype in ("bfloat16", "float32"):
+        for batch in options.batches:
+            parts[f"step/{dtype}/{batch}"] = functools.partial(step_at, dtype=dtype, batch=batch)
+    for name, overrides in LEVERS.items():
+        parts[f"lever/{name}"] = functools.partial(lever, overrides=overrides)
+    for name, arguments in TORCH_VARIANTS.items():
+        parts[f"torch/{name}"] = functools.partial(torch_variant, arguments=arguments)
+    parts |= {"trace": trace, "plan": plan, "training": training}
+    return {name: part for name, part in parts.items() if re.search(options.parts, name)}
+
+
+def step_at(options, *, dtype: str, batch: int) -> dict:
+    """The step, unless a smaller batch did not fit."""
+    for smaller in options.batches[: options.batches.index(batch)]:
+        if result_of(options, f"step/{dtype}/{smaller}").get("out_of_memory"):
+            raise Skip(f"{smaller} utterances a device did not fit")
+    return step(options, f"model.dtype={dtype}", batch=batch)
+
+
+def lever(options, *, overrides: tuple[str, ...]) -> dict:
+    """The step with a setting changed."""
+    return step(options, "model.dtype=bfloat16", *overrides, batch=options.batches[0])
+
+
+def torch_variant(options, *, arguments: tuple[str, ...]) -> dict:
+    """PyTorch's step."""
+    return torch_step(options, *arguments)
+
+
+def run_part(options) -> None:
+    """Runs one part in this process and writes its file."""
+    begin = time.time()
+    try:
+        result = parts_of(options)[options.part](options)
+    except Skip as reason:
+        result = {"skipped": str(reason)}
+    write_text(part_file(options, options.part), json.dumps({"took_seconds": time.time() - begin} | result, indent=2))
+
+
+def run_all(options, arguments: list[str]) -> int:
+    """Runs the parts that are not done, until time is up; returns the exit status."""
+    end, left = time.monotonic() + 60 * options.minutes, True
+    part_file(options, "machine").parent.mkdir(parents=True, exist_ok=True)
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(options.output / "xla")} | os.environ
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    for number, name in enumerate(parts := [n for n in parts_of(options) if not part_file(options, n).is_file()]):
+        remaining = end - time.monotonic()
+        if remaining <= 0:
+            break
+        say(f"{name} …")
+        log = part_file(options, name).with_suffix(".log")
+        with open(log, "a") as stream:
+            child = subprocess.Popen(
+                [sys.executable, __file__, *arguments, f"--part={name}"],
+                stdout=stream,
+                stderr=stream,
+                env=environment,
+                start_new_session=True,
+            )
+        if not ended(child, remaining):
+            if number or name == "training":  # it had less than the whole time, or goes on where it was
+                break
+            failure = {"error": f"did not end within {options.minutes:g} minutes"}
+            write_text(part_file(options, name), json.dumps(failure))
+        elif child.returncode:
+            text = log.read_text(errors="replace")
+            failure = {"error": (text.strip().splitlines() or [f"status {child.returncode}"])[-1][:500]}
+            failure |= {"out_of_memory": True} if OUT_OF_MEMORY.search(text) else {}
+            write_text(part_file(options, name), json.dumps(failure))
+        write_results(options)
+        say(f"  {summary(result_of(options, name))}")
+    else:
+        left = False
+    results = write_results(options)
+    print(f"{options.output / 'results.md'}: {len(results)} of {len(parts_of(options))} parts done")
+    if left:
+        say(f"{options.minutes:g} minutes are over: the same command goes on with {parts[number]}")
+        return GO_ON
+    wrong = [
+        name
+        for name, result in results.items()
+        if result.get("passed") is False or ("error" in result and not result.get("out_of_memory"))
+    ]
+    for name in wrong:
+        say(f"{name}: {summary(results[name])} (see {part_file(options, name).with_suffix('.log')})")
+    return 1 if wrong else 0
+
+
+def ended(child: subprocess.Popen, seconds: float) -> bool:
+    """Waits for a part; ends it, with all that it started, and returns False when it takes longer."""
+    try:
+        child.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        child.terminate()  # a training saves where it is
+        try:
+            child.wait(SAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        child.wait()
+        return False
+
+
+def summary(result: dict) -> str:
+    """A line about a part's result."""
+    if "skipped" in result:
+        return f"skipped: {result['skipped']}"
+    if result.get("out_of_memory"):
+        return "does not fit"
+    if "error" in result:
+        return f"failed: {result['error']}"
+    if "passed" in result:
+        return "passed" if result["passed"] else "WRONG"
+    if "utterances_per_second" in result:
+        return f"{result['seconds']:.4g} s, {result['utterances_per_second']:.4g} utterances/s"
+    return "done"
+
+
+def write_results(options) -> dict[str, dict]:
+    """Writes results.json and results.md of the parts done; returns them by name."""
+    results = {name: result_of(options, name) for name in parts_of(options) if part_file(options, name).is_file()}
+    write_text(options.output / "results.json", json.dumps(results, indent=2))
+    write_text(options.output / "results.md", markdown(results))
+    return results
+
+
+def markdown(results: dict[str, dict]) -> str:
+    """The results as tables."""
+    limits = results.get("machine", {})
+    lines = ["# On an accelerator", ""]
+    if "kind" in limits:
+        rates = ", ".join(f"{rate / 1e12:.4g} in {dtype}" for dtype, rate in limits["flops_per_second"].items())
+        lines += [
+            f"{limits['devices']} × {limits['kind']} ({limits['platform']}), jax {limits['jax']}, jaxlib "
+            f"{limits['jaxlib']}, Python {limits['python']}. Best matrix product of a device: {rates} TFLOP/s; best "
+            f"copy: {limits['bytes_per_second'] / 1e12:.4g} TB/s.",
+            "",
+        ]
+    lines += ["| check | result |", "|---|---|"]
+    for name in ("parity", "bfloat16", "devices"):
+        if name in results:
+            lines.append(f"| {name} | {summary(results[name])} |")
+    steps = {name: result for name, result in results.items() if name.startswith(("step/", "lever/"))}
+    if steps:
+        lines += [
+            "",
+            "| step | s | utterances/s | of the matrix peak | of the bandwidth | peak memory, GB | compiled in, s |",
+            "|---" * 7 + "|",
+        ]
+    for name, row in steps.items():
+        if "seconds" not in row:
+            lines.append(f"| {name} | {summary(row)} | | | | | |")
+            continue
+        share, memory = row["fraction_of_bandwidth"], row["peak_bytes"] or row["compiled_bytes"]
+        lines.append(
+            f"| {name} | {row['seconds']:.4g} | {row['utterances_per_second']:.4g} | {row['fraction_of_peak']:.1%} | "
+            f"{'' if share is None else format(share, '.0%')} | {memory / 1e9:.2f} | {row['compile_seconds']:.0f} |"
+        )
+    beside = {name: result for name, result in results.items() if name.startswith("torch/")}
+    if beside:
+        lines += ["", "| PyTorch | its s | ours, s | ratio | difference of losses |", "|---" * 5 + "|"]
+    for name, row in beside.items():
+        lines.append(
+            f"| {name} | {row['theirs']['seconds']:.4g} | {row['ours']['seconds']:.4g} | {row['ratio']:.3g} | "
+            f"{row['max_relative_loss_difference']:.2g} |"
+            if "ratio" in row
+            else f"| {name} | {summary(row)} | | | |"
+        )
+    others = {name: results[name] for name in ("trace", "plan", "training") if name in results}
+    for name, row in others.items():
+        lines += ["", f"**{name}**: {summary(row)}"]
+        if "topology" in row:
+            lines.append(
+                f"{row['topology']}: planned {row['planned_seconds']:.4g} s and {row['planned_bytes'] / 1e9:.2f} GB, "
+                f"measured {row['measured_seconds']:.4g} s and {row['measured_bytes'] / 1e9:.2f} GB"
+            )
+        if "rows" in row:
+            lines += ["", "| row | steps | EER % of each teacher |", "|---|---|---|"]
+            for of, found in row["rows"].items():
+                rates = ", ".join(f"{branch} {eer:.2f}" for branch, eer in found["eer"].items())
+                lines.append(f"| {of} | {found['steps']} | {rates or found['status']} |")
+    return "\n".join(lines) + "\n"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[2],
+        usage=__doc__.splitlines()[2].strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="OUTPUT")
+    parser.add_argument("--data", type=Path, metavar="DATA", help="what to train on, see above")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of one call (default: %(default)s)")
+    parser.add_argument("--training-minutes", type=float, default=20.0, help="of all rows (default: %(default)s)")
+    parser.add_argument("--rows", default="main", help="of the study, as experiments/run.py takes them (default: main)")
+    parser.add_argument("--parts", default="", metavar="REGEX", help="only those whose name it matches")
+    batches = "32,64,128,256,512,1024"
+    parser.add_argument("--batches", default=batches, help="utterances a device (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="between two looks at the clock (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of so many steps (default: %(default)s)")
+    parser.add_argument("--reference", type=Path, default=ROOT / "tests" / "reference_steps.npz", metavar="NPZ")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "memo_voxceleb2.py", metavar="FILE")
+    parser.add_argument("--training-config", type=Path, default=ROOT / "configs" / "study_full.py", metavar="FILE")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [text for text in rest if not (text.startswith("--config.") and "=" in text)]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    options.overrides = [text.removeprefix("--config.") for text in rest]
+    try:
+        options.batches = sorted(int(text) for text in options.batches.split(","))
+    except ValueError:
+        parser.error(f"--batches {options.batches}: give numbers with commas between")
+    options.output = options.output.resolve()
+    if options.data:
+        options.data = options.data.resolve()
+        missing = [name for name in ("train", "test", "trials.txt") if not (options.data / name).exists()]
+        if missing:
+            parser.error(f"--data {options.data}: has no {missing[0]}")
+    try:
+        if options.part:
+            run_part(options)
+            return 0
+        config_of(options)
+        return run_all(options, arguments)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"accelerator.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
