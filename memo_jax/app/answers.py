@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from memo_jax.app.people_map import Voice, map_html
-from memo_jax.audio import AudioError
+from memo_jax.audio import AudioError, read_audio, speech_of
 from memo_jax.files import one_line
 from memo_jax.inference.embedder import Embedder
 from memo_jax.log import plural
@@ -23,10 +23,11 @@ class Answers:
     Args:
       embedder: the network with its gallery.
       prior: probability of the same person before anything is heard, strictly between 0 and 1.
+      check_speech: refuse recordings without speech; needs the extra `vad`.
     """
 
-    def __init__(self, embedder: Embedder, prior: float = 0.5):
-        self.embedder, self.prior = embedder, prior
+    def __init__(self, embedder: Embedder, prior: float = 0.5, check_speech: bool = False):
+        self.embedder, self.prior, self.check_speech = embedder, prior, check_speech
         self._changing = threading.Lock()  # several tabs may change the gallery at once
 
     def description(self) -> str:
@@ -75,6 +76,8 @@ class Answers:
         if not paths:
             return notice(f"Record or drop at least one recording of {name}."), False
         try:
+            for path in paths:
+                self._check_speech(path)
             with self._changing:
                 self.embedder.enroll(name, paths)
         except AudioError as error:
@@ -110,11 +113,17 @@ class Answers:
         if not path:
             return None, notice(f"{name}: record something, or drop a file.")
         try:
+            self._check_speech(path)
             return self.embedder.embed([path])[0], None
         except AudioError as error:
             return None, notice(f"{name}: {error.reason}.")
         except (ValueError, OSError) as error:
             return None, notice(f"{name}: {one_line(error)}")
+
+    def _check_speech(self, path) -> None:
+        """Raises AudioError for a recording without speech, if that is to be checked."""
+        if self.check_speech:
+            speech_of(read_audio(path, channel=self.embedder.channel), path)
 
     def _scored(self, verdict, score, good, more="") -> str:
         """HTML of a verdict with its score on a scale, its probability, and the threshold and its source."""

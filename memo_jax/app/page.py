@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from memo_jax.app.answers import Answers
+from memo_jax.audio import speech
 from memo_jax.inference.embedder import Embedder
 
 HOST = "127.0.0.1"
@@ -21,7 +22,11 @@ DESCRIBED = "Compare two voices, or enrol people and ask who is speaking. A mach
 
 @contextmanager
 def served(
-    embedder: Embedder, port: int | None = None, open_browser: bool = False, prior: float = 0.5
+    embedder: Embedder,
+    port: int | None = None,
+    open_browser: bool = False,
+    prior: float = 0.5,
+    check_speech: bool = False,
 ) -> Iterator[str]:
     """Serves the page on this machine while the block runs; yields its address.
 
@@ -31,7 +36,7 @@ def served(
       embedder: the network, with its gallery.
       port: None for the first free one from 7860.
       open_browser: also show the page in the user's browser.
-      prior: of probabilities, see `Answers`.
+      prior, check_speech: see `Answers`.
 
     Raises:
       ImportError: the extra `app` is not installed.
@@ -45,7 +50,7 @@ def served(
     except ImportError as error:
         raise ImportError(f"the page needs the extra `app`: pip install 'memo-jax[app]' ({error})") from error
     with _recordings_in_a_temporary_folder():
-        blocks = build(Answers(embedder, prior))
+        blocks = build(Answers(embedder, prior, check_speech))
         theme = gradio.themes.Base(primary_hue="indigo", font=FONTS, font_mono=CODE_FONTS)
         try:
             _, address, _ = blocks.launch(
@@ -85,8 +90,8 @@ def _recordings_in_a_temporary_folder() -> Iterator[None]:
 
 
 def serve(embedder: Embedder, port: int | None, open_browser: bool, prior: float, as_json: bool) -> None:
-    """Serves the page until Ctrl-C; prints its address. Arguments and errors as those of `served`."""
-    with served(embedder, port, open_browser, prior) as address:
+    """Serves the page until Ctrl-C and prints its address; arguments and errors as those of `served`."""
+    with served(embedder, port, open_browser, prior, speech.is_installed()) as address:
         told = json.dumps({"address": address, "model": embedder.fingerprint})
         print(told if as_json else f"{address} (Ctrl-C ends it)", flush=True)
         threading.Event().wait()

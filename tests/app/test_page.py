@@ -12,12 +12,14 @@ import soundfile
 
 import tiny
 from memo_jax import cli
+from memo_jax.audio import speech
 from memo_jax.inference.embedder import Embedder
 from memo_jax.inference.gallery import Gallery
 
 pytest.importorskip("gradio", reason="needs the extra app")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
 
+from memo_jax.app.answers import Answers
 from memo_jax.app.page import served
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -219,3 +221,13 @@ def test_the_page_is_on_this_machine_only_and_recordings_are_not_kept(tmp_path):
         taken = str(port)
         assert cli.main(["app", "--model", str(tiny.model_file()), "--port", taken, "--no-open"]) == 2
     assert not os.path.exists(folder)
+
+
+@pytest.mark.skipif(not speech.is_installed(), reason="needs the extra vad")
+def test_noise_without_speech_is_refused(tmp_path, recordings):
+    """Where it can be told; test_speech shows that speech is found."""
+    soundfile.write(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.01, 32000), 16000)
+    answers = Answers(Embedder.load(tiny.model_file()), check_speech=True)
+    assert "First recording: no speech in its 2.00 s." in answers.compare(str(tmp_path / "noise.wav"), None, {})[0]
+    said, done = answers.enroll("Ada", [str(tmp_path / "noise.wav")])
+    assert "noise.wav: no speech in its 2.00 s." in said and not done and answers.people() == []
