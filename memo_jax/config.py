@@ -16,7 +16,7 @@ from pathlib import Path
 from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict, FieldReference
 
-from memo_jax.files import as_path, make_folder, read_text, write_text
+from memo_jax.files import as_path, in_bucket, make_folder, read_text, write_text
 
 CONFIG_FILE = "config.json"
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
@@ -107,6 +107,15 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
         return None if text is None else config_from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; the workdir cannot be used without it") from None
+
+
+def workdir_config(workdir: str | os.PathLike) -> ConfigDict:
+    """Returns the locked config of a run; raises FileNotFoundError where no run is, ValueError if it is damaged."""
+    config = read_config(workdir)
+    if config is None:
+        hint = "; of a model file in a bucket, make a copy here first" if in_bucket(workdir) else ""
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no {CONFIG_FILE}){hint}")
+    return config
 
 
 def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:

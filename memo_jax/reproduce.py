@@ -46,9 +46,7 @@ def reproduce(
     check_local(run)
     check_local(output)
     run, output = Path(run), Path(output)
-    config = configs.read_config(run)
-    if config is None:
-        raise FileNotFoundError(f"{run} is not the workdir of a run (it has no config.json)")
+    config = configs.workdir_config(run)
     if output.resolve() == run.resolve():
         raise ValueError(f"{output} is the run itself: give another workdir for the repetition")
     old = read_metrics(run)

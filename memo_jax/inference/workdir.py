@@ -27,12 +27,7 @@ def workdir_model(
     from memo_jax.training.program import create_state
     from memo_jax.training.recipe import build_branches, build_recipe
 
-    config = configs.read_config(workdir)
-    if config is None:
-        raise FileNotFoundError(
-            f"{workdir} is not the workdir of a run (it has no config.json)"
-            + ("; of a model file, make a copy here first" if in_bucket(workdir) else "")
-        )
+    config = configs.workdir_config(workdir)
     branches = build_branches(config)
     if branch is None:
         branch = "ecapa" if "ecapa" in branches else next(iter(branches))

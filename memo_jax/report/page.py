@@ -68,9 +68,7 @@ def write_report(
     """
     workdir = as_path(workdir)
     check_bucket(workdir)
-    config = configs.read_config(workdir)
-    if config is None:
-        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no config.json)")
+    config = configs.workdir_config(workdir)
     rows = read_metrics(workdir)
     if not rows:
         raise ValueError(f"{workdir} has no metrics yet, so there is nothing to report")
