@@ -16,7 +16,7 @@ NO = 1  # the answer is no: different speakers, nobody known, some recordings le
 BAD_INPUT = 2
 LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
-    ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"}
+    ("eval", "embed", "verify", "enroll", "identify", "app", "export"), {"model"}
 )  # these may be gs://…
 
 
@@ -114,6 +114,7 @@ def run_prepare(options) -> int:
         options.output,
         min_seconds=options.min_seconds,
         channel=options.channel,
+        vad=options.vad,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
@@ -263,6 +264,7 @@ def load_embedder(options, gallery=None):
         channel=options.channel,
         calibration=getattr(options, "calibration", None),
         runtime=options.runtime,
+        vad=options.vad,
     )
 
 
@@ -375,6 +377,20 @@ def run_identify(options) -> int:
     return NO if result.name is None else 0
 
 
+def run_app(options) -> None:
+    """memo-jax app."""
+    if options.gallery is not None:
+        from memo_jax.scoring.embedding_file import check_output_name
+
+        check_writable(check_output_name(options.gallery))
+    from memo_jax.app.page import serve
+
+    embedder = load_embedder(options, options.gallery)
+    if options.threshold is not None:
+        embedder.threshold, embedder.threshold_source = options.threshold, "given"
+    serve(embedder, options.port, options.open, options.prior, options.json)
+
+
 def run_report(options) -> None:
     """memo-jax report."""
     check_writable(options.output or options.workdir / "report.html")
@@ -479,6 +495,7 @@ RUN = {
     "enroll": run_enroll,
     "remove": run_remove,
     "identify": run_identify,
+    "app": run_app,
     "report": run_report,
     "export": run_export,
     "push": run_push,

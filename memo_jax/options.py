@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_enroll,
         add_remove,
         add_identify,
+        add_app,
         add_report,
         add_export,
         add_push,
@@ -174,6 +175,7 @@ def shared_options() -> SimpleNamespace:
 def add_prepare(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax prepare."""
     added = command("prepare", "turn recordings into a dataset, or check a dataset", shared.min_seconds, shared.channel)
+    add_vad(added)
     added.add_argument(
         "--input",
         action="append",
@@ -350,10 +352,18 @@ def add_runtime(added: argparse.ArgumentParser) -> None:
     )
 
 
+def add_vad(added: argparse.ArgumentParser) -> None:
+    """--vad, of the commands that read recordings to embed or to train on."""
+    added.add_argument(
+        "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
+    )
+
+
 def add_embed(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax embed."""
     added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
     add_runtime(added)
+    add_vad(added)
     added.add_argument(
         "input",
         nargs="+",
@@ -384,6 +394,7 @@ def add_verify(command: Command, shared: SimpleNamespace) -> None:
         "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
     )
     add_runtime(added)
+    add_vad(added)
     added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
@@ -391,6 +402,7 @@ def add_enroll(command: Command, shared: SimpleNamespace) -> None:
     """memo-jax enroll."""
     added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
     add_runtime(added)
+    add_vad(added)
     added.add_argument("name", metavar="NAME")
     added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
@@ -412,7 +424,30 @@ def add_identify(command: Command, shared: SimpleNamespace) -> None:
         shared.channel,
     )
     add_runtime(added)
+    add_vad(added)
     added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
+
+
+def add_app(command: Command, shared: SimpleNamespace) -> None:
+    """memo-jax app."""
+    added = command(
+        "app",
+        "serve a page on this machine: compare two recordings, enrol people, identify them",
+        shared.model,
+        shared.threshold,
+        shared.channel,
+    )
+    add_runtime(added)
+    add_vad(added)
+    added.add_argument(
+        "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
+    )
+    added.add_argument(
+        "--port", type=port, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
+    )
+    added.add_argument(
+        "--open", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser"
+    )
 
 
 def add_report(command: Command, shared: SimpleNamespace) -> None:
@@ -559,6 +594,14 @@ def cosine(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
     return value
+
+
+def port(text: str) -> int:
+    """Returns a port of the command line; argparse reports the error."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not in [1, 65535]")
+    return number
 
 
 def device_choice(text: str) -> str:

@@ -265,7 +265,7 @@ def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
 class Norms:
     """An embedder without a network: the embedding tells the level of a recording, and how often it was asked for."""
 
-    fingerprint, dimension, channel = "levels", 2, "mean"
+    fingerprint, dimension, channel, vad = "levels", 2, "mean", False
 
     def __init__(self, stop_after=None):
         self.calls, self.stop_after = 0, stop_after
