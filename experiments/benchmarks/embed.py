@@ -357,9 +357,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="default: %(default)s")
     parser.add_argument("--runtime", default="auto", help="of ours: jax or onnx (default: as the command chooses)")
-    parser.add_argument(
-        "--against", nargs="*", choices=OTHERS, help="whom to compare with (default: those installed)"
-    )
+    parser.add_argument("--against", nargs="*", choices=OTHERS, help="whom to compare with (default: those installed)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     asked = list(OTHERS) if options.against is None else options.against

@@ -19,7 +19,9 @@ from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra, saved_steps
+from memo_jax.training.goodput import Goodput
 from memo_jax.training.monitor import Evaluation, Monitor
+from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
@@ -59,6 +61,7 @@ def train(
     evaluation: Evaluation | None = None,
     start: Mapping[str, Variables] | None = None,
     stop_at_step: int | None = None,
+    profile: ProfiledSteps | None = None,
     quiet: bool = False,
 ) -> dict[str, float]:
     """Trains (or goes on training) the run of a workdir and returns its last metrics.
@@ -70,6 +73,7 @@ def train(
       start: {branch: variables of its backbone} of the model file that `config.init` names;
         `inference.workdir.starting_backbones(config)`.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
+      profile: steps that the first process profiles into <workdir>/profile.
       quiet: show no progress.
 
     Raises:
@@ -83,11 +87,14 @@ def train(
     workdir, inputs = as_path(workdir), checked_inputs(config, evaluation)
     check_bucket(workdir)
     end = inputs.total if stop_at_step is None else min(stop_at_step, inputs.total)
+    goodput = Goodput()
     first, mesh, recipe = jax.process_index() == 0, sharding.data_mesh(), inputs.recipe
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.StopRequest())
         lock = processes.in_first(lambda: stack.enter_context(exclusive(workdir, inside=True)))
         begin = check_same_run(workdir, config, inputs.utterances)
+        profiler = Profiler(workdir, profile, begin, end, active=first)
+        stack.callback(profiler.close)
         banks = load_augmentation_banks(config)
         processes.check_agreement(agreed_inputs(config, inputs.utterances, banks))
         interrupts.check()
@@ -118,12 +125,19 @@ def train(
         record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, active=first and begin < end)
         extra = {"fingerprint": inputs.utterances.fingerprint, "version": memo_jax.__version__}
         key = augmentation_key(config, mesh)
-        monitor = Monitor(config, recipe, log, shown, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation)
+        monitor = Monitor(
+            config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
+        )
         monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
         for number in range(begin + 1, end + 1):
-            batch = sharding.global_batch(mesh, next(batches))
-            state, metrics = take_step(state, batch, banks_here, key)
+            profiler.before(number)
+            with goodput.waiting_for_input(monitor.running):
+                batch = sharding.global_batch(mesh, next(batches))
+            with goodput.counting("compile") if number == begin + 1 else contextlib.nullcontext():
+                state, metrics = take_step(state, batch, banks_here, key)
             monitor.took(number, metrics)
+            if said := profiler.after(number, state):
+                shown.write(said)
             stops = stop.reached(number)
             saves = stops or number == end or number % inputs.save_every == 0
             evaluates = evaluation is not None and (number == end or number % inputs.evaluate_every == 0)
@@ -131,16 +145,20 @@ def train(
                 # Checked first, so that a state that is not finite is never saved.
                 monitor.settle(state, teacher_backbones(state) if evaluates else None)
             if saves:
-                if lock:
-                    lock.check()
-                log.upload()  # so that a run resumed from there has all rows up to it
-                checkpoints.save(number, state, extra)
+                with goodput.counting("checkpoint"):
+                    if lock:
+                        lock.check()
+                    log.upload()  # so that a run resumed from there has all rows up to it
+                    checkpoints.save(number, state, extra)
             if stops and number < inputs.total:
                 checkpoints.wait()
                 record.end(number)
                 raise processes.StopRequested(number)
-        checkpoints.wait()
+        with goodput.counting("checkpoint"):
+            checkpoints.wait()
         record.end(end)
+        if begin < end:
+            shown.write(str(goodput))
     return monitor.last
 
 
