@@ -112,10 +112,10 @@ def parity(options) -> dict:
     """Reference steps replayed in float32."""
     import jax
 
-    jax.config.update("jax_default_matmul_precision", "highest")
     import parity as replay
 
-    result = replay.compare(str(options.reference))
+    with jax.default_matmul_precision("highest"):
+        result = replay.compare(str(options.reference))
     return {
         "passed": not result["passed_tolerance"],
         "beyond_tolerance": result["passed_tolerance"],
@@ -130,7 +130,6 @@ def bfloat16(options) -> dict:
     """Losses of the same steps in float32 and in bfloat16."""
     import jax
 
-    jax.config.update("jax_default_matmul_precision", "highest")
     ours, exact = (
         losses_of(config_of(options, f"model.dtype={dtype}"), jax.devices()[:1]) for dtype in ("bfloat16", "float32")
     )
@@ -145,7 +144,6 @@ def devices(options) -> dict:
     count = jax.device_count()
     if count == 1:
         raise Skip("there is one device")
-    jax.config.update("jax_default_matmul_precision", "highest")
     batch = -(-options.batches[0] // count) * count
     config = config_of(options, "model.dtype=float32", f"data.batch_size={batch}")
     found = differences(losses_of(config, jax.devices()), losses_of(config, jax.devices()[:1]))
@@ -363,7 +361,10 @@ def small_batch(options) -> int:
 
 def losses_of(config, of_devices) -> list[dict[str, float]]:
     """Losses of the first steps."""
-    program = Program(config, of_devices)
+    import jax
+
+    with jax.default_matmul_precision("highest"):  # not TensorFloat-32
+        program = Program(config, of_devices)
     return [program.take_step() for _ in range(STEPS)]
 
 
@@ -473,6 +474,7 @@ def torch_variant(options, *, arguments: tuple[str, ...]) -> dict:
 def run_part(options) -> None:
     """Runs one part in this process and writes its file."""
     begin = time.time()
+    part_file(options, options.part).parent.mkdir(parents=True, exist_ok=True)
     try:
         result = parts_of(options)[options.part](options)
     except Skip as reason:

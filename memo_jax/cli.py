@@ -159,10 +159,18 @@ def run_train(options) -> None:
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
         from memo_jax.inference.evaluate import training_evaluation
         from memo_jax.inference.workdir import starting_backbones
+        from memo_jax.training.profile import profiled_steps
         from memo_jax.training.train import train
 
         evaluation, start = training_evaluation(config), starting_backbones(config)
-        train(config, options.workdir, evaluation=evaluation, start=start, stop_at_step=options.stop_at_step)
+        train(
+            config,
+            options.workdir,
+            evaluation=evaluation,
+            start=start,
+            stop_at_step=options.stop_at_step,
+            profile=options.profile and profiled_steps(options.profile),
+        )
 
 
 @contextlib.contextmanager

@@ -254,6 +254,11 @@ def add_train(command: Command, shared: SimpleNamespace) -> None:
     )
     added.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
     added.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="profile steps of this command into DIR/profile: FIRST:LAST, or how many after the first ten",
+    )
+    added.add_argument(
         "--distributed",
         action="store_true",
         help="join the other processes of this TPU pod, Slurm, Open MPI or Kubernetes job",

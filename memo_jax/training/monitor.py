@@ -9,11 +9,13 @@ import jax
 import numpy as np
 
 from memo_jax.log import MetricsLog, Progress
+from memo_jax.training.goodput import GOODPUT_METRICS, Goodput
 from memo_jax.training.state import TrainState
 from memo_jax.training.step import Recipe
 from memo_jax.xla.sharding import parts_here
 
-TIMES = ("seconds_per_step", "utterances_per_second", "cpu_seconds")  # of a row: the machine's speed, not the run
+# Of a row: the speed of the machine, not the course of the run.
+TIMES = ("seconds_per_step", "utterances_per_second", "cpu_seconds", *GOODPUT_METRICS)
 TO_TRY = (
     "Try a lower optimizer.learning_rate, a longer optimizer.warmup, a smaller optimizer.clip_norm, or "
     "model.dtype=float32"
@@ -40,6 +42,7 @@ class Monitor:
       recipe: of the same config.
       log: rows of metrics go there.
       progress: steps are counted, and what happens is told there.
+      goodput: rows of metrics show it.
       end: the last step of this start, which is always logged.
       epoch_steps: steps in an epoch.
       evaluation: see `Evaluation`; None for none.
@@ -51,12 +54,14 @@ class Monitor:
         recipe: Recipe,
         log: MetricsLog,
         progress: Progress,
+        goodput: Goodput,
         *,
         end: int,
         epoch_steps: int,
         evaluation: Evaluation | None = None,
     ):
         self.config, self.recipe, self.log, self.progress = config, recipe, log, progress
+        self.goodput = goodput
         self.end, self.epoch_steps, self.evaluation = end, epoch_steps, evaluation
         self.untrained = None  # the teachers' backbones before the first step, until they are evaluated
         self.last: dict[str, float] = {}  # the latest metrics that were read
@@ -73,9 +78,15 @@ class Monitor:
           untrained: the teachers' backbones at the beginning of a run. They are evaluated after the first step, so that
             the two programs are not compiled at the same time.
         """
+        self.goodput.started()
         self._gate_closed = bool(state.gate.closed)
         if untrained and self.evaluation:
             self.untrained = jax.tree.map(np.array, untrained)  # a copy, since the step donates its state
+
+    @property
+    def running(self) -> dict[str, jax.Array] | None:
+        """Metrics of the step dispatched last, which may still be running; None before the first."""
+        return self._pending and self._pending[1]
 
     def took(self, number: int, metrics: dict[str, jax.Array]) -> None:
         """Notes that a step was dispatched; checks and logs the step before."""
@@ -113,12 +124,13 @@ class Monitor:
     def _log(self, number: int, evaluated: dict[str, float] | None = None) -> None:
         """Logs the latest metrics where a row is due."""
         if number % self.config.log_every_steps == 0 or number in (1, self.end) or evaluated:
-            times = {"epoch": number / self.epoch_steps, "cpu_seconds": time.process_time()}
+            times = {"epoch": number / self.epoch_steps, "cpu_seconds": time.process_time()} | self.goodput.row()
             self.log.write(number, self.last | (evaluated or {}) | times)
 
     def _evaluate(self, number: int, backbones: dict) -> dict[str, float]:
         """Evaluates in every process, so that none waits for another."""
-        result = self.evaluation(self.recipe, backbones)
+        with self.goodput.counting("evaluation"):
+            result = self.evaluation(self.recipe, backbones)
         self._mark = time.perf_counter()
         self.progress.write(f"step {number}: " + ", ".join(map(_rate_text, result, result.values())))
         return result

@@ -148,12 +148,14 @@ def by_view(x: jax.Array, views: int) -> jax.Array:
     return x.reshape((-1, views) + x.shape[1:]).swapaxes(0, 1)
 
 
+@jax.named_scope("backbone")
 def embeddings_by_view(backbone: nn.Module, params, batch_stats, features: jax.Array):
     """Returns a backbone's embeddings [V, B, D] of features [B, V, T, F], and its updated batch statistics."""
     embeddings, batch_stats = apply_in_train_mode(backbone, params, batch_stats, merge_views(features))
     return by_view(embeddings, features.shape[1]), batch_stats
 
 
+@jax.named_scope("head")
 def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[jax.Array]):
     """Returns a head's logits [V, B, K] of the embeddings of each crop length, and its updated batch statistics.
 
@@ -198,6 +200,7 @@ class TeacherOutputs(NamedTuple):
     centers: dict[str, jax.Array]  # {head: [K]}
 
 
+@jax.named_scope("teacher")
 def teacher_outputs(
     branch: Branch,
     variables: Variables,
@@ -213,18 +216,22 @@ def teacher_outputs(
     for head in branch.head_names:
         part = head_part(head)
         logits, stats[part] = logits_by_view(branch.head, params[part], stats[part], [embeddings])
-        distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
-        new_centers[head] = losses.updated_center(centers[head], logits, center_momentum)
+        with jax.named_scope("distributions"):
+            distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
+            new_centers[head] = losses.updated_center(centers[head], logits, center_momentum)
     return TeacherOutputs(embeddings, distributions, entropies, stats, new_centers)
 
 
 def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict[str, TeacherOutputs]:
     """Returns {branch: outputs of its teacher for the global views}."""
     temperature, momentum = recipe.schedules.teacher_temp(state.step), recipe.weights.center_momentum
-    return {
-        name: teacher_outputs(branch, state.teacher[name], state.center[name], views[0], temperature, momentum)
-        for name, branch in recipe.branches.items()
-    }
+    outputs = {}
+    for name, branch in recipe.branches.items():
+        with jax.named_scope(name):
+            outputs[name] = teacher_outputs(
+                branch, state.teacher[name], state.center[name], views[0], temperature, momentum
+            )
+    return outputs
 
 
 # The objective.
@@ -252,14 +259,16 @@ def distillation_loss(
       temperature: τ_s.
     """
     logits, batch_stats = logits_by_view(branch.head, head_params, batch_stats, embeddings)
-    terms = {
-        pair: losses.distillation(logits, teachers[pair.teacher].distributions[pair.head], temperature)
-        for pair in pairs
-    }
+    with jax.named_scope("distillation"):
+        terms = {
+            pair: losses.distillation(logits, teachers[pair.teacher].distributions[pair.head], temperature)
+            for pair in pairs
+        }
     total = sum((pair.weight * term for pair, term in terms.items()), jnp.float32(0))
     return total, (terms, batch_stats)
 
 
+@jax.named_scope("contrastive")
 def contrastive_loss(embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights) -> jax.Array:
     """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D]."""
     return weights.contrastive * losses.contrastive(
@@ -366,6 +375,7 @@ class BranchUpdate(NamedTuple):
     squared_gradient: jax.Array
 
 
+@jax.named_scope("student")
 def update_branch(
     name: str,
     state: TrainState,
@@ -385,6 +395,7 @@ def update_branch(
     momentum = materialize_on_cpu(recipe.schedules.momentum(state.step))
     new_params, new_averages, new_opt_state, squares = {}, {}, {}, []
 
+    @jax.named_scope("update")
     def update(part, gradient):
         """Updates student and teacher of a part: the backbone, or a head."""
         squares.extend(squared_norm(leaf) for leaf in jax.tree.leaves(gradient))
@@ -513,7 +524,8 @@ def train_step_on_features(
     for name in names:
         # One branch after the other, and all after the teachers' forward passes: parameters are updated in place.
         teachers, updates, views = materialize_on_cpu((teachers, updates, views))
-        updates[name] = update_branch(name, state, views, teachers, recipe, labels)
+        with jax.named_scope(name):
+            updates[name] = update_branch(name, state, views, teachers, recipe, labels)
 
     metrics = {key: value for of_branch in updates.values() for key, value in of_branch.metrics.items()}
     gate = state.gate

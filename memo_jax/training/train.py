@@ -19,7 +19,9 @@ from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
+from memo_jax.training.goodput import Goodput
 from memo_jax.training.monitor import Evaluation, Monitor
+from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
@@ -63,6 +65,7 @@ def train(
     evaluation: Evaluation | None = None,
     start: Mapping[str, Variables] | None = None,
     stop_at_step: int | None = None,
+    profile: ProfiledSteps | None = None,
     quiet: bool = False,
 ) -> dict[str, float]:
     """Trains (or goes on training) the run of a workdir and returns its last metrics.
@@ -74,6 +77,7 @@ def train(
       start: {branch: variables of its backbone} of the model file that `config.init` names;
         `inference.workdir.starting_backbones(config)`.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
+      profile: steps that the first process profiles into <workdir>/profile.
       quiet: show no progress.
 
     Raises:
@@ -87,11 +91,13 @@ def train(
     workdir, inputs = as_path(workdir), checked_inputs(config, evaluation)
     check_bucket(workdir)
     end = inputs.total if stop_at_step is None else min(stop_at_step, inputs.total)
+    goodput = Goodput()
     first, mesh, recipe = jax.process_index() == 0, sharding.data_mesh(), inputs.recipe
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.StopRequest())
         lock = processes.in_first(lambda: stack.enter_context(exclusive(workdir, inside=True)))
         begin = check_same_run(workdir, config, inputs)
+        profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profile, begin, end, active=first)))
         banks = load_augmentation_banks(config)
         processes.check_agreement(agreed_inputs(config, inputs, banks))
         interrupts.check()
@@ -118,23 +124,25 @@ def train(
         shown.write(announcement(config, inputs, banks, begin))
         if begin >= end:
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
-        data = data_record(config, inputs.utterances, banks)
-        record = RunRecord(
-            workdir, seed=config.seed, data=data, begin=begin, total=inputs.total, active=first and begin < end
-        )
+        data, active = data_record(config, inputs.utterances, banks), first and begin < end
+        record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, total=inputs.total, active=active)
         if record.extended_from:
-            shown.write(
-                f"extended from {record.extended_from} to {inputs.total} steps: the schedules span the new length from "
-                f"step {begin + 1} on, so this run differs from one that was {inputs.total} steps long from the start"
-            )
+            shown.write(extension_text(record.extended_from, inputs.total, begin))
         extra = data_identity(inputs) | {"version": memo_jax.__version__}
         key = augmentation_key(config, mesh)
-        monitor = Monitor(config, recipe, log, shown, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation)
+        monitor = Monitor(
+            config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
+        )
         monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
         for number in range(begin + 1, end + 1):
-            batch = sharding.global_batch(mesh, next(batches))
-            state, metrics = take_step(state, batch, banks_here, key)
+            profiler.before(number)
+            with goodput.waiting_for_input(monitor.running):
+                batch = sharding.global_batch(mesh, next(batches))
+            with goodput.counting("compile") if number == begin + 1 else contextlib.nullcontext():
+                state, metrics = take_step(state, batch, banks_here, key)
             monitor.took(number, metrics)
+            if said := profiler.after(number, state):
+                shown.write(said)
             stops = stop.reached(number)
             saves = stops or number == end or number % inputs.save_every == 0
             evaluates = evaluation is not None and (number == end or number % inputs.evaluate_every == 0)
@@ -142,17 +150,29 @@ def train(
                 # Checked first, so that a state that is not finite is never saved.
                 monitor.settle(state, teacher_backbones(state) if evaluates else None)
             if saves:
-                if lock:
-                    lock.check()
-                log.upload()  # so that a run resumed from there has all rows up to it
-                checkpoints.save(number, state, extra)
+                with goodput.counting("checkpoint"):
+                    if lock:
+                        lock.check()
+                    log.upload()  # so that a run resumed from there has all rows up to it
+                    checkpoints.save(number, state, extra)
             if stops and number < inputs.total:
                 checkpoints.wait()
                 record.end(number)
                 raise processes.StopRequested(number)
-        checkpoints.wait()
+        with goodput.counting("checkpoint"):
+            checkpoints.wait()
         record.end(end)
+        if begin < end:
+            shown.write(str(goodput))
     return monitor.last
+
+
+def extension_text(before: int, total: int, begin: int) -> str:
+    """Returns what a run says when it goes on with a greater length."""
+    return (
+        f"extended from {before} to {total} steps: the schedules span the new length from step {begin + 1} on, so this "
+        f"run differs from one that was {total} steps long from the start"
+    )
 
 
 def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
