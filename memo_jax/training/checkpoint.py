@@ -223,6 +223,8 @@ def _with_sharding(leaf) -> jax.ShapeDtypeStruct:
 def _ignore_closed_loops() -> None:
     """Hides what tensorstore prints of the writes that a failed save leaves unfinished; the failure itself is raised."""
     hook = sys.unraisablehook
+    if hook.__name__ == "without_closed_loops":
+        return
 
     def without_closed_loops(ignored):
         if str(ignored.exc_value) != "Event loop is closed":
