@@ -539,16 +539,16 @@ def test_a_part_is_that_part_of_the_whole(tmp_path, name, options):
 
 
 def test_mutated_recordings_are_read_or_refused(tmp_path):
-    """No crash, hang or memory beyond what is allowed, and no other exception: see fuzz_audio.py."""
+    """No crash, hang or memory beyond what is allowed, and no other exception: see tests/soak/recordings.py."""
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("no /proc to measure memory by")
-    program = Path(__file__).with_name("fuzz_audio.py")
     run = subprocess.run(
-        [sys.executable, program, "400", "0", tmp_path],
+        [sys.executable, "-m", "soak.recordings", "400", "0", tmp_path],
         capture_output=True,
         text=True,
         timeout=120,
         env=tiny.environment(),
+        cwd=Path(__file__).parent,
     )
     assert run.returncode == 0, f"{os.listdir(tmp_path)}: {run.stderr[-2000:]}"
     counts = json.loads(run.stdout)

@@ -9,6 +9,7 @@ No position in the data is saved: a batch is a function of dataset, seed and ste
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -50,6 +51,7 @@ class Checkpointer:
             raise ValueError(f"keep is {keep}: at least 1 checkpoint must stay")
         self.folder, self._keep, self._keep_every = checkpoints_folder(workdir), keep, keep_every
         self._saving: tuple[int, dict] | None = None  # step and manifest of the save under way
+        _ignore_closed_loops()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
@@ -218,9 +220,23 @@ def _with_sharding(leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def _ignore_closed_loops() -> None:
+    """Hides what tensorstore prints of the writes that a failed save leaves unfinished; the failure itself is raised."""
+    hook = sys.unraisablehook
+    if hook.__name__ == "without_closed_loops":
+        return
+
+    def without_closed_loops(ignored):
+        if str(ignored.exc_value) != "Event loop is closed":
+            hook(ignored)
+
+    sys.unraisablehook = without_closed_loops
+
+
 def _quiet(record: logging.LogRecord) -> bool:
-    """Drops what orbax tells absl's logger; its errors are raised as well, and said in our words."""
-    return "orbax" not in record.pathname
+    """Drops what orbax tells the loggers of absl and asyncio; its errors are raised as well, and said in our words."""
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
 
-logging.getLogger("absl").addFilter(_quiet)
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_quiet)
