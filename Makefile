@@ -2,6 +2,9 @@
 PYTHON ?= python3
 SPEECH ?=
 OUTPUT ?= demo_output
+COUNT ?= 100
+SEED ?= 0
+CAMPAIGNS ?=
 
 VENV := .venv
 INSTALLED := $(VENV)/installed
@@ -17,13 +20,14 @@ define INSTALL
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'memo-jax[$(EXTRAS)]'
 endef
 
-.PHONY: help demo docs lint format test test-onnx test-tfds parity install clean
+.PHONY: help demo docs lint format test soak test-onnx test-tfds parity install clean
 
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
 	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
 	@echo "make test                      run the tests"
+	@echo "make soak                      kill, fill disks and damage files at random: COUNT=100 SEED=0, about 20 minutes"
 	@echo "make lint                      check style and formatting; make format rewrites the files"
 	@echo "make docs                      build the documentation into site/"
 	@echo "make test-tfds                 run the tests that need TensorFlow, in an environment of their own"
@@ -52,6 +56,11 @@ docs: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# The suite has a few trials of each campaign; this has many. CAMPAIGNS="training damage" for some; see tests/soak.
+soak: $(INSTALLED)
+	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONPATH=.:tests \
+		$(VENV)/bin/python -m soak --count $(COUNT) --seed $(SEED) $(CAMPAIGNS)
 
 # TensorFlow is large and nothing else needs it, so these tests have an environment of their own.
 test-tfds: $(TFDS)/installed
@@ -99,7 +108,7 @@ $(PARITY)/installed: setup.cfg pyproject.toml
 install: $(INSTALLED)
 
 # Tests run everything the project can do, so these extras are installed once.
-$(INSTALLED): EXTRAS := demo,docs,gcs,hub,onnx,test
+$(INSTALLED): EXTRAS := app,demo,docs,gcs,hub,onnx,test,vad
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "memo_jax needs Python 3.11 or newer, but '$(PYTHON)' says: `$(PYTHON) --version 2>&1 | tail -n 1`" >&2; \

@@ -80,6 +80,13 @@ def get_config() -> ConfigDict:
     loss.contrastive_temperature = 0.1  # temperature of the contrastive loss
     loss.contrastive_margin = 0.0  # subtracted from the cosine of positives; above 0 the loss is AM-NT-Xent
 
+    supervised = config.supervised = ConfigDict()
+    supervised.weight = 0.0  # weight of AAM-softmax on the dataset's speakers; labels are read only if it is above 0
+    supervised.scale = 30.0  # factor of the cosines
+    supervised.margin = 0.2  # radians added to the angle between an embedding and its own speaker
+    supervised.margin_warmup_epochs = 0.0  # time over which the margin rises from 0
+    supervised.margin_warmup_steps = -1
+
     gate = config.gate = ConfigDict()
     gate.rule = "plateau"  # when the contrastive loss stops: plateau, conflict, step, always (on), never (on)
     gate.smoothing = 0.99  # decay per step of the running means that the rules read

@@ -10,7 +10,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import ablation
-from memo_jax.scoring.figures import COLORS, DASHES, HALO, INK, MUTED, STYLE, label_ends, running_mean, save_figure
+from memo_jax.scoring.figures import (
+    COLORS,
+    DASHES,
+    HALO,
+    INK,
+    MUTED,
+    STYLE,
+    add_title,
+    label_ends,
+    name_step,
+    running_mean,
+    save_figure,
+)
 
 Rows = Mapping[str, Sequence[dict]]  # {row: results of its seeds}
 
@@ -227,16 +239,7 @@ def alignment_figure(rows: Rows, source: str = "memo-always") -> Figure | None:
             low, high = ax.get_ylim()
             ax.set_ylim(min(0.0, low), high)
             ax.set_xlim(0, results[0]["total_steps"])
-            ax.set_title(title, loc="left", fontsize=11, weight="bold", pad=18)
-            ax.annotate(
-                unit,
-                (0, 1),
-                xycoords="axes fraction",
-                xytext=(0, 5),
-                textcoords="offset points",
-                fontsize=8.5,
-                color=MUTED,
-            )
+            add_title(ax, title, unit)
             for _, step, number in closings:
                 ax.axvline(step, color=INK, linewidth=1, linestyle=DASHES[number + 1], zorder=2)
             label_ends(ax, labels, 1.0)
@@ -254,18 +257,6 @@ def alignment_figure(rows: Rows, source: str = "memo-always") -> Figure | None:
                 path_effects=HALO,
             )
         for place, (name, step, _) in enumerate(sorted(closings, key=lambda one: one[1])):
-            left = step < 0.6 * results[0]["total_steps"]
-            axes[0].annotate(
-                f"{name}, {step:.0f}",
-                (step, 0.97 - 0.09 * place),
-                xycoords=("data", "axes fraction"),
-                xytext=(4 if left else -4, 0),
-                textcoords="offset points",
-                ha="left" if left else "right",
-                va="top",
-                fontsize=8.5,
-                path_effects=HALO,
-                zorder=5,
-            )
+            name_step(axes[0], step, f"{name}, {step:.0f}", results[0]["total_steps"], height=0.97 - 0.09 * place)
         axes[-1].set_xlabel("step")
     return figure

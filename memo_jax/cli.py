@@ -16,7 +16,7 @@ NO = 1  # the answer is no: different speakers, nobody known, some recordings le
 BAD_INPUT = 2
 LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
-    ("eval", "embed", "verify", "enroll", "identify", "export"), {"model"}
+    ("eval", "embed", "verify", "enroll", "identify", "app", "export"), {"model"}
 )  # these may be gs://…
 
 
@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interrupts.handled():
             check_paths(options)
-            return RUN[options.command](options) or 0
+            with device_of(options):
+                return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
         if arguments is None and interrupts.requested():
             interrupts.end()  # a process of its own, which need not wait for threads that compile
@@ -49,6 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
         if status is None:
             raise
         return status
+
+
+def device_of(options):
+    """Returns a context in which a command runs on the device that its options name."""
+    name = getattr(options, "device", None)
+    if name is None:
+        return contextlib.nullcontext()
+    from memo_jax.xla.devices import on_device
+
+    if getattr(options, "runtime", None) == "onnx" and not name.startswith("cpu"):
+        raise ValueError(f"--runtime onnx computes on the CPU: leave it out, or --device {name}")
+    if getattr(options, "distributed", False) or getattr(options, "coordinator", None):
+        raise ValueError("--device is for a single process: where several train, each has its own devices")
+    return on_device(name)
 
 
 def report_error(error: BaseException) -> int | None:
@@ -99,12 +114,38 @@ def run_prepare(options) -> int:
         options.output,
         min_seconds=options.min_seconds,
         channel=options.channel,
+        vad=options.vad,
         workers=options.workers,
         overwrite=options.overwrite,
         run_commands=options.run_commands,
     )
     print(preparation_text(report))
     return 0
+
+
+def run_trials(options) -> None:
+    """memo-jax trials."""
+    check_writable(options.output)
+    from memo_jax.data.trial_lists import trials_of, trials_text
+
+    report = trials_of(
+        options.input,
+        options.output,
+        targets=options.targets,
+        nontargets=options.nontargets,
+        genders=options.same_gender,
+        same_session=options.same_session,
+        seed=options.seed,
+        form=options.form,
+    )
+    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else trials_text(report))
+
+
+def run_init_config(options) -> None:
+    """memo-jax init-config."""
+    from memo_jax.config_template import write_config
+
+    print(write_config(options.name, options.output))
 
 
 def run_train(options) -> None:
@@ -203,6 +244,7 @@ def run_eval(options) -> None:
         crop_seconds=options.crop_seconds,
         enrollments=options.enrollments,
         save_threshold=options.save_threshold,
+        save_calibration=options.save_calibration,
         replicates=options.replicates,
     )
     if options.json:
@@ -228,8 +270,26 @@ def load_embedder(options, gallery=None):
         step=options.step,
         gallery=gallery,
         channel=options.channel,
+        calibration=getattr(options, "calibration", None),
         runtime=options.runtime,
+        vad=options.vad,
     )
+
+
+def decided(options, embedder, score: float) -> tuple[str, dict]:
+    """Returns where a decision's threshold is from and what the score's probability is: for people, and as JSON."""
+    source = embedder.threshold_source if options.threshold is None else "given"
+    probability = embedder.probability(score, options.prior)
+    fields = {"threshold_source": source, "probability": probability, "prior": options.prior}
+    fields["calibration_source"] = None if embedder.decision is None else embedder.decision.source
+    if probability is None:
+        return f"({source})", fields
+    trials = "the same trials" if source == fields["calibration_source"] else fields["calibration_source"]
+    likely = f"{100 * probability:.1f} %"
+    if not 0.001 <= probability <= 0.999:
+        likely = "over 99.9 %" if probability > 0.5 else "below 0.1 %"
+    text = f"probability of the same person {likely} (prior {options.prior:g}; calibrated by {trials})"
+    return f"({source})\n  {text}", fields
 
 
 def run_convert(options) -> None:
@@ -256,7 +316,9 @@ def run_embed(options) -> int:
     embedder = load_embedder(options)
     from memo_jax.inference.embed_recordings import embed_recordings, embedding_text
 
-    report = embed_recordings(embedder, options.input, options.output, min_seconds=options.min_seconds)
+    report = embed_recordings(
+        embedder, options.input, options.output, min_seconds=options.min_seconds, window=options.window, hop=options.hop
+    )
     print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else embedding_text(report))
     return NO if report["left_out"] else 0
 
@@ -265,13 +327,14 @@ def run_verify(options) -> int:
     """memo-jax verify."""
     embedder = load_embedder(options)
     result = embedder.verify(*options.recordings, threshold=options.threshold)
-    source = embedder.threshold_source if options.threshold is None else "given"
+    text, fields = decided(options, embedder, result.score)
     if options.json:
-        print(json.dumps(result._asdict() | {"threshold_source": source, "model": embedder.fingerprint}, indent=2))
+        fields |= {"model": embedder.fingerprint}
+        print(json.dumps(result._asdict() | fields, indent=2, ensure_ascii=False))
     else:
         print(
             f"{'same speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, threshold "
-            f"{result.threshold:.4f} ({source})"
+            f"{result.threshold:.4f} {text}"
         )
     return 0 if result.decision else NO
 
@@ -280,7 +343,7 @@ def run_enroll(options) -> None:
     """memo-jax enroll."""
     from memo_jax.scoring.embedding_file import check_output_name
 
-    check_writable(check_output_name(options.gallery))
+    check_writable(check_output_name(options.gallery, gallery=True))
     embedder = load_embedder(options, options.gallery)
     embedder.enroll(options.name, options.recordings)
     names = embedder.gallery.names
@@ -294,7 +357,9 @@ def run_enroll(options) -> None:
 def run_remove(options) -> None:
     """memo-jax remove."""
     from memo_jax.inference.gallery import remove_person
+    from memo_jax.scoring.embedding_file import check_output_name
 
+    check_output_name(options.gallery, gallery=True)
     names = remove_person(options.gallery, options.name).names
     print(
         json.dumps({"removed": options.name, "people": names}, indent=2, ensure_ascii=False)
@@ -309,15 +374,29 @@ def run_identify(options) -> int:
         raise FileNotFoundError(f"{options.gallery}: no such gallery: enrol people with memo-jax enroll")
     embedder = load_embedder(options, options.gallery)
     result = embedder.identify(options.recording, threshold=options.threshold)
-    source = embedder.threshold_source if options.threshold is None else "given"
+    text, fields = decided(options, embedder, result.score)
     if options.json:
-        print(json.dumps(result._asdict() | {"threshold_source": source}, indent=2, ensure_ascii=False))
+        print(json.dumps(result._asdict() | fields, indent=2, ensure_ascii=False))
     else:
         print(
             f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, threshold "
-            f"{result.threshold:.4f} ({source})"
+            f"{result.threshold:.4f} {text}"
         )
     return NO if result.name is None else 0
+
+
+def run_app(options) -> None:
+    """memo-jax app."""
+    if options.gallery is not None:
+        from memo_jax.scoring.embedding_file import check_output_name
+
+        check_writable(check_output_name(options.gallery))
+    from memo_jax.app.page import serve
+
+    embedder = load_embedder(options, options.gallery)
+    if options.threshold is not None:
+        embedder.threshold, embedder.threshold_source = options.threshold, "given"
+    serve(embedder, options.port, options.open, options.prior, options.json)
 
 
 def run_report(options) -> None:
@@ -413,6 +492,8 @@ def keep_freed_memory() -> None:
 
 RUN = {
     "prepare": run_prepare,
+    "trials": run_trials,
+    "init-config": run_init_config,
     "train": run_train,
     "reproduce": run_reproduce,
     "plan": run_plan,
@@ -422,6 +503,7 @@ RUN = {
     "enroll": run_enroll,
     "remove": run_remove,
     "identify": run_identify,
+    "app": run_app,
     "report": run_report,
     "export": run_export,
     "push": run_push,

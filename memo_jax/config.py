@@ -16,7 +16,7 @@ from pathlib import Path
 from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict, FieldReference
 
-from memo_jax.files import as_path, make_folder, read_text, write_text
+from memo_jax.files import as_path, in_bucket, make_folder, read_text, write_text
 
 CONFIG_FILE = "config.json"
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
@@ -25,15 +25,16 @@ TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
 def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
     """Runs a config file and applies overrides.
 
-    The file defines `get_config()` (or `get_config(arg)`, given as "file.py:arg") and may import the files beside it by
-    their names: `import base` in configs/demo.py is configs/base.py, whatever else is called so.
+    The file defines `get_config()` (or `get_config(arg)`, given as "file.py:arg"). It may import the files beside it by
+    name: `import base` in configs/demo.py always means configs/base.py, even if another module has that name. If there
+    is no such file beside it, the packaged config of that name is imported.
 
     Args:
-        path: the config file, absolute or relative to the current folder.
+        path: the config file, absolute or relative to the current folder, or the bare name of a packaged config,
+            such as "small" (`packaged_configs`).
         overrides: texts like "--config.optim.lr=0.1", in the order to apply them. A value is read as the type it
-            replaces: int, float (an int will do), bool (true, false, 1, 0), str (as it stands), tuple or list ("1,2" or
-                "(1, 2)", elements typed like
-            those replaced). A key whose value is a placeholder of ml_collections also takes "None".
+            replaces: int, float (an int will do), bool (true, false, 1, 0), str (taken literally), tuple or list
+            ("1,2" or "(1, 2)", with elements of the types replaced). A placeholder of ml_collections also takes "None".
 
     Returns:
         The locked config.
@@ -56,6 +57,13 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
     return config.lock()
 
 
+def packaged_configs() -> dict[str, Path]:
+    """Returns {name: file} of the configs that come with the package, sorted: those of the repository's configs/."""
+    package = Path(__file__).parent
+    installed, cloned = package / "configs", package.parent / "configs"  # of a wheel; of a clone or editable install
+    return {file.stem: file for file in sorted((installed if installed.is_dir() else cloned).glob("*.py"))}
+
+
 def with_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     """Returns a locked copy of a config with overrides applied; the texts and errors are those of `load_config`."""
     changed = config.copy_and_resolve_references()
@@ -68,14 +76,14 @@ def with_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 def config_to_json(config: ConfigDict) -> str:
     """Returns the config as JSON text, from which `config_from_json` makes an equal config.
 
-    Tuples and unset placeholders are kept. Raises ValueError for a value that is not None, bool, int, float, str, or a
-    tuple, list or group of such.
+    Tuples and unset placeholders survive. Raises ValueError for a value that is not None, bool, int, float, str, or a
+    tuple, list or group of these.
     """
     return json.dumps(_encoded(config, "config"), indent=2, ensure_ascii=False)
 
 
 def config_from_json(text: str) -> ConfigDict:
-    """Returns the locked config of a text of `config_to_json`. Raises ValueError for other text."""
+    """Returns the locked config that `config_to_json` wrote as text. Raises ValueError for any other text."""
     try:
         decoded = _decoded(json.loads(text))
     except (TypeError, KeyError, ValueError) as error:
@@ -101,8 +109,17 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
         raise ValueError(f"{path}: {error}; the workdir cannot be used without it") from None
 
 
+def workdir_config(workdir: str | os.PathLike) -> ConfigDict:
+    """Returns the locked config of a run; raises FileNotFoundError where no run is, ValueError if it is damaged."""
+    config = read_config(workdir)
+    if config is None:
+        hint = "; of a model file in a bucket, make a copy here first" if in_bucket(workdir) else ""
+        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no {CONFIG_FILE}){hint}")
+    return config
+
+
 def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:
-    """Returns a line "key: a → b" for each key in which two configs differ (a tuple is not a list, 1 is not 1.0)."""
+    """Returns a line "key: a → b" for each key whose values differ (a tuple is not a list, 1 is not 1.0)."""
     fields = [{key: _value(field) for key, (_, _, field) in _fields(config).items()} for config in (a, b)]
     lines = []
     for key in dict.fromkeys([*fields[0], *fields[1]]):
@@ -113,20 +130,21 @@ def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:
 
 
 def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int, total: int | None = None) -> int:
-    """Returns a duration in steps, given in the config in a unit of the user's choice (after big_vision's `steps`).
+    """Returns a duration in steps, whatever unit the config gives it in (after big_vision's `steps`).
 
-    Exactly one of the keys `<name>_epochs`, `<name>_steps` and `<name>_percent` (of `total`) must be set: a number ≥ 0.
-    None, a negative number and an absent key mean unset. Epochs and percents may be fractions: their default should be
-    a float or `placeholder(float)`, so that an override may be one; a duration above 0 is at least 1 step.
+    Exactly one of the keys `<name>_epochs`, `<name>_steps` and `<name>_percent` (of `total`) must be set, to a number
+    ≥ 0. None, a negative number and an absent key mean unset. Epochs and percents may be fractions; give them a float
+    or `placeholder(float)` as the default, so that overrides may be fractions, too. A duration above 0 is at least 1
+    step.
 
     Args:
         config: the config, or the group of it that holds the keys.
         name: "total", "warmup", …
         steps_per_epoch: at least 1.
-        total: length in steps of the whole run, for percents.
+        total: length of the whole run in steps, which percents refer to.
 
     Raises:
-        ValueError: none or several of the keys are set, or a percent is given where there is no total.
+        ValueError: none or several of the keys are set, or a percent is given without a total.
     """
     if steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {steps_per_epoch}: the dataset holds fewer utterances than a batch")
@@ -142,7 +160,7 @@ def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int, total
         )
     ((unit, value),) = given.items()
     if not math.isfinite(value) or steps_per_unit[unit] is None:
-        raise ValueError(f"{name}_{unit}={value} is no length in steps here: give {name}_epochs or {name}_steps")
+        raise ValueError(f"{name}_{unit}={value} cannot be converted to steps: give {name}_epochs or {name}_steps")
     return max(round(value * steps_per_unit[unit]), 1 if value > 0 else 0)
 
 
@@ -150,7 +168,12 @@ def _file_and_argument(text: str) -> tuple[Path, str | None]:
     path, argument = Path(text), None
     if not path.is_file() and ":" in text:
         path, argument = Path(text.rpartition(":")[0]), text.rpartition(":")[2]
+    packaged = packaged_configs()
     if not path.is_file():
+        path = packaged.get(str(path), path)
+    if not path.is_file():
+        if path.parent == Path() and not path.suffix:
+            raise FileNotFoundError(f"no packaged config is called {path}; there is {', '.join(packaged)}")
         others = sorted(str(other) for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(str(path), others, 1, 0.5) or others[:10]
         there_is = f"; there is {', '.join(nearest)}" if nearest else ""
@@ -161,7 +184,7 @@ def _file_and_argument(text: str) -> tuple[Path, str | None]:
 def _run_get_config(path: Path, argument: str | None) -> ConfigDict:
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
-    with _importable(path.parent):
+    with _importable(path.parent, *{file.parent for file in packaged_configs().values()} - {path.parent}):
         try:
             exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
         except Exception as error:
@@ -179,17 +202,18 @@ def _run_get_config(path: Path, argument: str | None) -> ConfigDict:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Lets `import base` find base.py in `folder`, and leaves no trace: another folder may have its own."""
-    names = {file.stem for file in folder.glob("*.py")}
+def _importable(*folders: Path) -> Iterator[None]:
+    """Lets `import base` find base.py in the first folder that has it, then forgets it again."""
+    names = {file.stem for folder in folders for file in folder.glob("*.py")}
     hidden = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
     write_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # nothing is left in the user's folder
-    sys.path.insert(0, str(folder))
+    sys.path[:0] = map(str, folders)
     importlib.invalidate_caches()
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        for folder in folders:
+            sys.path.remove(str(folder))
         sys.dont_write_bytecode = write_bytecode
         for name in names & sys.modules.keys():
             del sys.modules[name]
@@ -197,7 +221,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _line_in(folder: Path, error: BaseException) -> str:
-    """Returns ", FILE line N" of the last line of a config file that an exception passed through."""
+    """Returns ", FILE line N": the last line of a config file in an exception's traceback."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == folder]
     return f", {Path(frames[-1].filename).name} line {frames[-1].lineno}" if frames else ""
 
@@ -243,7 +267,7 @@ def _apply_override(config: ConfigDict, text: str, source: str) -> None:
 
 
 def _nearest(key: str, keys: list[str]) -> list[str]:
-    """The keys most like a mistyped one: as a whole, or in their last part."""
+    """The keys most similar to a mistyped one, as a whole or in their last part."""
     last = {}
     for known in keys:
         last.setdefault(known.rpartition(".")[2], []).append(known)
@@ -254,7 +278,7 @@ def _nearest(key: str, keys: list[str]) -> list[str]:
 
 
 def _parsed(text: str, kind: type, old, optional: bool):
-    """The value a text stands for where one of type `kind` is expected. Raises ValueError, KeyError or SyntaxError."""
+    """Reads a text as a value of type `kind`. Raises ValueError, KeyError or SyntaxError."""
     if optional and text == "None":
         return None
     if kind is bool:
@@ -267,7 +291,7 @@ def _parsed(text: str, kind: type, old, optional: bool):
         return text
     if kind in (tuple, list):
         return kind(_parsed_elements(text, old))
-    return ast.literal_eval(text)  # the config says only None: any literal
+    return ast.literal_eval(text)  # the old value is None, which gives no type
 
 
 def _parsed_elements(text: str, old) -> list:
@@ -289,7 +313,7 @@ def _refuse():
 
 
 def _expected(kind: type, old) -> str:
-    names = {bool: "true or false", int: "an int", float: "a float", str: "a text", type(None): "a Python literal"}
+    names = {bool: "true or false", int: "an int", float: "a float", str: "a string", type(None): "a Python literal"}
     if kind not in (tuple, list):
         return names.get(kind, kind.__name__)
     elements = sorted({type(element).__name__ for element in old or ()})
@@ -297,7 +321,7 @@ def _expected(kind: type, old) -> str:
 
 
 def _encoded(value, key: str):
-    """Plain JSON values; what JSON does not have is a dict of one key that begins with two underscores."""
+    """Returns plain JSON values; types that JSON lacks become a dict whose only key begins with two underscores."""
     if isinstance(value, FieldReference):
         if value.empty():
             return {"__placeholder__": value.get_type().__name__}

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import memo_jax
 
@@ -11,7 +10,7 @@ import memo_jax
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
 RUNTIMES = ("auto", "jax", "onnx")
 FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
-
+RECORDING_HELP = "a file, or an excerpt of it in seconds: file.wav:12.5-20"
 
 Command = Callable[..., argparse.ArgumentParser]  # (name, description, *parents) → the parser of a command
 
@@ -27,9 +26,10 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name, description, *parents):
         return commands.add_parser(name, help=description, description=description, parents=parents, allow_abbrev=False)
 
-    shared = shared_options()
     for add in (
         add_prepare,
+        add_trials,
+        add_init_config,
         add_train,
         add_reproduce,
         add_plan,
@@ -39,111 +39,182 @@ def build_parser() -> argparse.ArgumentParser:
         add_enroll,
         add_remove,
         add_identify,
+        add_app,
         add_report,
         add_export,
         add_push,
         add_score,
         add_convert,
     ):
-        add(command, shared)
+        add(command)
     return parser
 
 
-def shared_options() -> SimpleNamespace:
-    """Returns parsers of options that several commands have, by name."""
+def shared_by_commands(*parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Returns an empty parser, to be filled with options that several commands have, besides those of its parents."""
+    return argparse.ArgumentParser(add_help=False, parents=parents)
 
-    def options(*parents):
-        return argparse.ArgumentParser(add_help=False, parents=parents)
 
-    as_json = options()
-    as_json.add_argument("--json", action="store_true", help="print JSON instead of text")
-    network = options()
-    network.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
-    network.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
-    network.add_argument(
+def json_options() -> argparse.ArgumentParser:
+    """Options of commands that print JSON on request."""
+    options = shared_by_commands()
+    options.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return options
+
+
+def device_options() -> argparse.ArgumentParser:
+    """Options of commands that compute."""
+    options = shared_by_commands()
+    options.add_argument(
+        "--device",
+        type=device_choice,
+        metavar="NAME",
+        help="what computes: cpu, gpu, tpu, or one of several, such as cuda:1 (default: the fastest kind there is)",
+    )
+    return options
+
+
+def network_options() -> argparse.ArgumentParser:
+    """Options that choose a network within a workdir."""
+    options = shared_by_commands()
+    options.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
+    options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
+    options.add_argument(
         "--step",
         type=int,
         metavar="N",
         help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
     )
-    model = options(network, as_json)
-    model.add_argument(
+    return options
+
+
+def model_options() -> argparse.ArgumentParser:
+    """Options of commands that run a network."""
+    options = shared_by_commands(network_options(), device_options(), json_options())
+    options.add_argument(
         "--model",
         type=Path,
         metavar="MODEL",
         help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
     )
-    threshold = options()
-    threshold.add_argument(
+    return options
+
+
+def threshold_options() -> argparse.ArgumentParser:
+    """Options of commands that decide whether a score is high enough."""
+    options = shared_by_commands()
+    options.add_argument(
         "--threshold",
         type=cosine,
         metavar="COSINE",
         help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
     )
-    replicates = options()
-    replicates.add_argument(
+    options.add_argument(
+        "--prior",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="probability of the same speaker before the score is known, for the one after it (default: %(default)s)",
+    )
+    options.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="threshold and calibration that eval --save-calibration wrote (default: those in the model)",
+    )
+    return options
+
+
+def replicates_options() -> argparse.ArgumentParser:
+    """Options of commands that give an interval of the error rate."""
+    options = shared_by_commands()
+    options.add_argument(
         "--replicates",
         type=int,
         default=1000,
         metavar="N",
         help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
     )
-    channel = options()
-    channel.add_argument(
+    return options
+
+
+def channel_options() -> argparse.ArgumentParser:
+    """Options of commands that read recordings."""
+    options = shared_by_commands()
+    options.add_argument(
         "--channel",
         type=channel_choice,
         default="mean",
         metavar="N|mean",
         help="of recordings with several channels: the mean, or one of them, from 1 (default: %(default)s)",
     )
-    min_seconds = options()
-    min_seconds.add_argument(
+    return options
+
+
+def min_seconds_options() -> argparse.ArgumentParser:
+    """Options of commands that read many recordings."""
+    options = shared_by_commands()
+    options.add_argument(
         "--min-seconds",
         type=float,
         default=0.5,
         metavar="S",
         help="leave out recordings shorter than this (default: %(default)s)",
     )
-    gallery = options()
-    gallery.add_argument("--gallery", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
-    config = options()
-    config.add_argument(
+    return options
+
+
+def gallery_options() -> argparse.ArgumentParser:
+    """Options of commands that use a gallery."""
+    options = shared_by_commands()
+    options.add_argument(
+        "--gallery",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="FILE.npz or FILE.parquet; identify also reads .npy, .ark and .scp",
+    )
+    return options
+
+
+def config_options() -> argparse.ArgumentParser:
+    """Options of commands that take a config."""
+    options = shared_by_commands()
+    options.add_argument(
         "--config",
         required=True,
         metavar="FILE",
-        help="Python file with get_config(); change keys with --config.KEY=VALUE",
+        help="Python file with get_config(), or the name of a packaged config, such as small; change keys with "
+        "--config.KEY=VALUE",
     )
-    trials = options()
-    trials.add_argument(
+    return options
+
+
+def trials_options() -> argparse.ArgumentParser:
+    """Options of commands that score a trial list."""
+    options = shared_by_commands()
+    options.add_argument(
         "--trials",
         required=True,
         type=Path,
         metavar="FILE",
         help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
     )
-    trials.add_argument(
+    options.add_argument(
         "--enrollments",
         type=Path,
         metavar="FILE",
         help="lines `speaker recording recording …`: who the enrol sides are",
     )
-    return SimpleNamespace(
-        as_json=as_json,
-        network=network,
-        model=model,
-        threshold=threshold,
-        replicates=replicates,
-        channel=channel,
-        min_seconds=min_seconds,
-        gallery=gallery,
-        config=config,
-        trials=trials,
-    )
+    return options
 
 
-def add_prepare(command: Command, shared: SimpleNamespace) -> None:
+def add_prepare(command: Command) -> None:
     """memo-jax prepare."""
-    added = command("prepare", "turn recordings into a dataset, or check a dataset", shared.min_seconds, shared.channel)
+    added = command(
+        "prepare", "turn recordings into a dataset, or check a dataset", min_seconds_options(), channel_options()
+    )
+    add_vad(added)
     added.add_argument(
         "--input",
         action="append",
@@ -167,9 +238,56 @@ def add_prepare(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
-def add_train(command: Command, shared: SimpleNamespace) -> None:
+def add_trials(command: Command) -> None:
+    """memo-jax trials."""
+    added = command("trials", "make a trial list of labelled recordings", json_options())
+    added.add_argument("input", type=Path, metavar="DATASET", help="a dataset, or a folder or archive as for prepare")
+    added.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="where the list goes")
+    added.add_argument(
+        "--targets",
+        type=positive,
+        metavar="N",
+        help="trials of one speaker, shared out evenly (default: up to 10 of each speaker)",
+    )
+    added.add_argument(
+        "--nontargets", type=positive, metavar="N", help="trials of different speakers (default: as many as targets)"
+    )
+    added.add_argument(
+        "--same-gender",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker gender`; nontarget trials are then within a gender",
+    )
+    added.add_argument(
+        "--same-session",
+        action="store_true",
+        help="allow target trials within a session: a folder between the speaker's and the recording",
+    )
+    added.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    added.add_argument(
+        "--form",
+        choices=("voxceleb", "kaldi"),
+        default="voxceleb",
+        help="`1 enrol test` or `enrol test target` (default: %(default)s)",
+    )
+
+
+def add_init_config(command: Command) -> None:
+    """memo-jax init-config."""
+    added = command("init-config", "write a config file with every key and its meaning, to change and train with")
+    added.add_argument(
+        "name",
+        nargs="?",
+        default="small",
+        metavar="NAME",
+        help="packaged config whose values it has: small, base (the authors'), … (default: %(default)s)",
+    )
+    added.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.py")
+
+
+def add_train(command: Command) -> None:
     """memo-jax train."""
-    added = command("train", "train a new run, or resume the run in a workdir", shared.config)
+    added = command("train", "train a new run, or resume the run in a workdir", config_options(), device_options())
     added.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
@@ -193,9 +311,9 @@ def add_train(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--process_id", "--process-id", type=int, metavar="I", help="number of this process, from 0")
 
 
-def add_reproduce(command: Command, shared: SimpleNamespace) -> None:
+def add_reproduce(command: Command) -> None:
     """memo-jax reproduce."""
-    added = command("reproduce", "repeat a run from its config and compare the two", shared.as_json)
+    added = command("reproduce", "repeat a run from its config and compare the two", json_options())
     added.add_argument(
         "workdir",
         type=Path,
@@ -205,10 +323,10 @@ def add_reproduce(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
 
 
-def add_plan(command: Command, shared: SimpleNamespace) -> None:
+def add_plan(command: Command) -> None:
     """memo-jax plan."""
     added = command(
-        "plan", "tell what training would cost on TPUs or GPUs, without having them", shared.config, shared.as_json
+        "plan", "tell what training would cost on TPUs or GPUs, without having them", config_options(), json_options()
     )
     added.add_argument(
         "--topology",
@@ -225,15 +343,16 @@ def add_plan(command: Command, shared: SimpleNamespace) -> None:
     )
 
 
-def add_eval(command: Command, shared: SimpleNamespace) -> None:
+def add_eval(command: Command) -> None:
     """memo-jax eval."""
     added = command(
         "eval",
         "score a trial list with a trained network",
-        shared.network,
-        shared.as_json,
-        shared.trials,
-        shared.replicates,
+        network_options(),
+        device_options(),
+        json_options(),
+        trials_options(),
+        replicates_options(),
     )
     added.add_argument(
         "--workdir",
@@ -256,7 +375,14 @@ def add_eval(command: Command, shared: SimpleNamespace) -> None:
         const="eer",
         metavar="CRITERION",
         choices=("eer", "min_dcf_0.01", "min_dcf_0.05"),
-        help="save the threshold at this criterion (default: eer) with the model, for verify and identify",
+        help="save the threshold at this criterion (default: eer) and a calibration of the scores with the model, for "
+        "verify and identify",
+    )
+    added.add_argument(
+        "--save-calibration",
+        type=Path,
+        metavar="FILE",
+        help="save both to a file, for verify --calibration; for models that cannot be changed",
     )
 
 
@@ -270,54 +396,113 @@ def add_runtime(added: argparse.ArgumentParser) -> None:
     )
 
 
-def add_embed(command: Command, shared: SimpleNamespace) -> None:
+def add_vad(added: argparse.ArgumentParser) -> None:
+    """--vad, of the commands that read recordings to embed or to train on."""
+    added.add_argument(
+        "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
+    )
+
+
+def add_embed(command: Command) -> None:
     """memo-jax embed."""
-    added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
-    add_runtime(added)
-    added.add_argument("input", nargs="+", type=Path, metavar="INPUT", help="files, folders or datasets of recordings")
-    added.add_argument("--output", required=True, type=Path, metavar="FILE", help="FILE.npz or FILE.parquet")
-
-
-def add_verify(command: Command, shared: SimpleNamespace) -> None:
-    """memo-jax verify."""
     added = command(
-        "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
+        "embed", "turn recordings into embeddings", model_options(), min_seconds_options(), channel_options()
     )
     add_runtime(added)
-    added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING")
+    add_vad(added)
+    added.add_argument(
+        "input",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help="files, excerpts (file.wav:12.5-20, in seconds), folders or datasets of recordings",
+    )
+    added.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="FILE.npz, .parquet, .npy (with FILE.names.txt) or .ark (Kaldi's, with FILE.scp)",
+    )
+    added.add_argument(
+        "--window",
+        type=float,
+        metavar="S",
+        help="embed sliding windows of this length instead of whole recordings, with their times",
+    )
+    added.add_argument("--hop", type=float, metavar="S", help="from one window to the next (default: half a window)")
 
 
-def add_enroll(command: Command, shared: SimpleNamespace) -> None:
-    """memo-jax enroll."""
-    added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
+def add_verify(command: Command) -> None:
+    """memo-jax verify."""
+    added = command(
+        "verify",
+        "tell whether two recordings are of the same speaker",
+        model_options(),
+        threshold_options(),
+        channel_options(),
+    )
     add_runtime(added)
+    add_vad(added)
+    added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
+
+
+def add_enroll(command: Command) -> None:
+    """memo-jax enroll."""
+    added = command("enroll", "add a person to a gallery", model_options(), gallery_options(), channel_options())
+    add_runtime(added)
+    add_vad(added)
     added.add_argument("name", metavar="NAME")
-    added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING")
+    added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
-def add_remove(command: Command, shared: SimpleNamespace) -> None:
+def add_remove(command: Command) -> None:
     """memo-jax remove."""
-    added = command("remove", "remove a person from a gallery", shared.gallery, shared.as_json)
+    added = command("remove", "remove a person from a gallery", gallery_options(), json_options())
     added.add_argument("name", metavar="NAME")
 
 
-def add_identify(command: Command, shared: SimpleNamespace) -> None:
+def add_identify(command: Command) -> None:
     """memo-jax identify."""
     added = command(
         "identify",
         "tell who in a gallery speaks in a recording",
-        shared.model,
-        shared.threshold,
-        shared.gallery,
-        shared.channel,
+        model_options(),
+        threshold_options(),
+        gallery_options(),
+        channel_options(),
     )
     add_runtime(added)
-    added.add_argument("recording", type=Path, metavar="RECORDING")
+    add_vad(added)
+    added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
-def add_report(command: Command, shared: SimpleNamespace) -> None:
+def add_app(command: Command) -> None:
+    """memo-jax app."""
+    added = command(
+        "app",
+        "serve a page on this machine: compare two recordings, enrol people, identify them",
+        model_options(),
+        threshold_options(),
+        channel_options(),
+    )
+    add_runtime(added)
+    add_vad(added)
+    added.add_argument(
+        "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
+    )
+    added.add_argument(
+        "--port", type=port, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
+    )
+    added.add_argument(
+        "--open", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser"
+    )
+
+
+def add_report(command: Command) -> None:
     """memo-jax report."""
-    added = command("report", "write an HTML page about a training run")
+    added = command("report", "write an HTML page about a training run", device_options())
     added.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
     added.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
     added.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
@@ -327,9 +512,9 @@ def add_report(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
 
 
-def add_export(command: Command, shared: SimpleNamespace) -> None:
+def add_export(command: Command) -> None:
     """memo-jax export."""
-    added = command("export", "write a network to files for use elsewhere", shared.model)
+    added = command("export", "write a network to files for use elsewhere", model_options())
     added.add_argument(
         "--output",
         nargs="+",
@@ -362,9 +547,9 @@ def add_export(command: Command, shared: SimpleNamespace) -> None:
     )
 
 
-def add_push(command: Command, shared: SimpleNamespace) -> None:
+def add_push(command: Command) -> None:
     """memo-jax push."""
-    added = command("push", "upload a model to the Hugging Face Hub", shared.network)
+    added = command("push", "upload a model to the Hugging Face Hub", network_options())
     added.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
     added.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
     added.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
@@ -374,16 +559,19 @@ def add_push(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
 
 
-def add_score(command: Command, shared: SimpleNamespace) -> None:
+def add_score(command: Command) -> None:
     """memo-jax score."""
-    added = command("score", "score a trial list with embeddings", shared.trials, shared.replicates, shared.as_json)
+    added = command(
+        "score", "score a trial list with embeddings", trials_options(), replicates_options(), json_options()
+    )
     added.add_argument(
         "--embeddings",
         action="append",
         required=True,
         type=Path,
         metavar="FILE",
-        help="npz with `names` and `embeddings` [N, D]; given several times, scores are averaged",
+        help="npz with `names` and `embeddings` [N, D], parquet, npy, ark or scp; given several times, scores are "
+        "averaged",
     )
     added.add_argument(
         "--cohort",
@@ -417,9 +605,9 @@ def add_score(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--scores", type=Path, metavar="FILE", help="write lines `score enrol test` to this file")
 
 
-def add_convert(command: Command, shared: SimpleNamespace) -> None:
+def add_convert(command: Command) -> None:
     """memo-jax convert."""
-    added = command("convert", "turn PyTorch weights into a model file, or back", shared.network)
+    added = command("convert", "turn PyTorch weights into a model file, or back", network_options())
     added.add_argument(
         "input",
         type=Path,
@@ -457,6 +645,42 @@ def cosine(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
+    return value
+
+
+def port(text: str) -> int:
+    """Returns a port of the command line; argparse reports the error."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not in [1, 65535]")
+    return number
+
+
+def device_choice(text: str) -> str:
+    """Returns the name of a device of the command line; argparse reports the error."""
+    from memo_jax.xla.devices import check_device_name
+
+    try:
+        return check_device_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive(text: str) -> int:
+    """Returns a number from 1 of the command line; argparse reports the error."""
+    if not text.isascii() or not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    """Returns a probability of the command line, neither 0 nor 1; argparse reports the error."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not strictly between 0 and 1, as this probability must be")
     return value
 
 

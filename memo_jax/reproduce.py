@@ -1,4 +1,4 @@
-"""A run again, from its config: are its numbers the same?"""
+"""Repeats a run from its config and compares the numbers."""
 
 import json
 import os
@@ -13,9 +13,10 @@ from memo_jax.files import check_local
 from memo_jax.inference.evaluate import evaluate, training_evaluation
 from memo_jax.inference.workdir import starting_backbones
 from memo_jax.log import read_metrics
-from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.monitor import TIMES
 from memo_jax.training.run_record import read_run
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 
 RATES = ("eer", "min_dcf_0.01", "min_dcf_0.05")
@@ -25,41 +26,47 @@ MOVABLE = (*FREE_ON_RESUME, "augment.noise", "augment.music", "augment.speech", 
 def reproduce(
     run: str | os.PathLike, output: str | os.PathLike, overrides: Sequence[str] = (), quiet: bool = False
 ) -> dict:
-    """Trains a run again in a new workdir, as far as it has come, evaluates it as it was, and compares.
+    """Repeats a run in a new workdir up to its last logged step, repeats its evaluations, and compares.
 
     Args:
-      run: workdir of a run; every `results.json` of `memo-jax eval` below it is made again, too.
-      output: the new workdir; what an earlier call has made there is used.
+      run: workdir of a run; every `results.json` that `memo-jax eval` wrote below it is reproduced, too.
+      output: the new workdir; results of an earlier call are used.
       overrides: texts "--config.KEY=VALUE" that say where data, trials and banks are now.
       quiet: show no progress.
 
     Returns:
-      {"identical": bool, "steps": rows compared, "metrics", "parameters", "evaluations": {name: largest difference} of
-      those that differ, "missing": what only one of the runs has, "environment": lines that say what has changed,
-      "output"}.
+      A dict: "identical" (bool); "steps" (number of rows compared); "metrics", "parameters" and "evaluations" ({name:
+      largest absolute difference} of those that differ); "missing" (what only one of the runs has); "environment"
+      (lines that say what has changed); "output".
 
     Raises:
-      FileNotFoundError: `run` is no workdir.
-      ValueError: it has logged no step, `output` is `run`, or an override changes what is learnt.
+      FileNotFoundError: `run` is not a workdir.
+      ValueError: it has logged no step or was extended, `output` is `run`, or an override changes what is learned.
     """
     check_local(run)
     check_local(output)
     run, output = Path(run), Path(output)
-    config = configs.read_config(run)
-    if config is None:
-        raise FileNotFoundError(f"{run} is not the workdir of a run (it has no config.json)")
+    config = configs.workdir_config(run)
     if output.resolve() == run.resolve():
-        raise ValueError(f"{output} is the run itself: give another workdir to make it again in")
+        raise ValueError(f"{output} is the run itself: give another workdir for the repetition")
     old = read_metrics(run)
     if not old or old[-1]["step"] < 1:
         raise ValueError(f"{run} has logged no step yet, so there is nothing to compare with")
+    for start in (read_run(run) or {"starts": []})["starts"]:
+        if "extended_from" in start:
+            raise ValueError(
+                f"{run} was extended from {start['extended_from']} to {start['total_steps']} steps before step "
+                f"{start['first_step']}, where its schedules changed: no config makes such a run again from the start"
+            )
     again = configs.with_overrides(config, overrides)
     learnt = [line for line in configs.config_differences(config, again) if not line.startswith(MOVABLE)]
     if learnt:
-        raise ValueError(f"that would be another run ({'; '.join(learnt)}): only places and what is watched may change")
+        raise ValueError(
+            f"{'; '.join(learnt)}: this would be another run; only paths, logging and evaluation may be changed"
+        )
     last = old[-1]["step"]
     check_same_config(output, again)
-    if last not in saved_steps(output):  # called once more, it compares what is there
+    if last not in saved_steps(output):  # an earlier call has trained it
         evaluation, start = training_evaluation(again), starting_backbones(again)
         train(again, output, evaluation=evaluation, start=start, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
@@ -79,8 +86,8 @@ def reproduce(
 def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
     """Returns "steps" compared, "metrics" {name: largest absolute difference} and "missing" steps and names.
 
-    A run that was interrupted has logged the steps at which it was: rows that only one of the runs has do not count,
-    but the last one must be there.
+    An interrupted run has also logged the steps at which it was interrupted. Rows that only one of the runs has
+    therefore do not count, except the last one, which must be there.
     """
     rows = [{row["step"]: row for row in run} for run in (old, new)]
     both = sorted(rows[0].keys() & rows[1].keys())
@@ -92,7 +99,7 @@ def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
         for name in sorted(a.keys() | b.keys()):
             if name in TIMES:
                 continue
-            # What is not finite was logged as nothing.
+            # A number that is not finite was logged as null.
             if (a.get(name) is None) != (b.get(name) is None):
                 missing.append(f"{name} at step {step}")
             elif a.get(name) != b.get(name):
@@ -101,7 +108,7 @@ def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
 
 
 def compare_parameters(run: Path, output: Path) -> dict[str, float]:
-    """Returns {part of the state: largest absolute difference} in the latest checkpoint that both have."""
+    """Returns {part of the state: largest absolute difference} at the latest checkpoint that both runs have."""
     steps = set(saved_steps(run)) & set(saved_steps(output))
     if not steps:
         return {}
@@ -118,7 +125,7 @@ def compare_parameters(run: Path, output: Path) -> dict[str, float]:
 
 
 def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> dict[str, float]:
-    """Returns {rate of an evaluation: difference} where it is another on the new run."""
+    """Returns {rate of an evaluation: absolute difference} for the rates that differ on the new run."""
     old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
     if not made.exists():
         data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
@@ -139,13 +146,13 @@ def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> 
 
 
 def environment_differences(run: Path, output: Path) -> list[str]:
-    """Returns lines that say in what data, versions, commit and hardware of two runs differ."""
+    """Returns lines that say how data, versions, commit and hardware of two runs differ."""
     old, new = read_run(run), read_run(output)
     if old is None:
-        return [f"{run} says nothing of what it was made with: it is of an earlier version"]
+        return [f"{run} does not record its environment: it was made by an earlier version"]
     lines = []
     if len({json.dumps([start[key] for key in ("commit", "versions", "hardware")]) for start in old["starts"]}) > 1:
-        lines.append("the run itself was resumed with other versions or on another machine; compared is its last start")
+        lines.append("the run was resumed with other versions or on another machine; its last start is compared")
     then, now = old["starts"][-1], new["starts"][-1]
     pairs = [("commit", then["commit"], now["commit"])]
     pairs += [(f"data.{key}", old["data"][key], new["data"][key]) for key in ("fingerprint", "banks")]
@@ -155,14 +162,14 @@ def environment_differences(run: Path, output: Path) -> list[str]:
 
 
 def comparison_text(run: str | os.PathLike, found: dict) -> str:
-    """Returns what was found in the form that a person reads."""
+    """Returns the result of `reproduce` as text."""
     lines = [f"warning: {line}" for line in found["environment"]]
-    lines.append(f"{run} again in {found['output']}: {found['steps']} rows of metrics compared")
+    lines.append(f"{run} repeated in {found['output']}: {found['steps']} rows of metrics compared")
     for kind in ("metrics", "parameters", "evaluations"):
         of_kind = found[kind]
         if of_kind:
             worst = max(of_kind, key=of_kind.get)
-            lines.append(f"  {len(of_kind)} {kind} differ, most of all {worst}, by {of_kind[worst]:.4g}")
+            lines.append(f"  {len(of_kind)} {kind} differ, {worst} the most, by {of_kind[worst]:.4g}")
         else:
             lines.append(f"  {kind}: no difference")
     if found["missing"]:

@@ -1,5 +1,6 @@
 """What all tests share: a cache of compiled programs that outlives a run, and the folder of reference material."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -56,3 +57,21 @@ def small_disk(tmp_path):
         pytest.skip("cannot mount a small file system here")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.fixture(params=["read-only", "full"])
+def unwritable(request, tmp_path):
+    """(folder, message): a mounted file system that takes nothing, and what the system says of it."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs the right to mount a small file system")
+    folder, options = tmp_path / "disk", {"read-only": "ro", "full": "size=8k"}[request.param]
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        if request.param == "full":
+            with contextlib.suppress(OSError):
+                (folder / "filler").write_bytes(bytes(8192))
+        yield folder, {"read-only": "Read-only file system", "full": "No space left on device"}[request.param]
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)

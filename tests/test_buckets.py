@@ -16,10 +16,11 @@ from memo_jax import files
 from memo_jax.config import save_config
 from memo_jax.inference.model_file import read_model
 from memo_jax.log import MetricsLog, read_metrics
-from memo_jax.training.checkpoint import Checkpointer, load_raw, saved_steps
+from memo_jax.training.checkpoint import Checkpointer, load_raw
 from memo_jax.training.monitor import TIMES
 from memo_jax.training.program import create_state
 from memo_jax.training.recipe import build_recipe
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.xla import sharding
 
 RUN = "gs://bucket/runs/one"

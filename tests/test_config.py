@@ -6,12 +6,14 @@ import pytest
 from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict
 
+import tiny
 from memo_jax.config import (
     config_differences,
     config_from_json,
     config_to_json,
     duration_in_steps,
     load_config,
+    packaged_configs,
     read_config,
     save_config,
 )
@@ -295,3 +297,39 @@ def test_duration_without_a_length_is_refused():
         duration_in_steps(ConfigDict({"total_epochs": 5.0}), "total", 0)
     with pytest.raises(ValueError, match="total_epochs=inf"):
         duration_in_steps(ConfigDict({"total_epochs": float("inf")}), "total", 10)
+
+
+@pytest.mark.parametrize("name", packaged_configs())
+def test_a_commented_config_has_every_key_with_the_values_of_the_packaged_one(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, text = tiny.here("init-config", name, "-o", "new/my.py")
+    assert status == 0 and text == "new/my.py\n"
+    assert config_differences(load_config(name), load_config("new/my.py")) == []
+    written, base = (tmp_path / "new" / "my.py").read_text(), packaged_configs()["base"].read_text()
+    assert f"`{name}`" in written and all(len(line) <= 120 for line in written.splitlines())
+    comments = [line.partition("  # ")[2] for line in base.splitlines() if "  # " in line]
+    assert len(comments) > 50 and [line for line in comments if line not in written] == []
+
+
+def test_a_bare_name_is_a_packaged_config_unless_there_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("small", ["--config.seed=3"]).seed == 3
+    (tmp_path / "small").write_text("from ml_collections import ConfigDict\n\nget_config = ConfigDict\n")
+    assert dict(load_config("small")) == {}
+    with pytest.raises(FileNotFoundError, match="no packaged config is called tiny; there is base, "):
+        load_config("tiny")
+    (tmp_path / "base.py").write_text("from ml_collections import ConfigDict\n\nget_config = ConfigDict\n")
+    (tmp_path / "mine.py").write_text("import base\nfrom base import get_config\n")
+    assert dict(load_config("mine.py")) == {}  # the one beside it, not the packaged one
+
+
+def test_a_config_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "my.py").write_text("mine")
+    for arguments, message in (
+        (("small", "-o", tmp_path / "my.py"), "my.py exists already"),
+        (("small", "-o", tmp_path / "my.txt"), "ends in .py"),
+        (("smal", "-o", tmp_path / "new.py"), "no packaged config is called 'smal': did you mean small?"),
+    ):
+        status, text = tiny.here("init-config", *arguments)
+        assert status == 2 and message in text
+    assert (tmp_path / "my.py").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

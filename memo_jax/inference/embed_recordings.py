@@ -1,8 +1,9 @@
-"""Files, folders and datasets of recordings → a file of embeddings; what cannot be used is counted and listed."""
+"""Files, folders and datasets of recordings → a file of embeddings; recordings that cannot be used are listed."""
 
 import collections
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech, is_audio_name, read_audio
+from memo_jax.audio import (
+    SAMPLE_RATE,
+    AudioError,
+    check_speech,
+    excerpt_name,
+    is_audio_name,
+    parse_excerpt,
+    read_excerpt,
+    speech_of,
+)
 from memo_jax.data.batches import Utterances
 from memo_jax.data.recordings import UNLISTABLE, Kind, Recording, find_recordings, input_kind, is_hidden, read_recording
 from memo_jax.files import one_line, replacing, write_text
@@ -20,7 +30,7 @@ from memo_jax.inference.batches import apply_to_stream
 from memo_jax.inference.embedder import MIN_SECONDS, Embedder, check_embedding
 from memo_jax.locks import exclusive
 from memo_jax.log import Progress, plural
-from memo_jax.scoring.embedding_file import Embeddings, check_output_name, write_embeddings
+from memo_jax.scoring.embedding_file import Embeddings, check_names, check_output_name, write_embeddings
 
 AHEAD = 8  # recordings that are decoded before they are needed
 SAVE_SECONDS = 120.0  # how often the embeddings so far are saved, so that an interrupted run can be resumed
@@ -33,11 +43,57 @@ class Source(NamedTuple):
       name: what its embedding is called.
       read: returns its samples, int16 [L]; may raise AudioError and OSError.
       stamp: returns where it is, with size and time of the file: a text that differs if the recording may differ.
+      begins: of an excerpt, the file's name and the second at which the excerpt begins.
     """
 
     name: str
     read: Callable[[], np.ndarray]
     stamp: Callable[[], str]
+    begins: tuple[str, float] | None = None
+
+    def window_name(self, times: Sequence[float]) -> str:
+        """Returns what the window from times[0] to times[1], in seconds of the file, is called: that excerpt."""
+        return excerpt_name(self.begins[0] if self.begins else self.name, *times)
+
+
+class Windows(NamedTuple):
+    """Sliding windows of a recording: `seconds` long, one every `hop` seconds.
+
+    The last one ends with the recording and may be shorter. It is left out where it is shorter than half of `seconds`
+    or than `least`, unless it is the only one.
+    """
+
+    seconds: float
+    hop: float
+    least: float
+
+    def spans(self, count: int) -> list[tuple[int, int]]:
+        """Returns the first sample of each window of `count` samples, and the one after its last."""
+        found, begin, end = [], 0, 0
+        while end < count:
+            begin = round(len(found) * self.hop * SAMPLE_RATE)
+            end = min(begin + round(self.seconds * SAMPLE_RATE), count)
+            if found and end - begin < max(self.seconds / 2, self.least) * SAMPLE_RATE:
+                break
+            found.append((begin, end))
+        return found
+
+
+def windows_of(seconds: float | None, hop: float | None, least: float) -> Windows | None:
+    """Returns the windows that options ask for, None for whole recordings; half a window is the default hop.
+
+    Raises ValueError for a hop without a window, or for windows that cannot be.
+    """
+    if seconds is None:
+        if hop is not None:
+            raise ValueError("a hop is given without the length of a window: add --window S")
+        return None
+    hop = seconds / 2 if hop is None else hop
+    if not least <= seconds < math.inf:
+        raise ValueError(f"windows of {seconds:g} s: give at least the {least:g} s of the shortest recording")
+    if not 1 / SAMPLE_RATE <= hop <= seconds:
+        raise ValueError(f"a hop of {hop:g} s: give more than 0, and at most the {seconds:g} s of a window")
+    return Windows(seconds, hop, least)
 
 
 def find_sources(
@@ -46,7 +102,8 @@ def find_sources(
     """Returns the recordings of files, folders (with all below), archives and datasets, and what cannot be one.
 
     A recording's name is its path relative to the folder or in the archive, or the file's path as given; a dataset has
-    names of its own. Hidden files, and files without the extension of a recording, are passed over.
+    names of its own. `file.wav:12.5-20` is an excerpt in seconds, unless a file is really called so. Hidden files, and
+    files without the extension of a recording, are passed over.
 
     Args:
       inputs: paths of files, folders, Kaldi folders, zips, tars, or datasets that `memo-jax prepare` wrote.
@@ -85,8 +142,14 @@ def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
     try:
         input_kind(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file, folder or dataset") from None
+        excerpt = parse_excerpt(given)
+        if not os.path.isfile(excerpt.path):
+            raise FileNotFoundError(f"{path}: no such file, folder or dataset") from None
     except ValueError:  # a single file
+        excerpt = parse_excerpt(given)
+    else:
+        excerpt = None
+    if excerpt is not None:
         name = os.fspath(given)
         try:
             name.encode()
@@ -96,7 +159,8 @@ def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
         if set(name) & UNLISTABLE:
             left_out.append((name, "odd name: a tab or a line break"))
             return
-        yield Source(name, lambda: read_audio(path, channel=channel), _call(_file_stamp, path))
+        begins = None if (excerpt.start, excerpt.end) == (0.0, None) else (excerpt.path, excerpt.start)
+        yield Source(name, lambda: read_excerpt(name, channel=channel), _call(_file_stamp, excerpt.path), begins)
         return
     found, unusable = find_recordings([path])
     for source, reason in unusable:
@@ -142,6 +206,8 @@ def embed_recordings(
     output: str | os.PathLike,
     *,
     min_seconds: float = MIN_SECONDS,
+    window: float | None = None,
+    hop: float | None = None,
     quiet: bool = False,
 ) -> dict:
     """Embeds recordings and writes the embeddings to a file (see `embedding_file.write_embeddings`).
@@ -152,31 +218,43 @@ def embed_recordings(
     process can write the same output.
 
     Args:
-      embedder: the network; its `channel` says which channel of the recordings is embedded.
+      embedder: the network; its `channel` says which channel of the recordings is embedded, its `vad` whether only
+        their speech, which counts for `min_seconds`.
       inputs: files, folders, archives, datasets; see `find_sources`.
-      output: name.npz or name.parquet.
+      output: a name with an ending of `embedding_file.KINDS`.
       min_seconds: shorter recordings are left out.
+      window: embed windows of that many seconds instead of whole recordings, see `Windows`. Each is called as an
+        excerpt, `file.wav:1.5-4.5`, and its times are in the output. Silent ones are left out and listed.
+      hop: seconds from the beginning of a window to that of the next; half a window by default.
       quiet: show no progress.
 
     Returns:
-      {"output", "recordings": the number of embeddings, "left_out": [[name, reason], …], "seconds" of audio,
-      "dimension", "model"}. What UTF-8 or a line cannot hold of a name is escaped there and in the list, see `escaped`.
+      {"output", "recordings": how many have embeddings, "embeddings": how many there are, "left_out": [[name, reason],
+      …], "seconds" of audio, "dimension", "model"}. What UTF-8 or a line cannot hold of a name is escaped there and in
+      the list, see `escaped`.
 
     Raises:
       ValueError: no recordings at all, none that can be used, or an embedding that is not finite (names the recording).
       OSError: the output cannot be written, or another process is writing it (LockedError).
     """
     output = check_output_name(output)
+    windows = windows_of(window, hop, min_seconds)
+    if windows is not None and embedder.vad:
+        raise ValueError("windows have times in the whole recording: embed them without voice activity detection")
     sources, unlistable = find_sources(inputs, embedder.channel)
+    check_names(output, [source.name for source in sources])
     output.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(output):
-        return _embed(embedder, sources, unlistable, output, min_seconds, quiet)
+        return _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet)
 
 
-def _embed(embedder, sources, unlistable, output, min_seconds, quiet):
+def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
     options = {"model": embedder.fingerprint, "channel": embedder.channel, "min_seconds": min_seconds}
+    options |= {"vad": True} if embedder.vad else {}
+    options |= {} if windows is None else windows._asdict()
     begun = Begun(output.with_name(f".{output.name}.begun.npz"), options)
     left_out = [(escaped(name), reason) for name, reason in unlistable]
+    unfinished: dict[int, Rows] = {}
     seconds = 0.0
     with Progress(len(sources), "embedding", "recording", active=not quiet) as shown:
         for name, reason in left_out:
@@ -189,23 +267,37 @@ def _embed(embedder, sources, unlistable, output, min_seconds, quiet):
             shown.write(f"resuming: {plural(len(begun.found), 'recording')} embedded before the interruption")
             shown.update(len(begun.found))
 
+        def leave_out(name, problem):
+            left_out.append((escaped(name), problem))
+            shown.write(f"left out: {left_out[-1][0]}: {problem}")
+
         def readable():
             nonlocal seconds
-            for i, wave, problem in _decoded(sources, todo, begun.stamps, min_seconds):
-                if problem is None:
-                    seconds += len(wave) / SAMPLE_RATE
-                    yield i, wave
-                else:
-                    left_out.append((escaped(sources[i].name), problem))
-                    shown.write(f"left out: {left_out[-1][0]}: {problem}")
+            for i, wave, problem in _decoded(sources, todo, begun.stamps, min_seconds, embedder.vad):
+                if problem is not None:
+                    leave_out(sources[i].name, problem)
                     shown.update()
+                    continue
+                seconds += len(wave) / SAMPLE_RATE
+                spans = [(0, len(wave))] if windows is None else windows.spans(len(wave))
+                begins = sources[i].begins[1] if sources[i].begins else 0.0
+                times = begins + np.array(spans) / SAMPLE_RATE
+                silent = [begin for begin, end in spans if wave[begin:end].min() == wave[begin:end].max()]
+                kept = np.array([begin not in silent for begin, _ in spans])
+                for window in times[~kept]:
+                    leave_out(sources[i].window_name(window), "silence: all samples are equal")
+                    begun.stamps[sources[i].name] = ""  # a run that goes on must list it again
+                unfinished[i] = Rows(times[kept])
+                for k, (begin, end) in enumerate(span for span, keep in zip(spans, kept) if keep):
+                    yield (i, k), wave[begin:end]
 
         saved = time.monotonic()
         try:
-            for i, row in apply_to_stream(embedder.apply, readable()):
+            for (i, k), row in apply_to_stream(embedder.apply, readable()):
                 check_embedding(sources[i].name, row)
-                begun.found[sources[i].name] = row
-                shown.update()
+                if unfinished[i].complete_with(k, row):
+                    begun.found[sources[i].name] = unfinished.pop(i)
+                    shown.update()
                 if time.monotonic() - saved > SAVE_SECONDS:
                     begun.save()
                     saved = time.monotonic()
@@ -213,21 +305,26 @@ def _embed(embedder, sources, unlistable, output, min_seconds, quiet):
             with contextlib.suppress(OSError):  # the error that ends the run is the one to report
                 begun.save()
             raise
-    names = [source.name for source in sources if source.name in begun.found]
-    if names:
-        rows = np.stack([begun.found[name] for name in names])
-        write_embeddings(output, Embeddings(names, rows, embedder.fingerprint))
+    found = {}  # {name: (embedding, times)}; overlapping excerpts may have windows in common
+    for source in sources:
+        for row, times in begun.found[source.name].pairs() if source.name in begun.found else ():
+            found[source.name if windows is None else source.window_name(times)] = row, times
+    if found:
+        rows, times = (np.stack(arrays) for arrays in zip(*found.values(), strict=True))
+        times = None if windows is None else times
+        write_embeddings(output, Embeddings(list(found), rows, embedder.fingerprint, times))
         begun.remove()
     report = output.with_suffix(".left_out.tsv")
     if left_out:
         write_text(report, "name\treason\n" + "".join(f"{name}\t{escaped(why)}\n" for name, why in left_out))
     else:
         report.unlink(missing_ok=True)
-    if not names:
+    if not found:
         raise ValueError(f"none of {plural(len(left_out), 'recording')} can be used: see {report}")
     return {
         "output": str(output),
-        "recordings": len(names),
+        "recordings": len(begun.found),
+        "embeddings": len(found),
         "left_out": [list(item) for item in left_out],
         "seconds": round(seconds, 2),
         "dimension": embedder.dimension,
@@ -241,6 +338,29 @@ def escaped(name: str) -> str:
     return "".join(repr(letter)[1:-1] if letter in UNLISTABLE else letter for letter in text)
 
 
+class Rows:
+    """The embeddings of a recording's windows, or of all of it, as they arrive.
+
+    Args:
+      times: float64 [K, 2], the seconds of the file at which each begins and ends.
+      embeddings: float32 [K, D] where they are complete.
+    """
+
+    def __init__(self, times: np.ndarray, embeddings: np.ndarray | None = None):
+        self.times = times
+        self._rows: dict[int, np.ndarray] = {} if embeddings is None else dict(enumerate(embeddings))
+
+    def complete_with(self, k: int, row: np.ndarray) -> bool:
+        """Adds the embedding of window `k`; returns whether all are there."""
+        self._rows[k] = row
+        return len(self._rows) == len(self.times)
+
+    def pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (embedding [D], times [2]) of the windows in their order."""
+        for k, times in enumerate(self.times):
+            yield self._rows[k], times
+
+
 class Begun:
     """The embeddings of an unfinished run in a hidden file beside its output, so that it can be resumed.
 
@@ -249,20 +369,24 @@ class Begun:
       options: all that the embeddings depend on beside the recordings; what was begun with others is not used.
 
     Attributes:
-      found: {name: embedding [D]}.
+      found: {name: its rows, complete}.
       stamps: {name: stamp of its source, when it was read}.
     """
 
     def __init__(self, path: Path, options: dict):
         self._path, self._options = path, json.dumps(options, sort_keys=True)
-        self.found: dict[str, np.ndarray] = {}
+        self.found: dict[str, Rows] = {}
         self.stamps: dict[str, str] = {}
         with contextlib.suppress(Exception):  # a file that is missing or damaged: nothing was begun
             with np.load(path, allow_pickle=False) as file:
                 if str(file["options"]) == self._options:
                     names = file["names"].tolist()
                     self.stamps = dict(zip(names, file["stamps"].tolist(), strict=True))
-                    self.found = dict(zip(names, file["embeddings"], strict=True))
+                    ends = np.cumsum(file["counts"])[:-1]
+                    of_names = zip(
+                        names, np.split(file["times"], ends), np.split(file["embeddings"], ends), strict=True
+                    )
+                    self.found = {name: Rows(times, embeddings) for name, times, embeddings in of_names}
 
     def keep(self, sources: Sequence[Source]) -> int:
         """Forgets what is not from these sources as they are now; returns how many of them have changed."""
@@ -278,12 +402,15 @@ class Begun:
         """Writes the file, whole or not at all, if there is anything to save."""
         if self.found:
             names = list(self.found)
+            rows, times = zip(*(pair for name in names for pair in self.found[name].pairs()), strict=True)
             with replacing(self._path) as partial:
                 np.savez(
                     partial,
                     names=np.array(names, str),
                     stamps=np.array([self.stamps[name] for name in names], str),
-                    embeddings=np.stack(list(self.found.values())),
+                    counts=np.array([len(self.found[name].times) for name in names]),
+                    embeddings=np.stack(rows),
+                    times=np.stack(times),
                     options=np.array(self._options),
                 )
 
@@ -292,13 +419,14 @@ class Begun:
         self._path.unlink(missing_ok=True)
 
 
-def _decoded(sources, todo, stamps, min_seconds) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
+def _decoded(sources, todo, stamps, min_seconds, vad) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
     """Yields (number, samples, None) or (number, None, reason) of the recordings in order, some decoded ahead."""
 
     def decode(i):
         stamp = sources[i].stamp()  # before it is read: a change in between is then noticed
         try:
             samples = sources[i].read()
+            samples = speech_of(samples, sources[i].name) if vad else samples
             check_speech(sources[i].name, samples, min_seconds)
         except AudioError as error:
             return i, None, error.reason
@@ -323,8 +451,11 @@ def _decoded(sources, todo, stamps, min_seconds) -> Iterator[tuple[int, np.ndarr
 
 def embedding_text(report: dict) -> str:
     """Returns the report of `embed_recordings` as text for people."""
-    text = f"{plural(report['recordings'], 'embedding')} of {report['dimension']} numbers"
+    text = f"{plural(report['embeddings'], 'embedding')} of {report['dimension']} numbers"
+    if report["embeddings"] > report["recordings"]:
+        text += f", windows of {plural(report['recordings'], 'recording')}"
     if report["left_out"]:
         listed = Path(report["output"]).with_suffix(".left_out.tsv")
-        text += f"; left out {plural(len(report['left_out']), 'recording')}, see {listed}"
+        windows = " or window" if report["embeddings"] > report["recordings"] else ""
+        text += f"; left out {plural(len(report['left_out']), 'recording' + windows)}, see {listed}"
     return f"{text}\n{report['output']}"

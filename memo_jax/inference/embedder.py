@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import as_audio, check_speech, read_audio
+from memo_jax.audio import as_audio, check_speech, read_excerpt, speech_of
+from memo_jax.audio.speech import check_installed
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery, changing_gallery
@@ -19,6 +20,7 @@ from memo_jax.inference.model_file import (
     check_finite,
     check_threshold,
     is_never_known,
+    read_decision,
     read_model,
 )
 from memo_jax.inference.runtime import cached_graph, chosen_runtime, computes_in_float32, onnx_function
@@ -54,6 +56,7 @@ class Embedder:
 
     A recording is the path of a file that `memo_jax.audio.read_audio` reads (wav, flac, ogg, opus, mp3, …), or an array
     [L] or [L, channels] (floating point in [-1, 1], or int16) with its rate in Hz. All are converted to 16 kHz mono.
+    "a.wav:12.5-20" is the excerpt from second 12.5 to second 20, unless a file is really called so.
 
         embedder = Embedder.load("runs/small")
         embedder.embed("a.wav")                      # float32 [D]
@@ -69,8 +72,10 @@ class Embedder:
       model: the network.
       gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
       channel: of recordings with several: "mean", or a number from 1.
+      calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
       runtime: what runs the network: "jax", "onnx" for onnxruntime, which needs the extra `onnx`, or "auto":
         onnxruntime where it is installed and JAX has nothing but the CPU. The embeddings agree to 1e-4 of their norm.
+      vad: embed only the parts of a recording that are speech (`audio.speech`), joined; needs the extra `vad`.
 
     Attributes:
       model: network, weights, provenance.
@@ -79,19 +84,29 @@ class Embedder:
       gallery: the people enrolled.
       threshold: cosine score from which two recordings count as the same speaker; may be set.
       threshold_source: where the threshold comes from, for people.
-      channel: as given; may be set.
+      decision: threshold and calibration as they were tuned, None if they were not.
+      channel, vad: as given; may be set.
     """
 
     def __init__(
-        self, model: Model, gallery: str | os.PathLike | None = None, channel: str | int = "mean", runtime: str = "auto"
+        self,
+        model: Model,
+        gallery: str | os.PathLike | None = None,
+        channel: str | int = "mean",
+        runtime: str = "auto",
+        calibration: str | os.PathLike | None = None,
+        vad: bool = False,
     ):
-        self.model = model
+        if vad:
+            check_installed()
+        self.model, self.vad = model, vad
         self.runtime = chosen_runtime(runtime)
         if runtime == "auto" and not computes_in_float32(model):
             self.runtime = "jax"
         self.channel = channel
-        self.threshold = DEFAULT_THRESHOLD if model.decision is None else model.decision.threshold
-        self.threshold_source = UNTUNED if model.decision is None else model.decision.source
+        self.decision = model.decision if calibration is None else read_decision(calibration, model.fingerprint)
+        self.threshold = DEFAULT_THRESHOLD if self.decision is None else self.decision.threshold
+        self.threshold_source = UNTUNED if self.decision is None else self.decision.source
         self.apply = onnx_function(model) if self.runtime == "onnx" else model.function
         self._gallery_path = gallery
         if gallery is not None and os.path.exists(gallery):
@@ -110,6 +125,8 @@ class Embedder:
         gallery: str | os.PathLike | None = None,
         channel: str | int = "mean",
         runtime: str = "auto",
+        calibration: str | os.PathLike | None = None,
+        vad: bool = False,
     ) -> "Embedder":
         """Loads a network: that of the package, a training workdir, a model file, an exported program, or the Hub.
 
@@ -121,7 +138,9 @@ class Embedder:
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
           gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
           channel: of recordings with several: "mean", or a number from 1.
+          calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
           runtime: what runs the network: "auto", "jax" or "onnx"; see the class.
+          vad: embed only what is speech; see the class.
 
         Raises:
           FileNotFoundError: nothing there, or a workdir without checkpoints.
@@ -133,7 +152,20 @@ class Embedder:
         onnx = chosen_runtime(runtime) == "onnx"
         is_known = (lambda fingerprint: cached_graph(fingerprint) is not None) if onnx else is_never_known
         model = load_model(path, branch=branch, role=role, step=step, is_known=is_known)
-        return cls(model, gallery, channel, runtime)
+        return cls(model, gallery, channel, runtime, calibration, vad)
+
+    def __repr__(self) -> str:
+        front_end = f"front end {self.model.front_end}, {self.model.backbone}, {self.dimension} numbers"
+        return f"<Embedder: {self.model.name} ({self.fingerprint[:8]}…): {front_end}, {self.runtime} on {self.device}>"
+
+    @property
+    def device(self) -> str:
+        """What computes: "cpu:0", "cuda:1"."""
+        if self.runtime == "onnx":
+            return "cpu:0"
+        from memo_jax.xla.devices import device_name
+
+        return device_name()
 
     @property
     def fingerprint(self) -> str:
@@ -154,8 +186,8 @@ class Embedder:
           quiet: False shows progress through a list.
 
         Raises:
-          AudioError: (a ValueError) a recording that is missing, damaged, silent, under half a second, or holds NaN;
-            the message names the file, or the place in the list.
+          AudioError: (a ValueError) a recording that is missing, damaged, silent, under half a second, or holds NaN, or
+            with `vad` has less than half a second of speech; the message names the file, or the place in the list.
           ValueError: the network gives numbers that are not finite for a recording, which is named likewise.
         """
         if _is_one(recordings):
@@ -187,6 +219,21 @@ class Embedder:
         score = float(np.clip(one @ other, -1, 1))
         return Verification(score, score >= threshold, threshold)
 
+    def probability(self, score: float, prior: float = 0.5) -> float | None:
+        """Returns the probability that recordings of this score are of the same speaker, None without a calibration.
+
+        It is that of two recordings like those of the calibration's trial list. Of a person enrolled by several, scores
+        are higher, so it is a little too sure.
+
+        Args:
+          score: cosine, as `verify` and `identify` return it.
+          prior: probability that they are before the score is known, strictly between 0 and 1.
+
+        Raises:
+          ValueError: the prior is not.
+        """
+        return None if self.decision is None else self.decision.probability(score, prior)
+
     def enroll(self, name: str, recordings, rate: int | None = None) -> None:
         """Adds a person to the gallery by one recording or several.
 
@@ -206,6 +253,19 @@ class Embedder:
             gallery.add(name, embeddings)
         self.gallery = gallery
 
+    def remove(self, name: str) -> None:
+        """Removes a person from the gallery, and from its file, if it has one, in a single locked step.
+
+        Raises:
+          ValueError: nobody of that name is enrolled. OSError: as `enroll`.
+        """
+        if self._gallery_path is None:
+            self.gallery.remove(name)
+            return
+        with changing_gallery(self._gallery_path, self.fingerprint, self.dimension) as gallery:
+            gallery.remove(name)
+        self.gallery = gallery
+
     def identify(self, recording, rate: int | None = None, *, threshold: float | None = None) -> Identification:
         """Says who in the gallery speaks in a recording (as for `embed`), if anybody.
 
@@ -223,13 +283,16 @@ class Embedder:
 
     def _samples(self, recording, rate, name) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
-            name, samples = os.fspath(recording), read_audio(recording, channel=self.channel)
+            name, samples = os.fspath(recording), read_excerpt(recording, channel=self.channel)
         else:
             samples, rate = recording if isinstance(recording, tuple) else (recording, rate)
             if rate is None:
                 raise ValueError(f"{name} is an array, so it needs its rate: embed(samples, 16000)")
             samples = as_audio(samples, rate, name, self.channel)
         check_speech(name, samples, MIN_SECONDS)
+        if self.vad:
+            samples = speech_of(samples, name)
+            check_speech(name, samples, MIN_SECONDS)
         return samples
 
 

@@ -16,7 +16,7 @@ from memo_jax.files import as_path, check_writable, in_bucket, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
-from memo_jax.inference.model_file import Decision, Model
+from memo_jax.inference.model_file import Decision, write_decision
 from memo_jax.inference.network import embedding_function, log_mel_statistics
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
@@ -96,10 +96,11 @@ class TrialEvaluation:
         sides = self.trials.side_embeddings(embeddings[self._positions])
         return np.round(metrics.cosine_scores(sides, self.trials.pairs), DECIMALS)
 
-    def eer(self, backbone: nn.Module, variables: Any, front_end: str = "log_mel") -> float:
-        """Returns the equal error rate of a backbone with these variables and this front end, a fraction."""
+    def rates(self, backbone: nn.Module, variables: Any, front_end: str = "log_mel") -> dict[str, float]:
+        """Returns the RATES of a backbone with these variables and this front end; the EER in percent."""
         function = embedding_function(backbone, variables, front_end)
-        return metrics.eer(self.scores(self.embeddings(function, quiet=True)), self.target)
+        report = error_report(self.scores(self.embeddings(function, quiet=True)), self.target)
+        return {key: report[key] for key in RATES}
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
         """Returns scores [N] by mean and deviation of the log-mel frames, standardised: the channel baseline."""
@@ -125,8 +126,9 @@ class TrialEvaluation:
 
 
 def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, float]] | None:
-    """Returns what `train` evaluates by: a function (recipe, {branch: backbone variables}) → {"eer/BRANCH": percent}.
+    """Returns what `train` evaluates by: a function (recipe, {branch: backbone variables}) → {"RATE/BRANCH": value}.
 
+    The rates are RATES: "eer" in percent, "min_dcf_0.01", "min_dcf_0.05".
     None if the config names no trial list. Raises ValueError if only one of evaluation.data and evaluation.trials is
     given, and as `TrialEvaluation`.
     """
@@ -141,8 +143,9 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
     def evaluation(recipe, backbones):
         front_end = config.features.front_end
         return {
-            f"eer/{name}": 100 * trials.eer(branch.backbone, backbones[name], front_end)
+            f"{key}/{name}": value
             for name, branch in recipe.branches.items()
+            for key, value in trials.rates(branch.backbone, backbones[name], front_end).items()
         }
 
     return evaluation
@@ -179,6 +182,7 @@ def evaluate(
     crops: int = 0,
     crop_seconds: float = 4.0,
     save_threshold: str | None = None,
+    save_calibration: str | os.PathLike | None = None,
     enrollments: str | os.PathLike | None = None,
     replicates: int = REPLICATES,
     quiet: bool = False,
@@ -200,6 +204,7 @@ def evaluate(
         recordings; 0 for full recordings.
       crop_seconds: length of a crop.
       save_threshold: one of CRITERIA: save the threshold at this criterion, and a calibration, with the model.
+      save_calibration: file for the same, for models that cannot be written; the criterion is `save_threshold` or EER.
       enrollments: table of speakers enrolled by several recordings, see `read_trials`.
       replicates: of the bootstrap for the interval; 0 for no interval.
       quiet: show no progress.
@@ -216,9 +221,13 @@ def evaluate(
         )
     evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
     target = evaluation.target
-    if target is None and save_threshold is not None:
-        raise ValueError(f"{trials} has no labels, so no threshold can be tuned on it: leave out --save-threshold")
+    tuned = save_threshold is not None or save_calibration is not None
+    if target is None and tuned:
+        option = "--save-calibration" if save_threshold is None else "--save-threshold"
+        raise ValueError(f"{trials} has no labels, so no threshold can be tuned on it: leave out {option}")
     output = Path(output)
+    if save_calibration is not None:
+        check_writable(save_calibration)
     check_writable(output / "results.json")  # before the minutes that embedding takes
     output.mkdir(parents=True, exist_ok=True)
     scores = evaluation.scores(evaluation.embeddings(network.function, crops, crop_seconds, quiet))
@@ -226,7 +235,7 @@ def evaluate(
         "trials": len(evaluation.trials),
         "recordings": len(evaluation.rows),
         "self_trials": int(evaluation.trials.self_tests.sum()),
-        "network": network_name(network),
+        "network": network.name,
         "fingerprint": network.fingerprint,
         "model": str(as_path(model)),
         **{key: network.provenance.get(key) for key in ("branch", "role", "step")},
@@ -248,12 +257,17 @@ def evaluate(
     write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
     decision = None
     try:
-        if save_threshold is not None:
-            decision = tuned_decision(scores, target, save_threshold, trials)
+        if tuned:
+            decision = tuned_decision(scores, target, save_threshold or "eer", trials)
             results["saved_threshold"] = decision.threshold
+            results["calibration"] = {"scale": decision.scale, "offset": decision.offset}
+            places = {"the model": save_threshold, str(save_calibration): save_calibration}
+            results["saved_in"] = [place for place, given in places.items() if given is not None]
     finally:  # results are worth having although they hold no threshold
         write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    if decision is not None:
+    if save_calibration is not None:
+        write_decision(save_calibration, decision, network.fingerprint)
+    if save_threshold is not None:
         from memo_jax.inference.workdir import save_decision
 
         save_decision(model, network, decision)
@@ -284,14 +298,6 @@ def tuned_decision(scores, target, criterion: str, trials) -> Decision:
     return Decision(point.threshold, fitted.scale, fitted.offset, text)
 
 
-def network_name(model: Model) -> str:
-    """Returns what to call a network in tables: "ecapa teacher, step 600", or its backbone."""
-    known = model.provenance
-    if {"branch", "role", "step"} <= known.keys():
-        return f"{known['branch']} {known['role']}, step {known['step']}"
-    return str(known.get("name", "network"))
-
-
 def evaluation_text(results: dict) -> str:
     """Returns the results of `evaluate` as text for people."""
     counts = [plural(results["trials"], "trial"), plural(results["recordings"], "recording")]
@@ -305,5 +311,9 @@ def evaluation_text(results: dict) -> str:
         names = ", ".join("EER" if key == "eer" else f"minDCF({key[8:]})" for key in results["worse_than_statistics"])
         lines.append(f"  WARNING: in {names} the network is worse than plain log-mel statistics")
     if "saved_threshold" in results:
-        lines.append(f"  threshold {results['saved_threshold']:.4f} is saved with the model")
+        scale, offset = (results["calibration"][key] for key in ("scale", "offset"))
+        lines.append(
+            f"  threshold {results['saved_threshold']:.4f} and calibration {scale:.3f} · score {offset:+.3f} are saved "
+            f"with {' and '.join(results['saved_in'])}"
+        )
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memo_jax.files import one_line, replacing
+from memo_jax.files import one_line, replacing, write_text
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -64,12 +64,56 @@ class Decision:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"the {name} of the calibration is {getattr(self, name)}: it must be finite")
 
+    def probability(self, score: float, prior: float = 0.5) -> float:
+        """Returns the probability that two recordings of this cosine score are of the same speaker.
+
+        Args:
+          score: cosine in [-1, 1].
+          prior: probability before the score is known, strictly between 0 and 1.
+
+        Raises:
+          ValueError: the prior is not.
+        """
+        if not 0 < prior < 1:
+            raise ValueError(f"the prior is {prior:g}: it must be a probability strictly between 0 and 1")
+        log_odds = self.scale * score + self.offset + math.log(prior) - math.log1p(-prior)
+        return 0.5 * (1 + math.tanh(log_odds / 2))
+
 
 def check_threshold(threshold: float) -> float:
     """Returns a threshold on cosine scores; raises ValueError unless it is in [-1, 1]."""
     if not -1 <= threshold <= 1:
         raise ValueError(f"the threshold is {threshold:g}: scores are cosines, so it must be in [-1, 1]")
     return threshold
+
+
+def write_decision(path: str | os.PathLike, decision: Decision, fingerprint: str) -> None:
+    """Writes a decision to a file of its own, JSON, with the fingerprint of the model that it is of."""
+    write_text(path, json.dumps(dataclasses.asdict(decision) | {"model": fingerprint}, indent=2) + "\n")
+
+
+def read_decision(path: str | os.PathLike, fingerprint: str) -> Decision:
+    """Reads what `write_decision` wrote.
+
+    Raises:
+      OSError: naming the file, if it cannot be read.
+      ValueError: naming the file: other content, or a decision of a model with another fingerprint.
+    """
+    text = Path(path).read_bytes()
+    try:
+        fields = json.loads(text)
+        model = fields.pop("model")
+        decision = Decision(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not a calibration that `eval --save-calibration` wrote ({one_line(error)})"
+        ) from None
+    if model != fingerprint:
+        raise ValueError(
+            f"{path} is the calibration of another model ({model}, not {fingerprint}): scores of this one mean "
+            "something else"
+        )
+    return decision
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,6 +142,14 @@ class Model:
         from memo_jax.models import build_backbone
 
         return build_backbone(self.backbone, **self.arguments)
+
+    @property
+    def name(self) -> str:
+        """What to call the network in tables: "ecapa teacher, step 600", or the name that it was given."""
+        known = self.provenance
+        if {"branch", "role", "step"} <= known.keys():
+            return f"{known['branch']} {known['role']}, step {known['step']}"
+        return str(known.get("name", "network"))
 
     @property
     def dimension(self) -> int:
@@ -199,6 +251,22 @@ def write_model(path: str | os.PathLike, model: Model, weights: str = "float32")
     with replacing(path) as partial:
         partial.write_bytes(content)
     return Path(path)
+
+
+def save_decision_in_file(path: str | os.PathLike, decision: Decision) -> None:
+    """Replaces the decision in a model file, whole or not at all; its tensors stay bit for bit.
+
+    Raises:
+      OSError, ModelFileError: as `read_model`.
+    """
+    from safetensors import safe_open
+    from safetensors.numpy import save
+
+    model = dataclasses.replace(read_model(path), decision=decision)
+    with safe_open(os.fspath(path), framework="numpy") as file:
+        content = save({name: file.get_tensor(name) for name in file.keys()}, {METADATA_KEY: header_text(model)})
+    with replacing(path) as partial:
+        partial.write_bytes(content)
 
 
 def header_text(model: Model, **more) -> str:

@@ -4,6 +4,7 @@ Two forms: `feats` [B, T, 80] → `embs` [B, D], which sherpa-onnx and wespeaker
 `embs` with the front end inside. Needs the extra `onnx`.
 """
 
+import itertools
 import os
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def write_onnx(
         float32 [B, T, 80], the front end's spectrum; the graph normalises it over time, which changes nothing where a
         runtime has done so before.
       weights: "float32"; "float16": kept as float16 and computed in float32; "int8": quantised dynamically, for matrix
-        products and convolutions.
+        products and convolutions of the network.
       runtime: of "feats": "sherpa-onnx" or "wespeaker", whose metadata the file gets.
       other_front_end: let a runtime compute other features than the model was trained with; prints the cosine that it
         costs.
@@ -86,7 +87,7 @@ def onnx_bytes(model: Model, inputs: str, weights: str, metadata: dict[str, str]
     if weights == "float16":
         _keep_as_float16(graph)
     elif weights == "int8":
-        graph = _quantized(graph)
+        graph = _quantized(graph, keep=_front_end_nodes(graph) if inputs == "waveform" else [])
     import onnx
 
     graph.producer_name, graph.producer_version = "memo_jax", memo_jax.__version__
@@ -231,14 +232,27 @@ def _keep_as_float16(graph) -> None:
             graph.graph.node.insert(0, cast)
 
 
-def _quantized(graph):
-    """Returns the graph with weights of matrix products and convolutions as int8, inputs quantised when it runs."""
+def _front_end_nodes(graph) -> list[str]:
+    """Returns the nodes from a graph's waveforms to its spectrum, which ends with the only logarithm there is."""
+    return [node.name for node in itertools.takewhile(lambda node: node.op_type != "Log", graph.graph.node)]
+
+
+def _quantized(graph, keep: list[str]):
+    """Returns the graph with int8 weights in matrix products and convolutions, their inputs quantised when it runs.
+
+    Nodes to `keep` stay in float32: eight bits cannot hold the range of a power spectrum, and a front end of eight bits
+    leaves embeddings of no use.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantized.onnx"
         quantize_dynamic(
-            graph, path, weight_type=QuantType.QInt8, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT}
+            graph,
+            path,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=keep,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )
         return onnx.load(path)

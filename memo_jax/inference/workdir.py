@@ -6,8 +6,9 @@ import os
 
 from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, read_text, write_text
-from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, write_model
-from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, save_decision_in_file
+from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import Variables, backbone_variables
 from memo_jax.xla import sharding
 
@@ -26,12 +27,7 @@ def workdir_model(
     from memo_jax.training.program import create_state
     from memo_jax.training.recipe import build_branches, build_recipe
 
-    config = configs.read_config(workdir)
-    if config is None:
-        raise FileNotFoundError(
-            f"{workdir} is not the workdir of a run (it has no config.json)"
-            + ("; of a model file, make a copy here first" if in_bucket(workdir) else "")
-        )
+    config = configs.workdir_config(workdir)
     branches = build_branches(config)
     if branch is None:
         branch = "ecapa" if "ecapa" in branches else next(iter(branches))
@@ -104,4 +100,4 @@ def save_decision(path: str | os.PathLike, model: Model, decision: Decision) -> 
         decisions = {key: dataclasses.asdict(value) for key, value in kept.items()}
         write_text(as_path(path) / DECISIONS, json.dumps(decisions, indent=2, ensure_ascii=False) + "\n")
     else:
-        write_model(path, dataclasses.replace(read_model(path), decision=decision))
+        save_decision_in_file(path, decision)

@@ -16,11 +16,12 @@ from memo_jax.log import read_metrics
 from memo_jax.scoring.figures import (
     COLORS,
     DASHES,
-    HALO,
     INK,
     MUTED,
     STYLE,
+    add_title,
     label_ends,
+    name_step,
     running_mean,
     save_figure,
     system_looks,
@@ -47,8 +48,13 @@ class Panel(NamedTuple):
 
 
 EER = Panel(r"eer/.+", "Equal error rate", "percent of trials, lower is better")
+COSTS = tuple(
+    Panel(rf"min_dcf_{prior}/.+", f"minDCF at a prior of {prior}", "detection cost; 1: no better than accepting nobody")
+    for prior in (0.01, 0.05)
+)
 PANELS = (
     EER,
+    *COSTS,
     Panel(r"loss/(self|cross)/.+", "Distillation loss", "cross-entropy to the teacher, nats"),
     Panel(r"loss/contrastive/.+|gate/loss", "Contrastive loss", "NT-Xent times its weight, nats", True),
     Panel(r"alignment/.+|gate/alignment", "Do both losses agree?", "cosine of their gradients at the embedding", True),
@@ -101,16 +107,7 @@ def learning_curve_figure(
         figure.suptitle(heading, x=0.012, ha="left", fontsize=13, weight="bold")
         axes = figure.subplots(lines, columns, squeeze=False).ravel()
         for number, (ax, (panel, found)) in enumerate(zip(axes, panels)):
-            ax.set_title(panel.title, loc="left", fontsize=10.5, weight="bold", pad=19)
-            ax.annotate(
-                panel.unit,
-                (0, 1),
-                xycoords="axes fraction",
-                xytext=(0, 6),
-                textcoords="offset points",
-                fontsize=8.5,
-                color=MUTED,
-            )
+            add_title(ax, panel.title, panel.unit)
             _draw_panel(ax, panel, found, branches, references or {}, rows)
             _mark_closing(ax, gate_closing_step(rows), named=panel.while_open)
             if number + columns >= len(panels):
@@ -185,19 +182,7 @@ def _mark_closing(ax: Axes, step: int | None, named: bool):
         return
     ax.axvline(step, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
     if named:
-        left = step < 0.7 * ax.get_xlim()[1]
-        ax.annotate(
-            f"gate closes,\nstep {step:,}",
-            (step, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(5 if left else -5, 0),
-            textcoords="offset points",
-            ha="left" if left else "right",
-            va="top",
-            fontsize=8,
-            color=MUTED,
-            path_effects=HALO,
-        )
+        name_step(ax, step, f"gate closes,\nstep {step:,}", end=ax.get_xlim()[1], color=MUTED)
 
 
 def _series_by_name(rows) -> dict[str, Series]:
@@ -241,7 +226,7 @@ def _identity(name: str) -> tuple[str, str]:
 
 def _branches(series) -> list[str]:
     """Branch names, which get the same colour in every panel, in order of appearance."""
-    named = (_identity(name)[0] for name in series if not name.startswith(("eer/", "gate/")))
+    named = (_identity(name)[0] for name in series if not name.startswith(("eer/", "min_dcf_", "gate/")))
     return list(dict.fromkeys(branch.split("-")[0] for branch in named if branch))
 
 
@@ -276,7 +261,7 @@ def _draw_panel(ax: Axes, panel: Panel, found: list[Series], branches: list[str]
     # limits around the running means, so that single outliers do not flatten everything else
     low, high = np.concatenate(shown).min(), np.concatenate(shown).max()
     pad = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
-    ax.set_ylim(0 if panel is EER else low - pad, high + pad)
+    ax.set_ylim(0 if panel in (EER, *COSTS) else low - pad, high + pad)
     ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.8g}"))
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))

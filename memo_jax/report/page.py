@@ -15,7 +15,7 @@ from memo_jax import config as configs
 from memo_jax.data.batches import Utterances
 from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, check_bucket, make_folder, write_text
-from memo_jax.inference.evaluate import TrialEvaluation, network_name
+from memo_jax.inference.evaluate import TrialEvaluation
 from memo_jax.inference.workdir import workdir_model
 from memo_jax.log import plural, read_metrics
 from memo_jax.models import parameter_count
@@ -69,9 +69,7 @@ def write_report(
     """
     workdir = as_path(workdir)
     check_bucket(workdir)
-    config = configs.read_config(workdir)
-    if config is None:
-        raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no config.json)")
+    config = configs.workdir_config(workdir)
     rows = read_metrics(workdir)
     if not rows:
         raise ValueError(f"{workdir} has no metrics yet, so there is nothing to report")
@@ -92,7 +90,7 @@ def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
     scores, embeddings = {}, {}
     for branch in config.model.branches:
         model = workdir_model(workdir, branch, "teacher", step)
-        name = network_name(model)
+        name = model.name
         embeddings[name] = evaluation.embeddings(model.function, quiet=quiet)
         scores[name] = evaluation.scores(embeddings[name])
     if len(scores) > 1:

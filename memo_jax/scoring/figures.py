@@ -191,18 +191,34 @@ def det_figure(
     return figure
 
 
+def add_title(ax: Axes, title: str, note: str, size: float = 11) -> None:
+    """Writes a bold title above the axes, and a small note, such as the unit, between the two."""
+    ax.set_title(title, loc="left", fontsize=size, weight="bold", pad=11 + size)
+    place = {"xycoords": "axes fraction", "xytext": (0, 6), "textcoords": "offset points"}
+    ax.annotate(note, (0, 1), **place, fontsize=8.5, color=MUTED)
+
+
+def name_step(ax: Axes, step: float, text: str, end: float, height: float = 0.97, color: str = INK) -> None:
+    """Writes a text beside a vertical line at `step`, on the side of it where there is more room before `end`."""
+    left = step < 0.65 * end
+    ax.annotate(
+        text,
+        (step, height),
+        xycoords=("data", "axes fraction"),
+        xytext=(5 if left else -5, 0),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        va="top",
+        fontsize=8,
+        color=color,
+        path_effects=HALO,
+        zorder=5,
+    )
+
+
 def _name_curves(figure: Figure, ax: Axes, title: str, p_target: float) -> None:
     """Gives a DET picture its title, its legend and what the markers mean, above the axes where no curve can come."""
-    ax.set_title(title, loc="left", fontsize=13, weight="bold", pad=24)
-    ax.annotate(
-        f"● equal error    ◆ least cost at a prior of {p_target:g}",
-        (0, 1),
-        xycoords="axes fraction",
-        xytext=(0, 7),
-        textcoords="offset points",
-        fontsize=8.5,
-        color=MUTED,
-    )
+    add_title(ax, title, f"● equal error    ◆ least cost at a prior of {p_target:g}", size=13)
     legend = figure.legend(
         loc="outside right upper",
         handlelength=2.6,

@@ -21,7 +21,7 @@ TO_TRY = (
     "model.dtype=float32"
 )
 
-# (recipe, {branch: variables of the teacher's backbone}) → {"eer/BRANCH": percent}
+# (recipe, {branch: variables of the teacher's backbone}) → {"eer/BRANCH": percent, "min_dcf_0.01/BRANCH": cost, …}
 Evaluation = Callable[[Recipe, dict], dict[str, float]]
 
 
@@ -132,8 +132,12 @@ class Monitor:
         with self.goodput.counting("evaluation"):
             result = self.evaluation(self.recipe, backbones)
         self._mark = time.perf_counter()
-        self.progress.write(f"step {number}: " + ", ".join(f"{k} {v:.2f} %" for k, v in result.items()))
+        self.progress.write(f"step {number}: " + ", ".join(map(_rate_text, result, result.values())))
         return result
+
+
+def _rate_text(name: str, value: float) -> str:
+    return f"{name} {value:.2f} %" if name.startswith("eer") else f"{name} {value:.3f}"
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ class Schedules(NamedTuple):
     """What changes from step to step.
 
     Attributes:
-      learning_rate, momentum, teacher_temp: functions of the step (from 0) that return float32 scalars.
+      learning_rate, momentum, teacher_temp, margin: functions of the step (from 0) that return float32 scalars.
       prototypes_from: the first step that trains the prototypes.
     """
 
@@ -23,6 +23,7 @@ class Schedules(NamedTuple):
     momentum: optax.Schedule
     teacher_temp: optax.Schedule
     prototypes_from: int
+    margin: optax.Schedule = optax.constant_schedule(0.0)
 
 
 def cosine_learning_rate(peak: float, end: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -52,6 +53,13 @@ def epoch_teacher_temp(start: float, end: float, warmup_epochs: int, steps_per_e
         return optax.constant_schedule(end)
     by_epoch = optax.linear_schedule(start, end, max(warmup_epochs - 1, 1))
     return lambda step: by_epoch(step // steps_per_epoch)
+
+
+def rising_margin(margin: float, warmup_steps: int) -> optax.Schedule:
+    """Returns the margin of AAM-softmax: linear from 0 at step 0 to `margin` at step `warmup_steps`, then constant."""
+    if warmup_steps < 1:
+        return optax.constant_schedule(margin)
+    return optax.linear_schedule(0.0, margin, warmup_steps)
 
 
 def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:

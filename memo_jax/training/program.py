@@ -52,6 +52,8 @@ def lowered_step(config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]) -
         if count:
             shapes[kind] = (config.data.batch_size, count, round(seconds * SAMPLE_RATE))
     batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
+    if config.supervised.weight:
+        batch["label"] = jax.ShapeDtypeStruct((config.data.batch_size,), np.int32, sharding=split)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     state = abstract_state(config, recipe, mesh)

@@ -1,4 +1,4 @@
-"""What a run was made with, kept beside it: versions, commit, command, hardware, data, and every start of the run."""
+"""The record of a run, kept beside it: versions, commit, command, hardware, data, and every start."""
 
 import importlib.metadata
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from memo_jax.files import as_path, read_text, write_text
+from memo_jax.xla.devices import chosen_devices
 
 RUN_FILE = "run.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy", "soundfile")
@@ -31,9 +32,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Returns the commit of the checkout that memo_jax runs from, with "+changes" where its files differ from it.
+    """Returns the commit of the checkout that memo_jax runs from, with "+changes" if files were changed since.
 
-    None where memo_jax was installed from a package, or git is not there.
+    None if memo_jax was installed from a package, or without git.
     """
     package = Path(__file__).parent
 
@@ -45,7 +46,7 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An environment may lie within a checkout of something else, which does not track it.
+    # The environment may lie inside the checkout of another project, which does not track it.
     if not git("ls-files", "--error-unmatch", Path(__file__).name):
         return None
     head = git("rev-parse", "HEAD")
@@ -53,7 +54,8 @@ def commit() -> str | None:
 
 
 def hardware() -> dict:
-    """Returns processor, cores that this process may use, memory, and the devices of all processes."""
+    """Returns the processor, the cores this process may use, the memory, and the devices of all processes."""
+    devices = chosen_devices()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gigabytes = None
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -63,15 +65,15 @@ def hardware() -> dict:
         "cores": cores,
         "memory_gib": gigabytes,
         "system": platform.system(),
-        "devices": jax.device_count(),
-        "device": jax.devices()[0].device_kind,
-        "platform": jax.devices()[0].platform,
+        "devices": len(devices),
+        "device": devices[0].device_kind,
+        "platform": devices[0].platform,
         "processes": jax.process_count(),
     }
 
 
 def _processor() -> str:
-    """The name that the kernel gives, which says more than the architecture that platform.processor() knows."""
+    """The kernel's name of the processor, which says more than platform.processor(), the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -81,27 +83,33 @@ def _processor() -> str:
 
 
 def read_run(workdir: str | os.PathLike) -> dict | None:
-    """Returns what `RunRecord` wrote, None where there is nothing; raises ValueError if it is damaged."""
+    """Returns what `RunRecord` wrote, None if there is no record; raises ValueError if it is damaged."""
     path = as_path(workdir) / RUN_FILE
     try:
         text = read_text(path)
         if text is None:
             return None
         run = json.loads(text)
-        run["starts"][0]["versions"]
+        run["starts"][0]["versions"], run["starts"][-1]["total_steps"]
         return run
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to go on without it") from None
 
 
 class RunRecord:
-    """Writes `<workdir>/run.json`: seed and data of the run, and for each time it was started with what, from where.
+    """Writes `<workdir>/run.json`: the run's seed and data, and of each start step, command, versions and hardware.
 
-    A start's `last_step`, `seconds` and `cpu_seconds` are filled in when it ends; a start that was killed lacks them.
+    `total_steps` is the length of the run as of a start. If it differs from that of the start before, the run was
+    extended, and `extended_from` is the earlier length: from there on, the schedules span the new length.
+
+    A start's `last_step`, `seconds` and `cpu_seconds` are added when it ends; a start that was killed lacks them.
     With `active=False` (every process but the first) nothing is written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, *, seed: int, data: dict, begin: int, active: bool = True):
+    def __init__(
+        self, workdir: str | os.PathLike, *, seed: int, data: dict, begin: int, total: int, active: bool = True
+    ):
+        self.extended_from: int | None = None
         self._path, self._active = as_path(workdir) / RUN_FILE, active
         self._began = time.monotonic()
         if not active:
@@ -110,13 +118,16 @@ class RunRecord:
         self._start = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "first_step": begin + 1,
+            "total_steps": total,
             "command": sys.argv,
             "commit": commit(),
             "versions": versions(),
             "hardware": hardware(),
         }
-        # What a start from the beginning replaces is not part of the run.
+        # A start from the beginning replaces all earlier ones.
         earlier = before["starts"] if begin else []
+        if earlier and earlier[-1]["total_steps"] != total:
+            self.extended_from = self._start["extended_from"] = earlier[-1]["total_steps"]
         self._run = {"seed": seed, "data": data, "starts": [*earlier, self._start]}
         self._write()
 

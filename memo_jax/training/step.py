@@ -4,13 +4,14 @@ Branch b (an ECAPA-TDNN, say, or a ResNet34) has a student and a teacher of one 
 the teachers see the first W, the global crops. Let e_b(v) be the student's embedding of view v and s_b^h(v) its logits
 by head h; with a bar they are the teacher's, through which no gradient flows. The objective (`objective`) is
 
-    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b ]
+    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + u · S_b ]
 
 with, over the batch and the pairs of views,
 
     D_bc^h = mean_{i≤W, v≠i} −⟨ softmax((s̄_c^h(i) − center_c^h) / τ_t), log softmax(s_b^h(v) / τ_s) ⟩   distillation
     C_b    = NT-Xent of e_b and ē_b over the global views                                             contrastive
     g      = 1 while the gate is open, then 0                                                         (gate.py)
+    S_b    = AAM-softmax of e_b over all views, of configs that train with labels; else u = 0         supervised
 
 Then, with the momentum m and the student's new parameters θ_b, in this order:
 
@@ -30,7 +31,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memo_jax.models import Branch, head_part
+from memo_jax.models import SPEAKER_HEAD, Branch, head_part
+from memo_jax.models.heads import SpeakerHead
 from memo_jax.training import losses
 from memo_jax.training.gate import GateRule, updated_gate
 from memo_jax.training.optim import Schedules
@@ -66,6 +68,18 @@ class LossWeights(NamedTuple):
     contrastive_margin: float = 0.0
 
 
+class Supervision(NamedTuple):
+    """How labels enter the objective.
+
+    Attributes:
+      weight: u, the weight of AAM-softmax; 0 for training without labels.
+      scale: of the cosines.
+    """
+
+    weight: float = 0.0
+    scale: float = 30.0
+
+
 class Recipe(NamedTuple):
     """What the steps of a run have in common; static under jit.
 
@@ -77,6 +91,7 @@ class Recipe(NamedTuple):
     schedules: Schedules
     weights: LossWeights
     gate_rule: GateRule
+    supervision: Supervision = Supervision()
     remat: bool = True
 
     @property
@@ -261,7 +276,35 @@ def contrastive_loss(embeddings: jax.Array, teacher_embeddings: jax.Array, weigh
     )
 
 
-def objective(students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe) -> jax.Array:
+def supervised_loss(
+    head_params,
+    embeddings: Sequence[jax.Array],
+    labels: jax.Array,
+    margin: jax.Array,
+    *,
+    branch: Branch,
+    supervision: Supervision,
+):
+    """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and the accuracy of its speaker head.
+
+    Args:
+      head_params: of the speaker head.
+      embeddings: of all views.
+      labels: int32 [B], the number of each utterance's speaker, negative where it is not known.
+      margin: of this step.
+      branch: of the student.
+      supervision: of the recipe.
+    """
+    rows = jnp.concatenate([of_views.reshape(-1, of_views.shape[-1]) for of_views in embeddings])
+    of_rows = jnp.tile(labels, len(rows) // len(labels))
+    cosines = SpeakerHead(branch.speakers).apply({"params": head_params}, rows)
+    loss = losses.aam_softmax(cosines, of_rows, supervision.scale, margin)
+    return supervision.weight * loss, losses.accuracy(cosines, of_rows)
+
+
+def objective(
+    students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
+) -> jax.Array:
     """Returns L, which the module's docstring writes out.
 
     The step descends its gradient without calling it: `update_branch` cuts the backward pass at the embedding.
@@ -271,6 +314,7 @@ def objective(students: Mapping[str, Any], state: TrainState, views: Views, reci
       state: of which everything else comes.
       views: normalised log-mel.
       recipe: of the run.
+      labels: int32 [B], for recipes with supervision.
     """
     teachers, weights = all_teacher_outputs(state, views, recipe), recipe.weights
     total = jnp.float32(0)
@@ -293,6 +337,11 @@ def objective(students: Mapping[str, Any], state: TrainState, views: Views, reci
         if recipe.is_contrastive:
             gate = 1 - state.gate.closed
             total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights)
+        if recipe.supervision.weight:
+            margin = recipe.schedules.margin(state.step)
+            total += supervised_loss(
+                params[SPEAKER_HEAD], embeddings, labels, margin, branch=branch, supervision=recipe.supervision
+            )[0]
     return total
 
 
@@ -328,7 +377,12 @@ class BranchUpdate(NamedTuple):
 
 @jax.named_scope("student")
 def update_branch(
-    name: str, state: TrainState, views: Views, teachers: Mapping[str, TeacherOutputs], recipe: Recipe
+    name: str,
+    state: TrainState,
+    views: Views,
+    teachers: Mapping[str, TeacherOutputs],
+    recipe: Recipe,
+    labels: jax.Array | None = None,
 ) -> BranchUpdate:
     """Updates one branch's student by the gradient of the objective, then its teacher.
 
@@ -377,6 +431,22 @@ def update_branch(
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
 
+    metrics = {}
+    if recipe.supervision.weight:
+        loss = functools.partial(
+            supervised_loss,
+            labels=labels,
+            margin=recipe.schedules.margin(state.step),
+            branch=branch,
+            supervision=recipe.supervision,
+        )
+        (value, right), (gradient, at_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            params[SPEAKER_HEAD], embeddings
+        )
+        metrics = {f"loss/supervised/{name}": value, f"accuracy/{name}": right}
+        cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
+        update(SPEAKER_HEAD, gradient)
+
     contrastive = None
     if recipe.is_contrastive:
         loss, gradient, cosine = contrastive_gradient(
@@ -390,7 +460,7 @@ def update_branch(
         {"params": new_params, "batch_stats": stats},
         {"params": new_averages, "batch_stats": teachers[name].batch_stats},
         new_opt_state,
-        branch_metrics(name, terms, contrastive, teachers, several=len(recipe.branches) > 2),
+        branch_metrics(name, terms, contrastive, metrics, teachers, several=len(recipe.branches) > 2),
         sum(squares),
     )
 
@@ -399,6 +469,7 @@ def branch_metrics(
     name: str,
     terms: Mapping[Pair, jax.Array],
     contrastive: tuple[jax.Array, jax.Array] | None,
+    supervised: Metrics,
     teachers: Mapping[str, TeacherOutputs],
     *,
     several: bool,
@@ -409,6 +480,7 @@ def branch_metrics(
       name: of the branch.
       terms: its distillation losses, before their weights.
       contrastive: its weighted contrastive loss and the alignment of the two gradients; None without such a term.
+      supervised: its weighted supervised loss and accuracy; {} without such a term.
       teachers: their outputs.
       several: whether there are more than two branches, so that a cross-distillation has to be named after both.
     """
@@ -424,12 +496,23 @@ def branch_metrics(
         loss, cosine = contrastive
         metrics |= {f"loss/contrastive/{name}": loss, f"alignment/{name}": cosine}
         metrics[f"loss/{name}"] += loss
+    if supervised:
+        metrics |= supervised
+        metrics[f"loss/{name}"] += supervised[f"loss/supervised/{name}"]
     metrics[f"embedding_std/{name}"] = losses.embedding_deviation(teachers[name].embeddings[0])
     return metrics
 
 
-def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> tuple[TrainState, Metrics]:
+def train_step_on_features(
+    state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
+) -> tuple[TrainState, Metrics]:
     """Takes one step on normalised log-mel features of the global and the local views.
+
+    Args:
+      state: before the step.
+      views: as `front_end.training_views` gives them.
+      recipe: of the run.
+      labels: int32 [B], the number of each utterance's speaker; only recipes with supervision read it.
 
     Returns:
       The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is −1,
@@ -442,7 +525,7 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
         # One branch after the other, and all after the teachers' forward passes: parameters are updated in place.
         teachers, updates, views = materialize_on_cpu((teachers, updates, views))
         with jax.named_scope(name):
-            updates[name] = update_branch(name, state, views, teachers, recipe)
+            updates[name] = update_branch(name, state, views, teachers, recipe, labels)
 
     metrics = {key: value for of_branch in updates.values() for key, value in of_branch.metrics.items()}
     gate = state.gate
@@ -483,9 +566,9 @@ def train_step(
     recipe: Recipe,
     front_end: Callable[[jax.Array, Any, Any], Views],
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step on a batch of int16 crops: the front end, then `train_step_on_features`.
+    """Takes one step on a batch of `training_batches`: the front end, then `train_step_on_features`.
 
     Every random draw comes from `key` and the state's step, so that a resumed run needs no saved generator.
     """
     views = front_end(jax.random.fold_in(key, state.step), batch, banks)
-    return train_step_on_features(state, views, recipe)
+    return train_step_on_features(state, views, recipe, batch.get("label"))

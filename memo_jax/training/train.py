@@ -13,21 +13,23 @@ import numpy as np
 import memo_jax
 from memo_jax import config as configs
 from memo_jax import interrupts
-from memo_jax.data.batches import Utterances, steps_per_epoch, training_batches
+from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training import processes
-from memo_jax.training.checkpoint import Checkpointer, load_extra, saved_steps
+from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.goodput import Goodput
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
+from memo_jax.xla.devices import chosen_devices
 
 # Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; its
 # fingerprint tells that it is the same.
@@ -40,12 +42,14 @@ FREE_ON_RESUME = (
     "collapse.",
     "split_above_megabytes",
 )
+LENGTH = ("total_epochs", "total_steps")  # may grow: the run goes on, with schedules that span the new length
 
 
 class Inputs(NamedTuple):
     """What a run is made from, checked: everything but the banks, which take long to load. Durations are in steps."""
 
     utterances: Utterances
+    labels: np.ndarray | None  # of the utterances; None for training without labels
     recipe: Recipe
     epoch_steps: int
     total: int
@@ -92,13 +96,12 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.StopRequest())
         lock = processes.in_first(lambda: stack.enter_context(exclusive(workdir, inside=True)))
-        begin = check_same_run(workdir, config, inputs.utterances)
-        profiler = Profiler(workdir, profile, begin, end, active=first)
-        stack.callback(profiler.close)
+        begin = check_same_run(workdir, config, inputs)
+        profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profile, begin, end, active=first)))
         banks = load_augmentation_banks(config)
-        processes.check_agreement(agreed_inputs(config, inputs.utterances, banks))
+        processes.check_agreement(agreed_inputs(config, inputs, banks))
         interrupts.check()
-        batches = batches_of(config, inputs.utterances, begin)
+        batches = batches_of(config, inputs.utterances, begin, inputs.labels)
         stack.callback(batches.close)
         banks_here = sharding.replicate(mesh, banks)
         if begin < end:
@@ -121,9 +124,11 @@ def train(
         shown.write(announcement(config, inputs, banks, begin))
         if begin >= end:
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
-        data = data_record(config, inputs.utterances, banks)
-        record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, active=first and begin < end)
-        extra = {"fingerprint": inputs.utterances.fingerprint, "version": memo_jax.__version__}
+        data, active = data_record(config, inputs.utterances, banks), first and begin < end
+        record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, total=inputs.total, active=active)
+        if record.extended_from:
+            shown.write(extension_text(record.extended_from, inputs.total, begin))
+        extra = data_identity(inputs) | {"version": memo_jax.__version__}
         key = augmentation_key(config, mesh)
         monitor = Monitor(
             config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
@@ -162,6 +167,14 @@ def train(
     return monitor.last
 
 
+def extension_text(before: int, total: int, begin: int) -> str:
+    """Returns what a run says when it goes on with a greater length."""
+    return (
+        f"extended from {before} to {total} steps: the schedules span the new length from step {begin + 1} on, so this "
+        f"run differs from one that was {total} steps long from the start"
+    )
+
+
 def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     """Returns what the config names and says; raises ValueError, naming the key, for a config that cannot work."""
     if not config.data.train:
@@ -173,7 +186,8 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
         )
     utterances = Utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
-    recipe = build_recipe(config, epoch_steps)
+    labels = speaker_numbers(utterances) if config.supervised.weight else None
+    recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1)
     batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
@@ -181,6 +195,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
     return Inputs(
         utterances,
+        labels,
         recipe,
         epoch_steps,
         total=steps(config, "total"),
@@ -190,11 +205,11 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     )
 
 
-def check_same_config(workdir: str | os.PathLike, config) -> None:
-    """Raises ValueError naming the keys when the workdir was made with another config."""
+def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:
+    """Raises ValueError naming the keys, of those not in `free`, when the workdir was made with another config."""
     old = configs.read_config(workdir)
     if old is not None:
-        changed = [d for d in configs.config_differences(old, config) if not d.startswith(FREE_ON_RESUME)]
+        changed = [d for d in configs.config_differences(old, config) if not d.startswith(free)]
         if changed:
             raise ValueError(
                 f"{workdir} was made with another config ({'; '.join(changed)}): use another workdir, or give the "
@@ -202,21 +217,36 @@ def check_same_config(workdir: str | os.PathLike, config) -> None:
             )
 
 
-def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -> int:
-    """Returns the step that a run resumes after, 0 at its beginning; ValueError for another config or dataset."""
-    check_same_config(workdir, config)
+def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
+    """Returns the step that a run resumes after, 0 at its beginning.
+
+    Raises ValueError for another config, but for a greater length, or for another dataset.
+    """
+    check_same_config(workdir, config, (*FREE_ON_RESUME, *LENGTH))
     steps = saved_steps(workdir)
     if not steps:
         return 0
-    if load_extra(workdir)["fingerprint"] != utterances.fingerprint:
+    saved = load_extra(workdir)
+    for kind, value in data_identity(inputs).items():
+        if saved[kind] != value:
+            what = "its fingerprint differs" if kind == "fingerprint" else "its speakers differ"
+            raise ValueError(
+                f"{config.data.train} is not the dataset that {workdir} was trained on ({what}): "
+                "give that one to resume, or use another workdir"
+            )
+    old, new = (
+        configs.duration_in_steps(one, "total", inputs.epoch_steps)
+        for one in (configs.read_config(workdir) or config, config)
+    )
+    if new < old:
         raise ValueError(
-            f"{config.data.train} is not the dataset that {workdir} was trained on (its fingerprint differs): "
-            "give that one to resume, or use another workdir"
+            f"{workdir} is a run of {old} steps and cannot become one of {new}: a run may be extended, not shortened; "
+            f"--stop-at-step {new} stops it there"
         )
     return steps[-1]
 
 
-def batches_of(config, utterances: Utterances, start: int):
+def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | None = None):
     """Returns the batches of this process from a step on."""
     return training_batches(
         utterances,
@@ -230,6 +260,7 @@ def batches_of(config, utterances: Utterances, start: int):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
+        labels=labels,
     )
 
 
@@ -248,11 +279,17 @@ def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) ->
     }
 
 
-def agreed_inputs(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict[str, str]:
+def data_identity(inputs: Inputs) -> dict:
+    """Returns what tells one dataset from another: the fingerprint of its audio, and a checksum of the labels used."""
+    labels = None if inputs.labels is None else zlib.crc32(inputs.labels)
+    return {"fingerprint": inputs.utterances.fingerprint, "labels": labels}
+
+
+def agreed_inputs(config, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
     """Returns {name: text} of everything that must be the same in all processes."""
     return {
         "the config": configs.config_to_json(config),
-        "the dataset": utterances.fingerprint,
+        "the dataset": str(data_identity(inputs)),
         "the version of memo-jax": memo_jax.__version__,
     } | {f"the bank of {name}": str(bank_record(rows)) for name, rows in banks.items()}
 
@@ -264,6 +301,7 @@ def teacher_backbones(state: TrainState) -> dict:
 
 def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: int) -> str:
     """Returns what a run says when it starts."""
+    devices = chosen_devices()
     bank_text = ", ".join(f"{len(rows)} {name}" for name, rows in banks.items())
     if not bank_text:
         bank_text = "no bank of noise or rooms" + (
@@ -272,7 +310,7 @@ def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: in
     lines = [
         f"{len(inputs.utterances)} utterances, {inputs.epoch_steps} steps an epoch, {inputs.total} steps in all"
         + (f", resumed after step {begin}" if begin else ""),
-        f"branches {', '.join(inputs.recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"branches {', '.join(inputs.recipe.branches)} on {len(devices)} {devices[0].platform} device(s)"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + f", gate rule {inputs.recipe.gate_rule.name}",
         f"augmentation: {bank_text}",

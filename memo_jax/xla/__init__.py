@@ -1,9 +1,10 @@
 """What XLA's compilers have to be told, and how arrays are placed on devices.
 
-`sharding` places arrays; `compiler` has compiler options and barriers, `reductions` and `products` write sums and
-products in the form that compiles well. Each workaround for one backend is here, with its reason, and other packages
-call it by a plain name. Each, except the one for GPUs, has a test in tests/xla/test_workarounds.py that fails once the
-installed jaxlib no longer needs it, and says what to delete; those that compare speeds run on request.
+`devices` chooses a device and `sharding` places arrays; `compiler` has compiler options and barriers, `reductions` and
+`products` write sums and products in the form that compiles well. Each workaround for one backend is here, with its
+reason, and other packages call it by a plain name. Each has a test in
+tests/xla/test_workarounds.py that fails once the installed jaxlib no longer needs it, and says what to delete; those
+that compare speeds run on request. Of the one for GPUs only its presence in the program can be tested without a GPU.
 
 | workaround | what XLA does without it | seen with |
 |---|---|---|

@@ -1,8 +1,10 @@
-"""Devices: the data mesh, who holds what, and host batches as global arrays. The only file that knows about devices."""
+"""Devices: the data mesh, who holds what, and host batches as global arrays."""
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from memo_jax.xla.devices import chosen_devices
 
 DATA_AXIS = "data"
 
@@ -10,10 +12,12 @@ DATA_AXIS = "data"
 def data_mesh(devices=None) -> Mesh:
     """Returns a mesh of all (or the given) devices along one axis, over which batches are split.
 
+    A device that was chosen by `devices.on_device` is all there is.
+
     The devices of a process follow each other, so that its rows of a batch do, too, and a batch is the same whoever
     reads which part of it.
     """
-    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    devices = sorted(chosen_devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     # Explicit axes, the default, refuse products over a sharded axis such as NT-Xent's z zᵀ.
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 

@@ -194,3 +194,20 @@ def test_train_step_says_what_it_needs():
         pytest.skip("it is there")
     done = run("train_step.py", "--json")
     assert done.returncode == 2 and done.stdout == "" and "make parity" in done.stderr
+
+
+def test_export_weights():
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    material = tiny.material()
+    test = f"--test=tiny={material.dataset},{material.trials}"
+    rows = printed_json(run("export_weights.py", "--model", tiny.model_file(), test, "--json"))
+    forms = {row["form"]: row for row in rows}
+    assert list(forms) == ["model file, float32", "model file, float16"] + [
+        f"ONNX, {weights}" for weights in ("float32", "float16", "int8")
+    ]
+    assert forms["model file, float32"]["min_cosine"] == pytest.approx(1, abs=1e-6)
+    assert forms["ONNX, float32"]["min_cosine"] == pytest.approx(1, abs=1e-5)
+    assert all(0.9 < row["min_cosine"] <= row["mean_cosine"] < 1 + 1e-6 for row in rows)
+    assert all(0 <= row["eer"] <= 100 and row["megabytes"] > 0 for row in rows)
+    done = run("export_weights.py", "--test=tiny")
+    assert done.returncode == 2 and "'tiny' is not NAME=DATASET,TRIALS" in done.stderr

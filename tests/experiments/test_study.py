@@ -24,8 +24,8 @@ from memo_jax.config import load_config  # noqa: E402
 from memo_jax.log import read_metrics  # noqa: E402
 from memo_jax.scoring.metrics import eer  # noqa: E402
 from memo_jax.scoring.trials import read_trials  # noqa: E402
-from memo_jax.training.checkpoint import saved_steps  # noqa: E402
 from memo_jax.training.run_record import RunRecord  # noqa: E402
+from memo_jax.training.saved_checkpoint import saved_steps  # noqa: E402
 
 SMALL_ROWS = {
     "dino-resnet": ablation.Row("plain", ("model.branches=resnet", "gate.rule=never"), ()),
@@ -148,7 +148,7 @@ def test_a_collapse_is_a_result_and_a_failure_is_told_and_left_to_others(tmp_pat
             )
         )
         (folder / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "gate/closed_at": -1.0}\n')
-        RunRecord(folder, seed=0, data={"fingerprint": "f", "utterances": 20, "banks": {}}, begin=0)
+        RunRecord(folder, seed=0, data={"fingerprint": "f", "utterances": 20, "banks": {}}, begin=0, total=6)
         return statuses.pop(0)
 
     monkeypatch.setattr(study, "child", child)

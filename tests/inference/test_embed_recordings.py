@@ -1,9 +1,8 @@
 """`memo-jax embed`, `verify`, `enroll` and `identify` as they are typed, above all with recordings that are none."""
 
+import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import zipfile
 
 import numpy as np
@@ -13,6 +12,7 @@ import soundfile
 import tiny
 from memo_jax.inference import embed_recordings as module
 from memo_jax.inference.embedder import Embedder
+from memo_jax.inference.model_file import Decision, write_decision, write_model
 from memo_jax.scoring.embedding_file import read_embeddings
 
 RATE = 16000
@@ -143,7 +143,7 @@ def test_inputs_and_outputs_that_cannot_be_are_named(corpus, tmp_path):
     for inputs, output, message in (
         ((tmp_path / "gone",), "a.npz", "gone: no such file, folder or dataset"),
         ((corpus / "s0", tmp_path / "s0"), "a.npz", "two recordings would be called '0.wav'"),
-        ((corpus,), "a.csv", "ends in .npz or .parquet"),
+        ((corpus,), "a.csv", "ends in .npz, .parquet, .npy, .ark or .scp"),
         ((corpus,), "file/a.npz", "file"),
     ):
         (tmp_path / "file").write_text("")
@@ -152,25 +152,12 @@ def test_inputs_and_outputs_that_cannot_be_are_named(corpus, tmp_path):
     assert not list(tmp_path.glob("*.npz"))
 
 
-@pytest.mark.parametrize("size", ["0", "8k"])
-def test_a_disk_that_takes_nothing_is_named(size, corpus, tmp_path):
-    """Read-only ("0"), and full: no half file stays."""
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs the right to mount a small file system")
-    options = "ro" if size == "0" else f"size={size}"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", tmp_path], capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here")
-    try:
-        (tmp_path / "filler").write_bytes(bytes(8192)) if size != "0" else None
-    except OSError:
-        pass
-    try:
-        status, text = embed(tmp_path / "a.npz", corpus)
-        assert status == 2 and str(tmp_path) in text, text
-        assert ("Read-only file system" if size == "0" else "No space left on device") in text
-        assert not list(tmp_path.glob("*.npz"))
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path], check=True)
+def test_a_disk_that_takes_nothing_is_named(corpus, unwritable):
+    """No half file stays."""
+    folder, message = unwritable
+    status, text = embed(folder / "a.npz", corpus)
+    assert status == 2 and str(folder) in text and message in text, text
+    assert not list(folder.glob("*.npz"))
 
 
 def test_an_interrupted_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
@@ -212,6 +199,51 @@ def test_verify_says_and_returns_its_decision(corpus):
     assert result["threshold_source"] == "given" and result["model"] == tiny.untrained_model().fingerprint
 
 
+def test_verify_and_identify_tell_the_probability_by_the_calibration_and_the_prior(corpus, tmp_path):
+    """By Bayes' rule from scale · score + offset, the logarithm of the likelihood ratio."""
+    a, b = corpus / "s0" / "0.wav", corpus / "s1" / "0.wav"
+    model = ["--model", tiny.model_file()]
+    status, text = tiny.here("verify", a, a, *model)
+    assert "probability of the same person over 99.9 % (prior 0.5; calibrated by the same trials)" in text, text
+    status, text = tiny.here("verify", a, b, *model, "--prior", "0.01", "--threshold", "0.2", "--json")
+    result = json_of(text)
+    ratio = np.exp(20 * result["score"] - 8)
+    assert result["probability"] == pytest.approx(ratio * 0.01 / (ratio * 0.01 + 0.99))
+    assert (result["prior"], result["threshold_source"], result["calibration_source"]) == (0.01, "given", "a list")
+    people = [*model, "--gallery", tmp_path / "people.npz"]
+    tiny.here("enroll", "Ada", a, *people)
+    status, text = tiny.here("identify", b, *people, "--json")
+    assert json_of(text)["probability"] == pytest.approx(ratio / (ratio + 1))
+    status, text = tiny.here("identify", b, *people, "--threshold", "1")
+    assert "(given)\n  probability of the same person" in text and "(prior 0.5; calibrated by a list)" in text
+
+    untuned = write_model(tmp_path / "m.safetensors", dataclasses.replace(tiny.untrained_model(), decision=None))
+    status, text = tiny.here("verify", a, a, "--model", untuned)
+    assert status == 0 and "not tuned" in text and "probability" not in text
+    status, text = tiny.here("verify", a, a, "--model", untuned, "--json")
+    assert json_of(text)["probability"] is json_of(text)["calibration_source"] is None
+    for prior in ("0", "1", "nan", "half"):
+        status, text = tiny.here("verify", a, a, *model, "--prior", prior)
+        assert status == 2 and "--prior" in text
+
+
+def test_a_calibration_of_a_file_takes_the_place_of_that_in_the_model(corpus, tmp_path):
+    model, file = tiny.untrained_model(), tmp_path / "calibration.json"
+    write_decision(file, Decision(0.9, 3.0, -1.0, "another list"), model.fingerprint)
+    command = ["verify", corpus / "s0" / "0.wav", corpus / "s0" / "0.wav", "--model", tiny.model_file()]
+    status, text = tiny.here(*command, "--calibration", file)
+    assert status == 0 and "threshold 0.9000 (another list)\n  probability of the same person 88.1 %" in text
+    for content, message in (
+        (file.read_text().replace(model.fingerprint, "0" * 32), f"of another model ({'0' * 32}, not"),
+        ("{}", "not a calibration that"),
+        ("no JSON", "not a calibration that"),
+        (file.read_text().replace("0.9", "1.9"), "the threshold is 1.9"),
+    ):
+        file.write_text(content)
+        status, text = tiny.here(*command, "--calibration", file)
+        assert status == 2 and "calibration.json" in text and message in text, text
+
+
 def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
     gallery = tmp_path / "people.npz"
 
@@ -233,7 +265,7 @@ def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
 class Norms:
     """An embedder without a network: the embedding tells the level of a recording, and how often it was asked for."""
 
-    fingerprint, dimension, channel = "levels", 2, "mean"
+    fingerprint, dimension, channel, vad = "levels", 2, "mean", False
 
     def __init__(self, stop_after=None):
         self.calls, self.stop_after = 0, stop_after
@@ -311,6 +343,133 @@ def test_names_that_no_list_can_hold_and_members_that_cannot_be_read_are_listed(
         assert sorted(name.rpartition("in/")[2].rpartition("z.zip/")[2] for name, _ in report["left_out"]) == listed
         lines = (tmp_path / "e.left_out.tsv").read_text(encoding="utf-8").splitlines()
         assert lines[1:] == ["\t".join(item) for item in report["left_out"]]
+
+
+def test_windows_slide_over_recordings_and_have_their_times(tmp_path):
+    """The last one ends with the recording; it is left out below half a window, unless it is the only one."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, seconds in (("a.wav", 4.0), ("b.wav", 3.6), ("c.wav", 0.7)):
+        soundfile.write(folder / name, tone(seconds), RATE)
+    report = module.embed_recordings(Norms(), [folder], tmp_path / "w.npz", window=2.0, hop=0.8, quiet=True)
+    read = read_embeddings(tmp_path / "w.npz")
+    spans = [("a.wav", 0, 2), ("a.wav", 0.8, 2.8), ("a.wav", 1.6, 3.6), ("a.wav", 2.4, 4)]
+    spans += [("b.wav", 0, 2), ("b.wav", 0.8, 2.8), ("b.wav", 1.6, 3.6), ("c.wav", 0, 0.7)]
+    assert read.names == [f"{name}:{start:g}-{end:g}" for name, start, end in spans]
+    np.testing.assert_allclose(read.times, [span[1:] for span in spans])
+    assert (report["recordings"], report["embeddings"], report["left_out"]) == (3, 8, [])
+    assert "8 embeddings of 2 numbers, windows of 3 recordings" in module.embedding_text(report | {"dimension": 2})
+    one = module.Windows(2.0, 0.8, 0.5)
+    assert [end - begin for begin, end in one.spans(2 * RATE + 10)] == [2 * RATE, round(1.2 * RATE) + 10]
+    assert one.spans(2 * RATE) == [(0, 2 * RATE)] and one.spans(RATE) == [(0, RATE)]
+    assert module.Windows(2.0, 1.5, 0.5).spans(2 * RATE + 10) == [(0, 2 * RATE)]  # 0.5 s would be left
+
+
+def test_a_window_is_embedded_as_the_excerpt_that_it_is_called(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("long.wav", np.tile(soundfile.read(corpus / "s0" / "0.wav")[0], 4), RATE)
+    command = ["embed", "--model", tiny.model_file(), "-o"]
+    status, text = tiny.here(*command, "w.parquet", "long.wav", "--window", 1)
+    assert status == 0 and "windows of 1 recording" in text, text
+    windows = read_embeddings("w.parquet")
+    assert windows.names[:2] == ["long.wav:0-1", "long.wav:0.5-1.5"]
+    status, text = tiny.here(*command, "e.npz", *windows.names)
+    assert status == 0, text
+    excerpts = read_embeddings("e.npz")
+    assert excerpts.names == windows.names and excerpts.times is None
+    np.testing.assert_allclose(windows.embeddings[:-1], excerpts.embeddings[:-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(windows.embeddings[-1], excerpts.embeddings[-1], atol=1e-3)  # cut at a millisecond
+    status, text = tiny.here(*command, "x.ark", "long.wav:0.5-2.5", "--window", 1, "--hop", 1)
+    assert status == 0 and read_embeddings("x.ark").names == ["long.wav:0.5-1.5", "long.wav:1.5-2.5"], text
+    at = windows.names.index("long.wav:0.5-1.5")
+    np.testing.assert_allclose(read_embeddings("x.scp").embeddings[0], windows.embeddings[at], rtol=1e-4, atol=1e-5)
+
+
+def test_silent_windows_are_listed_and_again_by_a_run_that_goes_on(tmp_path):
+    folder = write_levels(tmp_path / "a", 0.1)
+    soundfile.write(folder / "00.wav", np.concatenate([tone(1), np.zeros(RATE), tone(1)]), RATE)
+    with pytest.raises(KeyboardInterrupt):
+        module.embed_recordings(Norms(stop_after=20), [folder], tmp_path / "o.npz", window=1.0, hop=1.0, quiet=True)
+    report = module.embed_recordings(Norms(), [folder], tmp_path / "o.npz", window=1.0, hop=1.0, quiet=True)
+    assert report["left_out"] == [["00.wav:1-2", "silence: all samples are equal"]]
+    assert "left out 1 recording or window" in module.embedding_text(report | {"dimension": 2})
+    assert read_embeddings(tmp_path / "o.npz").names[:3] == ["00.wav:0-1", "00.wav:2-3", "01.wav:0-1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hop", 1], "add --window"),
+        (["--window", 0.2], "windows of 0.2 s: give at least the 0.5 s"),
+        (["--window", 1, "--hop", 0], "a hop of 0 s: give more than 0, and at most the 1 s"),
+        (["--window", 1, "--hop", 1.5], "a hop of 1.5 s"),
+    ],
+)
+def test_windows_that_cannot_be_are_told(options, message, corpus, tmp_path):
+    status, text = tiny.here("embed", corpus, "--model", tiny.model_file(), "-o", tmp_path / "w.npz", *options)
+    assert status == 2 and message in text and not list(tmp_path.iterdir()), text
+
+
+def test_names_that_an_archive_cannot_hold_are_told_before_the_work(tmp_path):
+    folder = write_levels(tmp_path / "a", 0.1, count=2)
+    (folder / "00.wav").rename(folder / "with space.wav")
+    embedder = Norms()
+    with pytest.raises(ValueError, match="'with space.wav' has white space"):
+        module.embed_recordings(embedder, [folder], tmp_path / "o.ark", quiet=True)
+    assert embedder.calls == 0
+
+
+def test_excerpts_of_a_recording(corpus, tmp_path, monkeypatch):
+    """For embed, verify, enroll and identify; a file that is really called so wins."""
+    monkeypatch.chdir(tmp_path)
+    a, b = (soundfile.read(corpus / f"s{i}" / "0.wav")[0] for i in range(2))
+    soundfile.write("both.wav", np.concatenate([a, b]), RATE)
+    soundfile.write("a.wav", a, RATE)
+    cut = len(a) / RATE
+    first, second = f"both.wav:0-{cut:.4f}", f"both.wav:{cut:.4f}-"
+    status, text = tiny.here("verify", "a.wav", first, "--model", tiny.model_file())
+    assert status == 0 and "score 1.0000" in text, text
+    people = ["--model", tiny.model_file(), "--gallery", "people.npz"]
+    for name, excerpt in (("Ada", first), ("Bo", second)):
+        status, text = tiny.here("enroll", name, excerpt, *people)
+        assert status == 0, text
+    status, text = tiny.here("identify", corpus / "s1" / "0.wav", *people, "--threshold", "0.99")
+    assert status == 0 and text.startswith("Bo:"), text
+    soundfile.write("both.wav:0-1", b, RATE, format="WAV")  # a whole file
+    status, text = tiny.here("identify", "both.wav:0-1", *people, "--threshold", "0.99")
+    assert status == 0 and text.startswith("Bo:"), text
+    for excerpt, message in (
+        ("both.wav:1-0.5", "both.wav:1-0.5: no excerpt: it ends before it begins"),
+        ("both.wav:0.1-0.2", "both.wav:0.1-0.2: shorter than 0.5 s"),
+        ("both.wav:3600-", "both.wav: no such part: 3600 s to the end; the recording has"),
+        ("gone.wav:0-1", "gone.wav: no such file"),
+    ):
+        status, text = tiny.here("verify", "a.wav", excerpt, "--model", tiny.model_file())
+        assert status == 2 and message in text, text
+    status, text = embed("e.npz", "gone.wav:0-1")
+    assert status == 2 and "gone.wav:0-1: no such file, folder or dataset" in text
+
+
+def test_galleries_and_scores_from_archives_and_matrices(corpus, tmp_path):
+    """identify and score read every kind; enroll and remove write only those that keep the model."""
+    for ending in ("npz", "npy", "ark"):
+        status, text = embed(tmp_path / f"e.{ending}", corpus)
+        assert status == 0, text
+    scores = []
+    for ending in ("npz", "npy", "ark", "scp"):
+        command = ["score", "--trials", tiny.material().trials, "--replicates", 0, "--json"]
+        status, text = tiny.here(*command, "--embeddings", tmp_path / f"e.{ending}")
+        assert status == 0, text
+        scores.append(json_of(text)["eer"])
+        known = ["--model", tiny.model_file(), "--gallery", tmp_path / f"e.{ending}"]
+        status, text = tiny.here("identify", corpus / "s2" / "1.wav", *known, "--threshold", "0.999")
+        assert status == 0 and text.startswith("s2/1.wav:"), text
+    assert len(set(scores)) == 1
+    before = (tmp_path / "e.ark").read_bytes()
+    for command in (["enroll", "Ada", corpus / "s0" / "0.wav", "--model", tiny.model_file()], ["remove", "s0/0.wav"]):
+        status, text = tiny.here(*command, "--gallery", tmp_path / "e.ark")
+        assert status == 2 and "a gallery that is written to ends in .npz or .parquet" in text, text
+    assert (tmp_path / "e.ark").read_bytes() == before
 
 
 def test_an_embedding_that_is_not_finite_names_the_recording(tmp_path):

@@ -9,10 +9,19 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import tiny
-from memo_jax.inference.model_file import Model, ModelFileError, flattened, header_text, read_model, write_model
+from memo_jax.inference.model_file import (
+    Decision,
+    Model,
+    ModelFileError,
+    flattened,
+    header_text,
+    read_model,
+    save_decision_in_file,
+    write_model,
+)
 
 ARGUMENTS = {"embedding_dim": 8, "base_channels": 2, "blocks": (1, 1, 1, 1)}
 
@@ -151,3 +160,20 @@ def test_half_the_size_is_another_model_that_reads_back_as_written(tmp_path):
         np.testing.assert_array_equal(found, np.asarray(given, np.float16).astype(np.float32))
     with pytest.raises(ValueError, match="weights 'int8': choose float32 or float16"):
         write_model(tmp_path / "c.safetensors", model, "int8")
+
+
+def test_a_decision_is_replaced_and_the_tensors_stay_bit_by_bit(tmp_path):
+    """Also those of a float16 file, which would be twice as large if it were written anew."""
+    path = write_model(tmp_path / "m.safetensors", tiny.untrained_model(), "float16")
+    before, whole = load_file(path), path.read_bytes()
+    decision = Decision(0.3, 5.0, -2.0, "another list")
+    save_decision_in_file(path, decision)
+    after = load_file(path)
+    assert read_model(path).decision == decision and before.keys() == after.keys()
+    for name, tensor in before.items():
+        np.testing.assert_array_equal(tensor, after[name], strict=True)
+    assert abs(path.stat().st_size - len(whole)) < 200
+    path.write_bytes(whole[:-8])
+    with pytest.raises(ModelFileError, match="m.safetensors: not a model file, or damaged"):
+        save_decision_in_file(path, decision)
+    assert path.read_bytes() == whole[:-8]

@@ -1,5 +1,7 @@
 """ONNX files: run by onnxruntime, they give JAX's embeddings, from waveforms and from features of any length."""
 
+import dataclasses
+import itertools
 import json
 
 import jax
@@ -93,8 +95,20 @@ def test_smaller_weights_give_nearly_the_same_embeddings(weights, size, deviatio
     whole = onnx_file.onnx_bytes(model, "feats", "float32", {})
     smaller = onnx_file.onnx_bytes(model, "feats", weights, {})
     assert len(smaller) < size * len(whole)
-    found = onnx_file.check_against_jax(model, smaller, "feats", tolerance=np.inf)
-    assert 1e-6 < found < deviation
+    for inputs, content in (("feats", smaller), ("waveform", onnx_file.onnx_bytes(model, "waveform", weights, {}))):
+        found = onnx_file.check_against_jax(model, content, inputs, tolerance=np.inf)
+        assert 1e-6 < found < deviation, inputs
+
+
+@pytest.mark.parametrize("front_end", features.FRONT_ENDS)
+def test_no_front_end_is_quantised(front_end):
+    """Eight bits cannot hold the range of a power spectrum."""
+    model = dataclasses.replace(model_of("resnet"), front_end=front_end)
+    graph = onnx.load_from_string(onnx_file.onnx_bytes(model, "waveform", "int8", {}))
+    spectrum = list(itertools.takewhile(lambda node: node.op_type != "Log", graph.graph.node))
+    assert {"Conv", "MatMul"} <= {node.op_type for node in spectrum}
+    assert not [node.op_type for node in spectrum if "Integer" in node.op_type]
+    assert [node.op_type for node in graph.graph.node if node.op_type == "ConvInteger"]
 
 
 def test_a_runtime_with_another_front_end_is_refused_unless_that_is_accepted(tmp_path):

@@ -37,7 +37,7 @@ def rows(steps=40, closed_at=20):
             row |= {f"loss/contrastive/{branch}": 4 / step if is_open else 0.0, f"loss/{branch}": 8 / step}
             row |= {f"teacher_entropy/self/{branch}": 2.0, f"embedding_std/{branch}": 0.06}
         if step % 10 == 0:
-            row["eer/test"] = 20 - step / 4
+            row |= {"eer/test": 20 - step / 4, "min_dcf_0.01/test": 0.9, "min_dcf_0.05/test": 0.8 - step / 1000}
         made.append(row)
     return made
 
@@ -57,6 +57,7 @@ def titles(figure):
 def test_panels_follow_the_metrics_there_are():
     found = titles(report.learning_curve_figure(rows()))
     assert len(found) == len(set(found))
+    assert {"minDCF at a prior of 0.01", "minDCF at a prior of 0.05"} <= set(found)
     assert {"Equal error rate", "Distillation loss", "Contrastive loss", "Teacher entropy", "Total loss"} <= set(found)
     assert not {"KL divergence", "Teacher temperature", "Do both losses agree?", "Speed"} & set(found)
     plain = [{"step": 1, "loss/self/ecapa": 5.0, "loss": 5.0, "loss/ecapa": 5.0}, {"step": 2, "loss/self/ecapa": 4.0}]

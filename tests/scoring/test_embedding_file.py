@@ -6,6 +6,7 @@ import pytest
 from memo_jax.scoring.embedding_file import (
     Embeddings,
     OtherModelError,
+    check_output_name,
     check_same_model,
     read_embeddings,
     write_embeddings,
@@ -15,13 +16,101 @@ ROWS = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
 NAMES = ["a/1.wav", "zwei Wörter.wav", "你好"]
 
 
+TIMES = np.array([[0.0, 3.0], [1.5, 4.5], [0.1, 1 / 3]])
+WINDOWS = ["a/1.wav:0-3", "a/1.wav:1.5-4.5", "你好:0.1-0.333"]
+
+
+@pytest.mark.parametrize("times", [None, TIMES], ids=["whole", "windows"])
 @pytest.mark.parametrize("name", ["e.npz", "e.parquet", "E.NPZ"])
-def test_what_is_written_comes_back(name, tmp_path):
-    path = write_embeddings(tmp_path / name, Embeddings(NAMES, ROWS, "f" * 32))
+def test_what_is_written_comes_back(name, times, tmp_path):
+    path = write_embeddings(tmp_path / name, Embeddings(NAMES, ROWS, "f" * 32, times))
     read = read_embeddings(path)
     assert read.names == NAMES and read.model == "f" * 32 and len(read) == 3
     np.testing.assert_array_equal(read.embeddings, ROWS)
+    np.testing.assert_array_equal(read.times, times)
     assert [left.name for left in tmp_path.iterdir()] == [name]
+
+
+def test_numpy_takes_the_matrix_and_the_names_are_beside_it(tmp_path):
+    path = write_embeddings(tmp_path / "e.npy", Embeddings(NAMES, ROWS, "f" * 32))
+    np.testing.assert_array_equal(np.load(path), ROWS)
+    assert (tmp_path / "e.names.txt").read_text(encoding="utf-8").splitlines() == NAMES
+    read = read_embeddings(path)
+    assert read.names == NAMES and read.model == "" and read.times is None
+    np.testing.assert_array_equal(read.embeddings, ROWS)
+    write_embeddings(path, Embeddings(WINDOWS, ROWS, times=TIMES))
+    read = read_embeddings(path)
+    assert read.names == WINDOWS
+    np.testing.assert_array_equal(read.times, TIMES)
+
+    (tmp_path / "e.names.txt").write_text("only one\n")
+    with pytest.raises(ValueError, match=r"e.npy: `embeddings` must be floats \[N, D\] for the 1 `names`"):
+        read_embeddings(path)
+    (tmp_path / "e.names.txt").unlink()
+    with pytest.raises(ValueError, match="e.names.txt is missing, which has the name of each row"):
+        read_embeddings(path)
+    with pytest.raises(ValueError, match=r"e.npy: 'a\\tb' has white space"):
+        write_embeddings(path, Embeddings(["a\tb", "c", "d"], ROWS))
+
+
+@pytest.mark.parametrize("ending", [".ark", ".scp"])
+def test_kaldi_tools_read_the_archive_and_so_do_we(ending, tmp_path):
+    """kaldiio is what wespeaker and ESPnet read archives with."""
+    kaldiio = pytest.importorskip("kaldiio")
+    path = write_embeddings(tmp_path / f"e{ending}", Embeddings(WINDOWS, ROWS, "f" * 32, TIMES))
+    assert {file.name for file in tmp_path.iterdir()} == {"e.ark", "e.scp", "e.segments"}
+    for theirs in (dict(kaldiio.load_ark(str(tmp_path / "e.ark"))), dict(kaldiio.load_scp(str(tmp_path / "e.scp")))):
+        assert list(theirs) == WINDOWS
+        np.testing.assert_array_equal(np.stack(list(theirs.values())), ROWS)
+    assert (tmp_path / "e.segments").read_text(encoding="utf-8").splitlines()[1] == "a/1.wav:1.5-4.5 a/1.wav 1.5 4.5"
+    (tmp_path / "moved").mkdir()
+    for name in ("e.ark", "e.scp"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    read = read_embeddings(tmp_path / "moved" / path.name)
+    assert read.names == WINDOWS and read.model == ""
+    np.testing.assert_array_equal(read.embeddings, ROWS)
+    write_embeddings(path, Embeddings(["x", "y", "z"], ROWS))
+    assert not (tmp_path / "e.segments").exists()
+    with pytest.raises(ValueError, match="'zwei Wörter.wav' has white space"):
+        write_embeddings(path, Embeddings(NAMES, ROWS))
+    assert read_embeddings(path).names == ["x", "y", "z"]
+
+
+def test_archives_of_kaldi_itself_are_read(tmp_path):
+    kaldiio = pytest.importorskip("kaldiio")
+    rows = {"a": ROWS[0].astype(np.float64), "b": ROWS[1].astype(np.float64)}
+    kaldiio.save_ark(str(tmp_path / "e.ark"), rows, scp=str(tmp_path / "e.scp"))
+    for name in ("e.ark", "e.scp"):
+        read = read_embeddings(tmp_path / name)
+        assert read.names == ["a", "b"] and read.embeddings.dtype == np.float32
+        np.testing.assert_array_equal(read.embeddings, ROWS[:2])
+    for content, message in (
+        ({"a": ROWS}, "'a' is not a binary vector"),
+        ({"a": ROWS[0], "b": ROWS[0, :2]}, "vectors of different lengths: 2 and 4"),
+    ):
+        kaldiio.save_ark(str(tmp_path / "e.ark"), content)
+        with pytest.raises(ValueError, match=f"e.ark: not a file of embeddings.*{message}"):
+            read_embeddings(tmp_path / "e.ark")
+    (tmp_path / "e.scp").write_text("a cat secret |\n")
+    with pytest.raises(ValueError, match="e.scp: .*line 1: expected `name file.ark:offset`"):
+        read_embeddings(tmp_path / "e.scp")
+
+
+def test_a_torn_archive_is_refused_wherever_it_was_torn(tmp_path):
+    """Between two vectors it is a shorter archive, as Kaldi's format has it; the scp then names the missing one."""
+    whole = write_embeddings(tmp_path / "e.ark", Embeddings(["x", "yy", "zzz"], ROWS)).read_bytes()
+    between = {0, 28, 57, len(whole)}
+    for size in range(1, len(whole)):
+        (tmp_path / "e.ark").write_bytes(whole[:size])
+        for name in ("e.scp",) if size in between else ("e.ark", "e.scp"):
+            with pytest.raises(ValueError, match=f"{name}: not a file of embeddings, or damaged"):
+                read_embeddings(tmp_path / name)
+
+
+def test_a_gallery_is_written_only_where_the_model_is_kept(tmp_path):
+    assert check_output_name(tmp_path / "g.parquet", gallery=True) == tmp_path / "g.parquet"
+    with pytest.raises(ValueError, match=r"g.ark: a gallery that is written to ends in .npz or .parquet"):
+        check_output_name(tmp_path / "g.ark", gallery=True)
 
 
 def test_parquet_has_a_column_of_names_and_one_of_lists(tmp_path):
@@ -72,7 +161,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(ValueError, match=f"{name}: not a file of embeddings"):
                 read_embeddings(tmp_path / name)
-    with pytest.raises(ValueError, match="ends in .npz or .parquet"):
+    with pytest.raises(ValueError, match="ends in .npz, .parquet, .npy, .ark or .scp"):
         write_embeddings(tmp_path / "e.csv", Embeddings(NAMES, ROWS))
 
 

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from flax import struct
 
 import tiny
-from memo_jax.training import checkpoint
-from memo_jax.training.checkpoint import Checkpointer, CheckpointError, load_extra, load_raw, saved_steps
+from memo_jax.training import saved_checkpoint
+from memo_jax.training.checkpoint import Checkpointer, load_extra, load_raw
+from memo_jax.training.saved_checkpoint import CheckpointError, saved_steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -194,7 +196,7 @@ def damage_by_losing_the_manifest(folder):
 
 def damage_by_another_version(folder):
     manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
-    (folder / "manifest.json").write_text(checkpoint._manifest_text(manifest | {"format": 1}))
+    saved_checkpoint.write_manifest(epath.Path(folder), manifest | {"format": 1})
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
     def failing(file):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_crc32", failing)
+    monkeypatch.setattr(saved_checkpoint, "crc32", failing)
     with pytest.raises(OSError, match="checkpoints/1/.*: cannot be read: Input/output error"):
         load_raw(tmp_path)
 
@@ -271,7 +273,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
 def test_what_is_removed_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
     """As by the run that trains there, which keeps its latest checkpoints."""
     save_steps(tmp_path, [1])
-    monkeypatch.setattr(checkpoint, "_crc32", lambda file: shutil.rmtree(tmp_path / "checkpoints" / "1") or 0)
+    monkeypatch.setattr(saved_checkpoint, "crc32", lambda file: shutil.rmtree(tmp_path / "checkpoints" / "1") or 0)
     with pytest.raises(FileNotFoundError, match="removed while it was read"):
         load_raw(tmp_path)
 

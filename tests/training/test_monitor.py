@@ -6,8 +6,8 @@ import pytest
 import tiny
 from memo_jax.log import read_metrics
 from memo_jax.training import monitor
-from memo_jax.training.checkpoint import saved_steps
 from memo_jax.training.gate import GateRule, initial_gate
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState
 from runs import arrays
 

@@ -16,7 +16,8 @@ import pytest
 import tiny
 from memo_jax.log import read_metrics
 from memo_jax.training import processes
-from memo_jax.training.checkpoint import load_raw, saved_steps
+from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.saved_checkpoint import saved_steps
 from tiny_processes import GONE, KILLED_AT, SAVED, STEPS, command, patch_for_tests, start
 
 STOPPED_SECONDS = float(os.environ.get("MEMO_JAX_STOPPED_SECONDS", "3"))  # a minute shows more: heartbeats are missed

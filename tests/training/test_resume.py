@@ -12,8 +12,10 @@ import pytest
 import tiny
 from memo_jax.config import read_config
 from memo_jax.log import read_metrics
-from memo_jax.training import train as training
-from memo_jax.training.checkpoint import saved_steps
+from memo_jax.training import program
+from memo_jax.training.recipe import build_recipe
+from memo_jax.training.run_record import read_run
+from memo_jax.training.saved_checkpoint import saved_steps
 from runs import arrays, assert_same_state, files, rows_without_times
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
@@ -91,7 +93,7 @@ def test_a_run_stopped_on_purpose_goes_on_exactly(reference, tmp_path):
 
 
 def test_a_run_killed_before_its_first_checkpoint_logs_the_untrained_network_once(tmp_path, monkeypatch):
-    lowered_step = training.lowered_step
+    lowered_step = program.lowered_step
 
     def of_one_step(*arguments):
         programs = [lowered_step(*arguments).compile()]
@@ -103,7 +105,7 @@ def test_a_run_killed_before_its_first_checkpoint_logs_the_untrained_network_onc
 
         return types.SimpleNamespace(compile=lambda: step)
 
-    monkeypatch.setattr(training, "lowered_step", of_one_step)
+    monkeypatch.setattr(program, "lowered_step", of_one_step)
     data = tiny.material()
     for _ in range(2):
         status, text = tiny.train_here(tmp_path, f"evaluation.data={data.dataset}", f"evaluation.trials={data.trials}")
@@ -118,6 +120,35 @@ def test_a_finished_run_says_so_and_changes_nothing(reference, tmp_path):
     assert status == 0 and "nothing to do" in text and "12 steps already" in text
     assert (workdir / "metrics.jsonl").read_text() == before
     assert_same_state(workdir, reference)
+
+
+def test_a_finished_run_is_extended_and_its_schedules_span_the_new_length(reference, tmp_path):
+    """Nothing before changes, what follows is as bit-identical as ever, and the run says that it is another one."""
+    straight, stopped = (shutil.copytree(reference, tmp_path / name) for name in ("straight", "stopped"))
+    status, text = tiny.train_here(straight, "total_steps=15")
+    assert status == 0 and "extended from 12 to 15 steps: the schedules span the new length from step 13 on" in text
+    rows = rows_without_times(straight)
+    assert rows[:12] == rows_without_times(reference) and [row["step"] for row in rows] == list(range(1, 16))
+    config = tiny.tiny_config("total_steps=15")
+    schedules = build_recipe(config, tiny.STEPS_PER_EPOCH).schedules
+    for row in rows[12:]:
+        assert row["lr"] == pytest.approx(float(schedules.learning_rate(row["step"] - 1)), rel=1e-5)
+        assert row["momentum"] == pytest.approx(float(schedules.momentum(row["step"] - 1)))
+    assert rows[12]["lr"] > rows[11]["lr"]  # back up the longer cosine
+
+    assert tiny.train_here(stopped, "total_steps=15", "--stop-at-step=13")[0] == 0
+    status, text = tiny.train_here(stopped, "total_epochs=3", "total_steps=-1")  # the same length
+    assert status == 0 and "resumed after step 13" in text and "extended" not in text
+    assert_same_state(stopped, straight, 15)
+    assert rows_without_times(stopped) == rows
+    starts = read_run(stopped)["starts"]
+    assert [start["total_steps"] for start in starts] == [12, 15, 15]
+    assert [start.get("extended_from") for start in starts] == [None, 12, None]
+
+    status, text = tiny.train_here(straight, "total_steps=14")
+    assert status == 2 and "is a run of 15 steps and cannot become one of 14" in text and "--stop-at-step 14" in text
+    status, text = tiny.here("reproduce", straight)
+    assert status == 2 and "was extended from 12 to 15 steps before step 13" in text
 
 
 def test_a_workdir_belongs_to_its_config(reference, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import tiny
-from memo_jax.xla import compiler, flags
+from memo_jax.xla import compiler, flags, products
 
 # Runs in a process of its own, which compiles as users do; it has four devices to share a batch.
 SCRIPT = """
@@ -180,3 +180,16 @@ def test_without_custom_partitioning_the_function_runs_as_it_is(monkeypatch, cap
     assert compiler.each_device_its_rows(np.add) is np.add
     assert compiler.each_device_its_rows(np.multiply) is np.multiply
     assert capsys.readouterr().err.count("has no custom_partitioning") == 1
+
+
+def test_a_strided_slice_is_computed_before_its_product_on_gpus_alone():
+    """Lowered for platforms that need not be present: the barrier is in the program for CUDA and in no other."""
+    x, kernel = jax.ShapeDtypeStruct((2, 9, 8, 4), np.float32), jax.ShapeDtypeStruct((4, 6), np.float32)
+    gradient = jax.grad(lambda kernel, x: products.pointwise_convolution(x, kernel, (2, 2)).sum())
+    for function, arguments in ((products.pointwise_convolution, (x, kernel, (2, 2))), (gradient, (kernel, x))):
+        traced = jax.jit(function, static_argnums=(2,) if len(arguments) == 3 else ()).trace(*arguments)
+        has_barrier = {
+            platform: "optimization_barrier" in traced.lower(lowering_platforms=(platform,)).as_text()
+            for platform in ("cuda", "cpu", "tpu")
+        }
+        assert has_barrier == {"cuda": True, "cpu": False, "tpu": False}

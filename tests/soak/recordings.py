@@ -1,12 +1,13 @@
-"""Feeds mutated recordings to `read_audio`: `python tests/fuzz_audio.py MUTATIONS SEED [FOLDER]`.
+"""Mutated recordings for `read_audio`, each to be read or refused with an AudioError.
 
-Each must be read or refused with an AudioError, within seconds and without memory for what a lying header claims: the
-address space may grow by a fixed amount only. Prints counts as JSON; a mutation that fails in another way is left in
-FOLDER, and ends the run with its traceback (or by the signal that it caused). Kinds that ffmpeg decodes are among them
-where it is installed, for 1 mutation in 20. tests/test_audio.py runs a few hundred.
+Within seconds, and without memory for what a lying header claims: the address space may grow by a fixed amount only. So
+they run in a process of their own, `python -m soak.recordings MUTATIONS SEED FOLDER`, where a mutation that fails in
+another way is left in FOLDER, and ends the process with its traceback (or by the signal that it caused). Kinds that
+ffmpeg decodes are among them where it is installed, for 1 mutation in 20.
 """
 
 import io
+import itertools
 import json
 import os
 import resource
@@ -150,6 +151,19 @@ def main(mutations: int, seed: int, folder: str) -> None:
     print(json.dumps(counts | {"slowest_seconds": round(slowest, 2), "peak_megabytes": round(peak)}))
 
 
+def mutations(trials, rng):
+    """Mutates as many recordings as there are trials; returns how many were read and refused."""
+    total, folder = {"read": 0, "refused": 0, "slowest_seconds": 0, "peak_megabytes": 0}, tempfile.mkdtemp()
+    while part := list(itertools.islice(trials, 1000)):
+        command = [sys.executable, "-m", "soak.recordings", str(len(part)), str(rng.randrange(1 << 30)), folder]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, f"{command}, {os.listdir(folder)}: {run.stderr[-2000:]}"
+        assert "Traceback" not in run.stderr and "RuntimeWarning" not in run.stderr, run.stderr
+        for name, value in json.loads(run.stdout).items():
+            total[name] = total[name] + value if name in ("read", "refused") else max(total[name], value)
+    os.rmdir(folder)
+    return total
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as temporary:
-        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else temporary)
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,6 @@
+"""Campaigns of faults: what is killed, cannot be written, or is damaged or malformed, loses nothing and is told.
+
+`python -m soak --count COUNT --seed SEED [CAMPAIGN…]`, with this folder's parent and the project's on PYTHONPATH, or
+`make soak`. Every trial is checked; the first fault that is handled otherwise ends the program with its traceback. A
+campaign's counts are printed as JSON. tests/test_soak.py runs a few trials of each.
+"""
