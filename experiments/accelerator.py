@@ -373,7 +373,8 @@ def traced_spans(file: Path, scope_of: dict[str, str]) -> list[tuple[str, float,
     plane = next((planes[name] for name in sorted(planes) if name.startswith("/device:")), planes.get("/host:CPU"))
     for line in plane.lines:
         for event in line.events:
-            operation = dict(event.stats).get("hlo_op", event.name if line.name == "XLA Ops" else None)
+            named = event.name.split(" ")[0].lstrip("%") if line.name == "XLA Ops" else None  # as on TPUs
+            operation = dict(event.stats).get("hlo_op", named)
             if operation in scope_of and not operation.startswith(inside):
                 spans.append((scope_of[operation], event.start_ns / 1e9, event.duration_ns / 1e9))
     return spans
@@ -462,6 +463,7 @@ def training_overrides(options) -> list[str]:
         "optimizer.warmup_steps",
         "optimizer.freeze_prototypes_steps",
         "evaluation.every_steps",
+        "checkpoint.every_steps",
     ):
         value = functools.reduce(getattr, key.split("."), config)
         if value > 0:
@@ -537,7 +539,10 @@ def run_all(options, arguments: list[str]) -> int:
     """Runs the parts that are not done, until time is up; returns the exit status."""
     end, left = time.monotonic() + 60 * options.minutes, True
     part_file(options, "machine").parent.mkdir(parents=True, exist_ok=True)
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(options.output / "xla")} | os.environ
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(options.output / "xla"),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",  # of a GPU's memory; the default is 0.75
+    } | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     for number, name in enumerate(parts := [n for n in parts_of(options) if not part_file(options, n).is_file()]):
         remaining = end - time.monotonic()
@@ -692,7 +697,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="OUTPUT")
     parser.add_argument("--data", type=Path, metavar="DATA", help="what to train on, see above")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of one call (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of one call (default: %(default)s)")
     parser.add_argument("--training-minutes", type=float, default=20.0, help="of all rows (default: %(default)s)")
     parser.add_argument("--rows", default="main", help="of the study, as experiments/run.py takes them (default: main)")
     parser.add_argument("--parts", default="", metavar="REGEX", help="only those whose name it matches")
