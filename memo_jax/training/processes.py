@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # a process silent for this long counts as lost, which ends the others
+# A process silent for this long counts as lost, which ends the others. It sends a heartbeat after half of it; a machine
+# that is moved to another host then stands still for up to a minute.
+HEARTBEAT_SECONDS = 150
 SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others to end
 LAST_WORDS_SECONDS = 5.0  # the first process, whose end ends all, first lets the others say why they end
 TEXT_BYTES = 1000  # of an error that the first process tells the others
