@@ -1,4 +1,4 @@
-"""AAM-softmax on the dataset's speakers: training with labels, by the same loop, for people who have them.
+"""AAM-softmax on the dataset's speakers: training with labels, by the same loop.
 
     memo-jax train --config configs/supervised.py --workdir runs/supervised --config.data.train=DATASET …
 
@@ -17,7 +17,7 @@ def get_config():
     config.data.local_crops = 0
 
     config.model.branches = ("ecapa",)
-    # The projection head is there, as in every run, but nothing is learned through it.
+    # Every run has a projection head; here nothing is learned through it.
     config.model.head_hidden = 16
     config.model.head_bottleneck = 16
     config.model.prototypes = 16
