@@ -108,7 +108,7 @@ $(PARITY)/installed: setup.cfg pyproject.toml
 install: $(INSTALLED)
 
 # Tests run everything the project can do, so these extras are installed once.
-$(INSTALLED): EXTRAS := demo,docs,gcs,hub,onnx,test
+$(INSTALLED): EXTRAS := app,demo,docs,gcs,hub,onnx,test,vad
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "memo_jax needs Python 3.11 or newer, but '$(PYTHON)' says: `$(PYTHON) --version 2>&1 | tail -n 1`" >&2; \

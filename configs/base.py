@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     data = config.data = ConfigDict()
     data.train = ""  # dataset to train on, written by `memo-jax prepare`
     data.batch_size = 240  # utterances per step, over all devices and processes
-    data.global_crops = 2  # global crops per utterance, which students and teachers see
+    data.global_crops = 2  # global crops per utterance, seen by students and teachers
     data.global_seconds = 4.0  # length of a global crop; a shorter utterance is repeated
-    data.local_crops = 4  # local crops per utterance, which only students see
+    data.local_crops = 4  # local crops per utterance, seen by students only
     data.local_seconds = 2.0  # length of a local crop
     data.workers = 0  # processes that read and crop; 0: a thread of the training process
 
@@ -79,6 +79,13 @@ def get_config() -> ConfigDict:
     loss.contrastive = 1 / 0.07  # weight w of the contrastive loss (NT-Xent) while the gate is open
     loss.contrastive_temperature = 0.1  # temperature of the contrastive loss
     loss.contrastive_margin = 0.0  # subtracted from the cosine of positives; above 0 the loss is AM-NT-Xent
+
+    supervised = config.supervised = ConfigDict()
+    supervised.weight = 0.0  # weight of AAM-softmax on the dataset's speakers; labels are read only if it is above 0
+    supervised.scale = 30.0  # factor of the cosines
+    supervised.margin = 0.2  # radians added to the angle between an embedding and its own speaker
+    supervised.margin_warmup_epochs = 0.0  # time over which the margin rises from 0
+    supervised.margin_warmup_steps = -1
 
     gate = config.gate = ConfigDict()
     gate.rule = "plateau"  # when the contrastive loss stops: plateau, conflict, step, always (on), never (on)

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import memo_jax
 
@@ -27,7 +26,6 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name, description, *parents):
         return commands.add_parser(name, help=description, description=description, parents=parents, allow_abbrev=False)
 
-    shared = shared_options()
     for add in (
         add_prepare,
         add_trials,
@@ -41,139 +39,182 @@ def build_parser() -> argparse.ArgumentParser:
         add_enroll,
         add_remove,
         add_identify,
+        add_app,
         add_report,
         add_export,
         add_push,
         add_score,
         add_convert,
     ):
-        add(command, shared)
+        add(command)
     return parser
 
 
-def shared_options() -> SimpleNamespace:
-    """Returns parsers of options that several commands have, by name."""
+def shared_by_commands(*parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Returns an empty parser, to be filled with options that several commands have, besides those of its parents."""
+    return argparse.ArgumentParser(add_help=False, parents=parents)
 
-    def options(*parents):
-        return argparse.ArgumentParser(add_help=False, parents=parents)
 
-    as_json = options()
-    as_json.add_argument("--json", action="store_true", help="print JSON instead of text")
-    device = options()
-    device.add_argument(
+def json_options() -> argparse.ArgumentParser:
+    """Options of commands that print JSON on request."""
+    options = shared_by_commands()
+    options.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return options
+
+
+def device_options() -> argparse.ArgumentParser:
+    """Options of commands that compute."""
+    options = shared_by_commands()
+    options.add_argument(
         "--device",
         type=device_choice,
         metavar="NAME",
         help="what computes: cpu, gpu, tpu, or one of several, such as cuda:1 (default: the fastest kind there is)",
     )
-    network = options()
-    network.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
-    network.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
-    network.add_argument(
+    return options
+
+
+def network_options() -> argparse.ArgumentParser:
+    """Options that choose a network within a workdir."""
+    options = shared_by_commands()
+    options.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
+    options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
+    options.add_argument(
         "--step",
         type=int,
         metavar="N",
         help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
     )
-    model = options(network, device, as_json)
-    model.add_argument(
+    return options
+
+
+def model_options() -> argparse.ArgumentParser:
+    """Options of commands that run a network."""
+    options = shared_by_commands(network_options(), device_options(), json_options())
+    options.add_argument(
         "--model",
         type=Path,
         metavar="MODEL",
         help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
     )
-    threshold = options()
-    threshold.add_argument(
+    return options
+
+
+def threshold_options() -> argparse.ArgumentParser:
+    """Options of commands that decide whether a score is high enough."""
+    options = shared_by_commands()
+    options.add_argument(
         "--threshold",
         type=cosine,
         metavar="COSINE",
         help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
     )
-    threshold.add_argument(
+    options.add_argument(
         "--prior",
         type=probability,
         default=0.5,
         metavar="P",
         help="probability of the same speaker before the score is known, for the one after it (default: %(default)s)",
     )
-    threshold.add_argument(
+    options.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
         help="threshold and calibration that eval --save-calibration wrote (default: those in the model)",
     )
-    replicates = options()
-    replicates.add_argument(
+    return options
+
+
+def replicates_options() -> argparse.ArgumentParser:
+    """Options of commands that give an interval of the error rate."""
+    options = shared_by_commands()
+    options.add_argument(
         "--replicates",
         type=int,
         default=1000,
         metavar="N",
         help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
     )
-    channel = options()
-    channel.add_argument(
+    return options
+
+
+def channel_options() -> argparse.ArgumentParser:
+    """Options of commands that read recordings."""
+    options = shared_by_commands()
+    options.add_argument(
         "--channel",
         type=channel_choice,
         default="mean",
         metavar="N|mean",
         help="of recordings with several channels: the mean, or one of them, from 1 (default: %(default)s)",
     )
-    min_seconds = options()
-    min_seconds.add_argument(
+    return options
+
+
+def min_seconds_options() -> argparse.ArgumentParser:
+    """Options of commands that read many recordings."""
+    options = shared_by_commands()
+    options.add_argument(
         "--min-seconds",
         type=float,
         default=0.5,
         metavar="S",
         help="leave out recordings shorter than this (default: %(default)s)",
     )
-    gallery = options()
-    gallery.add_argument(
+    return options
+
+
+def gallery_options() -> argparse.ArgumentParser:
+    """Options of commands that use a gallery."""
+    options = shared_by_commands()
+    options.add_argument(
         "--gallery",
         required=True,
         type=Path,
         metavar="FILE",
         help="FILE.npz or FILE.parquet; identify also reads .npy, .ark and .scp",
     )
-    config = options()
-    config.add_argument(
+    return options
+
+
+def config_options() -> argparse.ArgumentParser:
+    """Options of commands that take a config."""
+    options = shared_by_commands()
+    options.add_argument(
         "--config",
         required=True,
         metavar="FILE",
         help="Python file with get_config(), or the name of a packaged config, such as small; change keys with "
         "--config.KEY=VALUE",
     )
-    trials = options()
-    trials.add_argument(
+    return options
+
+
+def trials_options() -> argparse.ArgumentParser:
+    """Options of commands that score a trial list."""
+    options = shared_by_commands()
+    options.add_argument(
         "--trials",
         required=True,
         type=Path,
         metavar="FILE",
         help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
     )
-    trials.add_argument(
+    options.add_argument(
         "--enrollments",
         type=Path,
         metavar="FILE",
         help="lines `speaker recording recording …`: who the enrol sides are",
     )
-    return SimpleNamespace(
-        as_json=as_json,
-        device=device,
-        network=network,
-        model=model,
-        threshold=threshold,
-        replicates=replicates,
-        channel=channel,
-        min_seconds=min_seconds,
-        gallery=gallery,
-        config=config,
-        trials=trials,
-    )
+    return options
 
 
-def add_prepare(command: Command, shared: SimpleNamespace) -> None:
+def add_prepare(command: Command) -> None:
     """memo-jax prepare."""
-    added = command("prepare", "turn recordings into a dataset, or check a dataset", shared.min_seconds, shared.channel)
+    added = command(
+        "prepare", "turn recordings into a dataset, or check a dataset", min_seconds_options(), channel_options()
+    )
+    add_vad(added)
     added.add_argument(
         "--input",
         action="append",
@@ -197,9 +238,9 @@ def add_prepare(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
 
-def add_trials(command: Command, shared: SimpleNamespace) -> None:
+def add_trials(command: Command) -> None:
     """memo-jax trials."""
-    added = command("trials", "make a trial list of labelled recordings", shared.as_json)
+    added = command("trials", "make a trial list of labelled recordings", json_options())
     added.add_argument("input", type=Path, metavar="DATASET", help="a dataset, or a folder or archive as for prepare")
     added.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="where the list goes")
     added.add_argument(
@@ -231,7 +272,7 @@ def add_trials(command: Command, shared: SimpleNamespace) -> None:
     )
 
 
-def add_init_config(command: Command, shared: SimpleNamespace) -> None:
+def add_init_config(command: Command) -> None:
     """memo-jax init-config."""
     added = command("init-config", "write a config file with every key and its meaning, to change and train with")
     added.add_argument(
@@ -244,13 +285,21 @@ def add_init_config(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.py")
 
 
-def add_train(command: Command, shared: SimpleNamespace) -> None:
+def add_train(command: Command) -> None:
     """memo-jax train."""
-    added = command("train", "train a new run, or resume the run in a workdir", shared.config, shared.device)
+    added = command("train", "train a new run, or resume the run in a workdir", config_options(), device_options())
     added.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
+    added.add_argument(
+        "--init", type=Path, metavar="MODEL", help="start from the network of a model file, as --config.init=MODEL does"
+    )
     added.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
+    added.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="profile steps of this command into DIR/profile: FIRST:LAST, or how many after the first ten",
+    )
     added.add_argument(
         "--distributed",
         action="store_true",
@@ -265,9 +314,9 @@ def add_train(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--process_id", "--process-id", type=int, metavar="I", help="number of this process, from 0")
 
 
-def add_reproduce(command: Command, shared: SimpleNamespace) -> None:
+def add_reproduce(command: Command) -> None:
     """memo-jax reproduce."""
-    added = command("reproduce", "repeat a run from its config and compare the two", shared.as_json)
+    added = command("reproduce", "repeat a run from its config and compare the two", json_options())
     added.add_argument(
         "workdir",
         type=Path,
@@ -277,10 +326,10 @@ def add_reproduce(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--output", type=Path, metavar="DIR", help="the new workdir (default: RUN-again)")
 
 
-def add_plan(command: Command, shared: SimpleNamespace) -> None:
+def add_plan(command: Command) -> None:
     """memo-jax plan."""
     added = command(
-        "plan", "tell what training would cost on TPUs or GPUs, without having them", shared.config, shared.as_json
+        "plan", "tell what training would cost on TPUs or GPUs, without having them", config_options(), json_options()
     )
     added.add_argument(
         "--topology",
@@ -297,16 +346,16 @@ def add_plan(command: Command, shared: SimpleNamespace) -> None:
     )
 
 
-def add_eval(command: Command, shared: SimpleNamespace) -> None:
+def add_eval(command: Command) -> None:
     """memo-jax eval."""
     added = command(
         "eval",
         "score a trial list with a trained network",
-        shared.network,
-        shared.device,
-        shared.as_json,
-        shared.trials,
-        shared.replicates,
+        network_options(),
+        device_options(),
+        json_options(),
+        trials_options(),
+        replicates_options(),
     )
     added.add_argument(
         "--workdir",
@@ -350,10 +399,20 @@ def add_runtime(added: argparse.ArgumentParser) -> None:
     )
 
 
-def add_embed(command: Command, shared: SimpleNamespace) -> None:
+def add_vad(added: argparse.ArgumentParser) -> None:
+    """--vad, of the commands that read recordings to embed or to train on."""
+    added.add_argument(
+        "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
+    )
+
+
+def add_embed(command: Command) -> None:
     """memo-jax embed."""
-    added = command("embed", "turn recordings into embeddings", shared.model, shared.min_seconds, shared.channel)
+    added = command(
+        "embed", "turn recordings into embeddings", model_options(), min_seconds_options(), channel_options()
+    )
     add_runtime(added)
+    add_vad(added)
     added.add_argument(
         "input",
         nargs="+",
@@ -378,46 +437,75 @@ def add_embed(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--hop", type=float, metavar="S", help="from one window to the next (default: half a window)")
 
 
-def add_verify(command: Command, shared: SimpleNamespace) -> None:
+def add_verify(command: Command) -> None:
     """memo-jax verify."""
     added = command(
-        "verify", "tell whether two recordings are of the same speaker", shared.model, shared.threshold, shared.channel
+        "verify",
+        "tell whether two recordings are of the same speaker",
+        model_options(),
+        threshold_options(),
+        channel_options(),
     )
     add_runtime(added)
+    add_vad(added)
     added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
-def add_enroll(command: Command, shared: SimpleNamespace) -> None:
+def add_enroll(command: Command) -> None:
     """memo-jax enroll."""
-    added = command("enroll", "add a person to a gallery", shared.model, shared.gallery, shared.channel)
+    added = command("enroll", "add a person to a gallery", model_options(), gallery_options(), channel_options())
     add_runtime(added)
+    add_vad(added)
     added.add_argument("name", metavar="NAME")
     added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
-def add_remove(command: Command, shared: SimpleNamespace) -> None:
+def add_remove(command: Command) -> None:
     """memo-jax remove."""
-    added = command("remove", "remove a person from a gallery", shared.gallery, shared.as_json)
+    added = command("remove", "remove a person from a gallery", gallery_options(), json_options())
     added.add_argument("name", metavar="NAME")
 
 
-def add_identify(command: Command, shared: SimpleNamespace) -> None:
+def add_identify(command: Command) -> None:
     """memo-jax identify."""
     added = command(
         "identify",
         "tell who in a gallery speaks in a recording",
-        shared.model,
-        shared.threshold,
-        shared.gallery,
-        shared.channel,
+        model_options(),
+        threshold_options(),
+        gallery_options(),
+        channel_options(),
     )
     add_runtime(added)
+    add_vad(added)
     added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
-def add_report(command: Command, shared: SimpleNamespace) -> None:
+def add_app(command: Command) -> None:
+    """memo-jax app."""
+    added = command(
+        "app",
+        "serve a page on this machine: compare two recordings, enrol people, identify them",
+        model_options(),
+        threshold_options(),
+        channel_options(),
+    )
+    add_runtime(added)
+    add_vad(added)
+    added.add_argument(
+        "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
+    )
+    added.add_argument(
+        "--port", type=port, metavar="N", help="port on 127.0.0.1 (default: the first free one from 7860)"
+    )
+    added.add_argument(
+        "--open", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser"
+    )
+
+
+def add_report(command: Command) -> None:
     """memo-jax report."""
-    added = command("report", "write an HTML page about a training run", shared.device)
+    added = command("report", "write an HTML page about a training run", device_options())
     added.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
     added.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
     added.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
@@ -427,9 +515,9 @@ def add_report(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
 
 
-def add_export(command: Command, shared: SimpleNamespace) -> None:
+def add_export(command: Command) -> None:
     """memo-jax export."""
-    added = command("export", "write a network to files for use elsewhere", shared.model)
+    added = command("export", "write a network to files for use elsewhere", model_options())
     added.add_argument(
         "--output",
         nargs="+",
@@ -462,9 +550,9 @@ def add_export(command: Command, shared: SimpleNamespace) -> None:
     )
 
 
-def add_push(command: Command, shared: SimpleNamespace) -> None:
+def add_push(command: Command) -> None:
     """memo-jax push."""
-    added = command("push", "upload a model to the Hugging Face Hub", shared.network)
+    added = command("push", "upload a model to the Hugging Face Hub", network_options())
     added.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
     added.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
     added.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
@@ -474,9 +562,11 @@ def add_push(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
 
 
-def add_score(command: Command, shared: SimpleNamespace) -> None:
+def add_score(command: Command) -> None:
     """memo-jax score."""
-    added = command("score", "score a trial list with embeddings", shared.trials, shared.replicates, shared.as_json)
+    added = command(
+        "score", "score a trial list with embeddings", trials_options(), replicates_options(), json_options()
+    )
     added.add_argument(
         "--embeddings",
         action="append",
@@ -518,9 +608,9 @@ def add_score(command: Command, shared: SimpleNamespace) -> None:
     added.add_argument("--scores", type=Path, metavar="FILE", help="write lines `score enrol test` to this file")
 
 
-def add_convert(command: Command, shared: SimpleNamespace) -> None:
+def add_convert(command: Command) -> None:
     """memo-jax convert."""
-    added = command("convert", "turn PyTorch weights into a model file, or back", shared.network)
+    added = command("convert", "turn PyTorch weights into a model file, or back", network_options())
     added.add_argument(
         "input",
         type=Path,
@@ -559,6 +649,14 @@ def cosine(text: str) -> float:
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
     return value
+
+
+def port(text: str) -> int:
+    """Returns a port of the command line; argparse reports the error."""
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not in [1, 65535]")
+    return number
 
 
 def device_choice(text: str) -> str:

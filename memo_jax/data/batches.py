@@ -79,7 +79,7 @@ class Utterances:
 
     @property
     def speakers(self) -> list[str]:
-        """Speaker of each utterance, "" where unknown. For testing only: nothing in training reads it."""
+        """Speaker of each utterance, "" where unknown; read for evaluation, and by configs that train with labels."""
         return self._manifest["speaker"]
 
     @property
@@ -103,6 +103,24 @@ class Utterances:
         return columns
 
 
+def speaker_numbers(utterances: Utterances) -> np.ndarray:
+    """Returns the number of each utterance's speaker in the order of their names, int32 [len(utterances)].
+
+    Raises:
+      ValueError: a speaker is not known, or all utterances are of one speaker.
+    """
+    names, numbers = np.unique(utterances.speakers, return_inverse=True)
+    unknown = sum(not speaker for speaker in utterances.speakers)
+    if unknown:
+        raise ValueError(
+            f"{utterances.path}: {unknown} of {len(utterances)} utterances have no speaker, which training with labels "
+            "needs: prepare recordings in one folder a speaker, or with a utt2spk"
+        )
+    if len(names) < 2:
+        raise ValueError(f"{utterances.path}: all utterances are of one speaker: there is nothing to tell apart")
+    return numbers.astype(np.int32)
+
+
 def steps_per_epoch(utterances: int, batch_size: int) -> int:
     """Returns the number of full batches in an epoch; what is left over, different utterances each time, is dropped."""
     if not 1 <= batch_size <= utterances:
@@ -124,12 +142,13 @@ def training_batches(
     process_count: int = 1,
     workers: int = 0,
     prefetch: int = 2,
+    labels: np.ndarray | None = None,
 ) -> "TrainingBatches":
     """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
 
     Batch number s is a function of the dataset, the seed and s alone. A run therefore resumes exactly at any step, with
     any number of workers; and P processes, each taking its rows, together see the very batch that a single process
-    sees. Speaker labels are not read.
+    sees. No labels are read but those given.
 
     A crop starts anywhere in its utterance with equal probability; an utterance shorter than the crop is repeated.
 
@@ -146,10 +165,11 @@ def training_batches(
       process_count: P, which divides B.
       workers: processes that read ahead; with 0 a thread of this process does.
       prefetch: batches read ahead (by each worker).
+      labels: of all utterances, int32 [len(utterances)], for training with labels.
 
     Returns:
-      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l]}. "local" is missing
-      when local_crops is 0.
+      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l], "label": int32
+      [B/P]}. "local" is missing when local_crops is 0, "label" without labels.
 
     Raises:
       ValueError: a number out of its range; the message says which.
@@ -171,7 +191,8 @@ def training_batches(
     if workers < 0 or prefetch < 1 or start < 0:
         raise ValueError(f"workers is {workers}, prefetch {prefetch} and start {start}; expected ≥ 0, ≥ 1 and ≥ 0")
     rows = batch_size // process_count
-    batches = _Batches(utterances, crops, batch_size, slice(process_index * rows, (process_index + 1) * rows), seed)
+    part = slice(process_index * rows, (process_index + 1) * rows)
+    batches = _Batches(utterances, crops, batch_size, part, seed, labels)
     return TrainingBatches(batches, start, workers, prefetch)
 
 
@@ -184,8 +205,9 @@ def _crop_samples(name, seconds):
 class _Batches:
     """The endless sequence of batches: `batches[step]`, a pure function."""
 
-    def __init__(self, utterances, crops, batch_size, rows, seed):
+    def __init__(self, utterances, crops, batch_size, rows, seed, labels=None):
         self.utterances, self.crops, self.batch_size, self.rows, self.seed = utterances, crops, batch_size, rows, seed
+        self.labels = labels
         self.steps = steps_per_epoch(len(utterances), batch_size)
 
     def __len__(self):
@@ -200,6 +222,8 @@ class _Batches:
         batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}
         for row, (index, fractions) in enumerate(zip(indices.tolist(), starts.tolist())):
             self.utterances.fill(index, [crop for crops in batch.values() for crop in crops[row]], fractions)
+        if self.labels is not None:
+            batch["label"] = self.labels[indices]
         return batch
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from memo_jax import __version__
-from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, check_speech
+from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, check_speech, speech_of
+from memo_jax.audio.speech import check_installed
 from memo_jax.data.archives import LARGEST_MEMBER, TarStream
 from memo_jax.data.plan import planned, reasons
 from memo_jax.data.recordings import Kind, find_recordings, input_kind, read_recording
@@ -34,6 +35,7 @@ def prepare(
     min_seconds: float = 0.5,
     max_seconds: float = MAX_SECONDS,
     channel: str | int = "mean",
+    vad: bool = False,
     workers: int | None = None,
     overwrite: bool = False,
     run_commands: bool = False,
@@ -58,6 +60,8 @@ def prepare(
       max_seconds: longer recordings are left out.
       channel: of recordings with several: "mean", or the number of one, from 1. One that the fifth field of a Kaldi
         folder's segments names comes first.
+      vad: keep only the parts that are speech (`audio.speech`), joined; a recording without is left out. What is left
+        counts for `min_seconds`. Needs the extra `vad`.
       workers: processes; all processors if None. 1 works in this process.
       overwrite: whether an earlier dataset at `output`, or the unfinished one of another call, is replaced.
       run_commands: whether commands in a Kaldi folder's wav.scp are run.
@@ -77,6 +81,8 @@ def prepare(
     inputs = [inputs] if isinstance(inputs, (str, os.PathLike, TfdsInput)) else list(inputs)
     inputs = [given if isinstance(given, TfdsInput) else os.fspath(given) for given in inputs]
     output, target = Path(output), Path(os.path.abspath(output))
+    if vad:
+        check_installed()
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
     command = {
@@ -84,6 +90,7 @@ def prepare(
         "min_seconds": min_seconds,
         "max_seconds": max_seconds,
         "channel": channel,
+        "vad": vad,
         "run_commands": run_commands,
         "speakers": _speakers_digest(speakers),
         "version": __version__,
@@ -103,7 +110,7 @@ def prepare(
             recordings, left_out = planned(unfinished, command, inputs, find, overwrite, output)
             parts = _parts(recordings)
             with explained_write_errors(unfinished, output):
-                options = {"min_seconds": min_seconds, "max_seconds": max_seconds, "channel": channel}
+                options = {"min_seconds": min_seconds, "max_seconds": max_seconds, "channel": channel, "vad": vad}
                 _write_parts(unfinished, parts, inputs, options, workers or os.cpu_count())
                 report = _finish(unfinished, len(parts), left_out)
                 if report["utterances"]:
@@ -210,7 +217,7 @@ def _spooled(numbers, parts, folder):
             yield number, parts[number], spool
 
 
-def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds, channel):
+def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds, channel, vad):
     """Decodes the recordings of a part into one shard, or more when they are long, and declares it complete."""
     rows, left_out, shards, shard = [], [], [], None
     try:
@@ -219,6 +226,7 @@ def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds
                 samples = read_recording(
                     item, max_seconds=max_seconds, channel=channel, spool=spool and (spool[0], spool[1][index])
                 )
+                samples = speech_of(samples, item.source) if vad else samples
                 check_speech(item.source, samples, min_seconds)
             except AudioError as error:
                 _check_inputs([*inputs, item.archive] if item.archive else inputs)

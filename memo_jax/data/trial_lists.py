@@ -13,7 +13,7 @@ from memo_jax.data.batches import Utterances
 from memo_jax.data.recordings import find_recordings
 from memo_jax.files import write_text
 from memo_jax.log import plural, say
-from memo_jax.scoring.trials import text_lines
+from memo_jax.scoring.trials import read_table
 
 TARGETS_OF_SPEAKER = 10  # by default, at most
 TRIES = 50  # of a random pair before all pairs are listed
@@ -49,27 +49,6 @@ def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
     if unusable:
         say(f"{path}: left out {plural(len(unusable), 'file')}, such as {unusable[0][0]} ({unusable[0][1]})")
     return known
-
-
-def read_genders(path: str | os.PathLike) -> dict[str, str]:
-    """Returns {speaker: gender} of a table with `speaker gender` a line, such as Kaldi's spk2gender.
-
-    Raises:
-      OSError: it cannot be read.
-      ValueError: naming file and line: another form, or a speaker with two genders.
-    """
-    table: dict[str, str] = {}
-    for number, line in enumerate(text_lines(path, "table of genders"), 1):
-        if not line.strip():
-            continue
-        fields = [field.strip() for field in line.strip().rsplit("\t" if "\t" in line else None, 1)]
-        if len(fields) != 2:
-            raise ValueError(f"{path}, line {number}: expected `speaker gender`, not {line.strip()[:200]!r}")
-        if table.setdefault(fields[0], fields[1]) != fields[1]:
-            raise ValueError(
-                f"{path}, line {number}: {fields[0]!r} is {fields[1]!r} here and {table[fields[0]]!r} before"
-            )
-    return table
 
 
 def session(name: str) -> str:
@@ -235,9 +214,9 @@ def trials_of(
     """Makes a trial list of labelled recordings and writes it; options as `make_trials`.
 
     Returns {"output", "targets", "nontargets", "speakers", "recordings", "seed"}, the last two counted in the list.
-    Raises as `labelled_recordings`, `read_genders` and `make_trials`.
+    Raises as `labelled_recordings`, `read_table` and `make_trials`.
     """
-    table = None if genders is None else read_genders(genders)
+    table = None if genders is None else read_table(genders, "speaker", "gender")
     speakers = labelled_recordings(path)
     trials = make_trials(speakers, genders=table, **options)
     write_trials(output, trials, form)

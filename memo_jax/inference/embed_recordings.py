@@ -21,6 +21,7 @@ from memo_jax.audio import (
     is_audio_name,
     parse_excerpt,
     read_excerpt,
+    speech_of,
 )
 from memo_jax.data.batches import Utterances
 from memo_jax.data.recordings import UNLISTABLE, Kind, Recording, find_recordings, input_kind, is_hidden, read_recording
@@ -217,7 +218,8 @@ def embed_recordings(
     process can write the same output.
 
     Args:
-      embedder: the network; its `channel` says which channel of the recordings is embedded.
+      embedder: the network; its `channel` says which channel of the recordings is embedded, its `vad` whether only
+        their speech, which counts for `min_seconds`.
       inputs: files, folders, archives, datasets; see `find_sources`.
       output: a name with an ending of `embedding_file.KINDS`.
       min_seconds: shorter recordings are left out.
@@ -237,6 +239,8 @@ def embed_recordings(
     """
     output = check_output_name(output)
     windows = windows_of(window, hop, min_seconds)
+    if windows is not None and embedder.vad:
+        raise ValueError("windows have times in the whole recording: embed them without voice activity detection")
     sources, unlistable = find_sources(inputs, embedder.channel)
     check_names(output, [source.name for source in sources])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -246,6 +250,7 @@ def embed_recordings(
 
 def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
     options = {"model": embedder.fingerprint, "channel": embedder.channel, "min_seconds": min_seconds}
+    options |= {"vad": True} if embedder.vad else {}
     options |= {} if windows is None else windows._asdict()
     begun = Begun(output.with_name(f".{output.name}.begun.npz"), options)
     left_out = [(escaped(name), reason) for name, reason in unlistable]
@@ -268,7 +273,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
 
         def readable():
             nonlocal seconds
-            for i, wave, problem in _decoded(sources, todo, begun.stamps, min_seconds):
+            for i, wave, problem in _decoded(sources, todo, begun.stamps, min_seconds, embedder.vad):
                 if problem is not None:
                     leave_out(sources[i].name, problem)
                     shown.update()
@@ -414,13 +419,14 @@ class Begun:
         self._path.unlink(missing_ok=True)
 
 
-def _decoded(sources, todo, stamps, min_seconds) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
+def _decoded(sources, todo, stamps, min_seconds, vad) -> Iterator[tuple[int, np.ndarray | None, str | None]]:
     """Yields (number, samples, None) or (number, None, reason) of the recordings in order, some decoded ahead."""
 
     def decode(i):
         stamp = sources[i].stamp()  # before it is read: a change in between is then noticed
         try:
             samples = sources[i].read()
+            samples = speech_of(samples, sources[i].name) if vad else samples
             check_speech(sources[i].name, samples, min_seconds)
         except AudioError as error:
             return i, None, error.reason

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import as_audio, check_speech, read_excerpt
+from memo_jax.audio import as_audio, check_speech, read_excerpt, speech_of
+from memo_jax.audio.speech import check_installed
 from memo_jax.files import as_path, check_bucket, in_bucket
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery, changing_gallery
@@ -74,6 +75,7 @@ class Embedder:
       calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
       runtime: what runs the network: "jax", "onnx" for onnxruntime, which needs the extra `onnx`, or "auto":
         onnxruntime where it is installed and JAX has nothing but the CPU. The embeddings agree to 1e-4 of their norm.
+      vad: embed only the parts of a recording that are speech (`audio.speech`), joined; needs the extra `vad`.
 
     Attributes:
       model: network, weights, provenance.
@@ -83,7 +85,7 @@ class Embedder:
       threshold: cosine score from which two recordings count as the same speaker; may be set.
       threshold_source: where the threshold comes from, for people.
       decision: threshold and calibration as they were tuned, None if they were not.
-      channel: as given; may be set.
+      channel, vad: as given; may be set.
     """
 
     def __init__(
@@ -93,8 +95,11 @@ class Embedder:
         channel: str | int = "mean",
         runtime: str = "auto",
         calibration: str | os.PathLike | None = None,
+        vad: bool = False,
     ):
-        self.model = model
+        if vad:
+            check_installed()
+        self.model, self.vad = model, vad
         self.runtime = chosen_runtime(runtime)
         if runtime == "auto" and not computes_in_float32(model):
             self.runtime = "jax"
@@ -121,6 +126,7 @@ class Embedder:
         channel: str | int = "mean",
         runtime: str = "auto",
         calibration: str | os.PathLike | None = None,
+        vad: bool = False,
     ) -> "Embedder":
         """Loads a network: that of the package, a training workdir, a model file, an exported program, or the Hub.
 
@@ -134,6 +140,7 @@ class Embedder:
           channel: of recordings with several: "mean", or a number from 1.
           calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
           runtime: what runs the network: "auto", "jax" or "onnx"; see the class.
+          vad: embed only what is speech; see the class.
 
         Raises:
           FileNotFoundError: nothing there, or a workdir without checkpoints.
@@ -145,7 +152,7 @@ class Embedder:
         onnx = chosen_runtime(runtime) == "onnx"
         is_known = (lambda fingerprint: cached_graph(fingerprint) is not None) if onnx else is_never_known
         model = load_model(path, branch=branch, role=role, step=step, is_known=is_known)
-        return cls(model, gallery, channel, runtime, calibration)
+        return cls(model, gallery, channel, runtime, calibration, vad)
 
     def __repr__(self) -> str:
         front_end = f"front end {self.model.front_end}, {self.model.backbone}, {self.dimension} numbers"
@@ -179,8 +186,8 @@ class Embedder:
           quiet: False shows progress through a list.
 
         Raises:
-          AudioError: (a ValueError) a recording that is missing, damaged, silent, under half a second, or holds NaN;
-            the message names the file, or the place in the list.
+          AudioError: (a ValueError) a recording that is missing, damaged, silent, under half a second, or holds NaN, or
+            with `vad` has less than half a second of speech; the message names the file, or the place in the list.
           ValueError: the network gives numbers that are not finite for a recording, which is named likewise.
         """
         if _is_one(recordings):
@@ -246,6 +253,19 @@ class Embedder:
             gallery.add(name, embeddings)
         self.gallery = gallery
 
+    def remove(self, name: str) -> None:
+        """Removes a person from the gallery, and from its file, if it has one, in a single locked step.
+
+        Raises:
+          ValueError: nobody of that name is enrolled. OSError: as `enroll`.
+        """
+        if self._gallery_path is None:
+            self.gallery.remove(name)
+            return
+        with changing_gallery(self._gallery_path, self.fingerprint, self.dimension) as gallery:
+            gallery.remove(name)
+        self.gallery = gallery
+
     def identify(self, recording, rate: int | None = None, *, threshold: float | None = None) -> Identification:
         """Says who in the gallery speaks in a recording (as for `embed`), if anybody.
 
@@ -270,6 +290,9 @@ class Embedder:
                 raise ValueError(f"{name} is an array, so it needs its rate: embed(samples, 16000)")
             samples = as_audio(samples, rate, name, self.channel)
         check_speech(name, samples, MIN_SECONDS)
+        if self.vad:
+            samples = speech_of(samples, name)
+            check_speech(name, samples, MIN_SECONDS)
         return samples
 
 

@@ -62,11 +62,15 @@ class Gallery:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the gallery as a file of embeddings (npz or parquet), whole or not at all."""
-        rows = np.stack(self._directions) if self.names else np.zeros((0, 1), np.float32)
-        write_embeddings(path, Embeddings(self.names, rows, self.model))
+        write_embeddings(path, Embeddings(self.names, self.directions, self.model))
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def directions(self) -> np.ndarray:
+        """The people's unit embeddings, float32 [N, D]."""
+        return np.stack(self._directions) if self.names else np.zeros((0, 1), np.float32)
 
     def check_new_name(self, name: str) -> None:
         """Raises ValueError if a name is taken, empty, or has a tab or line break."""
@@ -100,7 +104,7 @@ class Gallery:
         """Returns (name, cosine score in [-1, 1]) of everybody enrolled, the best first, for an embedding [D]."""
         if not self.names:
             raise ValueError("nobody is enrolled yet: enrol people first")
-        scores = np.clip(np.stack(self._directions) @ unit_norm(np.asarray(embedding)[None])[0], -1, 1)
+        scores = np.clip(self.directions @ unit_norm(np.asarray(embedding)[None])[0], -1, 1)
         return [(self.names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
 
 

@@ -20,6 +20,7 @@ import memo_jax
 from memo_jax.files import replacing
 from memo_jax.inference.batches import windows
 from memo_jax.inference.model_file import Model
+from memo_jax.xla.devices import chosen_devices
 
 RUNTIMES = ("auto", "jax", "onnx")
 MAGIC = b"memo-jax graph\n"
@@ -53,9 +54,7 @@ def _has_accelerator() -> bool:
     plugins = importlib.util.find_spec("jax_plugins") or importlib.util.find_spec("libtpu")
     if "jax" not in sys.modules and (platforms == "cpu" or not (platforms or plugins)):
         return False
-    import jax
-
-    return jax.default_backend() != "cpu"
+    return chosen_devices()[0].platform != "cpu"
 
 
 class OnnxFunction:

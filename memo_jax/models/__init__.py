@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from memo_jax.models.campplus import CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN
-from memo_jax.models.heads import DINOHead
+from memo_jax.models.heads import DINOHead, SpeakerHead
 from memo_jax.models.resnet import ResNet34
 
 BACKBONES = {"ecapa": ECAPATDNN, "resnet": ResNet34, "campplus": CAMPPlus}
@@ -20,15 +20,21 @@ EXECUTION_FIELDS = ("packed", "scan", "remat")  # fields of backbones that chang
 
 
 class Branch(nn.Module):
-    """A backbone and its projection heads; a student and its teacher are two sets of variables of the same branch."""
+    """A backbone and its heads; a student and its teacher are two sets of variables of the same branch.
+
+    With `speakers`, it also has a head that compares embeddings with this many speakers, for training with labels.
+    """
 
     backbone: nn.Module
     head: DINOHead
     head_names: Sequence[str] = ("self", "cross")
+    speakers: int = 0
 
     def setup(self):
-        """Makes one head for each name."""
+        """Creates a projection head for each name, and the speaker head."""
         self.heads = {name: self.head.copy(name=head_part(name)) for name in self.head_names}
+        if self.speakers:
+            self.speaker_head = SpeakerHead(self.speakers)
 
     def embed(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Normalised log-mel [N, T, F] → embedding [N, D]."""
@@ -41,12 +47,17 @@ class Branch(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Normalised log-mel [N, T, F] → (embedding, logits of every head); for initialisation."""
         embedding = self.embed(x, train=train)
+        if self.speakers:
+            self.speaker_head(embedding)
         return embedding, self.project(embedding, train)
 
 
 def head_part(name: str) -> str:
     """Returns the key of a head in the variables of its branch, such as "self_head"."""
     return f"{name}_head"
+
+
+SPEAKER_HEAD = "speaker_head"  # its key in the parameters of a branch
 
 
 def build_backbone(name: str, **arguments) -> nn.Module:

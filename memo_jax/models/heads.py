@@ -1,4 +1,4 @@
-"""DINO projection head: from an embedding to logits over prototypes."""
+"""Heads: from an embedding to logits over prototypes (DINO's), or to cosines with speakers."""
 
 import flax.linen as nn
 import jax
@@ -63,3 +63,16 @@ class DINOHead(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Embedding [N, D] → logits float32 [N, prototypes]."""
         return self.cosines(self.unit_vectors(x, train))
+
+
+class SpeakerHead(nn.Module):
+    """Embedding [N, D] → its cosines with one direction a speaker, float32 [N, speakers]."""
+
+    speakers: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Compares embeddings with all speakers."""
+        directions = parameter(self, "directions", nn.initializers.xavier_uniform(), (x.shape[-1], self.speakers))
+        units = l2_normalize(x.astype(jnp.float32))
+        return jnp.matmul(units, l2_normalize(directions, axis=0), precision="highest")

@@ -25,6 +25,7 @@ from memo_jax.xla import sharding
 from memo_jax.xla.compiler import known_options
 
 VOXCELEB2 = 1_092_009  # utterances of the development part
+VOXCELEB2_SPEAKERS = 5994
 OUT_OF_MEMORY = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 MEASURED = (
     "fits",
@@ -68,11 +69,13 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     batch = config.data.batch_size
     if batch % len(devices):
         raise ValueError(f"data.batch_size {batch} is not a multiple of the {len(devices)} chips of {topology}")
+    dataset = Utterances(config.data.train) if config.data.train else None
     if utterances is None:
-        utterances = len(Utterances(config.data.train)) if config.data.train else VOXCELEB2
+        utterances = VOXCELEB2 if dataset is None else len(dataset)
+    speakers = VOXCELEB2_SPEAKERS if dataset is None else len(set(dataset.speakers))
     epoch_steps = steps_per_epoch(utterances, batch)
     mesh = sharding.data_mesh(devices)
-    lowered = lowered_step(config, build_recipe(config, epoch_steps), mesh, _banks(config.augment, mesh))
+    lowered = lowered_step(config, build_recipe(config, epoch_steps, speakers), mesh, _banks(config.augment, mesh))
     steps = configs.duration_in_steps(config, "total", epoch_steps)
     result = {
         "topology": topology,
@@ -84,7 +87,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     }
     begin = time.perf_counter()
     try:
-        with _nothing_from_the_cache():
+        with _without_compilation_cache():
             compiled = lowered.compile(known_options(chip.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         used = OUT_OF_MEMORY.search(str(error))
@@ -114,8 +117,8 @@ def model_flops(config, epoch_steps: int) -> float:
 
 
 @contextlib.contextmanager
-def _nothing_from_the_cache():
-    """Turns the compilation cache off, which cannot load programs for absent devices and would hide compile time."""
+def _without_compilation_cache():
+    """Turns off the compilation cache: it cannot load programs for absent devices and would hide the compile time."""
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX reads the setting when the cache is initialised

@@ -26,6 +26,7 @@ from memo_jax.scoring.figures import (
     save_figure,
     system_looks,
 )
+from memo_jax.training.goodput import GOODPUT_METRICS
 
 
 def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, **options) -> Path:
@@ -69,7 +70,7 @@ PANELS = (
     Panel(r"utterances_per_second", "Speed", "utterances a second"),
 )
 # Axes, marks, or drawn otherwise.
-NOT_DRAWN = {"step", "epoch", "seconds_per_step", "cpu_seconds", "gate/open", "gate/closed_at"}
+NOT_DRAWN = {"step", "epoch", "seconds_per_step", "cpu_seconds", "gate/open", "gate/closed_at", *GOODPUT_METRICS}
 HEADS = ("self", "cross", "contrastive")
 
 

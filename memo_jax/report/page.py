@@ -25,6 +25,7 @@ from memo_jax.report.template import PAGE, SCRIPT, STYLE_SHEET
 from memo_jax.scoring import metrics
 from memo_jax.scoring.figures import BASELINE, det_figure, embedding_map_figure, score_histogram_figure, system_looks
 from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
+from memo_jax.training.goodput import PARTS, shares_text
 from memo_jax.training.run_record import read_run
 
 HARDEST = 6  # trials of each kind
@@ -195,7 +196,21 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
     facts["Length"] = f"{last['step']:,} steps" + (f", {last['epoch']:.1f} epochs" if "epoch" in last else "")
     if "cpu_seconds" in last:
         facts["Length"] += f"; {last['cpu_seconds'] / 3600:.2f} processor hours since the last start"
+    facts |= time_facts(last)
     facts["Seed"] = str(config.seed)
+    return facts
+
+
+def time_facts(row) -> dict[str, str]:
+    """Returns what a row of metrics tells of the time since the last start."""
+    facts = {}
+    shares = {part: row[f"goodput/{part}"] for part in PARTS if row.get(f"goodput/{part}") is not None}
+    if shares:
+        facts["Wall time"] = f"{shares_text(shares)}, since the last start"
+    if row.get("checkpoint_seconds") is not None:
+        facts["Checkpoints"] = f"training waited {row['checkpoint_seconds']:.3g} s for one"
+    if "input" in shares:
+        facts["Input"] = f"the devices waited for batches at most {shares['input']:.2%} of the time".replace("%", " %")
     return facts
 
 

@@ -13,11 +13,11 @@ from memo_jax.scoring.embedding_file import Embeddings, check_same_model, read_e
 from memo_jax.scoring.trials import (
     Trials,
     name_without_extension,
+    read_table,
     read_trials,
     recording_rows,
     speaker_folder,
     speaker_pairs,
-    text_lines,
 )
 
 P_TARGETS = (0.01, 0.05)
@@ -181,7 +181,7 @@ def _labelled_results(
     """What `score` returns of a list with labels."""
     table = speaker_folder
     if speakers is not None:
-        table = read_speakers(speakers)
+        table = read_table(speakers, "name", "speaker")
         speaker_pairs(trials, table)  # a table that does not fit is an error, names that tell nothing are none
     results = {"targets": int(trials.target.sum())} | error_report(scores, trials.target)
     results |= eer_interval(scores, trials, table, replicates)
@@ -240,26 +240,6 @@ def comparison(scores, other_scores, trials: Trials, speakers: Speakers, replica
         )
         row |= {"interval": [100 * end for end in found.interval], "p_value": found.p_value}
     return row
-
-
-def read_speakers(path: str | os.PathLike) -> dict[str, str]:
-    """Returns {name: speaker} of a table with `name speaker` a line, parted by the line's last space or tab.
-
-    Raises:
-      ValueError: naming file and line: another form, a name with two speakers, no line, or not UTF-8.
-      OSError: cannot be read.
-    """
-    table: dict[str, str] = {}
-    for number, line in enumerate(text_lines(path, "table of speakers"), 1):
-        if line.strip():
-            fields = [field.strip() for field in line.strip().rsplit("\t" if "\t" in line else None, 1)]
-            if len(fields) != 2:
-                raise ValueError(f"{path}, line {number}: expected `name speaker`, not {line.strip()[:200]!r}")
-            if table.setdefault(fields[0], fields[1]) != fields[1]:
-                raise ValueError(
-                    f"{path}, line {number}: {fields[0]!r} is of {fields[1]!r} here and of {table[fields[0]]!r} before"
-                )
-    return table
 
 
 def write_scores(path: str | os.PathLike, trials: Trials, scores: np.ndarray) -> None:

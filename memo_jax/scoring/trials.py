@@ -161,6 +161,33 @@ def read_enrollments(path: str | os.PathLike) -> dict[str, list[str]]:
     return table
 
 
+def read_table(path: str | os.PathLike, key: str, value: str) -> dict[str, str]:
+    """Returns {key: value} of a table with `key value` a line, divided at the line's last tab, or else its last space.
+
+    Args:
+      path: of the file, such as Kaldi's utt2spk or spk2gender.
+      key: what the keys are, such as "speaker", for errors.
+      value: likewise, such as "gender".
+
+    Raises:
+      ValueError: naming file and line: another form, a key with two values, no line, or not UTF-8.
+      OSError: the file cannot be read.
+    """
+    table: dict[str, str] = {}
+    for number, line in enumerate(text_lines(path, f"table of {value}s"), 1):
+        if not line.strip():
+            continue
+        fields = [field.strip() for field in line.strip().rsplit("\t" if "\t" in line else None, 1)]
+        if len(fields) != 2:
+            raise ValueError(f"{path}, line {number}: expected `{key} {value}`, not {line.strip()[:200]!r}")
+        if table.setdefault(*fields) != fields[1]:
+            before = table[fields[0]]
+            raise ValueError(
+                f"{path}, line {number}: the {value} of {fields[0]!r} is {fields[1]!r} here and {before!r} before"
+            )
+    return table
+
+
 def text_lines(path: str | os.PathLike, kind: str) -> list[str]:
     """Returns the lines of a text file, without blank ones at its end.
 

@@ -36,9 +36,11 @@ def training_views(
         if kind in batch:
             crops = batch[kind]
             count = crops.shape[1]
-            waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
-            waves = augment(jax.random.fold_in(key, i), waves, banks, views=count, **settings)
-            x, _ = FRONT_ENDS[front_end](waves)
+            with jax.named_scope("augment"):
+                waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
+                waves = augment(jax.random.fold_in(key, i), waves, banks, views=count, **settings)
+            with jax.named_scope("mel"):
+                x, _ = FRONT_ENDS[front_end](waves)
             if masked_bins:
                 x = mask_bins(jax.random.fold_in(key, len(KINDS) + i), x, masked_bins)
             views.append(x.reshape((-1, count) + x.shape[1:]))
@@ -49,7 +51,7 @@ def mask_bins(key: jax.Array, x: jax.Array, widest: int) -> jax.Array:
     """Returns features [N, T, F] with a random band of neighbouring mel bins of each crop set to zero, their mean.
 
     Width (0 to `widest`) and place are uniform. Every draw of crop i comes from `fold_in(key, i)`. This is the
-    frequency masking of SpecAugment (Park et al., Interspeech 2019): no crop can be told by a few bins of its channel.
+    frequency masking of SpecAugment (Park et al., Interspeech 2019): no crop can be recognised by a few bins alone.
     """
     rows, _, bins = x.shape
 

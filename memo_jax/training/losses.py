@@ -1,4 +1,4 @@
-"""MeMo's losses: distillation between views, NT-Xent on embeddings, the centre. Arrays in, arrays out."""
+"""The losses: distillation between views, NT-Xent on embeddings, and AAM-softmax. Arrays in, arrays out."""
 
 import functools
 
@@ -12,7 +12,7 @@ from memo_jax.xla.reductions import logsumexp, over_last_axis
 def teacher_distributions(
     teacher_logits: jax.Array, center: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns a teacher's softmax((logits − center)/temperature), which students learn, and its entropies.
+    """Returns a teacher's softmax((logits − center)/temperature), the students' targets, and its entropies.
 
     Args:
       teacher_logits: [W, B, K] float32; no gradient flows into them.
@@ -22,7 +22,7 @@ def teacher_distributions(
     Returns:
       Probabilities [W, B, K], and in nats `teacher_entropy` (mean entropy of a distribution) and `mean_teacher_entropy`
       (entropy of the mean distribution): with K prototypes, collapse shows as a teacher entropy of ln K (uniform) or as
-      a mean-teacher entropy of 0 (one prototype for everybody).
+      a mean-teacher entropy of 0 (one prototype for all).
     """
     logs = jax.lax.stop_gradient((teacher_logits - center) / temperature)
     logs = logs - logsumexp(logs)[..., None]
@@ -97,7 +97,7 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
       student: [V, B, D] embeddings of the views that the teacher sees.
       teacher: [V, B, D]; no gradient flows into them.
       temperature: positive.
-      margin: taken off the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
+      margin: subtracted from the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
     """
     views, batch, _ = student.shape
     student = l2_normalize(student.astype(jnp.float32))
@@ -117,6 +117,36 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
                 positive = ((rows[0] * rows[1]).sum(axis=-1) - margin) / temperature
                 losses.append((others - positive).mean())
     return jnp.stack(losses).mean()
+
+
+def aam_softmax(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax.Array | float) -> jax.Array:
+    """Returns AAM-softmax, the ArcFace loss (Deng et al., 2019, eq. 3), in nats: the mean over rows with a label.
+
+    The cross-entropy of softmax(scale · [cos θ_1, …, cos(θ_y + margin), …]) with the true speaker y. Where θ_y + margin
+    exceeds π, so that its cosine would rise again, cos θ_y − margin · sin(margin) takes its place, as is usual.
+
+    Args:
+      cosines: float32 [N, speakers] of embeddings and speakers.
+      labels: int32 [N], the speaker of each row; a negative number leaves the row out.
+      scale: positive.
+      margin: in radians, 0 to π/2.
+    """
+    own = jnp.take_along_axis(cosines, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    sine = jnp.sqrt(jnp.maximum(1 - own**2, 1e-12))
+    with_margin = own * jnp.cos(margin) - sine * jnp.sin(margin)
+    with_margin = jnp.where(own > -jnp.cos(margin), with_margin, own - margin * jnp.sin(margin))
+    is_own = jnp.arange(cosines.shape[1]) == labels[:, None]
+    logits = scale * jnp.where(is_own, with_margin[:, None], cosines)
+    losses = jax.nn.logsumexp(logits, axis=1) - scale * with_margin
+    labelled = labels >= 0
+    return jnp.where(labelled, losses, 0.0).sum() / jnp.maximum(labelled.sum(), 1)
+
+
+def accuracy(cosines: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the share of the rows with a label, cosines [N, speakers] and labels [N], whose speaker is nearest."""
+    labelled = labels >= 0
+    right = labelled & (cosines.argmax(axis=1) == labels)
+    return right.sum() / jnp.maximum(labelled.sum(), 1)
 
 
 def embedding_deviation(embeddings: jax.Array) -> jax.Array:

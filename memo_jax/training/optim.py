@@ -15,7 +15,7 @@ class Schedules(NamedTuple):
     """What changes from step to step.
 
     Attributes:
-      learning_rate, momentum, teacher_temp: functions of the step (from 0) that return float32 scalars.
+      learning_rate, momentum, teacher_temp, margin: functions of the step (from 0) that return float32 scalars.
       prototypes_from: the first step that trains the prototypes.
     """
 
@@ -23,6 +23,7 @@ class Schedules(NamedTuple):
     momentum: optax.Schedule
     teacher_temp: optax.Schedule
     prototypes_from: int
+    margin: optax.Schedule = optax.constant_schedule(0.0)
 
 
 def cosine_learning_rate(peak: float, end: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -54,6 +55,13 @@ def epoch_teacher_temp(start: float, end: float, warmup_epochs: int, steps_per_e
     return lambda step: by_epoch(step // steps_per_epoch)
 
 
+def rising_margin(margin: float, warmup_steps: int) -> optax.Schedule:
+    """Returns the margin of AAM-softmax: linear from 0 at step 0 to `margin` at step `warmup_steps`, then constant."""
+    if warmup_steps < 1:
+        return optax.constant_schedule(margin)
+    return optax.linear_schedule(0.0, margin, warmup_steps)
+
+
 def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:
     """Scales each tensor by max_norm / (‖g‖ + 1e-6) where that is below 1: the DINO recipes clip per tensor."""
 
@@ -65,15 +73,15 @@ def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:
 
 
 def is_prototypes(path: tuple[Any, ...]) -> bool:
-    """Returns whether a pytree path leads to a head's prototypes, or to what an optimiser keeps for them."""
+    """Returns whether a pytree path leads to a head's prototypes, or to the optimiser's state for them."""
     return "prototypes" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> optax.GradientTransformation:
-    """Leaves prototypes, and what `inner` keeps for them, untouched before `until_step`.
+    """Leaves prototypes, and the state that `inner` keeps for them, untouched before `until_step`.
 
     As if they had no gradient: no update, no decay, no momentum. `inner` sees zeros for their gradients and for
-    themselves, because a gradient of zero alone would still decay them; its state for zeros has to stay zero.
+    themselves, because a gradient of zero alone would still decay them; given zeros, its state must stay zero.
     """
 
     def init(params):
@@ -105,13 +113,13 @@ def build_optimizer(
     Args:
       name: "sgd" (clip, coupled decay, momentum, learning rate: the authors' recipe) or "adamw" (clip, Adam, decoupled
         decay, learning rate: for small data and short runs).
-      schedules: of which the learning rate and the thawing of the prototypes are used.
+      schedules: its `learning_rate` and `prototypes_from` are used.
       weight_decay: coefficient of the decay of matrices.
-      clip_norm: largest norm of each tensor's gradient; 0 does not clip.
+      clip_norm: largest norm of each tensor's gradient; 0 turns clipping off.
       sgd_momentum: decay of the momentum of "sgd".
 
     Raises:
-      ValueError: another name.
+      ValueError: an unknown name.
     """
     clip = clip_each_tensor(clip_norm) if clip_norm > 0 else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=has_decay)

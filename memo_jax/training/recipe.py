@@ -1,6 +1,7 @@
 """From a config to the objects of its run: branches, recipe, front end, banks of augmentation."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from memo_jax.training import optim
 from memo_jax.training.augment import CATEGORIES
 from memo_jax.training.front_end import training_views
 from memo_jax.training.gate import GateRule
-from memo_jax.training.step import LossWeights, Recipe
+from memo_jax.training.step import LossWeights, Recipe, Supervision
 
 POSITIVE = (
     "log_every_steps",
@@ -31,6 +32,7 @@ POSITIVE = (
     "model.prototypes",
     "loss.student_temp",
     "loss.contrastive_temperature",
+    "supervised.scale",
     "teacher.temp",
     "teacher.end_temp",
 )
@@ -44,7 +46,7 @@ FRACTIONS = (
 
 
 def check_ranges(config) -> None:
-    """Raises ValueError, naming the key, for a value that no run can work with."""
+    """Raises ValueError, naming the key, for a value that cannot work."""
     for keys, fits, wanted in (
         (POSITIVE, lambda value: value > 0, "above 0"),
         (FRACTIONS, lambda value: 0 <= value <= 1, "in [0, 1]"),
@@ -56,8 +58,12 @@ def check_ranges(config) -> None:
                 raise ValueError(f"{key} is {value}: must be {wanted}")
     if not 0 <= config.augment.masked_bins <= MEL_BINS:
         raise ValueError(f"augment.masked_bins is {config.augment.masked_bins}: must be 0 to {MEL_BINS}")
+    if not 0 <= config.supervised.margin <= math.pi / 2:
+        raise ValueError(f"supervised.margin is {config.supervised.margin}: must be 0 to π/2, in radians")
+    if config.supervised.weight < 0:
+        raise ValueError(f"supervised.weight is {config.supervised.weight}: must be at least 0")
     if config.data.global_crops < 2:
-        raise ValueError(f"data.global_crops is {config.data.global_crops}: a teacher's view needs another")
+        raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
     if len(channels) != 5 or min(channels) < 1 or any(width % 8 for width in channels[1:4]):
         raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
@@ -75,11 +81,15 @@ def check_ranges(config) -> None:
             raise ValueError(f"model.{key} is {config.model[key]!r}: choose one of {', '.join(REMATS)}")
 
 
-def build_branches(config) -> dict[str, Branch]:
+def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
     """Returns the config's branches by name.
 
+    Args:
+      config: with all keys of configs/base.py.
+      speakers: how many the dataset has; read only if the config trains with labels.
+
     Raises:
-      ValueError: a value that no branch can work with; the message names its key.
+      ValueError: a value that cannot work; the message names its key.
     """
     check_ranges(config)
     model, names = config.model, tuple(config.model.branches)
@@ -119,17 +129,19 @@ def build_branches(config) -> dict[str, Branch]:
             build_backbone(name, embedding_dim=model.embedding_dim, dtype=dtype, **arguments.get(name, {})),
             head,
             ("self", "cross") if crosses else ("self",),
+            speakers if config.supervised.weight else 0,
         )
         for name in names
     }
 
 
-def build_recipe(config, epoch_steps: int) -> Recipe:
+def build_recipe(config, epoch_steps: int, speakers: int = 1) -> Recipe:
     """Returns what the steps of a run have in common.
 
     Args:
       config: with all keys of configs/base.py.
       epoch_steps: steps in an epoch, by which durations in epochs are converted.
+      speakers: how many the dataset has; read only if the config trains with labels.
 
     Raises:
       ValueError: a value that cannot work; the message names its key.
@@ -150,6 +162,7 @@ def build_recipe(config, epoch_steps: int) -> Recipe:
             config.teacher.temp, config.teacher.end_temp, config.teacher.temp_warmup_epochs, epoch_steps
         ),
         steps(config.optimizer, "freeze_prototypes"),
+        optim.rising_margin(config.supervised.margin, steps(config.supervised, "margin_warmup")),
     )
     optimizer = optim.build_optimizer(
         config.optimizer.name,
@@ -168,7 +181,9 @@ def build_recipe(config, epoch_steps: int) -> Recipe:
         gate.min_alignment,
         steps(gate, "stop"),
     )
-    return Recipe(build_branches(config), optimizer, schedules, LossWeights(**config.loss), rule)
+    supervision = Supervision(config.supervised.weight, config.supervised.scale)
+    branches = build_branches(config, speakers)
+    return Recipe(branches, optimizer, schedules, LossWeights(**config.loss), rule, supervision)
 
 
 def build_front_end(config):
@@ -180,7 +195,7 @@ def build_front_end(config):
 
 
 def load_augmentation_banks(config) -> dict[str, np.ndarray]:
-    """Returns the config's banks of recordings and room responses, {} where it names none.
+    """Returns the config's banks of recordings and room responses, {} if it names none.
 
     Raises OSError or ValueError, naming the folder, for a folder that gives no bank.
     """

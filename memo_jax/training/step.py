@@ -4,13 +4,14 @@ Branch b (an ECAPA-TDNN, say, or a ResNet34) has a student and a teacher of one 
 the teachers see the first W, the global crops. Let e_b(v) be the student's embedding of view v and s_b^h(v) its logits
 by head h; with a bar they are the teacher's, through which no gradient flows. The objective (`objective`) is
 
-    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b ]
+    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + u · S_b ]
 
 with, over the batch and the pairs of views,
 
     D_bc^h = mean_{i≤W, v≠i} −⟨ softmax((s̄_c^h(i) − center_c^h) / τ_t), log softmax(s_b^h(v) / τ_s) ⟩   distillation
     C_b    = NT-Xent of e_b and ē_b over the global views                                             contrastive
     g      = 1 while the gate is open, then 0                                                         (gate.py)
+    S_b    = AAM-softmax of e_b over all views, of configs that train with labels; else u = 0         supervised
 
 Then, with the momentum m and the student's new parameters θ_b, in this order:
 
@@ -30,7 +31,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memo_jax.models import Branch, head_part
+from memo_jax.models import SPEAKER_HEAD, Branch, head_part
+from memo_jax.models.heads import SpeakerHead
 from memo_jax.training import losses
 from memo_jax.training.gate import GateRule, updated_gate
 from memo_jax.training.optim import Schedules
@@ -66,6 +68,18 @@ class LossWeights(NamedTuple):
     contrastive_margin: float = 0.0
 
 
+class Supervision(NamedTuple):
+    """How labels enter the objective.
+
+    Attributes:
+      weight: u, the weight of AAM-softmax; 0 for training without labels.
+      scale: of the cosines.
+    """
+
+    weight: float = 0.0
+    scale: float = 30.0
+
+
 class Recipe(NamedTuple):
     """What the steps of a run have in common; static under jit.
 
@@ -77,6 +91,7 @@ class Recipe(NamedTuple):
     schedules: Schedules
     weights: LossWeights
     gate_rule: GateRule
+    supervision: Supervision = Supervision()
     remat: bool = True
 
     @property
@@ -133,17 +148,19 @@ def by_view(x: jax.Array, views: int) -> jax.Array:
     return x.reshape((-1, views) + x.shape[1:]).swapaxes(0, 1)
 
 
+@jax.named_scope("backbone")
 def embeddings_by_view(backbone: nn.Module, params, batch_stats, features: jax.Array):
     """Returns a backbone's embeddings [V, B, D] of features [B, V, T, F], and its updated batch statistics."""
     embeddings, batch_stats = apply_in_train_mode(backbone, params, batch_stats, merge_views(features))
     return by_view(embeddings, features.shape[1]), batch_stats
 
 
+@jax.named_scope("head")
 def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[jax.Array]):
     """Returns a head's logits [V, B, K] of the embeddings of each crop length, and its updated batch statistics.
 
-    The layers with batch norm run on one crop length after the other, as the authors do; the prototypes meet all views
-    at once.
+    The layers with batch norm run on one crop length after the other, as the authors do; the cosines with the
+    prototypes are computed for all views at once.
     """
     units = []
     for of_views in embeddings:
@@ -174,7 +191,7 @@ def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *
 
 
 class TeacherOutputs(NamedTuple):
-    """What a branch's teacher makes of the global views, and what its forward pass has updated."""
+    """A teacher's outputs for the global views, and the statistics and centres that its forward pass updated."""
 
     embeddings: jax.Array  # [W, B, D]
     distributions: dict[str, jax.Array]  # {head: [W, B, K]}
@@ -183,6 +200,7 @@ class TeacherOutputs(NamedTuple):
     centers: dict[str, jax.Array]  # {head: [K]}
 
 
+@jax.named_scope("teacher")
 def teacher_outputs(
     branch: Branch,
     variables: Variables,
@@ -198,18 +216,22 @@ def teacher_outputs(
     for head in branch.head_names:
         part = head_part(head)
         logits, stats[part] = logits_by_view(branch.head, params[part], stats[part], [embeddings])
-        distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
-        new_centers[head] = losses.updated_center(centers[head], logits, center_momentum)
+        with jax.named_scope("distributions"):
+            distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
+            new_centers[head] = losses.updated_center(centers[head], logits, center_momentum)
     return TeacherOutputs(embeddings, distributions, entropies, stats, new_centers)
 
 
 def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict[str, TeacherOutputs]:
     """Returns {branch: outputs of its teacher for the global views}."""
     temperature, momentum = recipe.schedules.teacher_temp(state.step), recipe.weights.center_momentum
-    return {
-        name: teacher_outputs(branch, state.teacher[name], state.center[name], views[0], temperature, momentum)
-        for name, branch in recipe.branches.items()
-    }
+    outputs = {}
+    for name, branch in recipe.branches.items():
+        with jax.named_scope(name):
+            outputs[name] = teacher_outputs(
+                branch, state.teacher[name], state.center[name], views[0], temperature, momentum
+            )
+    return outputs
 
 
 # The objective.
@@ -237,14 +259,16 @@ def distillation_loss(
       temperature: τ_s.
     """
     logits, batch_stats = logits_by_view(branch.head, head_params, batch_stats, embeddings)
-    terms = {
-        pair: losses.distillation(logits, teachers[pair.teacher].distributions[pair.head], temperature)
-        for pair in pairs
-    }
+    with jax.named_scope("distillation"):
+        terms = {
+            pair: losses.distillation(logits, teachers[pair.teacher].distributions[pair.head], temperature)
+            for pair in pairs
+        }
     total = sum((pair.weight * term for pair, term in terms.items()), jnp.float32(0))
     return total, (terms, batch_stats)
 
 
+@jax.named_scope("contrastive")
 def contrastive_loss(embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights) -> jax.Array:
     """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D]."""
     return weights.contrastive * losses.contrastive(
@@ -252,16 +276,45 @@ def contrastive_loss(embeddings: jax.Array, teacher_embeddings: jax.Array, weigh
     )
 
 
-def objective(students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe) -> jax.Array:
-    """Returns L, which the module's docstring writes out.
+def supervised_loss(
+    head_params,
+    embeddings: Sequence[jax.Array],
+    labels: jax.Array,
+    margin: jax.Array,
+    *,
+    branch: Branch,
+    supervision: Supervision,
+):
+    """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and the accuracy of its speaker head.
 
-    The step descends its gradient without calling it: `update_branch` cuts the backward pass at the embedding.
+    Args:
+      head_params: of the speaker head.
+      embeddings: of all views.
+      labels: int32 [B], the number of each utterance's speaker, negative where it is not known.
+      margin: of this step.
+      branch: of the student.
+      supervision: of the recipe.
+    """
+    rows = jnp.concatenate([of_views.reshape(-1, of_views.shape[-1]) for of_views in embeddings])
+    of_rows = jnp.tile(labels, len(rows) // len(labels))
+    cosines = SpeakerHead(branch.speakers).apply({"params": head_params}, rows)
+    loss = losses.aam_softmax(cosines, of_rows, supervision.scale, margin)
+    return supervision.weight * loss, losses.accuracy(cosines, of_rows)
+
+
+def objective(
+    students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
+) -> jax.Array:
+    """Returns L of the module's docstring.
+
+    The step follows its gradient without calling it: `update_branch` cuts the backward pass at the embedding.
 
     Args:
       students: {branch: parameters}, the only argument that a gradient reaches.
-      state: of which everything else comes.
+      state: supplies everything else.
       views: normalised log-mel.
       recipe: of the run.
+      labels: int32 [B], for recipes with supervision.
     """
     teachers, weights = all_teacher_outputs(state, views, recipe), recipe.weights
     total = jnp.float32(0)
@@ -284,6 +337,11 @@ def objective(students: Mapping[str, Any], state: TrainState, views: Views, reci
         if recipe.is_contrastive:
             gate = 1 - state.gate.closed
             total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights)
+        if recipe.supervision.weight:
+            margin = recipe.schedules.margin(state.step)
+            total += supervised_loss(
+                params[SPEAKER_HEAD], embeddings, labels, margin, branch=branch, supervision=recipe.supervision
+            )[0]
     return total
 
 
@@ -308,7 +366,7 @@ def contrastive_gradient(embeddings, teacher_embeddings, distillation_gradient, 
 
 
 class BranchUpdate(NamedTuple):
-    """A branch after a step, and what the step reports of it."""
+    """A branch after a step, and the metrics of the step."""
 
     student: Variables
     teacher: Variables
@@ -317,8 +375,14 @@ class BranchUpdate(NamedTuple):
     squared_gradient: jax.Array
 
 
+@jax.named_scope("student")
 def update_branch(
-    name: str, state: TrainState, views: Views, teachers: Mapping[str, TeacherOutputs], recipe: Recipe
+    name: str,
+    state: TrainState,
+    views: Views,
+    teachers: Mapping[str, TeacherOutputs],
+    recipe: Recipe,
+    labels: jax.Array | None = None,
 ) -> BranchUpdate:
     """Updates one branch's student by the gradient of the objective, then its teacher.
 
@@ -331,6 +395,7 @@ def update_branch(
     momentum = materialize_on_cpu(recipe.schedules.momentum(state.step))
     new_params, new_averages, new_opt_state, squares = {}, {}, {}, []
 
+    @jax.named_scope("update")
     def update(part, gradient):
         """Updates student and teacher of a part: the backbone, or a head."""
         squares.extend(squared_norm(leaf) for leaf in jax.tree.leaves(gradient))
@@ -362,9 +427,25 @@ def update_branch(
             params[part], embeddings
         )
         cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | of_head
-        # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is there.
+        # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is computed.
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
+
+    metrics = {}
+    if recipe.supervision.weight:
+        loss = functools.partial(
+            supervised_loss,
+            labels=labels,
+            margin=recipe.schedules.margin(state.step),
+            branch=branch,
+            supervision=recipe.supervision,
+        )
+        (value, right), (gradient, at_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            params[SPEAKER_HEAD], embeddings
+        )
+        metrics = {f"loss/supervised/{name}": value, f"accuracy/{name}": right}
+        cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
+        update(SPEAKER_HEAD, gradient)
 
     contrastive = None
     if recipe.is_contrastive:
@@ -379,7 +460,7 @@ def update_branch(
         {"params": new_params, "batch_stats": stats},
         {"params": new_averages, "batch_stats": teachers[name].batch_stats},
         new_opt_state,
-        branch_metrics(name, terms, contrastive, teachers, several=len(recipe.branches) > 2),
+        branch_metrics(name, terms, contrastive, metrics, teachers, several=len(recipe.branches) > 2),
         sum(squares),
     )
 
@@ -388,16 +469,18 @@ def branch_metrics(
     name: str,
     terms: Mapping[Pair, jax.Array],
     contrastive: tuple[jax.Array, jax.Array] | None,
+    supervised: Metrics,
     teachers: Mapping[str, TeacherOutputs],
     *,
     several: bool,
 ) -> Metrics:
-    """Returns what a step reports of a branch.
+    """Returns a branch's metrics of a step.
 
     Args:
       name: of the branch.
       terms: its distillation losses, before their weights.
       contrastive: its weighted contrastive loss and the alignment of the two gradients; None without such a term.
+      supervised: its weighted supervised loss and accuracy; {} without such a term.
       teachers: their outputs.
       several: whether there are more than two branches, so that a cross-distillation has to be named after both.
     """
@@ -413,12 +496,23 @@ def branch_metrics(
         loss, cosine = contrastive
         metrics |= {f"loss/contrastive/{name}": loss, f"alignment/{name}": cosine}
         metrics[f"loss/{name}"] += loss
+    if supervised:
+        metrics |= supervised
+        metrics[f"loss/{name}"] += supervised[f"loss/supervised/{name}"]
     metrics[f"embedding_std/{name}"] = losses.embedding_deviation(teachers[name].embeddings[0])
     return metrics
 
 
-def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> tuple[TrainState, Metrics]:
+def train_step_on_features(
+    state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
+) -> tuple[TrainState, Metrics]:
     """Takes one step on normalised log-mel features of the global and the local views.
+
+    Args:
+      state: before the step.
+      views: as `front_end.training_views` gives them.
+      recipe: of the run.
+      labels: int32 [B], the number of each utterance's speaker; only recipes with supervision read it.
 
     Returns:
       The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is −1,
@@ -430,7 +524,8 @@ def train_step_on_features(state: TrainState, views: Views, recipe: Recipe) -> t
     for name in names:
         # One branch after the other, and all after the teachers' forward passes: parameters are updated in place.
         teachers, updates, views = materialize_on_cpu((teachers, updates, views))
-        updates[name] = update_branch(name, state, views, teachers, recipe)
+        with jax.named_scope(name):
+            updates[name] = update_branch(name, state, views, teachers, recipe, labels)
 
     metrics = {key: value for of_branch in updates.values() for key, value in of_branch.metrics.items()}
     gate = state.gate
@@ -471,9 +566,9 @@ def train_step(
     recipe: Recipe,
     front_end: Callable[[jax.Array, Any, Any], Views],
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step on a batch of int16 crops: the front end, then `train_step_on_features`.
+    """Takes one step on a batch of `training_batches`: the front end, then `train_step_on_features`.
 
     Every random draw comes from `key` and the state's step, so that a resumed run needs no saved generator.
     """
     views = front_end(jax.random.fold_in(key, state.step), batch, banks)
-    return train_step_on_features(state, views, recipe)
+    return train_step_on_features(state, views, recipe, batch.get("label"))

@@ -1,4 +1,4 @@
-"""The training loop: from a config and a workdir to a trained run, resumed if it was begun before."""
+"""The training loop: from a config and a workdir to a trained run, resumed where an earlier start ended."""
 
 import contextlib
 import functools
@@ -13,13 +13,15 @@ import numpy as np
 import memo_jax
 from memo_jax import config as configs
 from memo_jax import interrupts
-from memo_jax.data.batches import Utterances, steps_per_epoch, training_batches
+from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
-from memo_jax.log import MetricsLog, Progress
+from memo_jax.log import MetricsLog, Progress, plural
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
+from memo_jax.training.goodput import Goodput
 from memo_jax.training.monitor import Evaluation, Monitor
+from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
@@ -27,9 +29,10 @@ from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
+from memo_jax.xla.devices import chosen_devices
 
-# Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; its
-# fingerprint tells that it is the same.
+# Keys that a resumed run may change: they decide what is watched and kept, not what is learned. The dataset may move,
+# since its fingerprint identifies it.
 FREE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
@@ -39,13 +42,14 @@ FREE_ON_RESUME = (
     "collapse.",
     "split_above_megabytes",
 )
-LENGTH = ("total_epochs", "total_steps")  # may grow: the run goes on, with schedules that span the new length
+LENGTH = ("total_epochs", "total_steps")  # may grow: the run continues, with schedules that span the new length
 
 
 class Inputs(NamedTuple):
     """What a run is made from, checked: everything but the banks, which take long to load. Durations are in steps."""
 
     utterances: Utterances
+    labels: np.ndarray | None  # of the utterances; None for training without labels
     recipe: Recipe
     epoch_steps: int
     total: int
@@ -61,39 +65,44 @@ def train(
     evaluation: Evaluation | None = None,
     start: Mapping[str, Variables] | None = None,
     stop_at_step: int | None = None,
+    profile: ProfiledSteps | None = None,
     quiet: bool = False,
 ) -> dict[str, float]:
-    """Trains (or goes on training) the run of a workdir and returns its last metrics.
+    """Trains the run of a workdir, or resumes it, and returns its last metrics.
 
     Args:
       config: a config with all keys of configs/base.py.
-      workdir: folder of the run, perhaps gs://…: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints.
-      evaluation: what the teachers are tested by while training; `inference.evaluate.training_evaluation(config)`.
+      workdir: folder of the run, local or gs://…; gets config.json, run.json, metrics.jsonl, tensorboard/ and
+        checkpoints.
+      evaluation: tests the teachers while training; `inference.evaluate.training_evaluation(config)`.
       start: {branch: variables of its backbone} of the model file that `config.init` names;
         `inference.workdir.starting_backbones(config)`.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
+      profile: steps that the first process profiles into <workdir>/profile.
       quiet: show no progress.
 
     Raises:
       ValueError: a config that cannot work, or a workdir made with another one.
       TrainingStopped: losses are not finite, or the run has collapsed.
       OSError: the dataset, a bank or the workdir cannot be read or written, or another process trains in the workdir.
-      StopRequested: SIGTERM came, to any of the processes; the state has been saved.
+      StopRequested: one of the processes received SIGTERM; the state has been saved.
     """
     if config.init and not start:
         raise ValueError(f"init is {config.init}, but train() was given no network to start from")
     workdir, inputs = as_path(workdir), checked_inputs(config, evaluation)
     check_bucket(workdir)
     end = inputs.total if stop_at_step is None else min(stop_at_step, inputs.total)
+    goodput = Goodput()
     first, mesh, recipe = jax.process_index() == 0, sharding.data_mesh(), inputs.recipe
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.StopRequest())
         lock = processes.in_first(lambda: stack.enter_context(exclusive(workdir, inside=True)))
-        begin = check_same_run(workdir, config, inputs.utterances)
+        begin = check_same_run(workdir, config, inputs)
+        profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profile, begin, end, active=first)))
         banks = load_augmentation_banks(config)
-        processes.check_agreement(agreed_inputs(config, inputs.utterances, banks))
+        processes.check_agreement(agreed_inputs(config, inputs, banks))
         interrupts.check()
-        batches = batches_of(config, inputs.utterances, begin)
+        batches = batches_of(config, inputs.utterances, begin, inputs.labels)
         stack.callback(batches.close)
         banks_here = sharding.replicate(mesh, banks)
         if begin < end:
@@ -116,23 +125,25 @@ def train(
         shown.write(announcement(config, inputs, banks, begin))
         if begin >= end:
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
-        data = data_record(config, inputs.utterances, banks)
-        record = RunRecord(
-            workdir, seed=config.seed, data=data, begin=begin, total=inputs.total, active=first and begin < end
-        )
+        data, active = data_record(config, inputs.utterances, banks), first and begin < end
+        record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, total=inputs.total, active=active)
         if record.extended_from:
-            shown.write(
-                f"extended from {record.extended_from} to {inputs.total} steps: the schedules span the new length from "
-                f"step {begin + 1} on, so this run differs from one that was {inputs.total} steps long from the start"
-            )
-        extra = {"fingerprint": inputs.utterances.fingerprint, "version": memo_jax.__version__}
+            shown.write(extension_text(record.extended_from, inputs.total, begin))
+        extra = data_identity(inputs) | {"version": memo_jax.__version__}
         key = augmentation_key(config, mesh)
-        monitor = Monitor(config, recipe, log, shown, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation)
+        monitor = Monitor(
+            config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
+        )
         monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
         for number in range(begin + 1, end + 1):
-            batch = sharding.global_batch(mesh, next(batches))
-            state, metrics = take_step(state, batch, banks_here, key)
+            profiler.before(number)
+            with goodput.waiting_for_input(monitor.running):
+                batch = sharding.global_batch(mesh, next(batches))
+            with goodput.counting("compile") if number == begin + 1 else contextlib.nullcontext():
+                state, metrics = take_step(state, batch, banks_here, key)
             monitor.took(number, metrics)
+            if said := profiler.after(number, state):
+                shown.write(said)
             stops = stop.reached(number)
             saves = stops or number == end or number % inputs.save_every == 0
             evaluates = evaluation is not None and (number == end or number % inputs.evaluate_every == 0)
@@ -140,21 +151,33 @@ def train(
                 # Checked first, so that a state that is not finite is never saved.
                 monitor.settle(state, teacher_backbones(state) if evaluates else None)
             if saves:
-                if lock:
-                    lock.check()
-                log.upload()  # so that a run resumed from there has all rows up to it
-                checkpoints.save(number, state, extra)
+                with goodput.counting("checkpoint"):
+                    if lock:
+                        lock.check()
+                    log.upload()  # so that a run resumed from there has all rows up to it
+                    checkpoints.save(number, state, extra)
             if stops and number < inputs.total:
                 checkpoints.wait()
                 record.end(number)
                 raise processes.StopRequested(number)
-        checkpoints.wait()
+        with goodput.counting("checkpoint"):
+            checkpoints.wait()
         record.end(end)
+        if begin < end:
+            shown.write(str(goodput))
     return monitor.last
 
 
+def extension_text(before: int, total: int, begin: int) -> str:
+    """Returns the message of a run that resumes with a greater length."""
+    return (
+        f"extended from {before} to {total} steps: the schedules span the new length from step {begin + 1} on, so this "
+        f"run differs from one that was {total} steps long from the start"
+    )
+
+
 def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
-    """Returns what the config names and says; raises ValueError, naming the key, for a config that cannot work."""
+    """Returns what the config asks for; raises ValueError, naming the key, for a config that cannot work."""
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
     if config.evaluation.trials and evaluation is None:
@@ -164,7 +187,8 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
         )
     utterances = Utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
-    recipe = build_recipe(config, epoch_steps)
+    labels = speaker_numbers(utterances) if config.supervised.weight else None
+    recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1)
     batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
@@ -172,6 +196,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
     return Inputs(
         utterances,
+        labels,
         recipe,
         epoch_steps,
         total=steps(config, "total"),
@@ -193,23 +218,26 @@ def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] 
             )
 
 
-def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -> int:
+def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
     """Returns the step that a run resumes after, 0 at its beginning.
 
-    Raises ValueError for another config, but for a greater length, or for another dataset.
+    Raises ValueError for another dataset, or for another config, apart from a greater length.
     """
     check_same_config(workdir, config, (*FREE_ON_RESUME, *LENGTH))
     steps = saved_steps(workdir)
     if not steps:
         return 0
-    if load_extra(workdir)["fingerprint"] != utterances.fingerprint:
-        raise ValueError(
-            f"{config.data.train} is not the dataset that {workdir} was trained on (its fingerprint differs): "
-            "give that one to resume, or use another workdir"
-        )
-    epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
+    saved = load_extra(workdir)
+    for kind, value in data_identity(inputs).items():
+        if saved[kind] != value:
+            what = "its fingerprint differs" if kind == "fingerprint" else "its speakers differ"
+            raise ValueError(
+                f"{config.data.train} is not the dataset that {workdir} was trained on ({what}): "
+                "give that one to resume, or use another workdir"
+            )
     old, new = (
-        configs.duration_in_steps(one, "total", epoch_steps) for one in (configs.read_config(workdir) or config, config)
+        configs.duration_in_steps(one, "total", inputs.epoch_steps)
+        for one in (configs.read_config(workdir) or config, config)
     )
     if new < old:
         raise ValueError(
@@ -219,7 +247,7 @@ def check_same_run(workdir: str | os.PathLike, config, utterances: Utterances) -
     return steps[-1]
 
 
-def batches_of(config, utterances: Utterances, start: int):
+def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | None = None):
     """Returns the batches of this process from a step on."""
     return training_batches(
         utterances,
@@ -233,12 +261,13 @@ def batches_of(config, utterances: Utterances, start: int):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
+        labels=labels,
     )
 
 
 def bank_record(rows: np.ndarray) -> dict[str, int]:
-    """Returns how many recordings a bank holds, and a checksum of them."""
-    return {"recordings": len(rows), "checksum": zlib.crc32(rows)}
+    """Returns how many rows a bank holds, into which recordings are cut, and a checksum of them."""
+    return {"rows": len(rows), "checksum": zlib.crc32(rows)}
 
 
 def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
@@ -251,11 +280,17 @@ def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) ->
     }
 
 
-def agreed_inputs(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict[str, str]:
+def data_identity(inputs: Inputs) -> dict:
+    """Returns what tells one dataset from another: the fingerprint of its audio, and a checksum of the labels used."""
+    labels = None if inputs.labels is None else zlib.crc32(inputs.labels)
+    return {"fingerprint": inputs.utterances.fingerprint, "labels": labels}
+
+
+def agreed_inputs(config, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
     """Returns {name: text} of everything that must be the same in all processes."""
     return {
         "the config": configs.config_to_json(config),
-        "the dataset": utterances.fingerprint,
+        "the dataset": str(data_identity(inputs)),
         "the version of memo-jax": memo_jax.__version__,
     } | {f"the bank of {name}": str(bank_record(rows)) for name, rows in banks.items()}
 
@@ -267,7 +302,13 @@ def teacher_backbones(state: TrainState) -> dict:
 
 def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: int) -> str:
     """Returns what a run says when it starts."""
-    bank_text = ", ".join(f"{len(rows)} {name}" for name, rows in banks.items())
+    devices = chosen_devices()
+    # Recordings are cut into rows of a bank, so these are no numbers of recordings.
+    cut = f" × {config.augment.bank_seconds:g} s"
+    bank_text = ", ".join(
+        plural(len(rows), "room response") if name == "rir" else f"{name} {len(rows)}{cut}"
+        for name, rows in banks.items()
+    )
     if not bank_text:
         bank_text = "no bank of noise or rooms" + (
             "; other utterances are added as babble" if config.augment.babble_from_batch else ""
@@ -275,7 +316,7 @@ def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: in
     lines = [
         f"{len(inputs.utterances)} utterances, {inputs.epoch_steps} steps an epoch, {inputs.total} steps in all"
         + (f", resumed after step {begin}" if begin else ""),
-        f"branches {', '.join(inputs.recipe.branches)} on {jax.device_count()} {jax.devices()[0].platform} device(s)"
+        f"branches {', '.join(inputs.recipe.branches)} on {len(devices)} {devices[0].platform} device(s)"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + f", gate rule {inputs.recipe.gate_rule.name}",
         f"augmentation: {bank_text}",

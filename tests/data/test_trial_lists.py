@@ -110,7 +110,7 @@ def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path):
         ((corpus, "--targets", "0"), "'0' is not a whole number from 1"),
         ((corpus, "--targets", "99"), "99 target trials are wanted and there are 30 pairs"),
         ((corpus, "--same-gender", tmp_path / "bad"), "bad, line 1: expected `speaker gender`"),
-        ((corpus, "--same-gender", tmp_path / "twice"), "twice, line 2: 's0' is 'm' here and 'f' before"),
+        ((corpus, "--same-gender", tmp_path / "twice"), "twice, line 2: the gender of 's0' is 'm' here and 'f' before"),
     ):
         status, text = tiny.here("trials", *arguments, "-o", tmp_path / "list")
         assert status == 2 and message in text, text

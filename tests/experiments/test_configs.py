@@ -47,6 +47,8 @@ def test_a_full_size_step_fits_together(path):
         for kind in ("global", "local")
         if config.data[f"{kind}_crops"]
     }
+    if config.supervised.weight:
+        batch["label"] = jax.ShapeDtypeStruct((config.data.batch_size,), "int32")
     bank = jax.ShapeDtypeStruct((3, round(config.augment.bank_seconds * SAMPLE_RATE)), "int16")
     responses = jax.ShapeDtypeStruct((2, round(config.augment.rir_seconds * SAMPLE_RATE)), "float32")
     banks = {"noise": bank, "music": bank, "speech": bank, "rir": responses}

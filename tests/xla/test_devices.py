@@ -12,19 +12,24 @@ CODE = """if True:
     import sys
     import numpy as np
     from memo_jax.inference.embedder import Embedder
+    from memo_jax.training.run_record import hardware
     from memo_jax.xla.devices import chosen_devices, device_names, on_device
+    from memo_jax.xla.sharding import data_mesh
     with on_device("cpu:1"):
         embedder = Embedder.load(sys.argv[1], runtime="jax")
         rows = embedder.apply(np.ones((1, 16000), np.int16), np.array([16000]))
-        print(device_names(), embedder.device, sorted(d.id for d in rows.devices()), len(chosen_devices()))
-    print(embedder.device, len(chosen_devices()))
+        print(device_names(), embedder.device, sorted(d.id for d in rows.devices()))
+        print(len(chosen_devices()), data_mesh().devices, hardware()["devices"])
+    print(embedder.device, len(chosen_devices()), data_mesh().size)
 """
 
 
 def test_a_chosen_device_is_the_one_that_computes():
     command = [sys.executable, "-c", CODE, str(tiny.model_file())]
     done = subprocess.run(command, env=tiny.environment(devices=2), capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["['cpu:0', 'cpu:1'] cpu:1 [1] 1", "cpu:0 2"], done.stderr
+    assert done.stdout.splitlines() == ["['cpu:0', 'cpu:1'] cpu:1 [1]", "1 [CpuDevice(id=1)] 1", "cpu:0 2 2"], (
+        done.stderr
+    )
 
 
 def test_a_device_that_is_not_there_is_told_with_those_that_are():

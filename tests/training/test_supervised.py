@@ -1,0 +1,159 @@
+"""Training with labels: AAM-softmax against its definition, the step that descends it, and runs that use labels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tiny
+from memo_jax.data.batches import Utterances, speaker_numbers, training_batches
+from memo_jax.features import MEL_BINS
+from memo_jax.inference.workdir import workdir_model
+from memo_jax.log import read_metrics
+from memo_jax.training import losses, optim
+from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.recipe import build_recipe
+from memo_jax.training.state import initial_state, student_params
+from memo_jax.training.step import objective, train_step_on_features
+from runs import assert_same_state
+
+SUPERVISED = (
+    "supervised.weight=1",
+    "loss.self=0",
+    "loss.cross=0",
+    "loss.contrastive=0",
+    "gate.rule=never",
+    "supervised.margin_warmup_epochs=1",
+)
+
+
+def definition(cosines, labels, scale, margin):
+    """ArcFace, row by row in float64: the angle to the true speaker grows by the margin."""
+    rows = []
+    for row, label in zip(np.asarray(cosines, np.float64), labels):
+        if label >= 0:
+            angle = np.arccos(row[label])
+            logits = scale * row
+            wrong_side = angle + margin > np.pi
+            logits[label] = scale * (row[label] - margin * np.sin(margin) if wrong_side else np.cos(angle + margin))
+            rows.append(np.log(np.exp(logits).sum()) - logits[label])
+    return np.mean(rows)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 0.5])
+def test_aam_softmax_is_its_definition_with_its_slope(margin):
+    random = np.random.default_rng(0)
+    cosines, labels = random.uniform(-0.95, 0.95, (6, 5)), np.array([0, 3, -1, 4, 2, 1])
+    cosines[1, 3] = -0.99  # beyond π with the margin
+    loss = functools.partial(losses.aam_softmax, labels=jnp.asarray(labels), scale=30.0, margin=margin)
+    single = jnp.asarray(cosines, jnp.float32)
+    assert float(loss(single)) == pytest.approx(definition(cosines, labels, 30.0, margin), rel=1e-5)
+    gradient, step = np.asarray(jax.grad(loss)(single)), 1e-6
+    assert not gradient[2].any(), "a row without a label"
+    for place in np.ndindex(cosines.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = cosines.copy()
+            moved[place] += sign * step
+            ends.append(definition(moved, labels, 30.0, margin))
+        assert gradient[place] == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=2e-4), place
+
+
+def test_accuracy_counts_rows_with_a_label():
+    cosines = jnp.array([[0.9, 0.1], [0.2, 0.3], [0.5, 0.4]])
+    assert float(losses.accuracy(cosines, jnp.array([0, 0, -1]))) == 0.5
+
+
+def test_the_margin_rises_and_stays():
+    schedule = optim.rising_margin(0.2, 4)
+    assert [round(float(schedule(step)), 6) for step in (0, 1, 4, 9)] == [0, 0.05, 0.2, 0.2]
+    assert float(optim.rising_margin(0.2, 0)(0)) == pytest.approx(0.2)
+
+
+def test_the_step_descends_the_gradient_of_the_objective():
+    """With distillation and contrast as well: the gradients of all terms meet at the embedding."""
+    plain = ("optimizer.clip_norm=0", "optimizer.weight_decay=0", "optimizer.sgd_momentum=0", "gate.rule=always")
+    start = ("optimizer.warmup_steps=0", "optimizer.freeze_prototypes_steps=0", "model.branches=resnet,")
+    config = tiny.tiny_config("supervised.weight=0.5", *plain, *start)
+    recipe = build_recipe(config, tiny.STEPS_PER_EPOCH, speakers=3)
+    random = np.random.default_rng(0)
+    views = tuple(jnp.asarray(random.normal(0, 1, (4, v, 12, MEL_BINS)), jnp.float32) for v in (2, 1))
+    labels = jnp.array([0, 2, 1, 2])
+
+    @jax.jit
+    def both(key):
+        state = initial_state(key, recipe.branches, MEL_BINS, recipe.optimizer, recipe.gate_rule)
+        gradient = jax.grad(objective)(student_params(state), state, views=views, recipe=recipe, labels=labels)
+        after, metrics = train_step_on_features(state, views, recipe, labels)
+        moved = jax.tree.map(lambda old, new: old - new, student_params(state), student_params(after))
+        value = objective(student_params(state), state, views, recipe, labels)
+        return moved, gradient, recipe.schedules.learning_rate(0), metrics, value
+
+    moved, gradient, rate, metrics, value = both(jax.random.key(0))
+    assert "speaker_head" in gradient["resnet"]
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(gradient)):
+        assert jnp.isfinite(b).all(), path
+        scale = max(float(jnp.abs(b).max()), 1e-6)
+        np.testing.assert_allclose(a / rate, b, atol=2e-3 * scale, err_msg=str(path))
+
+
+def test_labels_follow_their_utterances():
+    utterances = Utterances(tiny.material().dataset)
+    labels = speaker_numbers(utterances)
+    names = sorted(set(utterances.speakers))
+    assert [names[label] for label in labels] == utterances.speakers
+    options = {"batch_size": 4, "seed": 0, "global_seconds": 0.32, "local_crops": 0, "labels": labels}
+    whole = training_batches(utterances, **options)
+    parts = [training_batches(utterances, **options, process_index=index, process_count=2) for index in range(2)]
+    by_content = {utterance.tobytes(): label for utterance, label in zip(utterances, labels)}
+    for _ in range(6):
+        batch = next(whole)
+        np.testing.assert_array_equal(batch["label"], np.concatenate([next(part)["label"] for part in parts]))
+        for crop, label in zip(batch["global"][:, 0], batch["label"]):
+            assert {known for content, known in by_content.items() if crop.tobytes() in content} == {label}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("supervised") / "run"
+    status, text = tiny.train_here(workdir, *SUPERVISED)
+    assert status == 0, text
+    return workdir
+
+
+def test_a_run_learns_the_speakers_and_resumes_exactly(run, tmp_path):
+    rows = read_metrics(run)
+    first, last = (np.mean([row["loss/supervised/resnet"] for row in part]) for part in (rows[:4], rows[-4:]))
+    assert last < first and 0 <= rows[-1]["accuracy/resnet"] <= 1
+    assert load_raw(run)[0]["student"]["resnet"]["params"]["speaker_head"]["directions"].shape == (16, tiny.SPEAKERS)
+    assert workdir_model(run).dimension == 16
+    assert tiny.train_here(tmp_path / "run", *SUPERVISED, "--stop-at-step=5")[0] == 0
+    assert tiny.train_here(tmp_path / "run", *SUPERVISED)[0] == 0
+    assert_same_state(tmp_path / "run", run)
+
+
+def test_other_labels_are_another_dataset(run, tmp_path):
+    names = Utterances(tiny.material().dataset).names
+    speakers = {name: f"x{i % 3}" for i, name in enumerate(names)}
+    dataset = tiny.write_dataset(tmp_path / "other", tiny.material().corpus, speakers=speakers)
+    status, text = tiny.train_here(run, *SUPERVISED, f"data.train={dataset}")
+    assert status == 2 and "its speakers differ" in text
+
+
+@pytest.mark.parametrize(
+    "speaker, said", [("", "20 of 20 utterances have no speaker"), ("one", "all utterances are of one speaker")]
+)
+def test_labels_that_tell_nothing_are_refused(speaker, said, tmp_path):
+    names = Utterances(tiny.material().dataset).names
+    dataset = tiny.write_dataset(tmp_path / "set", tiny.material().corpus, speakers=dict.fromkeys(names, speaker))
+    status, text = tiny.train_here(tmp_path / "run", *SUPERVISED, f"data.train={dataset}")
+    assert status == 2 and said in text and not (tmp_path / "run").exists()
+
+
+def test_settings_out_of_range_are_named(tmp_path):
+    for setting in ("supervised.margin=2.0", "supervised.weight=-1.0", "supervised.scale=0"):
+        status, text = tiny.train_here(tmp_path / "run", setting)
+        assert status == 2 and setting.split("=")[0] in text, text
