@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -95,6 +96,19 @@ def check_paths(options: argparse.Namespace) -> None:
                 check_local(path)
 
 
+def as_json(value) -> str:
+    """Returns JSON text for people and programs, NaN and infinities, which JSON does not have, as null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
 def run_prepare(options) -> int:
     """memo-jax prepare."""
     if options.check:
@@ -144,7 +158,7 @@ def run_trials(options) -> None:
         seed=options.seed,
         form=options.form,
     )
-    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else trials_text(report))
+    print(as_json(report) if options.json else trials_text(report))
 
 
 def run_init_config(options) -> None:
@@ -216,7 +230,7 @@ def run_reproduce(options) -> int:
     workdir = options.workdir.resolve()
     output = options.output or workdir.with_name(f"{workdir.name}-again")
     found = reproduce(options.workdir, output, options.overrides)
-    print(json.dumps(found, indent=2) if options.json else comparison_text(options.workdir, found))
+    print(as_json(found) if options.json else comparison_text(options.workdir, found))
     return 0 if found["identical"] else NO
 
 
@@ -229,7 +243,7 @@ def run_plan(options) -> int:
     from memo_jax.planning.plan import plan, plan_text
 
     result = plan(config, options.topology, options.utterances)
-    print(json.dumps(result, indent=2) if options.json else plan_text(result))
+    print(as_json(result) if options.json else plan_text(result))
     return 0 if result["fits"] else NO
 
 
@@ -255,7 +269,7 @@ def run_eval(options) -> None:
         replicates=options.replicates,
     )
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(as_json(results))
         return
     written = ("results.json", "det.png") if "eer" in results else ("results.json", "scores.txt")
     print("\n".join([evaluation_text(results), *(str(options.output / name) for name in written)]))
@@ -326,7 +340,7 @@ def run_embed(options) -> int:
     report = embed_recordings(
         embedder, options.input, options.output, min_seconds=options.min_seconds, window=options.window, hop=options.hop
     )
-    print(json.dumps(report, indent=2, ensure_ascii=False) if options.json else embedding_text(report))
+    print(as_json(report) if options.json else embedding_text(report))
     return NO if report["left_out"] else 0
 
 
@@ -337,7 +351,7 @@ def run_verify(options) -> int:
     text, fields = decided(options, embedder, result.score)
     if options.json:
         fields |= {"model": embedder.fingerprint}
-        print(json.dumps(result._asdict() | fields, indent=2, ensure_ascii=False))
+        print(as_json(result._asdict() | fields))
     else:
         print(
             f"{'same speaker' if result.decision else 'different speakers'}: score {result.score:.4f}, threshold "
@@ -355,7 +369,7 @@ def run_enroll(options) -> None:
     embedder.enroll(options.name, options.recordings)
     names = embedder.gallery.names
     print(
-        json.dumps({"enrolled": options.name, "people": names}, indent=2, ensure_ascii=False)
+        as_json({"enrolled": options.name, "people": names})
         if options.json
         else f"{options.name} is enrolled; {len(names)} in {options.gallery}"
     )
@@ -369,7 +383,7 @@ def run_remove(options) -> None:
     check_output_name(options.gallery, gallery=True)
     names = remove_person(options.gallery, options.name).names
     print(
-        json.dumps({"removed": options.name, "people": names}, indent=2, ensure_ascii=False)
+        as_json({"removed": options.name, "people": names})
         if options.json
         else f"{options.name} is removed; {len(names)} left in {options.gallery}"
     )
@@ -383,7 +397,7 @@ def run_identify(options) -> int:
     result = embedder.identify(options.recording, threshold=options.threshold)
     text, fields = decided(options, embedder, result.score)
     if options.json:
-        print(json.dumps(result._asdict() | fields, indent=2, ensure_ascii=False))
+        print(as_json(result._asdict() | fields))
     else:
         print(
             f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, threshold "
@@ -429,7 +443,7 @@ def run_export(options) -> None:
         "other_front_end": options.other_front_end,
     }
     paths = [str(path) for path in export(model, options.output, **onnx_options)]
-    print(json.dumps({"files": paths, "model": model.fingerprint}, indent=2) if options.json else "\n".join(paths))
+    print(as_json({"files": paths, "model": model.fingerprint}) if options.json else "\n".join(paths))
 
 
 def run_push(options) -> None:
@@ -468,7 +482,7 @@ def run_score(options) -> None:
         replicates=options.replicates,
         scores_file=options.scores,
     )
-    print(json.dumps(results, indent=2) if options.json else score_text(results))
+    print(as_json(results) if options.json else score_text(results))
 
 
 def keep_compiled_programs() -> None:

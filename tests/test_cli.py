@@ -1,5 +1,6 @@
 """The command itself: help without heavy imports, exit statuses, and errors in one line."""
 
+import json
 import subprocess
 import sys
 
@@ -113,6 +114,15 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
         tiny.here("prepare", "--input", "a", "--output", "b")
 
 
+def test_json_has_null_where_there_is_no_number(monkeypatch):
+    """The threshold at which a minDCF of 1 is reached is infinite, and an interval of one trial is none."""
+    found = {"eer": float("nan"), "curve": [1.0, float("inf")], "of": {"name": "Zoë", "pair": (float("-inf"), 2)}}
+    monkeypatch.setattr("memo_jax.scoring.score.score", lambda *arguments, **options: found)
+    status, text = tiny.here("score", "--embeddings", "e.npz", "--trials", "t.txt", "--json")
+    told = json.loads(text, parse_constant=pytest.fail)
+    assert status == 0 and told == {"eer": None, "curve": [1.0, None], "of": {"name": "Zoë", "pair": [None, 2]}}
+
+
 def test_prepare_as_typed(tmp_path):
     """Two inputs, names with spaces and letters beyond ASCII; what cannot be used is told, and listed."""
     one, two = tiny.write_corpus(tmp_path / "one", speakers=1, utterances=2), tmp_path / "zwei äöü"
@@ -204,6 +214,27 @@ MISTAKES = [
     "prepare --check none",
     "prepare --check file",
     "prepare --check none --input none",
+    "prepare --input none --output gs://bucket/set",
+    "prepare --input gs://bucket/in --output o",
+    "prepare --input none --output o --workers -1",
+    "prepare --check file --output o",
+    f"embed a.wav {MODEL} --output e.npz --runtime tensorrt",
+    f"embed a.wav {MODEL} --output e.npz --step 2.5",
+    f"embed a.wav {MODEL} --output e.parquet --branch",
+    f"verify a.wav b.wav {MODEL} --threshold",
+    f"verify gs://bucket/a.wav b.wav {MODEL}",
+    f"identify a.wav b.wav {MODEL} --gallery g.npz",
+    f"identify a.wav {MODEL} --gallery gs://bucket/g.npz",
+    f"enroll Ada a.wav {MODEL} --gallery file/g.npz",
+    f"export {MODEL} --output a.onnx --onnx-input waves3",
+    "convert file --output m.safetensors --to kaldi",
+    "eval --model none --data d --trials t --output file/o",
+    "eval --model none --data d --trials t --output o --step -x",
+    "score --embeddings e.npz --trials t --replicates -1",
+    "score --embeddings e.npz --trials t --cohort",
+    "report none --output file/r.html",
+    "plan --config none.py --topology v99:4x4",
+    "train --config none.py --workdir w --stop-at-step soon",
     "--verzion",
     "verfy a.wav b.wav",
 ]
