@@ -121,8 +121,9 @@ def prepare(
                 say(f"{output} is unfinished: the same command continues from there")
             raise
         finally:
-            if not unfinished.has_parts():
-                unfinished.discard()
+            with contextlib.suppress(OSError):  # on a failing disk, what was raised before is what to report
+                if not unfinished.has_parts():
+                    unfinished.discard()
     if not report["utterances"]:
         raise ValueError(f"no usable recording in {', '.join(map(str, inputs))}{reasons(report['left_out'])}")
     return report | {"output": str(output)}
