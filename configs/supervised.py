@@ -2,8 +2,8 @@
 
     memo-jax train --config configs/supervised.py --workdir runs/supervised --config.data.train=DATASET …
 
-Large-margin fine-tuning goes on from a network with a wider margin and longer crops: `--config.init=FILE
---config.supervised.margin=0.5 --config.data.global_seconds=6 --config.supervised.margin_warmup_epochs=1`.
+Large-margin fine-tuning goes on from a network with a wider margin and longer crops: `--init FILE
+--config.supervised.margin=0.5 --config.data.global_seconds=6`.
 """
 
 import small

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # a process silent for this long counts as lost, which ends the others
+# A process silent for this long counts as lost, which ends the others. It sends a heartbeat after half of it; a machine
+# that is moved to another host stands still for up to a minute.
+HEARTBEAT_SECONDS = 150
 SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others
 LAST_WORDS_SECONDS = 5.0  # how long a failed first process, whose end ends all, lets the others report their errors
 TEXT_BYTES = 1000  # longest error message that the first process sends to the others
