@@ -16,7 +16,7 @@ from memo_jax import interrupts
 from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
-from memo_jax.log import MetricsLog, Progress
+from memo_jax.log import MetricsLog, Progress, plural
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.goodput import Goodput
@@ -266,8 +266,8 @@ def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | 
 
 
 def bank_record(rows: np.ndarray) -> dict[str, int]:
-    """Returns how many recordings a bank holds, and a checksum of them."""
-    return {"recordings": len(rows), "checksum": zlib.crc32(rows)}
+    """Returns how many rows a bank holds, into which recordings are cut, and a checksum of them."""
+    return {"rows": len(rows), "checksum": zlib.crc32(rows)}
 
 
 def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
@@ -303,7 +303,12 @@ def teacher_backbones(state: TrainState) -> dict:
 def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: int) -> str:
     """Returns what a run says when it starts."""
     devices = chosen_devices()
-    bank_text = ", ".join(f"{len(rows)} {name}" for name, rows in banks.items())
+    # Recordings are cut into rows of a bank, so these are no numbers of recordings.
+    cut = f" × {config.augment.bank_seconds:g} s"
+    bank_text = ", ".join(
+        plural(len(rows), "room response") if name == "rir" else f"{name} {len(rows)}{cut}"
+        for name, rows in banks.items()
+    )
     if not bank_text:
         bank_text = "no bank of noise or rooms" + (
             "; other utterances are added as babble" if config.augment.babble_from_batch else ""
