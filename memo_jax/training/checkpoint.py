@@ -223,7 +223,7 @@ def _with_sharding(leaf) -> jax.ShapeDtypeStruct:
 def _ignore_closed_loops() -> None:
     """Hides what tensorstore prints about writes that a failed save leaves unfinished; the failure itself is raised."""
     hook = sys.unraisablehook
-    if hook.__name__ == "without_closed_loops":
+    if getattr(hook, "__name__", "") == "without_closed_loops":  # a hook may be any callable
         return
 
     def without_closed_loops(ignored):
