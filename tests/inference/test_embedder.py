@@ -213,3 +213,16 @@ def test_the_network_of_the_package_needs_no_name(corpus):
     assert own.verify(one, other).score < 0.999
     status, text = tiny.here("verify", one, one)
     assert status == 0 and "score" in text.lower()
+
+
+def test_a_person_is_removed_from_the_gallery_and_its_file(tmp_path, corpus):
+    path = tmp_path / "people.npz"
+    kept, forgotten = Embedder.load(tiny.model_file(), gallery=path), Embedder.load(tiny.model_file())
+    for embedder in (kept, forgotten):
+        for name in ("Ada", "Bob"):
+            embedder.enroll(name, corpus / "s0" / "0.wav")
+        embedder.remove("Ada")
+        assert embedder.gallery.names == ["Bob"]
+        with pytest.raises(ValueError, match="nobody is enrolled as 'Ada'"):
+            embedder.remove("Ada")
+    assert read_embeddings(path).names == ["Bob"]
