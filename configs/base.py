@@ -19,9 +19,9 @@ def get_config() -> ConfigDict:
     data = config.data = ConfigDict()
     data.train = ""  # dataset to train on, written by `memo-jax prepare`
     data.batch_size = 240  # utterances per step, over all devices and processes
-    data.global_crops = 2  # global crops per utterance, which students and teachers see
+    data.global_crops = 2  # global crops per utterance, seen by students and teachers
     data.global_seconds = 4.0  # length of a global crop; a shorter utterance is repeated
-    data.local_crops = 4  # local crops per utterance, which only students see
+    data.local_crops = 4  # local crops per utterance, seen by students only
     data.local_seconds = 2.0  # length of a local crop
     data.workers = 0  # processes that read and crop; 0: a thread of the training process
 

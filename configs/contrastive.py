@@ -18,7 +18,7 @@ def get_config():
 
     config.model.branches = ("ecapa",)
     config.model.ecapa_stride = 2  # half the frames, so twice as many steps in the same time
-    # The head is there, as in every run, but nothing is learned through it.
+    # Every run has a projection head; here nothing is learned through it.
     config.model.head_hidden = 16
     config.model.head_bottleneck = 16
     config.model.prototypes = 16

@@ -1,4 +1,4 @@
-"""The authors' recipe as a TPU computes it fastest: bfloat16, and the ResNet's planes packed to fill its lanes.
+"""The authors' recipe in the form that TPUs run fastest: bfloat16, and the ResNet's planes packed to fill its lanes.
 
 memo-jax plan --config configs/memo_voxceleb2_tpu.py --topology v5e:2x2 --config.data.batch_size=128
 """

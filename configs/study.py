@@ -1,4 +1,4 @@
-"""The study's MeMo: configs/small.py made so cheap that many of its variants can be trained on one core.
+"""The study's MeMo: configs/small.py, made cheap enough to train many variants on one core.
 
     python experiments/run.py --config configs/study.py --data DATASET … (see experiments/README.md)
 

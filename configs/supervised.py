@@ -1,9 +1,9 @@
-"""AAM-softmax on the dataset's speakers: training with labels, by the same loop, for people who have them.
+"""AAM-softmax on the dataset's speakers: training with labels, by the same loop.
 
     memo-jax train --config configs/supervised.py --workdir runs/supervised --config.data.train=DATASET …
 
-Large-margin fine-tuning goes on from a network with a wider margin and longer crops: `--config.init=FILE
---config.supervised.margin=0.5 --config.data.global_seconds=6 --config.supervised.margin_warmup_epochs=1`.
+Large-margin fine-tuning goes on from a network with a wider margin and longer crops: `--init FILE
+--config.supervised.margin=0.5 --config.data.global_seconds=6`.
 """
 
 import small
@@ -17,7 +17,7 @@ def get_config():
     config.data.local_crops = 0
 
     config.model.branches = ("ecapa",)
-    # The projection head is there, as in every run, but nothing is learned through it.
+    # Every run has a projection head; here nothing is learned through it.
     config.model.head_hidden = 16
     config.model.head_bottleneck = 16
     config.model.prototypes = 16

@@ -76,6 +76,9 @@ BFLOAT16_TOLERANCE = 0.02
 # Devices add up in another order, and training amplifies it.
 DEVICES_TOLERANCE = {"first": 1e-5, "last": 1e-3}
 STEPS = 3  # of the checks
+TRACED = 3  # steps
+SCOPES = ("augment", "mel", "teacher", "student", "backbone", "head", "distributions", "distillation", "contrastive")
+SCOPES += ("update", "ecapa", "resnet", "campplus")
 EPOCH_STEPS = 1000  # of the recipe that is timed
 
 
@@ -237,16 +240,22 @@ def trace(options) -> dict:
     """A profile of three steps, and of the memory."""
     import jax
 
+    from memo_jax.training.profile import tracing_options
+
     folder = options.output / "profile"
     program = Program(config_of(options, "model.dtype=bfloat16", f"data.batch_size={small_batch(options)}"), None)
     for _ in range(2):
         program.take_step()
-    with jax.profiler.trace(folder):
-        for _ in range(3):
+    with jax.profiler.trace(folder, profiler_options=tracing_options()):
+        for _ in range(TRACED):
             program.take_step()
     jax.profiler.save_device_memory_profile(str(folder / "memory.prof"))
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {"folder": str(folder), "bytes": sum(path.stat().st_size for path in files), "files": len(files)}
+    spans = traced_spans(max(folder.rglob("*.xplane.pb")), scopes(program.compiled.as_text()))
+    seconds = {}
+    for scope, _, length in spans:
+        seconds[scope] = seconds.get(scope, 0.0) + length / TRACED
+    draw_timeline(spans, options.output / "timeline.png")
+    return {"folder": str(folder), "seconds_by_scope": dict(sorted(seconds.items(), key=lambda item: -item[1]))}
 
 
 def plan(options) -> dict:
@@ -345,6 +354,49 @@ class Program:
         return {name: float(value) for name, value in self.metrics.items() if name.startswith("loss")}
 
 
+def scopes(text: str) -> dict[str, str]:
+    """Returns {operation of a compiled program: the parts of the method it belongs to, "ecapa/student/backbone"}."""
+    found = {}
+    for operation, name in re.findall(r'^ +(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', text, re.MULTILINE):
+        words = dict.fromkeys(word for word in re.findall(r"\w+", name) if word in SCOPES)
+        backward = "student" in words and "update" not in words and "transpose(" in name
+        found[operation] = "/".join(words) + (", backward" if backward else "") or "other"
+    return found
+
+
+def traced_spans(file: Path, scope_of: dict[str, str]) -> list[tuple[str, float, float]]:
+    """Returns (scope, begin, length) in seconds of every operation in a trace, on the first device."""
+    from jax.profiler import ProfileData
+
+    spans, inside = [], ("while", "conditional", "call")  # their operations are in the trace, too
+    planes = {plane.name: plane for plane in ProfileData.from_file(str(file)).planes}
+    plane = next((planes[name] for name in sorted(planes) if name.startswith("/device:")), planes.get("/host:CPU"))
+    for line in plane.lines:
+        for event in line.events:
+            named = event.name.split(" ")[0].lstrip("%") if line.name == "XLA Ops" else None  # as on TPUs
+            operation = dict(event.stats).get("hlo_op", named)
+            if operation in scope_of and not operation.startswith(inside):
+                spans.append((scope_of[operation], event.start_ns / 1e9, event.duration_ns / 1e9))
+    return spans
+
+
+def draw_timeline(spans: list[tuple[str, float, float]], file: Path) -> None:
+    """Draws a trace: a row for each scope, in the order in which they begin."""
+    from matplotlib.figure import Figure
+
+    rows = list(dict.fromkeys(scope for scope, _, _ in sorted(spans, key=lambda span: span[1])))
+    first = min((begin for _, begin, _ in spans), default=0.0)
+    figure = Figure(figsize=(9, 1 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, scope in enumerate(rows):
+        mine = [((begin - first) * 1e3, length * 1e3) for name, begin, length in spans if name == scope]
+        axes.broken_barh(mine, (place - 0.4, 0.8), color="tab:orange" if scope.endswith("backward") else "tab:blue")
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    figure.savefig(file, dpi=110)
+
+
 def config_of(options, *overrides):
     """The config with the command line's overrides, and these, "key=value"."""
     texts = [*options.overrides, *overrides]
@@ -411,6 +463,7 @@ def training_overrides(options) -> list[str]:
         "optimizer.warmup_steps",
         "optimizer.freeze_prototypes_steps",
         "evaluation.every_steps",
+        "checkpoint.every_steps",
     ):
         value = functools.reduce(getattr, key.split("."), config)
         if value > 0:
@@ -486,7 +539,10 @@ def run_all(options, arguments: list[str]) -> int:
     """Runs the parts that are not done, until time is up; returns the exit status."""
     end, left = time.monotonic() + 60 * options.minutes, True
     part_file(options, "machine").parent.mkdir(parents=True, exist_ok=True)
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(options.output / "xla")} | os.environ
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(options.output / "xla"),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",  # of a GPU's memory; the default is 0.75
+    } | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     for number, name in enumerate(parts := [n for n in parts_of(options) if not part_file(options, n).is_file()]):
         remaining = end - time.monotonic()
@@ -641,7 +697,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="OUTPUT")
     parser.add_argument("--data", type=Path, metavar="DATA", help="what to train on, see above")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of one call (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of one call (default: %(default)s)")
     parser.add_argument("--training-minutes", type=float, default=20.0, help="of all rows (default: %(default)s)")
     parser.add_argument("--rows", default="main", help="of the study, as experiments/run.py takes them (default: main)")
     parser.add_argument("--parts", default="", metavar="REGEX", help="only those whose name it matches")

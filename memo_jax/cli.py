@@ -152,7 +152,8 @@ def run_train(options) -> None:
     """memo-jax train."""
     from memo_jax.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    start_from = [] if options.init is None else [f"--config.init={options.init}"]
+    config = load_config(options.config, options.overrides + start_from)
     keep_compiled_programs()
     keep_freed_memory()
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}

@@ -60,7 +60,7 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
 def packaged_configs() -> dict[str, Path]:
     """Returns {name: file} of the configs that come with the package, sorted: those of the repository's configs/."""
     package = Path(__file__).parent
-    installed, cloned = package / "configs", package.parent / "configs"  # of a wheel; of a clone or editable install
+    installed, cloned = package / "configs", package.parent / "configs"  # in a wheel; in a clone or an editable install
     return {file.stem: file for file in sorted((installed if installed.is_dir() else cloned).glob("*.py"))}
 
 
@@ -94,7 +94,7 @@ def config_from_json(text: str) -> ConfigDict:
 
 
 def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
-    """Writes `<workdir>/config.json`, whole or not at all."""
+    """Writes `<workdir>/config.json` atomically."""
     make_folder(workdir)
     write_text(as_path(workdir) / CONFIG_FILE, config_to_json(config) + "\n")
 
@@ -110,10 +110,10 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
 
 
 def workdir_config(workdir: str | os.PathLike) -> ConfigDict:
-    """Returns the locked config of a run; raises FileNotFoundError where no run is, ValueError if it is damaged."""
+    """Returns the locked config of a run. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
     config = read_config(workdir)
     if config is None:
-        hint = "; of a model file in a bucket, make a copy here first" if in_bucket(workdir) else ""
+        hint = "; if it is a model file in a bucket, copy it to this machine first" if in_bucket(workdir) else ""
         raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no {CONFIG_FILE}){hint}")
     return config
 

@@ -291,6 +291,9 @@ def add_train(command: Command) -> None:
     added.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
+    added.add_argument(
+        "--init", type=Path, metavar="MODEL", help="start from the network of a model file, as --config.init=MODEL does"
+    )
     added.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
     added.add_argument(
         "--profile",

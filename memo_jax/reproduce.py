@@ -30,7 +30,7 @@ def reproduce(
 
     Args:
       run: workdir of a run; every `results.json` that `memo-jax eval` wrote below it is reproduced, too.
-      output: the new workdir; results of an earlier call are used.
+      output: the new workdir; results of an earlier call are reused.
       overrides: texts "--config.KEY=VALUE" that say where data, trials and banks are now.
       quiet: show no progress.
 
@@ -56,13 +56,13 @@ def reproduce(
         if "extended_from" in start:
             raise ValueError(
                 f"{run} was extended from {start['extended_from']} to {start['total_steps']} steps before step "
-                f"{start['first_step']}, where its schedules changed: no config makes such a run again from the start"
+                f"{start['first_step']}, where its schedules changed: no config can repeat such a run from the start"
             )
     again = configs.with_overrides(config, overrides)
     learnt = [line for line in configs.config_differences(config, again) if not line.startswith(MOVABLE)]
     if learnt:
         raise ValueError(
-            f"{'; '.join(learnt)}: this would be another run; only paths, logging and evaluation may be changed"
+            f"{'; '.join(learnt)}: this would be a different run; only paths, logging and evaluation may be changed"
         )
     last = old[-1]["step"]
     check_same_config(output, again)
@@ -86,8 +86,8 @@ def reproduce(
 def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
     """Returns "steps" compared, "metrics" {name: largest absolute difference} and "missing" steps and names.
 
-    An interrupted run has also logged the steps at which it was interrupted. Rows that only one of the runs has
-    therefore do not count, except the last one, which must be there.
+    An interrupted run has also logged the steps at which it was interrupted. Rows that only one of the runs has are
+    therefore ignored, except the last one, which both must have.
     """
     rows = [{row["step"]: row for row in run} for run in (old, new)]
     both = sorted(rows[0].keys() & rows[1].keys())

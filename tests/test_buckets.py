@@ -1,6 +1,7 @@
 """A workdir at gs://: trained, killed, resumed and used as one in the file system, against a bucket in memory."""
 
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -201,6 +202,35 @@ def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
         log.truncate_after(2)
         log.write(3, {"loss": 4.0})
     assert [row["loss"] for row in read_metrics("gs://bucket/logged")] == [1, 2, 4]
+
+
+COMPILED_ONCE = """
+import jax
+print(jax.jit(lambda x: 3 * x)(2.0))
+"""
+
+
+def test_compiled_programs_may_be_kept_in_a_bucket(bucket):
+    """The first process leaves its program there, and the next one finds it."""
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_LOGGING_LEVEL": "DEBUG",
+    }
+
+    def printed():
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED_ONCE], env=tiny.environment() | variables, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and done.stdout == "6.0\n", done.stderr
+        return done.stderr
+
+    assert "Persistent compilation cache hit" not in printed()
+    kept = {name for name in bucket.objects if name.startswith("xla/jit")}
+    assert kept
+    assert "Persistent compilation cache hit" in printed()
+    assert {name for name in bucket.objects if name.startswith("xla/jit")} == kept
 
 
 def test_what_must_be_in_the_file_system_says_so(tmp_path):

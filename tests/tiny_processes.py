@@ -2,10 +2,12 @@
 
 import concurrent.futures
 import json
+import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -28,23 +30,26 @@ import tiny_processes
 from memo_jax import cli
 from memo_jax.training import processes
 plan, index = json.loads(sys.argv[2]), int(sys.argv[3])
-tiny_processes.patch_for_tests(setattr, record=plan["record"] and f"{plan['record']}{index}.npy")
-reached = processes.StopRequest.reached
+tiny_processes.patch_for_tests(
+    setattr, record=plan["record"] and f"{plan['record']}{index}.npy",
+    input_seconds=plan["input_seconds"] if index == plan["processes"] - 1 else 0)
+reached, last = processes.StopRequest.reached, len(plan["commands"]) - 1
 
 def with_events(self, step):
-    signals = [number for number, of, at in plan["signals"] if of == index and at == step]
-    for number in signals:
-        os.kill(os.getpid(), number)
-    if plan["slow"]:
+    for number, of, at, *command in plan["signals"]:
+        if of == index and at == step and (command or [last]) == [current]:
+            os.kill(os.getpid(), number)
+    if plan["slow"] and current == last:
         time.sleep(0.2)
     return reached(self, step)
 
+processes.StopRequest.reached = with_events
 leave, processes.leave = processes.leave, lambda: None
-for number, arguments in enumerate(plan["commands"]):
-    if number == 1:
+for current, arguments in enumerate(plan["commands"]):
+    if current == 1:
         processes.join = lambda **_: None
-    if number == len(plan["commands"]) - 1:
-        processes.leave, processes.StopRequest.reached = leave, with_events
+    if current == last:
+        processes.leave = leave
     status = cli.main([*arguments, f"--coordinator=localhost:{plan['port']}", f"--process_id={index}",
                        f"--num_processes={plan['processes']}"])
 sys.exit(status)
@@ -69,8 +74,8 @@ def front_end(key, batch, banks):
     return (x.reshape(*x.shape[:2], -1, 80),)
 
 
-def patch_for_tests(set_attribute, record=None):
-    """Makes training use these, and keep what it read of every batch in a file."""
+def patch_for_tests(set_attribute, record=None, input_seconds=0):
+    """Makes training use these, keep what it read of every batch in a file, and wait for each batch for some time."""
     set_attribute(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
     set_attribute(program, "build_front_end", lambda config: front_end)
     following, kept = TrainingBatches.__next__, []
@@ -80,8 +85,14 @@ def patch_for_tests(set_attribute, record=None):
         np.save(record, kept)
         return {"global": kept[-1]}
 
+    def slow_batch(self):
+        time.sleep(input_seconds)
+        return following(self)
+
     if record:
         set_attribute(TrainingBatches, "__next__", kept_batch)
+    elif input_seconds:
+        set_attribute(TrainingBatches, "__next__", slow_batch)
 
 
 class Ended(NamedTuple):
@@ -92,8 +103,19 @@ class Ended(NamedTuple):
     at: float
 
 
-def start(count, *commands, signals=(), slow=False, record=None):
-    """Runs command lines in `count` processes; returns how each ended."""
+def start(count, *commands, signals=(), slow=False, record=None, stopped_seconds=0.0, input_seconds=0.0):
+    """Runs command lines in `count` processes; returns how each ended.
+
+    Args:
+      count: how many.
+      *commands: after `memo-jax`, one after the other.
+      signals: (number, process, step) of signals that a process sends to itself during the last command, or with the
+        command's place as a fourth number. One that SIGSTOP has stopped is sent SIGCONT after `stopped_seconds`.
+      slow: steps of the last command take a fifth of a second.
+      record: beginning of the names of files that keep what each process read.
+      stopped_seconds: see `signals`.
+      input_seconds: that the last process waits for each batch.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         plan = {
@@ -101,6 +123,7 @@ def start(count, *commands, signals=(), slow=False, record=None):
             "processes": count,
             "signals": signals,
             "slow": slow,
+            "input_seconds": input_seconds,
             "record": record and str(record),
             "commands": commands,
         }
@@ -117,7 +140,18 @@ def start(count, *commands, signals=(), slow=False, record=None):
         text, _ = process.communicate(timeout=300)
         return Ended(process.returncode, text, time.monotonic())
 
-    with concurrent.futures.ThreadPoolExecutor(count) as threads:  # all at once, so that each end is noticed
+    def go_on(process):
+        while process.poll() is None:
+            if Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].startswith("T"):
+                time.sleep(stopped_seconds)
+                process.send_signal(signal.SIGCONT)
+                return
+            time.sleep(0.1)
+
+    with concurrent.futures.ThreadPoolExecutor(2 * count) as threads:  # all at once, so that each end is noticed
+        for number, index, *_ in signals:
+            if number == signal.SIGSTOP:
+                threads.submit(go_on, running[index])
         return list(threads.map(ended, running))
 
 

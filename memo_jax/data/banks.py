@@ -70,20 +70,6 @@ def load_banks(
     return banks
 
 
-def count_recordings(
-    noise: str | os.PathLike = "",
-    music: str | os.PathLike = "",
-    speech: str | os.PathLike = "",
-    rirs: str | os.PathLike = "",
-) -> dict[str, int]:
-    """Returns the number of recordings of each kind that `load_banks` chooses from; a long one gives many rows.
-
-    Arguments and errors are those of `load_banks`.
-    """
-    folders = {"noise": noise, "music": music, "speech": speech, "rir": rirs}
-    return {kind: len(_recordings(kind, folder)[0]) for kind, folder in folders.items() if folder}
-
-
 def _most_rows(kind, max_megabytes, row_bytes):
     most = int(max_megabytes * MEGABYTE // row_bytes)
     if most < 1:

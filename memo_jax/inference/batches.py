@@ -12,12 +12,12 @@ from memo_jax.log import progress
 
 SHORTEST_BUCKET = SAMPLE_RATE  # samples
 BUCKET_STEP = 160  # samples; lengths of buckets are multiples of it, the hop of the front ends
-COARSE_GROWTH = 2**0.5  # from bucket to bucket: few shapes, so few recordings compile little
+COARSE_GROWTH = 2**0.5  # from bucket to bucket: a few recordings need only a few compiled shapes
 FINE_GROWTH = 2**0.125  # for lengths that have filled FINE_FROM batches: about a twentieth of the frames is padding
-FINE_FROM = 12  # batches, after which less padding saves more time than compiling one more program takes
+FINE_FROM = 12  # batches, after which less padding saves more time than compiling another program costs
 CPU_BATCH_SECONDS = 16.0  # of padded speech in a batch: more would not fit a CPU's caches
 BATCH_SECONDS = 64.0  # on other devices: keeps them busy and fits their memory
-LONGEST_SECONDS = 120.0  # of a window: a network's memory grows with the length
+LONGEST_SECONDS = 120.0  # longest window: a network's memory grows with the length
 
 WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
 
@@ -27,7 +27,7 @@ class StreamFunction(Protocol):
     """A wave function that takes recordings of any length one by one, without batches."""
 
     def stream(self, waves: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (key, row float32 [D]) for every (key, int16 wave [L]), as `apply_to_stream`."""
+        """Yields (key, row float32 [D]) for every (key, int16 wave [L]), like `apply_to_stream`."""
 
 
 def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
@@ -39,7 +39,7 @@ def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
 
 
 def windows(wave: np.ndarray) -> list[np.ndarray]:
-    """Returns a recording in the fewest equal windows of at most LONGEST_SECONDS, usually a single one."""
+    """Splits a recording into the fewest equal windows of at most LONGEST_SECONDS, usually a single window."""
     count = -(-len(wave) // round(LONGEST_SECONDS * SAMPLE_RATE))
     return np.array_split(wave, max(count, 1))
 
@@ -51,13 +51,13 @@ def apply_to_recordings(
     label: str = "embedding",
     quiet: bool = False,
 ) -> np.ndarray:
-    """Returns the rows that `function` gives for whole recordings, float32 [N, D], in the recordings' order.
+    """Applies a function to whole recordings; returns its rows, float32 [N, D], in the order of the recordings.
 
     Args:
       function: of int16 waves [N, L], padded with zeros, and their lengths [N].
       waves: int16 arrays [L] of at least one sample; each is read once, and few are in memory at a time.
       rows: indices of the recordings to use; all by default.
-      label: of the progress bar.
+      label: text of the progress bar.
       quiet: show no progress.
     """
     rows = list(range(len(waves)) if rows is None else rows)
@@ -69,7 +69,7 @@ def apply_to_recordings(
 def apply_to_stream(
     function: WaveFunction, waves: Iterable[tuple[int, np.ndarray]]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (key, row float32 [D]) for every (key, int16 wave [L]), not in their order.
+    """Yields (key, row float32 [D]) for every (key, int16 wave [L]), in any order.
 
     Recordings wait in buckets of similar length until a batch is full, so memory is bounded however many there are.
     Frequent lengths get finer buckets; what is left at the end shares a few batches. A recording longer than
@@ -78,7 +78,7 @@ def apply_to_stream(
     if isinstance(function, StreamFunction):
         yield from function.stream(waves)
         return
-    import jax  # only here: networks run by onnxruntime need no JAX
+    import jax  # imported late: networks run by onnxruntime need no JAX
 
     seconds = CPU_BATCH_SECONDS if jax.default_backend() == "cpu" else BATCH_SECONDS
     waiting: dict[int, list[tuple[int, np.ndarray]]] = {}

@@ -31,7 +31,7 @@ class Branch(nn.Module):
     speakers: int = 0
 
     def setup(self):
-        """Makes one projection head for each name, and that of the speakers."""
+        """Creates a projection head for each name, and the speaker head."""
         self.heads = {name: self.head.copy(name=head_part(name)) for name in self.head_names}
         if self.speakers:
             self.speaker_head = SpeakerHead(self.speakers)

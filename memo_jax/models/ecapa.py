@@ -43,7 +43,7 @@ class ConvReluNorm(nn.Module):
 
 
 class Res2Block(nn.Module):
-    """Res2 convolution: one chunk of channels passes; each other one is convolved after the previous output is added.
+    """Res2 convolution: a chunk of channels passes unchanged; each other one, plus the last output, is convolved.
 
     The first chunk passes in speechbrain's form, the last one in wespeaker's.
     """

@@ -22,7 +22,7 @@ CONVOLUTION, STATISTICS = "convolution", "statistics"  # checkpoint names that r
 def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Array:
     """Returns a module's parameter; init(key, shape) makes it if the module has none yet.
 
-    Like `module.param`, which traces the initialiser at every application: a sixth of the time to trace a step.
+    `module.param` would trace the initialiser at every application, a sixth of the time it takes to trace a step.
 
     Raises:
       ValueError: the parameter has another shape; the message names it.

@@ -1,7 +1,7 @@
 """Packed planes: [N, T, F, C] laid out as [N, T, F/p, p·C], p neighbouring frequencies side by side, for TPUs.
 
 With 16 channels, most of a TPU's 128 lanes and of the columns of its matrix units would stay empty. A kernel that holds
-the given one p times, and zeros elsewhere, convolves packed planes: more products, but all in full units.
+the given one p times, and zeros elsewhere, convolves packed planes: more multiplications, but all units are full.
 """
 
 import functools
@@ -20,7 +20,7 @@ def packing(frequencies: int, channels: int) -> int:
 
 
 def pack(x: jax.Array, p: int) -> jax.Array:
-    """Returns x [N, T, F, C] as [N, T, F/p, p·C]; an x that is packed already gets p times its packing."""
+    """Returns x [N, T, F, C] as [N, T, F/p, p·C]; the packing of an already packed x is multiplied by p."""
     return x.reshape(*x.shape[:2], x.shape[2] // p, p * x.shape[3])
 
 

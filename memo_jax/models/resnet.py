@@ -113,7 +113,7 @@ class ResNet34(nn.Module):
             x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=of_input, name="stem")(x)
             x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
         names = [f"stage_{stage}_block_{i}" for i in range(self.blocks[stage])]
-        width, halving = self.base_channels * 2**stage, min(stage, 1)  # blocks that halve the plane
+        width, halving = self.base_channels * 2**stage, min(stage, 1)  # how many blocks halve the plane
         for alike, stride in ((names[:halving], 2), (names[halving:], 1)):
             block = functools.partial(BasicBlock, width, (stride, stride), self.dtype, packed)
             x = run_blocks(self, block, alike, x, lengths, train, scan=self.scan, remat=remat)

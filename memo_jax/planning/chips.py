@@ -135,7 +135,7 @@ TOPOLOGY_SHAPES = {Tpu: r"\d+(x\d+){1,2}", Gpu: r"\d+(x\d+)?"}
 def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
     """Returns the kind of chip and compile-only devices of a topology such as "v5e:4x4" or "h100:8".
 
-    "h100:8" are eight GPUs in a machine, "h100:4x8" four such machines, whose `links` are the slower of NVLink and all
+    "h100:8" is eight GPUs in one machine, "h100:4x8" four such machines, whose `links` are the slower of NVLink and all
     network cards of a machine.
 
     Raises:
@@ -146,15 +146,15 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
     chip = CHIPS.get(kind)
     if chip is None or not re.fullmatch(TOPOLOGY_SHAPES[type(chip)], shape):
         raise ValueError(
-            f"topology {topology!r}: give a kind of chip ({', '.join(CHIPS)}) and how many of them: of TPUs "
-            "along each axis, such as v5e:4x4 or v5p:2x2x4, of GPUs in a machine, h100:8, or the number of "
-            "machines as well, h100:4x8"
+            f"topology {topology!r}: give a kind of chip ({', '.join(CHIPS)}) and their number: for TPUs "
+            "along each axis, such as v5e:4x4 or v5p:2x2x4; for GPUs in a machine, such as h100:8, after the number "
+            "of machines if there are several, h100:4x8"
         )
     if isinstance(chip, Gpu):
         if not any(
             plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins")
         ):
-            raise ImportError("planning for a GPU needs JAX's part for CUDA (no GPU): pip install 'memo-jax[cuda13]'")
+            raise ImportError("planning for a GPU needs JAX's CUDA plugin (no GPU): pip install 'memo-jax[cuda13]'")
         machines, gpus = (int(size) for size in f"1x{shape}".split("x")[-2:])
         if machines > 1:
             chip = chip._replace(links=min(chip.links, gpus * chip.network))
@@ -162,7 +162,7 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
     else:
         if importlib.util.find_spec("libtpu") is None:
             raise ImportError("planning for a TPU needs its compiler, libtpu: pip install 'memo-jax[tpu-plan]'")
-        # Only the compiler is used: libtpu need neither look for a TPU nor be the only process that uses one.
+        # Only the compiler is used: libtpu need not look for a TPU, nor lock it against other processes.
         for name, value in (
             ("TPU_SKIP_MDS_QUERY", "1"),
             ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),

@@ -29,8 +29,8 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 def collective_seconds(text: str, chip: Tpu | Gpu, chips: int) -> float:
     """Returns how long a compiled program's collectives take, in seconds, if nothing overlaps them.
 
-    XLA's estimate where it has one (some GPUs), which includes latency; else bytes over links: a ring sends each part
-    of what it reduces around twice, and of what it gathers once.
+    XLA's estimate where it has one (some GPUs), which includes latency; else bytes over links: a ring passes each part
+    around twice to reduce, once to gather.
     """
     total = 0.0
     for kind, size, estimate in _collectives(text):
@@ -52,7 +52,7 @@ def _collectives(text: str) -> Iterator[tuple[str, int, float | None]]:
             continue
         seen.add(channel and channel[1])
         arrays = [array for array in ARRAY.findall(instruction["type"]) if array != ("u32", "")]  # without contexts
-        if instruction["kind"].endswith("-start") and kind != "all-reduce":  # operands stand before results
+        if instruction["kind"].endswith("-start") and kind != "all-reduce":  # operands come before results
             arrays = arrays[len(arrays) // 2 :]
         yield kind, sum(_bytes(*array) for array in arrays), _estimate(instruction["rest"])
 
@@ -60,9 +60,9 @@ def _collectives(text: str) -> Iterator[tuple[str, int, float | None]]:
 def estimated_seconds(text: str, chip: Tpu | Gpu) -> float:
     """Returns how long a compiled program takes without its collectives, in seconds.
 
-    A loop counts as often as it runs, and of branches the slowest one does. XLA's cost model writes an estimate beside
-    each operation. For GPUs it has none of convolutions, copies and Fourier transforms, and for some GPUs none at all:
-    these count with their FLOPs at the peak or their bytes at the memory's bandwidth, whichever takes longer.
+    A loop counts as often as it runs; of a conditional, the slowest branch counts. XLA's cost model writes an estimate
+    beside each operation. It has none for convolutions, copies and Fourier transforms on GPUs, and none at all for some
+    GPUs: these operations count by FLOPs at the peak or bytes at the memory's bandwidth, whichever takes longer.
     """
     if isinstance(chip, Tpu):
         return _total(text, _cycles) / chip.clock

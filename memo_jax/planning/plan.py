@@ -87,7 +87,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     }
     begin = time.perf_counter()
     try:
-        with _nothing_from_the_cache():
+        with _without_compilation_cache():
             compiled = lowered.compile(known_options(chip.compiler_options))
     except jax.errors.JaxRuntimeError as error:
         used = OUT_OF_MEMORY.search(str(error))
@@ -117,8 +117,8 @@ def model_flops(config, epoch_steps: int) -> float:
 
 
 @contextlib.contextmanager
-def _nothing_from_the_cache():
-    """Turns the compilation cache off, which cannot load programs for absent devices and would hide compile time."""
+def _without_compilation_cache():
+    """Turns off the compilation cache: it cannot load programs for absent devices and would hide the compile time."""
     kept = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX reads the setting when the cache is initialised

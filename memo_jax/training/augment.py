@@ -20,10 +20,10 @@ _SILENCE = 1e-12  # energy of a crop; a single int16 sample of 1 has 9e-10
 def augment(
     key, waves, banks, *, clean=1 / 6, both=1 / 3, reverb_share=0.25, snr_db=SNR_DB, babble_from_batch=True, views=1
 ):
-    """Returns the crops, each by its own draw clean, with one kind (reverberation or an added recording), or both.
+    """Returns the crops, each at random left clean, given one kind (reverberation or an added recording), or both.
 
-    The share `clean` always stays clean; with `clean=1`, whatever `both`, the waves come back unchanged. If only one
-    kind is available, it takes the whole rest; if none is, the waves come back unchanged. The category of an added
+    A share `clean` stays clean; with `clean=1`, whatever `both` is, the waves come back unchanged. If only one kind is
+    available, all other crops get it; if none is, the waves come back unchanged. The category of an added
     recording is uniform over those available. In a crop with both kinds the recording is added to the reverberated
     speech, as a microphone in the room picks it up, and the SNR refers to the dry crop.
 
@@ -110,7 +110,7 @@ def add_at_snr(waves, noise, snr_db):
 
 
 def reverberate(waves, responses):
-    """Returns waves [N, L], each convolved with its room impulse response [N, R], cut to L samples, at its own energy.
+    """Returns waves [N, L], each convolved with its room impulse response [N, R], cut to L samples, energy kept.
 
     The delay of the direct sound stays. Where no reverberated sound falls within the L samples (a silent crop or
     response, a delay beyond the end), the wave comes back unchanged.
@@ -146,7 +146,7 @@ def draw_recordings(keys, bank, samples):
 def mix_babble(keys, waves, views=1):
     """Returns, for each crop [N, L], the sum of crops of three other utterances (fewer in tiny batches), [N, L].
 
-    Row i belongs to utterance i // views; view v is mixed with views v.
+    Row i belongs to utterance i // views; view v is mixed with views v of the others.
     """
     waves = jnp.asarray(waves)
     utterances = waves.shape[0] // views

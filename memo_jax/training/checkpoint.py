@@ -69,7 +69,7 @@ class Checkpointer:
         return max(saved_steps(self.folder.parent), default=None)
 
     def save(self, step: int, state, extra: dict | None = None) -> None:
-        """Saves a pytree of arrays, and `extra`, which is JSON, as the checkpoint of a step after all others.
+        """Saves a pytree of arrays, and `extra`, which is JSON, as the checkpoint of a step later than all others.
 
         Raises:
           OSError: the disk is full or cannot be written, perhaps in the save before; earlier checkpoints are intact.
@@ -221,7 +221,7 @@ def _with_sharding(leaf) -> jax.ShapeDtypeStruct:
 
 
 def _ignore_closed_loops() -> None:
-    """Hides what tensorstore prints of the writes that a failed save leaves unfinished; the failure itself is raised."""
+    """Hides what tensorstore prints about writes that a failed save leaves unfinished; the failure itself is raised."""
     hook = sys.unraisablehook
     if hook.__name__ == "without_closed_loops":
         return
@@ -234,7 +234,7 @@ def _ignore_closed_loops() -> None:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Drops what orbax tells the loggers of absl and asyncio; its errors are raised as well, and said in our words."""
+    """Drops what orbax logs by way of absl and asyncio: its errors are raised as well, and reported in our words."""
     return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
 

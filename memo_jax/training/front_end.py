@@ -51,7 +51,7 @@ def mask_bins(key: jax.Array, x: jax.Array, widest: int) -> jax.Array:
     """Returns features [N, T, F] with a random band of neighbouring mel bins of each crop set to zero, their mean.
 
     Width (0 to `widest`) and place are uniform. Every draw of crop i comes from `fold_in(key, i)`. This is the
-    frequency masking of SpecAugment (Park et al., Interspeech 2019): no crop can be told by a few bins of its channel.
+    frequency masking of SpecAugment (Park et al., Interspeech 2019): no crop can be recognised by a few bins alone.
     """
     rows, _, bins = x.shape
 

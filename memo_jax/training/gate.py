@@ -16,7 +16,7 @@ class GateRule(NamedTuple):
       name: one of RULES. `always` never closes the gate, `never` starts with it closed.
       smoothing: decay per step of the running means of contrastive loss and alignment, in [0, 1).
       window: steps over which `plateau` compares, and for which `conflict` must last.
-      min_steps: for at least so many steps, `plateau` and `conflict` keep the gate open.
+      min_steps: `plateau` and `conflict` keep the gate open for at least this many steps.
       min_improvement: `plateau` closes below this relative improvement of the smoothed loss over a window.
       min_alignment: `conflict` closes below this smoothed cosine between the gradients of the contrastive and the
         distillation loss with respect to the embedding.
@@ -65,7 +65,7 @@ def check_rule(rule: GateRule) -> None:
 
 
 def initial_gate(rule: GateRule) -> Gate:
-    """Returns the gate before the first step: open unless the rule is `never` or a `step` of 0.
+    """Returns the gate before the first step: open unless the rule is `never`, or `step` with stop_step 0.
 
     Raises:
       ValueError: a rule that cannot work; the message names the setting.
@@ -91,17 +91,17 @@ def updated_gate(gate: Gate, step: jax.Array, loss: jax.Array, alignment: jax.Ar
       step: the number of this step, from 0.
       loss: this step's weighted contrastive loss, averaged over branches.
       alignment: this step's cosine between the gradients of the two losses, averaged over branches.
-      rule: which closes the gate.
+      rule: the rule of the run.
     """
     steps = gate.steps + 1
-    # A running mean with its bias towards the start at zero corrected, as in Adam.
+    # Running means, corrected for their start at zero as in Adam.
     decay = jnp.float32(rule.smoothing)
     weight = (1 - decay) / (1 - decay**steps)
     smooth_loss = gate.loss + weight * (loss - gate.loss)
     smooth_alignment = gate.alignment + weight * (alignment - gate.alignment)
 
     window_ends = steps % max(rule.window, 1) == 0
-    # inf − inf is not a number and compares false: the first window has nothing to compare with.
+    # The first window has nothing to compare with: its reference is inf, and the NaN that results compares false.
     improvement = (gate.reference - smooth_loss) / jnp.abs(gate.reference)
     plateau = window_ends & jnp.isfinite(gate.reference) & (improvement < rule.min_improvement)
     reference = jnp.where(window_ends, smooth_loss, gate.reference)

@@ -1,4 +1,4 @@
-"""MeMo's losses, distillation between views and NT-Xent on embeddings, and AAM-softmax. Arrays in, arrays out."""
+"""The losses: distillation between views, NT-Xent on embeddings, and AAM-softmax. Arrays in, arrays out."""
 
 import functools
 
@@ -12,7 +12,7 @@ from memo_jax.xla.reductions import logsumexp, over_last_axis
 def teacher_distributions(
     teacher_logits: jax.Array, center: jax.Array, temperature: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns a teacher's softmax((logits − center)/temperature), which students learn, and its entropies.
+    """Returns a teacher's softmax((logits − center)/temperature), the students' targets, and its entropies.
 
     Args:
       teacher_logits: [W, B, K] float32; no gradient flows into them.
@@ -22,7 +22,7 @@ def teacher_distributions(
     Returns:
       Probabilities [W, B, K], and in nats `teacher_entropy` (mean entropy of a distribution) and `mean_teacher_entropy`
       (entropy of the mean distribution): with K prototypes, collapse shows as a teacher entropy of ln K (uniform) or as
-      a mean-teacher entropy of 0 (one prototype for everybody).
+      a mean-teacher entropy of 0 (one prototype for all).
     """
     logs = jax.lax.stop_gradient((teacher_logits - center) / temperature)
     logs = logs - logsumexp(logs)[..., None]
@@ -97,7 +97,7 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
       student: [V, B, D] embeddings of the views that the teacher sees.
       teacher: [V, B, D]; no gradient flows into them.
       temperature: positive.
-      margin: taken off the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
+      margin: subtracted from the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
     """
     views, batch, _ = student.shape
     student = l2_normalize(student.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""What watches a run beside its loop: metrics, log, progress and evaluation, and when the run must stop."""
+"""Watches a run from beside its loop: reads and logs metrics, evaluates, and stops a run that cannot go on."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from memo_jax.training.state import TrainState
 from memo_jax.training.step import Recipe
 from memo_jax.xla.sharding import parts_here
 
-# Of a row: the speed of the machine, not the course of the run.
+# Metrics that depend on the speed of the machine, not on the course of the run.
 TIMES = ("seconds_per_step", "utterances_per_second", "cpu_seconds", *GOODPUT_METRICS)
 TO_TRY = (
     "Try a lower optimizer.learning_rate, a longer optimizer.warmup, a smaller optimizer.clip_norm, or "
@@ -40,9 +40,9 @@ class Monitor:
     Args:
       config: of the run.
       recipe: of the same config.
-      log: rows of metrics go there.
-      progress: steps are counted, and what happens is told there.
-      goodput: rows of metrics show it.
+      log: where rows of metrics are written.
+      progress: counts the steps and shows messages.
+      goodput: measures where time goes; its metrics are part of every row.
       end: the last step of this start, which is always logged.
       epoch_steps: steps in an epoch.
       evaluation: see `Evaluation`; None for none.
@@ -66,7 +66,7 @@ class Monitor:
         self.untrained = None  # the teachers' backbones before the first step, until they are evaluated
         self.last: dict[str, float] = {}  # the latest metrics that were read
         self._gate_closed = False
-        self._pending = None  # number and metrics of the step whose metrics were not read
+        self._pending = None  # number and metrics of the step whose metrics have not been read yet
         self._collapse = CollapseWatch(config.collapse, config.model.prototypes)
         self._mark = time.perf_counter()
 
@@ -111,7 +111,7 @@ class Monitor:
             last = {k: v for k, v in last.items() if not k.startswith(("loss/contrastive", "alignment"))}
             rule = self.recipe.gate_rule.name
             if not self._gate_closed and rule != "never" and self.config.loss.contrastive:
-                self.progress.write(f"step {number - 1}: the gate has closed ({rule}); distillation goes on alone")
+                self.progress.write(f"step {number - 1}: the gate has closed ({rule}); distillation continues alone")
             self._gate_closed = True
         self._collapse.check(number, last)
         now = time.perf_counter()
@@ -149,7 +149,7 @@ class CollapseWatch:
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
-        """Raises TrainingStopped, saying what to try, if a loss is not finite or an indicator has been bad for long."""
+        """Raises TrainingStopped, saying what to try, if a loss is not finite or an indicator is bad for too long."""
         for name, value in metrics.items():
             if name.startswith(("loss", "gradient_norm")) and not math.isfinite(value):
                 raise TrainingStopped(f"step {step}: {name} is {value}. {TO_TRY}")
@@ -163,7 +163,7 @@ class CollapseWatch:
                 ),
                 "mean_teacher_entropy": (
                     value < self.limits.min_mean_entropy * uniform,
-                    "the teacher puts everybody on one prototype: raise teacher.temp or lower loss.center_momentum",
+                    "the teacher gives all utterances one prototype: raise teacher.temp or lower loss.center_momentum",
                 ),
                 "embedding_std": (
                     value < self.limits.min_embedding_std,
@@ -179,8 +179,8 @@ class CollapseWatch:
 
 
 def check_finite(step: int, state: TrainState) -> None:
-    """Raises TrainingStopped when a state must not be kept. The gate is left out: at first it holds an infinity."""
-    # On the host, where the state goes to be saved anyway: a compiled check would take longer to compile than to run.
+    """Raises TrainingStopped unless parameters and optimiser state are finite. The gate may hold an infinity."""
+    # On the host, to which a state is copied anyway when it is saved: a check on the device would take long to compile.
     leaves = jax.tree.leaves((state.student, state.teacher, state.center, state.opt_state))
     if not all(np.isfinite(part).all() for part in jax.device_get([part for x in leaves for part in parts_here(x)])):
         raise TrainingStopped(f"step {step}: the updated parameters are not finite. {TO_TRY}")

@@ -73,15 +73,15 @@ def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:
 
 
 def is_prototypes(path: tuple[Any, ...]) -> bool:
-    """Returns whether a pytree path leads to a head's prototypes, or to what an optimiser keeps for them."""
+    """Returns whether a pytree path leads to a head's prototypes, or to the optimiser's state for them."""
     return "prototypes" in jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> optax.GradientTransformation:
-    """Leaves prototypes, and what `inner` keeps for them, untouched before `until_step`.
+    """Leaves prototypes, and the state that `inner` keeps for them, untouched before `until_step`.
 
     As if they had no gradient: no update, no decay, no momentum. `inner` sees zeros for their gradients and for
-    themselves, because a gradient of zero alone would still decay them; its state for zeros has to stay zero.
+    themselves, because a gradient of zero alone would still decay them; given zeros, its state must stay zero.
     """
 
     def init(params):
@@ -113,13 +113,13 @@ def build_optimizer(
     Args:
       name: "sgd" (clip, coupled decay, momentum, learning rate: the authors' recipe) or "adamw" (clip, Adam, decoupled
         decay, learning rate: for small data and short runs).
-      schedules: of which the learning rate and the thawing of the prototypes are used.
+      schedules: its `learning_rate` and `prototypes_from` are used.
       weight_decay: coefficient of the decay of matrices.
-      clip_norm: largest norm of each tensor's gradient; 0 does not clip.
+      clip_norm: largest norm of each tensor's gradient; 0 turns clipping off.
       sgd_momentum: decay of the momentum of "sgd".
 
     Raises:
-      ValueError: another name.
+      ValueError: an unknown name.
     """
     clip = clip_each_tensor(clip_norm) if clip_norm > 0 else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=has_decay)

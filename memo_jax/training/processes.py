@@ -14,10 +14,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 30  # a process silent for this long counts as lost, which ends the others
-SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others to end
-LAST_WORDS_SECONDS = 5.0  # the first process, whose end ends all, first lets the others say why they end
-TEXT_BYTES = 1000  # of an error that the first process tells the others
+# A process silent for this long counts as lost, which ends the others. It sends a heartbeat after half of it; a machine
+# that is moved to another host stands still for up to a minute.
+HEARTBEAT_SECONDS = 150
+SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others
+LAST_WORDS_SECONDS = 5.0  # how long a failed first process, whose end ends all, lets the others report their errors
+TEXT_BYTES = 1000  # longest error message that the first process sends to the others
 # How XLA's errors begin when a peer is lost. Others, such as RESOURCE_EXHAUSTED, come from this process itself.
 LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 
@@ -30,11 +32,11 @@ class StopRequested(Exception):
     exit_status = 75
 
     def __init__(self, step: int):
-        super().__init__(f"SIGTERM: stopped after step {step}, which is saved; the same command goes on from there")
+        super().__init__(f"SIGTERM: stopped after step {step}, which is saved; run the same command again to resume")
 
 
 def join(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Connects this process with those that train with it; to be called before anything else touches a device.
+    """Connects this process to those that train with it. Call it before anything else touches a device.
 
     Without arguments, JAX finds the others on Cloud TPU, under Slurm, Open MPI and Kubernetes.
 
@@ -44,7 +46,7 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
       process_id: which one this is, from 0.
 
     Raises:
-      ValueError: the arguments are wrong, or missing where nothing else tells them.
+      ValueError: the arguments are wrong, or missing where JAX cannot find them out.
       OSError: the others cannot be reached.
     """
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
@@ -60,12 +62,12 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
             process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            # Told everything, JAX need not detect anything; under Slurm it would still take one device per process.
+            # With all arguments given, nothing is left to detect; under Slurm, JAX would take one device per process.
             cluster_detection_method=None if missing else "deactivate",
         )
     except ValueError as error:
         raise ValueError(
-            f"found no TPU pod, Slurm, Open MPI or Kubernetes that tells the processes of each other ({error}): "
+            f"found no TPU pod, Slurm, Open MPI or Kubernetes that connects the processes ({error}): "
             f"give {', '.join(missing) or 'other values'}"
         ) from error
     except RuntimeError as error:
@@ -87,7 +89,7 @@ def leave_at_once(status: int) -> None:
 
 
 def is_of_lost_process(error: BaseException) -> bool:
-    """Returns whether an error of a computation tells that another process is lost."""
+    """Returns whether an error of a computation means that another process is lost."""
     return jax.process_count() > 1 and LOST.match(str(error)) is not None
 
 
@@ -127,10 +129,10 @@ def check_agreement(values: dict[str, str]) -> None:
 
 
 class StopRequest:
-    """SIGTERM as a question that a loop asks at every step: `with StopRequest() as stop: … if stop.reached(step)`.
+    """Lets a loop ask at every step whether SIGTERM came: `with StopRequest() as stop: … if stop.reached(step)`.
 
-    With several processes the answer turns to yes at the same step in all, whichever of them the signal was sent to. A
-    second signal ends a process that trains alone at once.
+    With several processes, the answer becomes true at the same step in all of them, whichever received the signal. A
+    process that trains alone ends at once on a second signal.
     """
 
     def __enter__(self) -> "StopRequest":
@@ -140,7 +142,7 @@ class StopRequest:
         return self
 
     def reached(self, step: int) -> bool:
-        """Returns whether to stop after this step; to be asked after every step, by all processes."""
+        """Returns whether to stop after this step. All processes must ask after every step."""
         return self._asked or jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *exception) -> None:

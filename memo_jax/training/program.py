@@ -1,4 +1,4 @@
-"""The compiled program of a run: what jits and lowers the train step, and what places its state on the devices."""
+"""The compiled program of a run: jits and lowers the train step, and places its state on the devices."""
 
 import concurrent.futures
 import functools
@@ -44,7 +44,7 @@ def jitted_step(config, recipe: Recipe, mesh: Mesh, state: TrainState):
 def lowered_step(config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]) -> jax.stages.Lowered:
     """Returns the train step, traced and lowered for a mesh of devices that need not be present.
 
-    Of `banks` only shapes, dtypes and shardings are read.
+    Only the shapes, dtypes and shardings of `banks` are read.
     """
     split, whole, shapes = sharding.split_batch(mesh), sharding.replicated(mesh), {}
     for kind in ("global", "local"):
@@ -63,7 +63,7 @@ def lowered_step(config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]) -
 class StepCompiledInBackground:
     """The compiled train step; it compiles in a thread while the caller prepares other things.
 
-    The first call waits for the compiler and raises its error, if it failed. To be used as a context.
+    The first call waits for the compiler and raises its error, if it failed. Use it as a context manager.
     """
 
     def __init__(self, config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]):
@@ -116,9 +116,10 @@ def abstract_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
 
 
 def create_state(config, recipe: Recipe, mesh: Mesh, start: Mapping[str, Variables] | None = None) -> TrainState:
-    """Returns the state before the first step on the mesh's devices; the config's seed alone decides it.
+    """Returns the state before the first step, on the mesh's devices.
 
-    Except for `start`, {branch: variables of a backbone}: students and teachers of these branches have them.
+    It depends on the config and its seed alone, except that students and teachers of the branches in `start`, {branch:
+    variables of a backbone}, have these backbones.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     options = run_once_options(mesh.devices.flat[0].platform)

@@ -46,7 +46,7 @@ FRACTIONS = (
 
 
 def check_ranges(config) -> None:
-    """Raises ValueError, naming the key, for a value that no run can work with."""
+    """Raises ValueError, naming the key, for a value that cannot work."""
     for keys, fits, wanted in (
         (POSITIVE, lambda value: value > 0, "above 0"),
         (FRACTIONS, lambda value: 0 <= value <= 1, "in [0, 1]"),
@@ -63,7 +63,7 @@ def check_ranges(config) -> None:
     if config.supervised.weight < 0:
         raise ValueError(f"supervised.weight is {config.supervised.weight}: must be at least 0")
     if config.data.global_crops < 2:
-        raise ValueError(f"data.global_crops is {config.data.global_crops}: a teacher's view needs another")
+        raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
     if len(channels) != 5 or min(channels) < 1 or any(width % 8 for width in channels[1:4]):
         raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
@@ -89,7 +89,7 @@ def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
       speakers: how many the dataset has; read only if the config trains with labels.
 
     Raises:
-      ValueError: a value that no branch can work with; the message names its key.
+      ValueError: a value that cannot work; the message names its key.
     """
     check_ranges(config)
     model, names = config.model, tuple(config.model.branches)
@@ -195,7 +195,7 @@ def build_front_end(config):
 
 
 def load_augmentation_banks(config) -> dict[str, np.ndarray]:
-    """Returns the config's banks of recordings and room responses, {} where it names none.
+    """Returns the config's banks of recordings and room responses, {} if it names none.
 
     Raises OSError or ValueError, naming the folder, for a folder that gives no bank.
     """

@@ -1,4 +1,4 @@
-"""The record of a run, kept beside it: versions, commit, command, hardware, data, and every start."""
+"""The record of a run, run.json: its data, and for every start the versions, commit, command and hardware."""
 
 import importlib.metadata
 import json
@@ -93,17 +93,27 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
         run["starts"][0]["versions"], run["starts"][-1]["total_steps"]
         return run
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to go on without it") from None
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to do without") from None
 
 
 class RunRecord:
-    """Writes `<workdir>/run.json`: the run's seed and data, and of each start step, command, versions and hardware.
+    """Writes `<workdir>/run.json`: the run's seed and data; for each start its step, command, versions and hardware.
 
-    `total_steps` is the length of the run as of a start. If it differs from that of the start before, the run was
-    extended, and `extended_from` is the earlier length: from there on, the schedules span the new length.
+    If a start's `total_steps` differs from that of the start before, the run was extended: `extended_from` is the
+    earlier length, and from this start on the schedules span the new one. A start's `last_step`, `seconds` and
+    `cpu_seconds` are added when it ends; a start that was killed lacks them.
 
-    A start's `last_step`, `seconds` and `cpu_seconds` are added when it ends; a start that was killed lacks them.
-    With `active=False` (every process but the first) nothing is written.
+    Args:
+      workdir: folder of the run.
+      seed: of the run.
+      data: JSON that describes the dataset and the banks.
+      begin: the step that this start resumes after; 0 discards the record of earlier starts.
+      total: length of the run in steps.
+      active: whether to write anything; false in every process but the first.
+
+    Raises:
+      ValueError: the record of earlier starts is damaged.
+      OSError: it cannot be written.
     """
 
     def __init__(

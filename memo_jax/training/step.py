@@ -159,8 +159,8 @@ def embeddings_by_view(backbone: nn.Module, params, batch_stats, features: jax.A
 def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[jax.Array]):
     """Returns a head's logits [V, B, K] of the embeddings of each crop length, and its updated batch statistics.
 
-    The layers with batch norm run on one crop length after the other, as the authors do; the prototypes meet all views
-    at once.
+    The layers with batch norm run on one crop length after the other, as the authors do; the cosines with the
+    prototypes are computed for all views at once.
     """
     units = []
     for of_views in embeddings:
@@ -191,7 +191,7 @@ def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *
 
 
 class TeacherOutputs(NamedTuple):
-    """What a branch's teacher makes of the global views, and what its forward pass has updated."""
+    """A teacher's outputs for the global views, and the statistics and centres that its forward pass updated."""
 
     embeddings: jax.Array  # [W, B, D]
     distributions: dict[str, jax.Array]  # {head: [W, B, K]}
@@ -305,13 +305,13 @@ def supervised_loss(
 def objective(
     students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
 ) -> jax.Array:
-    """Returns L, which the module's docstring writes out.
+    """Returns L of the module's docstring.
 
-    The step descends its gradient without calling it: `update_branch` cuts the backward pass at the embedding.
+    The step follows its gradient without calling it: `update_branch` cuts the backward pass at the embedding.
 
     Args:
       students: {branch: parameters}, the only argument that a gradient reaches.
-      state: of which everything else comes.
+      state: supplies everything else.
       views: normalised log-mel.
       recipe: of the run.
       labels: int32 [B], for recipes with supervision.
@@ -366,7 +366,7 @@ def contrastive_gradient(embeddings, teacher_embeddings, distillation_gradient, 
 
 
 class BranchUpdate(NamedTuple):
-    """A branch after a step, and what the step reports of it."""
+    """A branch after a step, and the metrics of the step."""
 
     student: Variables
     teacher: Variables
@@ -427,7 +427,7 @@ def update_branch(
             params[part], embeddings
         )
         cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | of_head
-        # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is there.
+        # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is computed.
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
 
@@ -474,7 +474,7 @@ def branch_metrics(
     *,
     several: bool,
 ) -> Metrics:
-    """Returns what a step reports of a branch.
+    """Returns a branch's metrics of a step.
 
     Args:
       name: of the branch.

@@ -1,4 +1,4 @@
-"""The training loop: from a config and a workdir to a trained run, resumed if it was begun before."""
+"""The training loop: from a config and a workdir to a trained run, resumed where an earlier start ended."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from memo_jax import interrupts
 from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
-from memo_jax.log import MetricsLog, Progress
+from memo_jax.log import MetricsLog, Progress, plural
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.goodput import Goodput
@@ -31,8 +31,8 @@ from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
 from memo_jax.xla.devices import chosen_devices
 
-# Keys that a resumed run may change: they say what is watched and kept, not what is learnt. The dataset may move; its
-# fingerprint tells that it is the same.
+# Keys that a resumed run may change: they decide what is watched and kept, not what is learned. The dataset may move,
+# since its fingerprint identifies it.
 FREE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
@@ -42,7 +42,7 @@ FREE_ON_RESUME = (
     "collapse.",
     "split_above_megabytes",
 )
-LENGTH = ("total_epochs", "total_steps")  # may grow: the run goes on, with schedules that span the new length
+LENGTH = ("total_epochs", "total_steps")  # may grow: the run continues, with schedules that span the new length
 
 
 class Inputs(NamedTuple):
@@ -68,12 +68,13 @@ def train(
     profile: ProfiledSteps | None = None,
     quiet: bool = False,
 ) -> dict[str, float]:
-    """Trains (or goes on training) the run of a workdir and returns its last metrics.
+    """Trains the run of a workdir, or resumes it, and returns its last metrics.
 
     Args:
       config: a config with all keys of configs/base.py.
-      workdir: folder of the run, perhaps gs://…: config.json, run.json, metrics.jsonl, tensorboard/, checkpoints.
-      evaluation: what the teachers are tested by while training; `inference.evaluate.training_evaluation(config)`.
+      workdir: folder of the run, local or gs://…; gets config.json, run.json, metrics.jsonl, tensorboard/ and
+        checkpoints.
+      evaluation: tests the teachers while training; `inference.evaluate.training_evaluation(config)`.
       start: {branch: variables of its backbone} of the model file that `config.init` names;
         `inference.workdir.starting_backbones(config)`.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
@@ -84,7 +85,7 @@ def train(
       ValueError: a config that cannot work, or a workdir made with another one.
       TrainingStopped: losses are not finite, or the run has collapsed.
       OSError: the dataset, a bank or the workdir cannot be read or written, or another process trains in the workdir.
-      StopRequested: SIGTERM came, to any of the processes; the state has been saved.
+      StopRequested: one of the processes received SIGTERM; the state has been saved.
     """
     if config.init and not start:
         raise ValueError(f"init is {config.init}, but train() was given no network to start from")
@@ -168,7 +169,7 @@ def train(
 
 
 def extension_text(before: int, total: int, begin: int) -> str:
-    """Returns what a run says when it goes on with a greater length."""
+    """Returns the message of a run that resumes with a greater length."""
     return (
         f"extended from {before} to {total} steps: the schedules span the new length from step {begin + 1} on, so this "
         f"run differs from one that was {total} steps long from the start"
@@ -176,7 +177,7 @@ def extension_text(before: int, total: int, begin: int) -> str:
 
 
 def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
-    """Returns what the config names and says; raises ValueError, naming the key, for a config that cannot work."""
+    """Returns what the config asks for; raises ValueError, naming the key, for a config that cannot work."""
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
     if config.evaluation.trials and evaluation is None:
@@ -220,7 +221,7 @@ def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] 
 def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
     """Returns the step that a run resumes after, 0 at its beginning.
 
-    Raises ValueError for another config, but for a greater length, or for another dataset.
+    Raises ValueError for another dataset, or for another config, apart from a greater length.
     """
     check_same_config(workdir, config, (*FREE_ON_RESUME, *LENGTH))
     steps = saved_steps(workdir)
@@ -265,8 +266,8 @@ def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | 
 
 
 def bank_record(rows: np.ndarray) -> dict[str, int]:
-    """Returns how many recordings a bank holds, and a checksum of them."""
-    return {"recordings": len(rows), "checksum": zlib.crc32(rows)}
+    """Returns how many rows a bank holds, into which recordings are cut, and a checksum of them."""
+    return {"rows": len(rows), "checksum": zlib.crc32(rows)}
 
 
 def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
@@ -302,7 +303,12 @@ def teacher_backbones(state: TrainState) -> dict:
 def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: int) -> str:
     """Returns what a run says when it starts."""
     devices = chosen_devices()
-    bank_text = ", ".join(f"{len(rows)} {name}" for name, rows in banks.items())
+    # Recordings are cut into rows of a bank, so these are no numbers of recordings.
+    cut = f" × {config.augment.bank_seconds:g} s"
+    bank_text = ", ".join(
+        plural(len(rows), "room response") if name == "rir" else f"{name} {len(rows)}{cut}"
+        for name, rows in banks.items()
+    )
     if not bank_text:
         bank_text = "no bank of noise or rooms" + (
             "; other utterances are added as babble" if config.augment.babble_from_batch else ""

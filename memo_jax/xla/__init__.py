@@ -1,18 +1,19 @@
-"""What XLA's compilers have to be told, and how arrays are placed on devices.
+"""Compiler options and workarounds for XLA, and the placement of arrays on devices.
 
 `devices` chooses a device and `sharding` places arrays; `compiler` has compiler options and barriers, `reductions` and
 `products` write sums and products in the form that compiles well. Each workaround for one backend is here, with its
 reason, and other packages call it by a plain name. Each has a test in
 tests/xla/test_workarounds.py that fails once the installed jaxlib no longer needs it, and says what to delete; those
-that compare speeds run on request. Of the one for GPUs only its presence in the program can be tested without a GPU.
+that compare speeds run on request. Without a GPU, a test
+can only check that the workaround for GPUs is part of the program.
 
 | workaround | what XLA does without it | seen with |
 |---|---|---|
-| `compiler_options`: ynn fusion type | CPU: a library takes convolutions, slowly at gradients | jaxlib 0.10.2 |
+| `compiler_options`: ynn fusion type | CPU: convolutions go to a library that is slow at gradients | jaxlib 0.10.2 |
 | `compiler_options`: disabled pass | CPU: barriers are dropped before operations are fused | jaxlib 0.10.2 |
 | `materialize_on_cpu` | CPU: sums of residuals are recomputed in every operation that reads them | jaxlib 0.10.2 |
 | `materialize_on_gpu` | GPU: the compiler aborts where a strided slice meets a product | jaxlib 0.11.2 |
 | `each_device_its_rows` | CPU, GPU: every device computes the Fourier transforms of all rows | jaxlib 0.10.2 |
-| `reductions` | CPU: what a long reduction reads is written to memory first | jaxlib 0.10.2 |
+| `reductions` | CPU: the input of a long reduction is written to memory first | jaxlib 0.10.2 |
 | `products.pointwise_convolution` | CPU: the gradient of a strided 1×1 convolution is slow | jaxlib 0.10.2 |
 """

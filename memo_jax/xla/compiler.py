@@ -1,4 +1,4 @@
-"""Compiler options and barriers: how XLA is told what it does not find out by itself, mostly on CPUs."""
+"""Compiler options and optimisation barriers, mostly for XLA's CPU compiler."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,8 +15,8 @@ except ImportError:  # experimental: another version of JAX may have moved it
     custom_partitioning = None
 
 CPU_OPTIONS = {
-    # Products go to the library, convolutions and sums do not: it takes the gradient of a 3×3 kernel at a third of the
-    # speed of XLA's own code.
+    # Products go to the library, convolutions and sums do not: it computes the gradient of a 3×3 kernel at a third of
+    # the speed of XLA's own code.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     # This pass drops barriers before operations are fused and common subexpressions are merged.
     "xla_disable_hlo_passes": "cse_barrier_expander",
@@ -39,7 +39,7 @@ def run_once_options(platform: str) -> dict[str, Any] | None:
 
 
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those of these compiler options that the installed jaxlib has; the others are named, once."""
+    """Returns the options that the installed jaxlib knows; names those that it does not, once."""
     return dict(_known_options(tuple(options.items())))
 
 
@@ -90,7 +90,7 @@ def materialize_on_gpu(x: jax.Array) -> jax.Array:
 
 
 def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
-    """Returns the function, of which each device computes its own rows only.
+    """Returns the function, partitioned so that each device computes only its own rows.
 
     XLA partitions Fourier transforms by itself on TPUs; on CPUs and GPUs each device would compute those of all rows.
 
@@ -98,7 +98,7 @@ def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
       function: maps arrays [N, A] and [N, B] to [N, C]; row i of the result depends on rows i alone.
     """
     if custom_partitioning is None:
-        _say_once("this JAX has no custom_partitioning: each device augments the crops of all")
+        _say_once("this JAX has no custom_partitioning: every device computes the reverberation of all crops")
         return function
     split = custom_partitioning(function)
 

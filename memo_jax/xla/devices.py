@@ -23,7 +23,7 @@ def check_device_name(name: str) -> str:
 def on_device(name: str | None) -> Iterator[None]:
     """A context in which JAX computes on this device alone; without a number, on the first of its kind.
 
-    To choose the CPU before JAX is imported does not import it and leaves accelerators untouched.
+    Choosing the CPU before JAX is imported neither imports JAX nor touches an accelerator.
 
     Args:
       name: see `check_device_name`; None changes nothing.
@@ -61,7 +61,7 @@ def device_names() -> list[str]:
 
 
 def device_name(device=None) -> str:
-    """Returns the name of a device of JAX, by default of the one that it computes on."""
+    """Returns the name of a device, by default of the one that JAX computes on."""
     device = device or chosen_devices()[0]
     maker = re.match(r"(cuda|rocm)\b", str(device))
     return f"{maker[1] if maker else device.platform}:{device.id}"
@@ -81,5 +81,5 @@ def _devices(platform: str) -> list:
 
     try:
         return jax.local_devices(backend=platform)
-    except RuntimeError:  # as JAX says that it has none
+    except RuntimeError:  # JAX has no device of this platform
         return []

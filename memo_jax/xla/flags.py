@@ -14,10 +14,10 @@ FLAGS = "XLA_FLAGS"
 
 
 def default_xla_flags(*flags: str) -> None:
-    """Sets XLA_FLAGS, unless the user has; to be called before JAX first looks for devices.
+    """Sets XLA_FLAGS unless the user has set it. Call it before JAX first looks for devices.
 
     Args:
-      flags: such as "--xla_name=value". One that the installed jaxlib does not know is left out, which is said.
+      flags: such as "--xla_name=value". One that the installed jaxlib does not know is left out with a message.
     """
     if FLAGS in os.environ:
         return
@@ -30,7 +30,7 @@ def default_xla_flags(*flags: str) -> None:
 
 @functools.cache
 def _accepted(flags: tuple[str, ...]) -> bool:
-    """Returns whether a process of its own starts with these flags; jaxlib has no list of those it knows."""
+    """Returns whether a fresh process starts with these flags; jaxlib has no list of the flags it knows."""
     environment = os.environ | {FLAGS: " ".join(flags), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     return subprocess.run(command, env=environment, capture_output=True).returncode == 0

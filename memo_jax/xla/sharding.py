@@ -1,4 +1,4 @@
-"""Devices: the data mesh, who holds what, and host batches as global arrays."""
+"""The mesh of devices, the shardings of arrays on it, and host batches as global arrays."""
 
 import jax
 import numpy as np
@@ -12,10 +12,10 @@ DATA_AXIS = "data"
 def data_mesh(devices=None) -> Mesh:
     """Returns a mesh of all (or the given) devices along one axis, over which batches are split.
 
-    A device that was chosen by `devices.on_device` is all there is.
+    A device chosen by `devices.on_device` makes up the whole mesh.
 
-    The devices of a process follow each other, so that its rows of a batch do, too, and a batch is the same whoever
-    reads which part of it.
+    The devices of a process are neighbours, and thus its rows of a batch are, too: a batch does not depend on which
+    process reads which part of it.
     """
     devices = sorted(chosen_devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     # Explicit axes, the default, refuse products over a sharded axis such as NT-Xent's z zᵀ.
@@ -42,7 +42,7 @@ def split_longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns the global arrays of which each process gives its rows."""
+    """Returns global arrays, of which each process supplies its own rows."""
     sharding = split_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
@@ -58,7 +58,7 @@ def on_one_device(tree):
 
 
 def parts_here(x) -> list:
-    """Returns the parts of an array that this process holds, each once; a host array is the one part of itself."""
+    """Returns the parts of an array that this process holds, each once; a host array counts as a single part."""
     return (
         list({str(shard.index): shard.data for shard in x.addressable_shards}.values())
         if isinstance(x, jax.Array)

@@ -7,7 +7,7 @@ import pytest
 import soundfile
 
 from memo_jax.data import banks
-from memo_jax.data.banks import count_recordings, load_banks
+from memo_jax.data.banks import load_banks
 
 RATE = 16000
 
@@ -151,14 +151,6 @@ def test_a_folder_of_ones_own_may_have_parts_of_any_name(tmp_path):
     write(tmp_path / "sounds" / "speech" / "a.wav", noise(1600))
     write(tmp_path / "sounds" / "rain" / "a.wav", noise(1600, 1))
     assert len(load_banks(noise=tmp_path / "sounds", seconds=0.1)["noise"]) == 2
-
-
-def test_recordings_are_counted_as_people_count_them(tmp_path):
-    """Not the rows that a long one gives."""
-    write(tmp_path / "a.wav", noise(32000))
-    write(tmp_path / "b.wav", noise(1600))
-    assert count_recordings(noise=tmp_path, rirs=tmp_path) == {"noise": 2, "rir": 2}
-    assert count_recordings() == {}
 
 
 def test_hidden_files_are_passed_over_and_counted(tmp_path, capsys):

@@ -27,7 +27,7 @@ def test_a_run_starts_from_the_network_of_a_model_file(model_file, tmp_path):
     """Student and teacher of its branch begin as it; heads and the other branch begin as they would have without."""
     path, model = model_file
     both = "model.branches=ecapa,resnet"
-    status, text = tiny.train_here(tmp_path / "run", f"init={path}", both, "--stop-at-step=2")
+    status, text = tiny.train_here(tmp_path / "run", f"--init={path}", both, "--stop-at-step=2")
     assert status == 0, text
     config = read_config(tmp_path / "run")
     recipe, mesh = build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh()

@@ -61,7 +61,7 @@ def test_a_run_with_banks_repeats_itself_and_keeps_them_as_int16_on_the_device(t
             "augment.bank_megabytes=0.1",
             "augment.clean=0.0",
         )
-        assert status == 0 and "augmentation: 6 noise, 3 rir" in text, text
+        assert status == 0 and "augmentation: noise 6 × 0.5 s, 3 room responses" in text, text
     assert isinstance(placed["noise"], jax.Array) and placed["noise"].dtype == np.int16
     assert_same_state(tmp_path / "one", tmp_path / "two")
     assert rows_without_times(tmp_path / "one") == rows_without_times(tmp_path / "two")
