@@ -28,18 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     stopped because of its own numbers. 75: SIGTERM ended training after a checkpoint. 76: another process of a
     distributed run was lost. 130: interrupted by Ctrl-C. An exception's `exit_status` overrides 2.
     """
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    overrides = [text for text in rest if text.startswith("--config.")]
-    for text in overrides:
-        if "=" not in text:
-            parser.error(f"{text} has no value: write {text}=VALUE")
-    unknown = [text for text in rest if not text.startswith("--config.")]
-    if unknown or (overrides and options.command not in ("train", "plan", "reproduce")):
-        parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
-    options.overrides = overrides
     try:
         with interrupts.handled():
+            options = parsed(arguments)
             check_paths(options)
             with device_of(options):
                 return RUN[options.command](options) or 0
@@ -50,6 +41,21 @@ def main(arguments: list[str] | None = None) -> int:
         if status is None:
             raise
         return status
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """Returns the options of a command line, the config's among them as `overrides`; exits for a wrong one."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if text.startswith("--config.")]
+    for text in overrides:
+        if "=" not in text:
+            parser.error(f"{text} has no value: write {text}=VALUE")
+    unknown = [text for text in rest if not text.startswith("--config.")]
+    if unknown or (overrides and options.command not in ("train", "plan", "reproduce")):
+        parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
+    options.overrides = overrides
+    return options
 
 
 def device_of(options):

@@ -1,5 +1,6 @@
-"""Ctrl-C: remembered where an exception is lost, and the end at the second."""
+"""Ctrl-C: it ends every command at any moment, is remembered where an exception is lost, and ends all at the second."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -69,3 +70,62 @@ def test_where_it_is_ignored_it_stays_ignored():
             interrupts.check()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2, 4, 6])
+def test_a_request_early_in_training_ends_it(seconds, tmp_path):
+    """While modules are imported, data are read, the step compiles, or the first steps are taken."""
+    command = [sys.executable, "-m", "memo_jax", *tiny.train_arguments(tmp_path / "run", "total_steps=100000")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=tiny.environment()) as process:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        # Before the command has begun, it is Python itself that ends; a shell calls that 130, too.
+        assert process.returncode in (interrupts.INTERRUPTED, -signal.SIGINT), said
+    if process.returncode == interrupts.INTERRUPTED:  # a library in C that was being imported may say more before
+        assert said.splitlines()[-1] == "memo-jax: interrupted"
+
+
+COMMANDS = {
+    "prepare": "--input {corpus} --workers 1 --output out/set",
+    "prepare --check": "{dataset} --workers 1",
+    "train": "--config {config} --workdir out/run --config.data.train={dataset} --config.model.branches=resnet",
+    "embed": "{corpus} --model {model} --output out/e.npz",
+    "verify": "{corpus}/s0/0.wav {corpus}/s0/1.wav --model {model}",
+    "enroll": "Ada {corpus}/s0/0.wav --model {model} --gallery out/people.npz",
+    "eval": "--model {model} --data {dataset} --trials {trials} --output out/ev",
+    "score": "--embeddings {embeddings} --trials {trials} --scores out/scores.txt",
+    "export": "--model {model} --output out/m.safetensors",
+    "convert": "{model} --to wespeaker --output out/m.safetensors",
+    "report": "{run} --data {dataset} --trials {trials} --output out/report.html",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    embeddings, material = tmp_path_factory.mktemp("interrupted") / "e.npz", tiny.material()
+    status, text = tiny.here("embed", material.corpus, "--model", tiny.model_file(), "--output", embeddings)
+    assert status == 0, text
+    return material._asdict() | {"model": tiny.model_file(), "run": tiny.whole_run(), "embeddings": embeddings}
+
+
+@pytest.mark.parametrize("calls", [100, 1200, 3000])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_request_at_any_moment_ends_a_command_which_leaves_nothing(command, calls, places, tmp_path, monkeypatch):
+    """At a call of a function, of those that come first in the command: the arguments, the model, the first data."""
+    count = itertools.count()
+
+    def interrupt(frame, event, argument):
+        if event == "call" and next(count) == calls:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.chdir(tmp_path)
+    line = f"{command} {COMMANDS[command]}".format(**places).split()
+    sys.setprofile(interrupt)
+    try:
+        status, text = tiny.here(*line)
+    finally:
+        sys.setprofile(None)
+    assert next(count) > calls and status == interrupts.INTERRUPTED, text
+    assert text.splitlines()[-1] == "memo-jax: interrupted" and "Traceback" not in text
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and ".set.partial" not in str(path)] == []

@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.special import ndtri
 
+from memo_jax.files import replacing
 from memo_jax.scoring.metrics import eer_point, error_rates, min_dcf_point
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SLATE = "#0072B2", "#D55E00", "#007E5B", "#A3457E", "#B07A00", "#444444"
@@ -67,14 +68,8 @@ def system_looks(names: Iterable[str]) -> dict[str, Look]:
 def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path:
     """Writes a figure in the format of the path's suffix (png, svg, pdf), whole or not at all; returns the path."""
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(part, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.12)  # long names stay whole
-        os.replace(part, path)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as partial:  # long names stay whole
+        figure.savefig(partial, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.12)
     return path
 
 

@@ -33,6 +33,13 @@ def campaign(name: str):
     return getattr(sys.modules[f"soak.{module}"], function)
 
 
+def counted(count: int, shown: Progress):
+    """Yields the numbers of the trials, and shows how many are done."""
+    for number in range(count):
+        yield number
+        shown.update()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("soak", description=__doc__)
     parser.add_argument("campaigns", nargs="*", metavar="CAMPAIGN", help=f"of {', '.join(CAMPAIGNS)}; or its module")
@@ -48,14 +55,8 @@ def main() -> None:
         sys.stderr = console
         with Progress(count, name, "trial") as shown:
             sys.stderr = open(os.devnull, "w")
-
-            def trials():
-                for number in range(count):
-                    yield number
-                    shown.update()
-
             try:
-                found = run(trials(), random.Random(f"{name} {options.seed}"))
+                found = run(counted(count, shown), random.Random(f"{name} {options.seed}"))
             finally:
                 sys.stdout, sys.stderr = streams
         report[name] = {"trials": count, **found, "seconds": round(time.monotonic() - began)}

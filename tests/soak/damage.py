@@ -94,7 +94,7 @@ def checkpoints(trials, rng):
     workdir = Path(tempfile.mkdtemp(dir=tiny.temporary_folder())) / "run"
     shutil.copytree(whole, workdir)
     latest = workdir / "checkpoints" / "12"
-    before, expected = contents(latest), {"state": arrays(whole), "network": of_model(whole)}
+    before, expected = contents(latest), {"state": arrays(whole), "network": of_model(workdir)}
     exported = workdir.parent / "m.safetensors"
     assert command("export", "--model", workdir, "--output", exported)[0] == 0
     network = exported.read_bytes()

@@ -11,8 +11,9 @@ import pytest
 
 import tiny
 from memo_jax.config import read_config
-from memo_jax.log import read_metrics
+from memo_jax.log import MetricsLog, read_metrics
 from memo_jax.training import program
+from memo_jax.training import train as training
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.run_record import read_run
 from memo_jax.training.saved_checkpoint import saved_steps
@@ -161,6 +162,32 @@ def test_a_workdir_belongs_to_its_config(reference, tmp_path):
     status, text = tiny.train_here(workdir, "log_every_steps=3", "checkpoint.keep=1", "collapse.patience_steps=9")
     assert status == 0, text
     assert read_config(workdir).log_every_steps == 3
+
+
+def test_a_changed_config_is_refused_before_banks_are_loaded(reference, tmp_path, monkeypatch):
+    workdir = shutil.copytree(reference, tmp_path / "run")
+    monkeypatch.setattr(training, "load_augmentation_banks", lambda config: pytest.fail("the banks are loaded"))
+    status, text = tiny.train_here(workdir, "optimizer.learning_rate=0.1", f"augment.noise={tmp_path}")
+    assert status == 2 and "optimizer.learning_rate: 0.2 → 0.1" in text
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_the_first_ends_undisturbed(reference, tmp_path, monkeypatch):
+    """The second starts while the first saves its first checkpoint and while it is between two."""
+    workdir, write, refused = tmp_path / "run", MetricsLog.write, []
+
+    def write_and_start_another(self, number, values):
+        if number in (5, 6):
+            refused.append(tiny.train_here(workdir))
+        write(self, number, values)
+
+    monkeypatch.setattr(MetricsLog, "write", write_and_start_another)
+    status, text = tiny.train_here(workdir)
+    assert status == 0, text
+    assert len(refused) == 2
+    for status, text in refused:
+        assert status == 2 and f"{workdir} is in use by process " in text and text.count("\n") == 1
+    assert_same_state(workdir, reference, 12)
+    assert rows_without_times(workdir) == rows_without_times(reference)
 
 
 def test_a_workdir_belongs_to_its_data(reference, tmp_path):

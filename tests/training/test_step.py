@@ -546,12 +546,12 @@ def test_bfloat16_step_learns_about_the_same_and_keeps_its_state_in_float32():
     expected, exact_metrics = jitted(exact)(state, views_of_step(0))
     after, metrics = jitted(coarse)(state, views_of_step(0))
     assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
-    assert float(metrics["loss"]) == pytest.approx(float(exact_metrics["loss"]), rel=0.05)
+    assert float(metrics["loss"]) == pytest.approx(float(exact_metrics["loss"]), rel=0.02)
     assert float(metrics["loss"]) != float(exact_metrics["loss"])
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
     start_params = flat(student_params(state))
     ours, theirs = (flat(student_params(s)) - start_params for s in (after, expected))
-    assert ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)) > 0.97
+    assert ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)) > 0.99
 
 
 @pytest.mark.parametrize("name", ["ecapa", "resnet"])
