@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,23 @@ import pytest
 from memo_jax.xla.flags import default_xla_flags
 
 SHARED = Path(__file__).parents[2] / "shared"
+# They take longest, and come first: else a worker would be left with one of them while the others are done.
+LONG = (
+    "inference/test_evaluate.py",
+    "experiments/test_parity.py",
+    "test_docs.py",
+    "training/test_step.py",
+    "training/test_resume.py",
+    "experiments/test_configs.py",
+    "experiments/test_benchmarks.py",
+    "training/test_processes.py",
+    "test_buckets.py",
+    "experiments/test_study.py",
+    "experiments/test_demo.py",
+    "test_soak.py",
+    "training/test_checkpoint.py",
+    "data/test_batches.py",
+)
 
 
 def pytest_configure(config):
@@ -24,6 +42,15 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         os.environ.setdefault("XDG_CACHE_HOME", str(cache.mkdir("user")))  # graphs of networks for onnxruntime
+    if "MEMO_JAX_TESTS_SHARE" not in os.environ:  # workers inherit it
+        os.environ["MEMO_JAX_TESTS_SHARE"] = share = tempfile.mkdtemp(prefix="memo-jax-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(share, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop("MEMO_JAX_TESTS_SHARE", None))
+
+
+def pytest_collection_modifyitems(items):
+    place = {str(Path(__file__).parent / name): number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
 
 
 @pytest.fixture(scope="session")

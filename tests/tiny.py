@@ -2,9 +2,11 @@
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import io
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -119,9 +121,36 @@ def temporary_folder() -> Path:
 
 
 @functools.cache
+def shared_folder() -> Path:
+    """A folder for all workers of pytest, which conftest.py makes and removes; elsewhere a folder for this process."""
+    return Path(os.environ["MEMO_JAX_TESTS_SHARE"]) if "MEMO_JAX_TESTS_SHARE" in os.environ else temporary_folder()
+
+
+def made_once(make):
+    """Decorates a function that writes into `shared_folder`: the first process to call it runs it, others wait for it
+    and get what it returned."""
+
+    @functools.cache
+    @functools.wraps(make)
+    def once():
+        returned = shared_folder() / f"{make.__name__}.pickle"
+        with open(returned.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if not returned.exists():
+                    value = make()
+                    returned.write_bytes(pickle.dumps(value))
+                return pickle.loads(returned.read_bytes())
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # processes that were forked meanwhile hold it too
+
+    return once
+
+
+@made_once
 def material() -> Material:
-    """The corpus, dataset, trial list and config that the tests of this process share: only to be read."""
-    folder = temporary_folder()
+    """The corpus, dataset, trial list and config that all tests share: only to be read."""
+    folder = shared_folder()
     corpus = write_corpus(folder / "corpus")
     shutil.copy(ROOT / "configs" / "base.py", folder)  # the config's neighbour, which it imports
     (folder / "tiny.py").write_text(CONFIG)
@@ -167,20 +196,22 @@ def model_file() -> Path:
     return write_model(temporary_folder() / "model.safetensors", untrained_model())
 
 
-@functools.cache
+@made_once
 def whole_run() -> Path:
-    """The workdir of an uninterrupted run of 12 steps, with checkpoints at 8 and 12 and the gate closing after 7."""
-    workdir = temporary_folder() / "whole"
+    """The workdir of an uninterrupted run of 12 steps, with checkpoints at 8 and 12 and the gate closing after 7: only
+    to be read."""
+    workdir = shared_folder() / "whole"
     status, text = train_here(workdir)
     assert status == 0, text
     assert "augmentation: no bank of noise or rooms; other utterances are added as babble\n" in text
     return workdir
 
 
-@functools.cache
+@made_once
 def trained_run() -> tuple[Path, str]:
-    """The workdir of a run of ECAPA-TDNN and ResNet with trials, started as a user does, and what it said."""
-    workdir, tiny = temporary_folder() / "run", material()
+    """The workdir, only to be read, of a run of ECAPA-TDNN and ResNet with trials, started as a user does, and what it
+    said."""
+    workdir, tiny = shared_folder() / "run", material()
     arguments = train_arguments(
         workdir,
         "model.branches=ecapa,resnet",

@@ -305,22 +305,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
             with contextlib.suppress(OSError):  # the error that ends the run is the one to report
                 begun.save()
             raise
-    found = {}  # {name: (embedding, times)}; overlapping excerpts may have windows in common
-    for source in sources:
-        for row, times in begun.found[source.name].pairs() if source.name in begun.found else ():
-            found[source.name if windows is None else source.window_name(times)] = row, times
-    if found:
-        rows, times = (np.stack(arrays) for arrays in zip(*found.values(), strict=True))
-        times = None if windows is None else times
-        write_embeddings(output, Embeddings(list(found), rows, embedder.fingerprint, times))
-        begun.remove()
-    report = output.with_suffix(".left_out.tsv")
-    if left_out:
-        write_text(report, "name\treason\n" + "".join(f"{name}\t{escaped(why)}\n" for name, why in left_out))
-    else:
-        report.unlink(missing_ok=True)
-    if not found:
-        raise ValueError(f"none of {plural(len(left_out), 'recording')} can be used: see {report}")
+    found = _write(output, sources, begun, left_out, embedder.fingerprint, windows)
     return {
         "output": str(output),
         "recordings": len(begun.found),
@@ -330,6 +315,27 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
         "dimension": embedder.dimension,
         "model": embedder.fingerprint,
     }
+
+
+def _write(output, sources, begun, left_out, fingerprint, windows):
+    """Writes the embeddings and the list of what was left out; returns {name: (embedding, times)}."""
+    found = {}  # {name: (embedding, times)}; overlapping excerpts may have windows in common
+    for source in sources:
+        for row, times in begun.found[source.name].pairs() if source.name in begun.found else ():
+            found[source.name if windows is None else source.window_name(times)] = row, times
+    if found:
+        rows, times = (np.stack(arrays) for arrays in zip(*found.values(), strict=True))
+        times = None if windows is None else times
+        write_embeddings(output, Embeddings(list(found), rows, fingerprint, times))
+        begun.remove()
+    report = output.with_suffix(".left_out.tsv")
+    if left_out:
+        write_text(report, "name\treason\n" + "".join(f"{name}\t{escaped(why)}\n" for name, why in left_out))
+    else:
+        report.unlink(missing_ok=True)
+    if not found:
+        raise ValueError(f"none of {plural(len(left_out), 'recording')} can be used: see {report}")
+    return found
 
 
 def escaped(name: str) -> str:

@@ -190,7 +190,7 @@ class ECAPATDNN(nn.Module):
         batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192).
       global_context: whether the attention also sees mean and standard deviation over the utterance.
       embedding_norm: whether a batch norm follows the embedding.
-      stride: of the first convolution; 2 leaves every other frame to the rest of the network.
+      stride: of the first convolution; with 2, the rest of the network computes on half the frames.
       remat: one of `REMATS`.
 
     Raises:
@@ -215,7 +215,7 @@ class ECAPATDNN(nn.Module):
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Log-mel [N, T, F] → embedding [N, embedding_dim] float32.
 
-        `lengths` [N], in frames, makes an utterance that is padded in a batch embed as it does alone (evaluation only).
+        `lengths` [N], in frames, gives an utterance padded in a batch the embedding it has alone (evaluation only).
         With `train`, batch norms use and update the statistics of the batch.
         """
         if self.form not in ECAPA_FORMS:

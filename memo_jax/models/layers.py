@@ -199,7 +199,7 @@ def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: f
 
     C is the size of scale and bias; a last axis of p·C holds p values of each channel (packed.py). Statistics are
     float32, the result has the dtype of x. The gradient is written out (Ioffe and Szegedy, 2015): two sums and one pass
-    over x, less than differentiating the two-pass variance takes.
+    over x, less than automatic differentiation of the two-pass variance needs.
     """
     return _normalize(x, scale, bias, epsilon)[0]
 

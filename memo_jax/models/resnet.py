@@ -60,9 +60,8 @@ class ResNet34(nn.Module):
     """ResNet34: normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32.
 
     1,988,656 parameters by default, 6,634,336 at base width 32. `second_embedding` adds ReLU, batch norm without affine
-    part and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets, of which the latter has a
-    `pool_epsilon` of 1e-8.
-    `lengths` [N] are valid frames, as in `ECAPATDNN`.
+    part and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets; 3D-Speaker's has a
+    `pool_epsilon` of 1e-8. `lengths` [N] are valid frames, as in `ECAPATDNN`.
 
     The other fields change neither parameters nor, up to rounding, results: `packed` lays planes out for TPUs
     (packed.py), `scan` loops over blocks of the same shape, which are then compiled once, `remat` is one of `REMATS`.

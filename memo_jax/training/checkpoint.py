@@ -38,9 +38,9 @@ class Checkpointer:
     background, and a failure surfaces in the next `save`, `wait` or `close`.
 
     Args:
-      workdir: folder of the run; made when missing.
-      keep: how many of the latest checkpoints stay, at least 1.
-      keep_every: checkpoints at multiples of this many steps stay for ever; None or 0 for none.
+      workdir: folder of the run; made if it is missing.
+      keep: how many of the latest checkpoints are kept, at least 1.
+      keep_every: checkpoints at multiples of this many steps are kept for ever; None or 0 for none.
 
     Raises:
       OSError: the folder cannot be made or written.
@@ -65,14 +65,14 @@ class Checkpointer:
         )
 
     def latest_step(self) -> int | None:
-        """Returns the step of the latest checkpoint, None when there is none."""
+        """Returns the step of the latest checkpoint, None if there is none."""
         return max(saved_steps(self.folder.parent), default=None)
 
     def save(self, step: int, state, extra: dict | None = None) -> None:
         """Saves a pytree of arrays, and `extra`, which is JSON, as the checkpoint of a step later than all others.
 
         Raises:
-          OSError: the disk is full or cannot be written, perhaps in the save before; earlier checkpoints are intact.
+          OSError: this save or the one before failed, on a full disk, say; earlier checkpoints are intact.
           ValueError: `extra` is not JSON, or a checkpoint of this step or a later one exists.
         """
         self.wait()
@@ -88,7 +88,7 @@ class Checkpointer:
             self._orbax.save(self.folder / str(step), args=ocp.args.PyTreeSave(arrays), force=True)
 
     def wait(self) -> None:
-        """Waits for the save under way, and removes the checkpoints that are no longer kept. Raises its OSError."""
+        """Waits for the save under way and removes checkpoints that are no longer kept. Raises the save's OSError."""
         if self._saving is None:
             return
         with self._explained():
@@ -103,8 +103,8 @@ class Checkpointer:
         """Returns the state of the latest checkpoint.
 
         Args:
-          abstract_state: pytree like the saved one, of arrays or of `jax.ShapeDtypeStruct` with shardings, which the
-            result takes on.
+          abstract_state: pytree like the saved one, of arrays or of `jax.ShapeDtypeStruct` with the shardings that the
+            result shall have.
 
         Raises:
           FileNotFoundError: no checkpoint.
@@ -133,7 +133,7 @@ class Checkpointer:
         self.close()
 
     def _write_manifest(self) -> None:
-        """Runs in the first process, in the background: all files are written, and the checkpoint has not appeared."""
+        """Runs in the first process, in the background: all files are written, the checkpoint is not yet visible."""
         step, manifest = self._saving
         folder = next(self.folder.glob(f"{step}{UNFINISHED}*"), self.folder / str(step))
         write_manifest(folder, manifest)
@@ -165,7 +165,7 @@ class Checkpointer:
             ) from error
 
     def _remove_unfinished(self, step: int | None = None) -> None:
-        """Removes what unfinished saves have left; in a bucket only that of `step`."""
+        """Removes what unfinished saves have left; in a bucket, only what that of `step` has."""
         if not in_bucket(self.folder):
             for leftover in self.folder.glob(f"*{UNFINISHED}*"):
                 leftover.rmtree(missing_ok=True)
@@ -174,7 +174,7 @@ class Checkpointer:
 
 
 def load_extra(workdir: str | os.PathLike, step: int | None = None) -> dict:
-    """Returns the `extra` of a checkpoint (the latest by default), not reading its arrays. Raises like `load_raw`."""
+    """Returns the `extra` of a checkpoint, by default the latest; reads no arrays. Raises like `load_raw`."""
     return saved_checkpoint(workdir, step).manifest["extra"]
 
 
@@ -223,7 +223,7 @@ def _with_sharding(leaf) -> jax.ShapeDtypeStruct:
 def _ignore_closed_loops() -> None:
     """Hides what tensorstore prints about writes that a failed save leaves unfinished; the failure itself is raised."""
     hook = sys.unraisablehook
-    if hook.__name__ == "without_closed_loops":
+    if getattr(hook, "__name__", "") == "without_closed_loops":  # a hook may be any callable
         return
 
     def without_closed_loops(ignored):

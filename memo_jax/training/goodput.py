@@ -1,4 +1,4 @@
-"""Where the wall time of a training goes: to its steps, or to what keeps it from them."""
+"""Where the wall time of training goes: to its steps, or to whatever holds them up."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ GOODPUT_METRICS = (*(f"goodput/{part}" for part in PARTS), "checkpoint_seconds",
 
 
 class Goodput:
-    """Adds up the wall time of this process since it began to train; what nothing else counts goes to the steps."""
+    """Adds up the wall time of this process since it began to train; time not counted elsewhere is the steps'."""
 
     def __init__(self):
         self._begin = time.perf_counter()
@@ -24,7 +24,7 @@ class Goodput:
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """A context whose time counts for a part: compile, checkpoint or evaluation."""
+        """A context whose time is counted for a part: compile, checkpoint or evaluation."""
         begin = time.perf_counter()
         try:
             yield
@@ -36,9 +36,10 @@ class Goodput:
 
     @contextmanager
     def waiting_for_input(self, running: Mapping[str, jax.Array] | None) -> Iterator[None]:
-        """A context that gets the next batch while a step with these results may still be running.
+        """A context in which the next batch is fetched while the step with these results may still be running.
 
-        Its time counts as a stall only if that step has ended by then. The device has waited for at most so long.
+        Its time counts as a stall only if that step has finished when the context ends: an upper bound of how long the
+        device was idle.
         """
         begin = time.perf_counter()
         yield
@@ -54,7 +55,7 @@ class Goodput:
         return {"steps": max(1 - sum(others.values()), 0.0)} | others
 
     def row(self) -> dict[str, float]:
-        """Returns what a row of metrics has of it; `input_seconds` are those since the row before."""
+        """Returns the metrics of a row; `input_seconds` counts stalls since the row before."""
         row = {f"goodput/{part}": share for part, share in self.shares().items()} | {"input_seconds": self._input}
         self._input = 0.0
         return row if self._checkpoint is None else row | {"checkpoint_seconds": self._checkpoint}

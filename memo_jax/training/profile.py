@@ -10,18 +10,18 @@ from memo_jax.files import as_path, in_bucket
 
 FOLDER = "profile"
 MEMORY_FILE = "memory.prof"
-LEFT_OUT = 10  # of the first steps, where a number of steps is given: they fill caches and pools of memory
+LEFT_OUT = 10  # first steps that a plain number of steps skips: they fill caches and memory pools
 
 
 class ProfiledSteps(NamedTuple):
-    """The first and the last step, counted from where the command begins, at 1."""
+    """The first and the last step to profile; the first step that the command takes is 1."""
 
     first: int
     last: int
 
 
 def profiled_steps(text: str) -> ProfiledSteps:
-    """Returns the steps that "FIRST:LAST" or a number of steps, after the first ten, means; ValueError for others."""
+    """Parses "FIRST:LAST", or a number of steps after the first ten; raises ValueError for any other text."""
     found = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
     first, last = (int(found[1] or LEFT_OUT + 1), int(found[2])) if found else (0, 0)
     if found and found[1] is None:
@@ -43,13 +43,13 @@ class Profiler:
 
     Args:
       workdir: of the run.
-      steps: which; None for none.
-      begin: the step that this start goes on after.
+      steps: the steps to profile; None for none.
+      begin: the step that this start resumes after.
       end: its last step.
-      active: False only checks (every process but the first).
+      active: whether to profile; without, only checks the arguments (every process but the first).
 
     Raises:
-      ValueError: there are not so many steps left, or the workdir is in a bucket.
+      ValueError: too few steps are left, or the workdir is in a bucket.
     """
 
     def __init__(self, workdir: str | os.PathLike, steps: ProfiledSteps | None, begin: int, end: int, active=True):
@@ -67,13 +67,13 @@ class Profiler:
             self._steps = ProfiledSteps(begin + steps.first, begin + steps.last)
 
     def before(self, number: int) -> None:
-        """Begins the profile, if this step is its first."""
+        """Starts the profile if this step is its first."""
         if self._steps and number == self._steps.first:
             jax.profiler.start_trace(str(self._folder), profiler_options=tracing_options())
             self._running = True
 
     def after(self, number: int, results) -> str | None:
-        """Ends the profile, if this step was its last, once its results are there; returns what to say then."""
+        """Ends the profile if this step was its last, once its results are ready; returns a message if so."""
         if not (self._running and number == self._steps.last):
             return None
         jax.block_until_ready(results)

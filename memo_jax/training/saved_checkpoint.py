@@ -1,7 +1,7 @@
-"""A checkpoint on the disk: where it lies, the manifest by which any damage is noticed, and how it is read.
+"""A checkpoint on the disk: where it is, the manifest that reveals any damage, and how it is read.
 
 Layout: `<workdir>/checkpoints/<step>/` with orbax's files and `manifest.json`: the names, shapes and types of the
-arrays, the checksum of every file, and JSON of the caller's. In a bucket, where folders cannot be renamed, a checkpoint
+arrays, the checksum of every file, and the caller's JSON. In a bucket, where folders cannot be renamed, a checkpoint
 is whole once its folder has `commit_success.txt`, which orbax writes last.
 """
 
@@ -24,7 +24,7 @@ FORMAT = 2
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that orbax writes to
 COMMIT_FILE = "commit_success.txt"  # orbax's mark, written after the manifest; its content does not matter
 READ_BYTES = 1 << 24
-# Causes of a failed read or write that a person knows, however deep in an exception's text they are.
+# Causes of a failed read or write that tell a person what is wrong, however deep in an exception's text they are.
 KNOWN_CAUSES = (
     "No space left on device",
     "Disk quota exceeded",
@@ -109,7 +109,7 @@ class SavedCheckpoint(NamedTuple):
         raise damaged(self.folder, self.steps, f"{name} {what}")
 
     def read_arrays(self, target: dict, restore_args: dict) -> dict:
-        """Reads the arrays of some names; to be called after `check_files`."""
+        """Reads the arrays of some names. Call `check_files` before."""
         handler = ocp.PyTreeCheckpointHandler()
         arguments = ocp.args.PyTreeRestore(target, partial_restore=True, restore_args=restore_args)
         try:
@@ -187,7 +187,7 @@ def unreadable(path: epath.Path, error: Exception) -> OSError:
 
 
 def cause(error: BaseException) -> str:
-    """Returns the first line of an exception or of its causes that says something to a person."""
+    """Returns the first informative line of an exception or of its causes."""
     texts = []
     while error is not None:
         texts.append(f"{error}".strip())
@@ -221,7 +221,7 @@ def _read_manifest(folder, steps: list[int]) -> dict:
 
 
 def _manifest_text(manifest: dict) -> str:
-    """The text of a manifest with its own checksum: a text that differs by any bit does not have this form."""
+    """The text of a manifest with its own checksum: changing any bit breaks this form."""
     return _json({"crc32": zlib.crc32(_json(manifest).encode()), "manifest": manifest}) + "\n"
 
 

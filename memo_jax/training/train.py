@@ -248,7 +248,7 @@ def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
 
 
 def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | None = None):
-    """Returns the batches of this process from a step on."""
+    """Returns this process's batches of the steps after `start`."""
     return training_batches(
         utterances,
         batch_size=config.data.batch_size,
@@ -271,7 +271,7 @@ def bank_record(rows: np.ndarray) -> dict[str, int]:
 
 
 def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
-    """Returns what run.json keeps of the data."""
+    """Returns the description of the data in run.json."""
     return {
         "train": str(config.data.train),
         "fingerprint": utterances.fingerprint,
@@ -281,7 +281,7 @@ def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) ->
 
 
 def data_identity(inputs: Inputs) -> dict:
-    """Returns what tells one dataset from another: the fingerprint of its audio, and a checksum of the labels used."""
+    """Returns what identifies a dataset: the fingerprint of its audio, and a checksum of the labels used."""
     labels = None if inputs.labels is None else zlib.crc32(inputs.labels)
     return {"fingerprint": inputs.utterances.fingerprint, "labels": labels}
 

@@ -1,9 +1,14 @@
 """The page in a real browser: recording, comparing, people, and bad recordings, wide and narrow, light and dark."""
 
+import json
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +226,22 @@ def test_the_page_is_on_this_machine_only_and_recordings_are_not_kept(tmp_path):
         taken = str(port)
         assert cli.main(["app", "--model", str(tiny.model_file()), "--port", taken, "--no-open"]) == 2
     assert not os.path.exists(folder)
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
+    command = [sys.executable, "-m", "memo_jax", "app", "--no-open", "--json", "--model", str(tiny.model_file())]
+    environment = tiny.environment() | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        started = json.loads(server.stdout.readline())
+        assert started["model"] == tiny.untrained_model().fingerprint
+        page = urllib.request.urlopen(started["address"]).read().decode()
+        assert "who is speaking?" in page
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=60)
+    assert server.returncode == 130 and out == "" and err == "memo-jax: interrupted\n"
+    assert not list(tmp_path.glob("memo-jax-app-*"))
 
 
 @pytest.mark.skipif(not speech.is_installed(), reason="needs the extra vad")

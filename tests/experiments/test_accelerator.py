@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import tiny
+import tiny_processes
 
 sys.path[:0] = [str(tiny.ROOT / "experiments"), str(tiny.ROOT / "experiments" / "benchmarks")]
 import accelerator  # noqa: E402
@@ -47,6 +48,12 @@ def command(output, *more):
     return subprocess.run(
         [sys.executable, SCRIPT, *arguments(output, *more)], capture_output=True, text=True, env=tiny.environment()
     )
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    """A network of one layer, which compiles in no time; what is tested is around it."""
+    tiny_processes.patch_for_tests(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +103,7 @@ def test_the_trace(output):
 
 
 def test_all_devices_are_compared_with_one(tmp_path):
-    """In a process with two (virtual) devices."""
+    """In a process with two (virtual) devices, by a ResNet: the network of one layer amplifies rounding to 1.1e-5."""
     put(tmp_path, "machine", MACHINE)
     done = subprocess.run(
         [sys.executable, SCRIPT, *arguments(tmp_path, "--part=devices")],
@@ -140,10 +147,8 @@ def test_rows_are_trained_and_tested(tmp_path):
 def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
     """120 s at 4 steps a second, for each of two rows."""
     put(output, "step/bfloat16/4", {"utterances_per_second": 16.0})
-    parsed = accelerator.build_parser().parse_args(
-        arguments(output, "--rows=dino-ecapa,memo-plateau", "--training-minutes=4")[: -len(SMALL)][:8]
-        + ["--rows=dino-ecapa,memo-plateau", "--training-minutes=4"]
-    )
+    more = ["--rows=dino-ecapa,memo-plateau", "--training-minutes=4", f"--training-config={tiny.material().config}"]
+    parsed = accelerator.build_parser().parse_args([f"--output={output}", *more])
     parsed.overrides, parsed.batches = [], [4, 8]
     texts = dict(text.split("=") for text in accelerator.training_overrides(parsed))
     assert texts["total_steps"] == "480" and texts["gate.stop_steps"] == str(480 // 12 * 7)

@@ -23,6 +23,7 @@ FULL_SIZE = {
     "memo_voxceleb2": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "memo_voxceleb2_tpu": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "dino_voxceleb2": {"ecapa": ECAPA + HEAD},
+    "study_full": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
 }
 
 

@@ -62,13 +62,17 @@ def runs():
 
 
 def test_losses_fall_alike(runs):
-    """The tolerance is a tenth of what the steps have learned."""
+    """The tolerance is a twenty-fifth of what the steps have learned, twice what bfloat16 was seen to need; losses on
+    other data are beyond it."""
     for loss in ("loss/self/resnet", "loss/contrastive/resnet"):
-        exact, coarse = (np.array([row[loss] for row in runs[name][1]]) for name in ("float32", "bfloat16"))
+        exact, coarse, other = (
+            np.array([row[loss] for row in runs[name][1]]) for name in ("float32", "bfloat16", "float32, other data")
+        )
         learned = exact[0] - exact[-1]
         assert learned > 0.5 * exact[0]
         assert (coarse != exact).any(), "bfloat16 has computed the same"
-        np.testing.assert_allclose(coarse, exact, atol=0.1 * learned, rtol=0)
+        np.testing.assert_allclose(coarse, exact, atol=0.04 * learned, rtol=0)
+        assert np.abs(other - exact).max() > 0.08 * learned
 
 
 def test_students_go_the_same_way(runs):

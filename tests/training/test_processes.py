@@ -20,7 +20,7 @@ from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.saved_checkpoint import saved_steps
 from tiny_processes import GONE, KILLED_AT, SAVED, STEPS, command, patch_for_tests, start
 
-STOPPED_SECONDS = float(os.environ.get("MEMO_JAX_STOPPED_SECONDS", "3"))  # a minute shows more: heartbeats are missed
+STOPPED_SECONDS = float(os.environ.get("MEMO_JAX_STOPPED_SECONDS", "3"))  # 40 shows more
 
 
 def losses(workdir):

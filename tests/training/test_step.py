@@ -500,13 +500,13 @@ def test_draws_depend_on_the_key_and_the_step_alone():
     recipe = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
 
     def front_end(key, batch, banks):
-        return tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(batch))
+        return tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in batch.items())
 
     step = functools.partial(train_step, recipe=recipe, front_end=front_end)
     only_loss = jax.jit(lambda *inputs: step(*inputs)[1]["loss"])
-    state, views = start(recipe), views_of_step(0)
+    state, batch = start(recipe), dict(enumerate(views_of_step(0)))
     later = state.replace(step=state.step + 1)
-    loss = lambda state, seed: float(only_loss(state, views, {}, jax.random.key(seed)))  # noqa: E731
+    loss = lambda state, seed: float(only_loss(state, batch, {}, jax.random.key(seed)))  # noqa: E731
     assert loss(state, 0) == loss(state, 0)
     assert len({loss(state, 0), loss(state, 1), loss(later, 0)}) == 3
 
@@ -546,12 +546,12 @@ def test_bfloat16_step_learns_about_the_same_and_keeps_its_state_in_float32():
     expected, exact_metrics = jitted(exact)(state, views_of_step(0))
     after, metrics = jitted(coarse)(state, views_of_step(0))
     assert [x.dtype for x in jax.tree.leaves(after)] == [x.dtype for x in jax.tree.leaves(state)]
-    assert float(metrics["loss"]) == pytest.approx(float(exact_metrics["loss"]), rel=0.05)
+    assert float(metrics["loss"]) == pytest.approx(float(exact_metrics["loss"]), rel=0.02)
     assert float(metrics["loss"]) != float(exact_metrics["loss"])
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
     start_params = flat(student_params(state))
     ours, theirs = (flat(student_params(s)) - start_params for s in (after, expected))
-    assert ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)) > 0.97
+    assert ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs)) > 0.99
 
 
 @pytest.mark.parametrize("name", ["ecapa", "resnet"])
