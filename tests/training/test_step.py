@@ -500,13 +500,13 @@ def test_draws_depend_on_the_key_and_the_step_alone():
     recipe = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
 
     def front_end(key, batch, banks):
-        return tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(batch))
+        return tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in batch.items())
 
     step = functools.partial(train_step, recipe=recipe, front_end=front_end)
     only_loss = jax.jit(lambda *inputs: step(*inputs)[1]["loss"])
-    state, views = start(recipe), views_of_step(0)
+    state, batch = start(recipe), dict(enumerate(views_of_step(0)))
     later = state.replace(step=state.step + 1)
-    loss = lambda state, seed: float(only_loss(state, views, {}, jax.random.key(seed)))  # noqa: E731
+    loss = lambda state, seed: float(only_loss(state, batch, {}, jax.random.key(seed)))  # noqa: E731
     assert loss(state, 0) == loss(state, 0)
     assert len({loss(state, 0), loss(state, 1), loss(later, 0)}) == 3
 

@@ -27,7 +27,8 @@ SUPERVISED = (
     "loss.cross=0",
     "loss.contrastive=0",
     "gate.rule=never",
-    "supervised.margin_warmup_epochs=1",
+    "optimizer.name=adamw",
+    "optimizer.learning_rate=0.5",
 )
 
 
