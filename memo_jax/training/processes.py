@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 # A process silent for this long counts as lost, which ends the others. It sends a heartbeat after half of it, so it may
-# stand still for the other half, as when its machine is moved to another host. After a minute gRPC, which has no setting
-# for it here, gives the connection up whatever this says.
+# stand still for the other half, as when its machine is moved to another host. After about a minute gRPC gives the
+# connection up whatever this says.
 HEARTBEAT_SECONDS = 100
 SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others
 LAST_WORDS_SECONDS = 5.0  # how long a failed first process, whose end ends all, lets the others report their errors
