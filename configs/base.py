@@ -79,9 +79,11 @@ def get_config() -> ConfigDict:
     loss.contrastive = 1 / 0.07  # weight w of the contrastive loss (NT-Xent) while the gate is open
     loss.contrastive_temperature = 0.1  # temperature of the contrastive loss
     loss.contrastive_margin = 0.0  # subtracted from the cosine of positives; above 0 the loss is AM-NT-Xent
+    # For studies, reads labels: leave other utterances of an anchor's speaker out of its negatives.
+    loss.contrastive_mask_same_speaker = False
 
     supervised = config.supervised = ConfigDict()
-    supervised.weight = 0.0  # weight of AAM-softmax on the dataset's speakers; labels are read only if it is above 0
+    supervised.weight = 0.0  # weight of AAM-softmax on the dataset's speakers; reads labels if above 0
     supervised.scale = 30.0  # factor of the cosines
     supervised.margin = 0.2  # radians added to the angle between an embedding and its own speaker
     supervised.margin_warmup_epochs = 0.0  # time over which the margin rises from 0

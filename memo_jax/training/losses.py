@@ -86,7 +86,9 @@ def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float
     return momentum * center + (1 - momentum) * teacher_logits.mean(axis=(0, 1))
 
 
-def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, margin: float = 0.0) -> jax.Array:
+def contrastive(
+    student: jax.Array, teacher: jax.Array, temperature: float, margin: float = 0.0, speakers: jax.Array | None = None
+) -> jax.Array:
     """Returns NT-Xent between student and teacher embeddings of different views (Chen et al., 2020, eq. 1).
 
     For every pair of views i ≠ j the 2B rows [teacher view i; student view j] are compared by cosine; each row is an
@@ -98,12 +100,17 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
       teacher: [V, B, D]; no gradient flows into them.
       temperature: positive.
       margin: subtracted from the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
+      speakers: int32 [B], the speaker of each utterance, negative where unknown. If given, other utterances of an
+        anchor's speaker are not among its negatives.
     """
     views, batch, _ = student.shape
     student = l2_normalize(student.astype(jnp.float32))
     teacher = jax.lax.stop_gradient(l2_normalize(teacher.astype(jnp.float32)))
     half, utterance = jnp.eye(2, dtype=bool)[:, None, :, None], jnp.eye(batch, dtype=bool)[:, None]
-    itself = half & utterance
+    left_out = half & utterance  # the anchor itself
+    if speakers is not None:
+        same_speaker = (speakers[:, None] == speakers) & (speakers >= 0)
+        left_out = left_out | (same_speaker[:, None] & ~utterance)
     losses = []
     for i in range(views):
         for j in range(views):
@@ -113,7 +120,7 @@ def contrastive(student: jax.Array, teacher: jax.Array, temperature: float, marg
                 similarity = jnp.einsum("abd,ced->abce", rows, rows, precision="highest") / temperature
                 if margin:
                     similarity = jnp.where(~half & utterance, similarity - margin / temperature, similarity)
-                others = jax.nn.logsumexp(jnp.where(itself, -jnp.inf, similarity), axis=(2, 3))
+                others = jax.nn.logsumexp(jnp.where(left_out, -jnp.inf, similarity), axis=(2, 3))
                 positive = ((rows[0] * rows[1]).sum(axis=-1) - margin) / temperature
                 losses.append((others - positive).mean())
     return jnp.stack(losses).mean()

@@ -13,7 +13,7 @@ from memo_jax import interrupts
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.features import MEL_BINS
 from memo_jax.training import optim
-from memo_jax.training.recipe import build_front_end
+from memo_jax.training.recipe import build_front_end, reads_labels
 from memo_jax.training.state import TrainState, Variables, initial_state
 from memo_jax.training.step import Recipe, train_step
 from memo_jax.xla import sharding
@@ -52,7 +52,7 @@ def lowered_step(config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]) -
         if count:
             shapes[kind] = (config.data.batch_size, count, round(seconds * SAMPLE_RATE))
     batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
-    if config.supervised.weight:
+    if reads_labels(config):
         batch["label"] = jax.ShapeDtypeStruct((config.data.batch_size,), np.int32, sharding=split)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)

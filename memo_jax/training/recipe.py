@@ -45,6 +45,11 @@ FRACTIONS = (
 )
 
 
+def reads_labels(config) -> bool:
+    """Returns whether training reads the dataset's speakers."""
+    return config.supervised.weight > 0 or config.loss.contrastive_mask_same_speaker
+
+
 def check_ranges(config) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
     for keys, fits, wanted in (

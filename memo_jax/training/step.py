@@ -56,6 +56,7 @@ class LossWeights(NamedTuple):
       contrastive: w, the weight of NT-Xent.
       contrastive_temperature: of NT-Xent.
       contrastive_margin: of AM-NT-Xent; 0 for NT-Xent.
+      contrastive_mask_same_speaker: leave other utterances of an anchor's speaker out of its negatives, by labels.
     """
 
     student_temp: float = 0.1
@@ -66,6 +67,7 @@ class LossWeights(NamedTuple):
     contrastive: float = 1.0 / 0.07
     contrastive_temperature: float = 0.1
     contrastive_margin: float = 0.0
+    contrastive_mask_same_speaker: bool = False
 
 
 class Supervision(NamedTuple):
@@ -269,10 +271,19 @@ def distillation_loss(
 
 
 @jax.named_scope("contrastive")
-def contrastive_loss(embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights) -> jax.Array:
-    """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D]."""
+def contrastive_loss(
+    embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights, labels: jax.Array | None = None
+) -> jax.Array:
+    """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D].
+
+    `labels`, int32 [B], are read only if the weights say that negatives of the same speaker are masked.
+    """
     return weights.contrastive * losses.contrastive(
-        embeddings, teacher_embeddings, weights.contrastive_temperature, weights.contrastive_margin
+        embeddings,
+        teacher_embeddings,
+        weights.contrastive_temperature,
+        weights.contrastive_margin,
+        labels if weights.contrastive_mask_same_speaker else None,
     )
 
 
@@ -314,7 +325,7 @@ def objective(
       state: supplies everything else.
       views: normalised log-mel.
       recipe: of the run.
-      labels: int32 [B], for recipes with supervision.
+      labels: int32 [B], for recipes that read labels.
     """
     teachers, weights = all_teacher_outputs(state, views, recipe), recipe.weights
     total = jnp.float32(0)
@@ -336,7 +347,7 @@ def objective(
             )[0]
         if recipe.is_contrastive:
             gate = 1 - state.gate.closed
-            total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights)
+            total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights, labels)
         if recipe.supervision.weight:
             margin = recipe.schedules.margin(state.step)
             total += supervised_loss(
@@ -348,7 +359,9 @@ def objective(
 # The update.
 
 
-def contrastive_gradient(embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights):
+def contrastive_gradient(
+    embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights, labels=None
+):
     """Returns the contrastive loss, its gradient at the embeddings [W, B, D], and the alignment of the two gradients.
 
     `distillation_gradient` is that of the distillation loss at the same embeddings. Once the gate has closed, all three
@@ -356,7 +369,7 @@ def contrastive_gradient(embeddings, teacher_embeddings, distillation_gradient, 
     """
 
     def open_gate(embeddings, distillation_gradient):
-        loss, gradient = jax.value_and_grad(contrastive_loss)(embeddings, teacher_embeddings, weights)
+        loss, gradient = jax.value_and_grad(contrastive_loss)(embeddings, teacher_embeddings, weights, labels)
         return loss, gradient, losses.alignment(gradient, distillation_gradient)
 
     def closed_gate(embeddings, distillation_gradient):
@@ -450,7 +463,7 @@ def update_branch(
     contrastive = None
     if recipe.is_contrastive:
         loss, gradient, cosine = contrastive_gradient(
-            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights
+            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights, labels
         )
         contrastive = loss, cosine
         cotangent[0] = cotangent[0] + gradient
@@ -512,7 +525,7 @@ def train_step_on_features(
       state: before the step.
       views: as `front_end.training_views` gives them.
       recipe: of the run.
-      labels: int32 [B], the number of each utterance's speaker; only recipes with supervision read it.
+      labels: int32 [B], the number of each utterance's speaker; only recipes that train with labels read it.
 
     Returns:
       The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is −1,

@@ -23,7 +23,7 @@ from memo_jax.training.goodput import Goodput
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
-from memo_jax.training.recipe import build_recipe, load_augmentation_banks
+from memo_jax.training.recipe import build_recipe, load_augmentation_banks, reads_labels
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
@@ -187,7 +187,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
         )
     utterances = Utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
-    labels = speaker_numbers(utterances) if config.supervised.weight else None
+    labels = speaker_numbers(utterances) if reads_labels(config) else None
     recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1)
     batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
     devices = sharding.data_mesh().size

@@ -105,10 +105,11 @@ def test_center_follows_the_mean_of_raw_teacher_logits():
     np.testing.assert_allclose(updated, 0.9 * center + 0.1 * logits.reshape(-1, 7).mean(0), atol=1e-6)
 
 
-def nt_xent(student, teacher, temperature, margin=0.0):
+def nt_xent(student, teacher, temperature, margin=0.0, speakers=None):
     """The definition: every one of 2B rows is an anchor; its positive is the other row of its utterance.
 
     With a margin AM-NT-Xent: the positive's logit is (cos − m)/τ, above and below the fraction, negatives' cos/τ.
+    With speakers, other utterances of the anchor's speaker are no negatives; a negative number is no speaker.
     """
     views, batch = student.shape[:2]
     unit = lambda x: x / np.linalg.norm(x)  # noqa: E731
@@ -120,6 +121,9 @@ def nt_xent(student, teacher, temperature, margin=0.0):
             rows = [unit(x) for x in teacher[i]] + [unit(x) for x in student[j]]
             for a, anchor in enumerate(rows):
                 cosines = {b: anchor @ row for b, row in enumerate(rows) if b != a}
+                if speakers is not None and speakers[a % batch] >= 0:
+                    same = [b for b in cosines if speakers[b % batch] == speakers[a % batch] and b % batch != a % batch]
+                    cosines = {b: cosine for b, cosine in cosines.items() if b not in same}
                 cosines[(a + batch) % (2 * batch)] -= margin
                 e = {b: np.exp(cosine / temperature) for b, cosine in cosines.items()}
                 terms.append(-np.log(e[(a + batch) % (2 * batch)] / sum(e.values())))
@@ -145,6 +149,32 @@ def test_contrastive_gradient_is_the_slope_of_its_definition(margin):
         above, below = (nt_xent(student + sign * step, teacher, 0.1, margin) for sign in (1, -1))
         slope[index] = (above - below) / 2e-6
     np.testing.assert_allclose(gradient, slope, atol=1e-5 * np.abs(slope).max() + 1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1])
+def test_contrastive_masks_negatives_of_the_same_speaker_only(margin):
+    """Against the definition, value and slope; unknown speakers (-1) are strangers to one another."""
+    student, teacher = draw(10, (2, 5, 4), (2, 5, 4))
+    speakers = [3, -1, 3, 0, -1]
+    loss = lambda s: losses.contrastive(s, jnp.float32(teacher), 0.1, margin, jnp.array(speakers))  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(jnp.float32(student))
+    np.testing.assert_allclose(value, nt_xent(student, teacher, 0.1, margin, speakers), rtol=1e-5)
+    assert abs(value - nt_xent(student, teacher, 0.1, margin)) > 1e-3
+    slope = np.zeros_like(student)
+    for index in np.ndindex(student.shape):
+        step = np.zeros_like(student)
+        step[index] = 1e-6
+        above, below = (nt_xent(student + sign * step, teacher, 0.1, margin, speakers) for sign in (1, -1))
+        slope[index] = (above - below) / 2e-6
+    np.testing.assert_allclose(gradient, slope, atol=1e-5 * np.abs(slope).max() + 1e-6)
+
+
+def test_contrastive_with_a_batch_of_one_speaker_has_no_negatives():
+    """Each anchor is left with its positive alone, whose share is 1."""
+    student, teacher = (jnp.float32(x) for x in draw(11, (2, 3, 4), (2, 3, 4)))
+    value, gradient = jax.value_and_grad(losses.contrastive)(student, teacher, 0.1, 0.0, jnp.zeros(3, int))
+    np.testing.assert_allclose(value, 0, atol=1e-5)
+    np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
 def test_contrastive_sees_directions_only_and_equal_rows_leave_it_at_chance():

@@ -145,6 +145,27 @@ def test_a_run_learns_the_speakers_and_resumes_exactly(run, tmp_path):
     assert_same_state(tmp_path / "run", run)
 
 
+MASKED = ("loss.contrastive_mask_same_speaker=True", "gate.rule=always")
+
+
+def test_a_run_with_masked_negatives_reads_labels_and_resumes_exactly(tmp_path):
+    status, text = tiny.train_here(tmp_path / "run", *MASKED, "--stop-at-step=5")
+    assert status == 0, text
+    assert tiny.train_here(tmp_path / "resumed", *MASKED, "--stop-at-step=2")[0] == 0
+    assert tiny.train_here(tmp_path / "resumed", *MASKED, "--stop-at-step=5")[0] == 0
+    assert_same_state(tmp_path / "resumed", tmp_path / "run")
+    assert "speaker_head" not in load_raw(tmp_path / "run")[0]["student"]["resnet"]["params"]
+    names = Utterances(tiny.material().dataset).names
+    speakers = {name: f"x{i % 3}" for i, name in enumerate(names)}
+    dataset = tiny.write_dataset(tmp_path / "other", tiny.material().corpus, speakers=speakers)
+    status, text = tiny.train_here(tmp_path / "scrambled", *MASKED, f"data.train={dataset}", "--stop-at-step=5")
+    assert status == 0, text
+    ours, theirs = (
+        [row["loss/contrastive/resnet"] for row in read_metrics(tmp_path / run)] for run in ("run", "scrambled")
+    )
+    assert len(ours) == len(theirs) and ours != theirs
+
+
 def test_other_labels_are_another_dataset(run, tmp_path):
     names = Utterances(tiny.material().dataset).names
     speakers = {name: f"x{i % 3}" for i, name in enumerate(names)}
