@@ -27,7 +27,7 @@ help:
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
 	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
 	@echo "make test                      run the tests"
-	@echo "make soak                      kill, fill disks and damage files at random: COUNT=100 SEED=0, about 20 minutes"
+	@echo "make soak                      kill, fill disks and damage files at random: COUNT=100 SEED=0, an hour or so"
 	@echo "make lint                      check style and formatting; make format rewrites the files"
 	@echo "make docs                      build the documentation into site/"
 	@echo "make test-tfds                 run the tests that need TensorFlow, in an environment of their own"

@@ -122,7 +122,7 @@ def kills(trials, rng):
     for number in trials:
         workdir = new_folder() / "run"
         for _ in range(1 + number % 4 // 3):
-            at = rng.randrange(changes) if number % 2 else None
+            at = None if number % 2 else rng.randrange(changes)
             process = start.Process(target=_train_and_be_killed, args=(workdir, at))
             process.start()
             if at is None:
