@@ -12,6 +12,7 @@ from pathlib import Path
 from memo_jax import interrupts
 from memo_jax.files import check_local, check_writable, one_line
 from memo_jax.options import build_parser
+from memo_jax.xla.program_cache import keep_compiled_programs
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
@@ -483,16 +484,6 @@ def run_score(options) -> None:
         scores_file=options.scores,
     )
     print(as_json(results) if options.json else score_text(results))
-
-
-def keep_compiled_programs() -> None:
-    """Makes XLA cache compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "memo_jax", "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def keep_freed_memory() -> None:

@@ -56,8 +56,9 @@ def load_ours(model: Path, runtime: str) -> None:
     """Prepares a process as the command `memo-jax embed` does."""
     global embedder
     from memo_jax import Embedder, cli
+    from memo_jax.xla.program_cache import keep_compiled_programs
 
-    cli.keep_compiled_programs()
+    keep_compiled_programs()
     cli.keep_freed_memory()
     embedder = Embedder.load(model, runtime=runtime)
 
