@@ -47,7 +47,7 @@ ROOT = EXPERIMENTS.parent
 sys.path[:0] = [str(EXPERIMENTS / "benchmarks")]
 
 from memo_jax import config as configs  # noqa: E402
-from memo_jax.files import write_text  # noqa: E402
+from memo_jax.files import as_json, write_text  # noqa: E402
 from memo_jax.log import say  # noqa: E402
 
 GO_ON = 75
@@ -624,7 +624,7 @@ def summary(result: dict) -> str:
 def write_results(options) -> dict[str, dict]:
     """Writes results.json and results.md of the parts done; returns them by name."""
     results = {name: result_of(options, name) for name in parts_of(options) if part_file(options, name).is_file()}
-    write_text(options.output / "results.json", json.dumps(results, indent=2))
+    write_text(options.output / "results.json", as_json(results))
     write_text(options.output / "results.md", markdown(results))
     return results
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memo_jax import features
+from memo_jax.files import as_json
 from memo_jax.inference import interop
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
@@ -279,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         print(f"parity: {options.file}: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2))
+    print(as_json(result))
     return 1 if result["passed_tolerance"] else 0
 
 

@@ -7,7 +7,6 @@ The exit status is 1 when a deviation passes what float32 storage of FILE's stat
 """
 
 import argparse
-import json
 import sys
 
 import jax
@@ -17,6 +16,7 @@ jax.config.update("jax_enable_x64", True)
 jnp.float32 = jnp.float64  # the layers ask for float32 by name, their defaults already when they are imported
 
 import parity  # noqa: E402
+from memo_jax.files import as_json
 
 STORAGE_NOISE = 2e-8  # times parity.NOISE_MARGIN; half a float32 rounding of numbers up to two is 1.2e-7
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     reference = parity.Reference(parser.parse_args(arguments).file)
     run, theirs = reference.run(reference.initial_students()), reference.reached()
     result = parity.report(run, theirs, dict.fromkeys(parity.deviations(run, theirs), STORAGE_NOISE))
-    print(json.dumps(result, indent=2))
+    print(as_json(result))
     return 1 if result["passed_tolerance"] else 0
 
 

@@ -24,7 +24,7 @@ import claims
 import memo_jax
 import study_results
 from memo_jax.config import load_config
-from memo_jax.files import write_text
+from memo_jax.files import as_json, write_text
 from memo_jax.log import read_metrics
 from memo_jax.scoring.trials import read_trials
 from memo_jax.training.run_record import read_run
@@ -255,7 +255,7 @@ def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: P
                         return f"testing on {name} ended with {status}"
                 measured.setdefault(name, {})[branch] = test_result(json.loads(done.read_text(encoding="utf-8")))
     result = run_result(row, seed, options.budget, folder, "collapsed" if status == STOPPED else "finished", measured)
-    write_text(folder / study_results.RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    write_text(folder / study_results.RESULT_FILE, as_json(result) + "\n")
     return None
 
 

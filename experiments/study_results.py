@@ -9,7 +9,7 @@ import numpy as np
 
 import ablation
 import study_figures
-from memo_jax.files import write_text
+from memo_jax.files import as_json, write_text
 from memo_jax.log import progress
 from memo_jax.scoring import confidence, metrics
 from memo_jax.scoring.trials import read_trials, speaker_pairs
@@ -103,7 +103,7 @@ def collect(output: Path, results: Path, replicates: int = 1000) -> str:
     results.mkdir(parents=True, exist_ok=True)
     for _, result in runs:
         name = f"{result['budget']}-{result['row']}-seed-{result['seed']}.json"
-        write_text(results / name, json.dumps(result, indent=1) + "\n")
+        write_text(results / name, as_json(result, indent=1) + "\n")
     names = list(dict.fromkeys(name for run in runs for name in run.result["tests"]))
     scores = {name: Scores(output, name) for name in names}
     budgets = {budget: rows for budget in BUDGETS if (rows := runs_by_row(runs, budget))}

@@ -8,11 +8,11 @@ the difference of the EERs, and how much of the recordings is speech.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 from memo_jax import Embedder
+from memo_jax.files import as_json
 from memo_jax.inference.embed_recordings import embed_recordings
 from memo_jax.scoring.score import score
 from memo_jax.scoring.trials import read_trials
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: the package's")
     parser.add_argument("--test", type=Path, nargs=2, action="append", required=True, metavar=("DIR", "TRIALS"))
     options = parser.parse_args()
-    print(json.dumps([tested(options.model, *test) for test in options.test], indent=2))
+    print(as_json([tested(options.model, *test) for test in options.test]))
 
 
 if __name__ == "__main__":

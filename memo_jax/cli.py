@@ -3,14 +3,13 @@
 import argparse
 import contextlib
 import json
-import math
 import os
 import sys
 import traceback
 from pathlib import Path
 
 from memo_jax import interrupts
-from memo_jax.files import check_local, check_writable, one_line
+from memo_jax.files import as_json, check_local, check_writable, one_line
 from memo_jax.options import build_parser
 from memo_jax.xla.program_cache import keep_compiled_programs
 
@@ -95,19 +94,6 @@ def check_paths(options: argparse.Namespace) -> None:
         for path in given if isinstance(given, list) else [given]:
             if isinstance(path, Path) and name not in in_buckets:
                 check_local(path)
-
-
-def as_json(value) -> str:
-    """Returns JSON text for people and programs, NaN and infinities, which JSON does not have, as null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(inner) for inner in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def run_prepare(options) -> int:

@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import json
+import math
 import os
 import re
 import time
@@ -13,6 +15,19 @@ URL = re.compile(r"([a-z][a-z0-9]*):/+(.*)")  # pathlib turns the two slashes in
 SECONDS_BETWEEN_UPLOADS = 60.0
 UPLOADING_SHARE = 0.02  # of the elapsed time, at most, that uploads may take
 LONGEST_REASON = 300  # characters of another library's message that are quoted
+
+
+def as_json(value, indent: int = 2) -> str:
+    """Returns a value as JSON text, with null for NaN and infinities, which JSON does not have."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def as_path(path: str | os.PathLike) -> Path:

@@ -20,6 +20,7 @@ import numpy as np
 
 from memo_jax.data.batches import Utterances, training_batches
 from memo_jax.data.records import SEGMENT_SAMPLES, SHARD_OPTIONS, checksum_of, serialized, write_metadata
+from memo_jax.files import as_json
 from memo_jax.log import progress
 
 SAMPLES = 320  # 20 ms
@@ -110,7 +111,7 @@ def main() -> None:
             write_small_dataset(dataset, count, options.shards)
             command = [sys.executable, __file__, "--measure", dataset, "--shards", str(options.shards)]
             rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
-    print(json.dumps({"sizes": rows}, indent=2) if options.json else table(rows))
+    print(as_json({"sizes": rows}) if options.json else table(rows))
 
 
 if __name__ == "__main__":

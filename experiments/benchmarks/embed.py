@@ -22,7 +22,6 @@ rate of one big matrix product here.
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
 import sys
@@ -37,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 
 from machine import best_seconds
+from memo_jax.files import as_json
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the latter of all threads, where others use the cores
 WIDTH = 512  # of the ECAPA-TDNN
@@ -376,7 +376,7 @@ def main() -> int:
         write_network(model, options.width)
         paths = chosen_recordings(options.data, options.utterances, Path(folder), options.seconds)
         results = compare(paths, model, options, len(os.sched_getaffinity(0)))
-    print(json.dumps(results, indent=2) if options.json else "\n".join(f"{k:<26} {v}" for k, v in results.items()))
+    print(as_json(results) if options.json else "\n".join(f"{k:<26} {v}" for k, v in results.items()))
     return 0
 
 

@@ -10,7 +10,6 @@ its embeddings and the float32 model's, and the size of its file.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from memo_jax.data.batches import Utterances
+from memo_jax.files import as_json
 from memo_jax.inference.embedder import load_model
 from memo_jax.inference.evaluate import TrialEvaluation
 from memo_jax.inference.model_file import read_model, write_model
@@ -102,7 +102,7 @@ def main(arguments=None) -> list[dict]:
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     options = parser.parse_args(arguments)
     rows = measure(load_model(options.model), dict(options.test))
-    print(json.dumps(rows, indent=2) if options.json else "\n".join(map(row_text, rows)))
+    print(as_json(rows) if options.json else "\n".join(map(row_text, rows)))
     return rows
 
 

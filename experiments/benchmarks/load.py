@@ -17,7 +17,6 @@ but for --ours-only.
 import argparse
 import contextlib
 import importlib.util
-import json
 import multiprocessing
 import os
 import sys
@@ -29,6 +28,8 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[variable] = "1"
 
 import numpy as np  # noqa: E402
+
+from memo_jax.files import as_json
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
@@ -260,7 +261,7 @@ def main() -> int:
             "ratio": rates["ours"] / rates["theirs"],
             "ratio_crops_only": rates["ours"] / rates["theirs, crops only"],
         }
-    print(json.dumps(results, indent=2) if options.json else table(results))
+    print(as_json(results) if options.json else table(results))
     return 0
 
 

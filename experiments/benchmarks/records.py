@@ -9,7 +9,6 @@ this process, from files that the operating system has in memory; each is the be
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -25,6 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from memo_jax.audio import SAMPLE_RATE, is_audio_name, read_audio  # noqa: E402
 from memo_jax.data.batches import training_batches  # noqa: E402
 from memo_jax.data.records import READER_OPTIONS, checksum_of, samples_of, serialized  # noqa: E402
+from memo_jax.files import as_json
 from synthetic import cuts, utterance_lengths, write_dataset  # noqa: E402
 
 ROUNDS = 3
@@ -160,7 +160,7 @@ def main() -> None:
             ]
             for title, sounds in (("these", utterances), (f"recordings of {options.long_seconds:g} s", longs))
         }
-    print(json.dumps(results, indent=2) if options.json else table(results))
+    print(as_json(results) if options.json else table(results))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+from memo_jax.files import as_json
+
 AXES = {
     "batch": (4, 8, 16, 32),
     "prototypes": (1024, 4096, 16384, 65536),
@@ -167,7 +169,7 @@ def main(arguments=None) -> dict | None:
     result = {"rows": rows, "growth": {axis: growth(rows[axis], axis) for axis in axes}}
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "scaling.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        (options.output / "scaling.json").write_text(as_json(result) + "\n", encoding="utf-8")
         draw(rows, options.output / "scaling.png")
     if options.json:
         print(json.dumps(result))

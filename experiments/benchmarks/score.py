@@ -9,7 +9,6 @@ over speakers takes on top.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_curve
 
+from memo_jax.files import as_json
 from memo_jax.scoring import metrics
 from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
 from memo_jax.scoring.trials import read_trials, trial_pairs
@@ -100,7 +100,7 @@ def main(arguments=None) -> dict:
         "eer": rates["eer"],
         "eer_interval": interval,
     }
-    print(json.dumps(results, indent=2) if options.json else "\n".join(f"{k:<22} {v}" for k, v in results.items()))
+    print(as_json(results) if options.json else "\n".join(f"{k:<22} {v}" for k, v in results.items()))
     return results
 
 

@@ -13,7 +13,6 @@ compiler sees all of them at once.
 
 import argparse
 import functools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from machine import best_seconds
 from memo_jax import config as configs
 from memo_jax import features
 from memo_jax.cli import keep_freed_memory
+from memo_jax.files import as_json
 from memo_jax.log import progress
 from memo_jax.models import head_part
 from memo_jax.training import augment, losses
@@ -242,7 +242,7 @@ def main(arguments=None) -> dict:
         "parts": rows,
     }
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(as_json(result))
     return result
 
 
