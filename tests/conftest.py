@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -32,6 +33,9 @@ LONG = (
 
 
 def pytest_configure(config):
+    # A shell's background job ignores Ctrl-C, and so would the commands that tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before anything imports JAX; the processes that tests start inherit it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Small networks that take a few steps: compiling them is what takes the time. tiny.as_users_compile() undoes it.

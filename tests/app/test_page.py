@@ -239,7 +239,10 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
         page = urllib.request.urlopen(started["address"]).read().decode()
         assert "who is speaking?" in page
         server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=60)
+        try:
+            out, err = server.communicate(timeout=60)
+        finally:
+            server.kill()
     assert server.returncode == 130 and out == "" and err == "memo-jax: interrupted\n"
     assert not list(tmp_path.glob("memo-jax-app-*"))
 
