@@ -119,7 +119,7 @@ def test_data_may_have_moved_but_nothing_else_may_change(run, again, tmp_path):
     status, text = tiny.here("reproduce", workdir, f"--config.data.train={tmp_path / 'moved'}")
     assert status == 0 and f"{tmp_path / 'run-again'}: 4 rows" in text, text
     status, text = tiny.here("reproduce", workdir, "--output", tmp_path / "new", "--config.seed=5")
-    assert status == 2 and "seed: 0 → 5: this would be another run" in text and not (tmp_path / "new").exists()
+    assert status == 2 and "seed: 0 → 5: this would be a different run" in text and not (tmp_path / "new").exists()
     status, text = tiny.here("reproduce", workdir, "--config.seeed=5")
     assert status == 2 and "the config has no key config.seeed to set; nearest: seed" in text
     for wrong, said in ((tmp_path, "not the workdir of a run"), (tmp_path / "empty", "has logged no step")):
