@@ -31,10 +31,14 @@ def test_the_promised_configs_are_there():
     assert {path.stem for path in CONFIGS} >= {"base", "memo_voxceleb2", "dino_voxceleb2", "demo", "small"}
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem)
+RUN_ELSEWHERE = {"base", "demo", "study"}  # by test_demo and test_study
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in RUN_ELSEWHERE], ids=lambda path: path.stem)
 def test_a_full_size_step_fits_together(path):
-    """The step of each config, augmentation banks and front end included, traced at full size without computing: the
-    state it returns has the shapes of the state it takes, and the networks have the published numbers of parameters."""
+    """The step of each config that no other test runs, augmentation banks and front end included, traced at full size
+    without computing: the state it returns has the shapes of the state it takes, and the networks have the published
+    numbers of parameters."""
     config = load_config(path)
     recipe = build_recipe(config, 1000)
     state = jax.eval_shape(

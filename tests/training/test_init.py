@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import tiny
-from memo_jax.config import read_config
 from memo_jax.inference.model_file import write_model
 from memo_jax.inference.workdir import starting_backbones, workdir_model
 from memo_jax.training.program import create_state
@@ -26,10 +25,9 @@ def model_file(tmp_path):
 def test_a_run_starts_from_the_network_of_a_model_file(model_file, tmp_path):
     """Student and teacher of its branch begin as it; heads and the other branch begin as they would have without."""
     path, model = model_file
-    both = "model.branches=ecapa,resnet"
-    status, text = tiny.train_here(tmp_path / "run", f"--init={path}", both, "--stop-at-step=2")
+    status, text = tiny.train_here(tmp_path / "run", f"--init={path}", "--stop-at-step=2")
     assert status == 0, text
-    config = read_config(tmp_path / "run")
+    config = tiny.tiny_config(f"init={path}", "model.branches=ecapa,resnet")
     recipe, mesh = build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh()
     plain, begun = (create_state(config, recipe, mesh, start) for start in (None, starting_backbones(config)))
     equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
