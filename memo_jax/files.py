@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def as_json(value, indent: int = 2) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def is_zip(path: str | os.PathLike) -> bool:
+    """Returns whether a file is a zip archive, perhaps a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its end record is there and cannot be right
+        return True
 
 
 def as_path(path: str | os.PathLike) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 
 import memo_jax
 from memo_jax.features import FRONT_ENDS
-from memo_jax.files import check_writable, one_line, replacing
+from memo_jax.files import check_writable, is_zip, one_line, replacing
 from memo_jax.inference import interop
 from memo_jax.inference.model_file import Model, model_of_backbone, write_model
 from memo_jax.models import parameter_count
@@ -213,7 +213,7 @@ def _safetensors_content(path):
 def _torch_content(path) -> dict[str, np.ndarray | Unusable]:
     import pickle
 
-    if zipfile.is_zipfile(path):  # torch itself does not look at the checksums
+    if is_zip(path):  # torch itself does not look at the checksums
         try:
             with zipfile.ZipFile(path) as file:
                 wrong = file.testzip()

@@ -1,7 +1,6 @@
 """What users import: a trained network that embeds recordings, compares them, and recognises enrolled people."""
 
 import os
-import zipfile
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from memo_jax.audio import as_audio, check_speech, read_excerpt, speech_of
 from memo_jax.audio.speech import check_installed
-from memo_jax.files import as_path, check_bucket, in_bucket
+from memo_jax.files import as_path, check_bucket, in_bucket, is_zip
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.gallery import Gallery, changing_gallery
 from memo_jax.inference.hub import is_hub_name, read_hub_model
@@ -341,7 +340,7 @@ def load_model(
         raise FileNotFoundError(f"{path}: no such workdir or model file")
     if given:
         raise ValueError(f"{path} is a file with a single network: --{given[0]} is for workdirs")
-    if zipfile.is_zipfile(path):
+    if is_zip(path):
         from memo_jax.inference.export import read_program
 
         return read_program(path)

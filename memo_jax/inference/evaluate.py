@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances
-from memo_jax.files import as_path, check_writable, in_bucket, write_text
+from memo_jax.files import as_path, check_writable, in_bucket, is_zip, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
@@ -214,7 +213,7 @@ def evaluate(
       the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
     """
     network = load_model(model, branch=branch, role=role, step=step)
-    if save_threshold is not None and (is_hub_name(model) or not in_bucket(model) and zipfile.is_zipfile(model)):
+    if save_threshold is not None and (is_hub_name(model) or not in_bucket(model) and is_zip(model)):
         raise ValueError(
             f"{model}: no threshold can be saved there: give the workdir or model file that it is from, then export or "
             "push that again"

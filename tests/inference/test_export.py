@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import tiny
-from memo_jax.inference.embedder import Embedder
+from memo_jax.inference.embedder import Embedder, load_model
 from memo_jax.inference.export import read_program
 from memo_jax.inference.model_file import ModelFileError, read_model
 
@@ -155,3 +156,15 @@ def test_other_members_that_make_no_sense_are_one_line(exported, tmp_path):
         path = rewritten(exported[1], tmp_path / "other.zip", **members)
         with pytest.raises(ModelFileError, match=r"other.zip: not an exported program of memo-jax, or damaged \(.+\)$"):
             Embedder.load(path)
+
+
+def test_a_zip_whose_end_cannot_be_right_is_named(tmp_path):
+    """zipfile raises where it is asked whether this is a zip: its end record names seven more disks."""
+    path = tmp_path / "odd.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a", "b")
+    content = path.read_bytes()
+    end = content.index(b"PK\x05\x06")
+    path.write_bytes(content[:end] + struct.pack("<4sLQL", b"PK\x06\x07", 7, 0, 9) + content[end:])
+    with pytest.raises(ValueError, match=f"{path}: not an exported program of memo-jax, or damaged"):
+        load_model(path)
