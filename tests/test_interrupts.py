@@ -72,7 +72,7 @@ def test_where_it_is_ignored_it_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("seconds", [0.5, 2, 4, 6])
+@pytest.mark.parametrize("seconds", [0.5, 4])
 def test_a_request_early_in_training_ends_it(seconds, tmp_path):
     """While modules are imported, data are read, the step compiles, or the first steps are taken."""
     command = [sys.executable, "-m", "memo_jax", *tiny.train_arguments(tmp_path / "run", "total_steps=100000")]
@@ -109,7 +109,7 @@ def places(tmp_path_factory):
     return material._asdict() | {"model": tiny.model_file(), "run": tiny.whole_run(), "embeddings": embeddings}
 
 
-@pytest.mark.parametrize("calls", [100, 1200, 3000])
+@pytest.mark.parametrize("calls", [100, 3000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_request_at_any_moment_ends_a_command_which_leaves_nothing(command, calls, places, tmp_path, monkeypatch):
     """At a call of a function, of those that come first in the command: the arguments, the model, the first data."""
