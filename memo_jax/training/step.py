@@ -444,7 +444,7 @@ def update_branch(
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
 
-    metrics = {}
+    supervised = {}
     if recipe.supervision.weight:
         loss = functools.partial(
             supervised_loss,
@@ -456,7 +456,7 @@ def update_branch(
         (value, right), (gradient, at_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
             params[SPEAKER_HEAD], embeddings
         )
-        metrics = {f"loss/supervised/{name}": value, f"accuracy/{name}": right}
+        supervised = {f"loss/supervised/{name}": value, f"accuracy/{name}": right}
         cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
         update(SPEAKER_HEAD, gradient)
 
@@ -473,7 +473,7 @@ def update_branch(
         {"params": new_params, "batch_stats": stats},
         {"params": new_averages, "batch_stats": teachers[name].batch_stats},
         new_opt_state,
-        branch_metrics(name, terms, contrastive, metrics, teachers, several=len(recipe.branches) > 2),
+        branch_metrics(name, terms, contrastive, supervised, teachers, several=len(recipe.branches) > 2),
         sum(squares),
     )
 
