@@ -17,7 +17,7 @@ NO = 1  # the answer is no: different speakers, nobody known, some recordings le
 BAD_INPUT = 2
 LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
-    ("eval", "embed", "verify", "enroll", "identify", "app", "export"), {"model"}
+    ("eval", "embed", "cluster", "verify", "enroll", "identify", "app", "export"), {"model"}
 )  # these may be gs://…
 
 
@@ -331,6 +331,41 @@ def run_embed(options) -> int:
     return NO if report["left_out"] else 0
 
 
+def run_cluster(options) -> None:
+    """memo-jax cluster."""
+    if (options.embeddings is None) == (options.data is None):
+        raise ValueError("give either --embeddings FILE, or --data DATASET to be embedded with --model")
+    of_network = [name for name in ("model", "branch", "role", "step") if getattr(options, name) is not None]
+    of_network += [name for name in ("crops",) if options.crops]
+    if options.embeddings is not None and of_network:
+        raise ValueError(f"--{of_network[0]} is for --data: these embeddings are there already")
+    for path in filter(None, (options.output, options.figure)):
+        check_writable(path)
+    keep_compiled_programs()
+    keep_freed_memory()
+    from memo_jax.data.batches import Utterances
+    from memo_jax.inference.cluster import cluster_text, cluster_to_table, embeddings_of
+    from memo_jax.inference.embedder import load_model
+
+    embeddings = options.embeddings
+    if options.data is not None:
+        utterances = Utterances(options.data)
+        model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+        embeddings = embeddings_of(model, utterances, options.crops, options.crop_seconds)
+    report = cluster_to_table(
+        embeddings,
+        options.output,
+        kmeans=options.kmeans,
+        clusters=options.clusters,
+        linkage=options.linkage,
+        iterations=options.iterations,
+        seed=options.seed,
+        labels=options.labels,
+        figure=options.figure,
+    )
+    print(as_json(report) if options.json else cluster_text(report))
+
+
 def run_verify(options) -> int:
     """memo-jax verify."""
     embedder = load_embedder(options)
@@ -497,6 +532,7 @@ RUN = {
     "plan": run_plan,
     "eval": run_eval,
     "embed": run_embed,
+    "cluster": run_cluster,
     "verify": run_verify,
     "enroll": run_enroll,
     "remove": run_remove,

@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_plan,
         add_eval,
         add_embed,
+        add_cluster,
         add_verify,
         add_enroll,
         add_remove,
@@ -435,6 +436,58 @@ def add_embed(command: Command) -> None:
         help="embed sliding windows of this length instead of whole recordings, with their times",
     )
     added.add_argument("--hop", type=float, metavar="S", help="from one window to the next (default: half a window)")
+
+
+def clustering_options() -> argparse.ArgumentParser:
+    """Options of commands that cluster embeddings."""
+    options = shared_by_commands()
+    options.add_argument(
+        "--kmeans", type=positive, metavar="K1", help="make so many groups by k-means (default: N/22 of N utterances)"
+    )
+    options.add_argument(
+        "--clusters",
+        type=positive,
+        metavar="K2",
+        help="merge groups, or without --kmeans utterances, into so many clusters (default: N/146)",
+    )
+    options.add_argument(
+        "--linkage",
+        choices=("ward", "average"),
+        default="ward",
+        help="of the clusters that are merged (default: %(default)s)",
+    )
+    options.add_argument(
+        "--iterations", type=positive, default=20, metavar="N", help="of k-means (default: %(default)s)"
+    )
+    options.add_argument("--seed", type=int, default=0, metavar="N", help="of k-means (default: %(default)s)")
+    options.add_argument(
+        "--crops",
+        type=int,
+        default=0,
+        metavar="R",
+        help="embed R crops of each utterance, and take their mean, instead of whole utterances",
+    )
+    options.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
+    options.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="known speakers, for purity and NMI alone: a dataset, or lines `name speaker` (utt2spk)",
+    )
+    return options
+
+
+def add_cluster(command: Command) -> None:
+    """memo-jax cluster."""
+    added = command(
+        "cluster", "cluster utterances by their embeddings, to train on", model_options(), clustering_options()
+    )
+    added.add_argument("--embeddings", type=Path, metavar="FILE", help="of the utterances, as embed writes them")
+    added.add_argument("--data", type=Path, metavar="DATASET", help="instead: utterances to embed with --model")
+    added.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="FILE", help="table of lines `name<tab>cluster`"
+    )
+    added.add_argument("--figure", type=Path, metavar="FILE", help="histogram of the clusters' sizes: png, svg or pdf")
 
 
 def add_verify(command: Command) -> None:

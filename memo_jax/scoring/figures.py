@@ -1,4 +1,4 @@
-"""DET curves, score histograms and maps of embeddings as matplotlib figures, and the look that all pictures share.
+"""DET curves, histograms and maps of embeddings as matplotlib figures, and the look that all pictures share.
 
 Colours are Okabe and Ito's (two darkened, to be readable as text), which colour-blind readers can tell apart, and never
 the only difference: lines also differ in style and carry names. A system looks the same in every picture.
@@ -307,6 +307,40 @@ def _mark_thresholds(ax: Axes, marks: Mapping[str, float], line_height: float) -
             path_effects=HALO,
             zorder=5,
         )
+
+
+def plot_cluster_sizes(assignment, path: str | os.PathLike) -> Path:
+    """Draws how many clusters have how many utterances, given the cluster of each, int [N], into a file."""
+    counts = np.unique(assignment, return_counts=True)[1]
+    # Sizes are whole numbers: equal bins while they are few, equal ratios beyond.
+    edges = np.unique(np.round(np.geomspace(1, counts.max() + 1, 40))) - 0.5
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+        ax = figure.subplots()
+        heights = np.histogram(counts, edges)[0]
+        ax.stairs(heights, edges, color=BLUE, fill=True, alpha=0.25)
+        ax.stairs(heights, edges, color=BLUE, linewidth=1.4)
+        ax.set(xscale="log", ylim=(0, 1.22 * heights.max()))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
+        median = float(np.median(counts))
+        ax.axvline(median, ymax=0.9, color=INK, linewidth=1.1, linestyle=DASHES[1])
+        left = np.log(median) > np.log(edges[-1]) / 2
+        ax.annotate(
+            f"median {median:g}",
+            (median, 0.97),
+            xycoords=("data", "axes fraction"),
+            xytext=(-5 if left else 5, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top",
+            fontsize=8.5,
+            path_effects=HALO,
+        )
+        add_title(ax, "Sizes of clusters", f"{len(counts):,} clusters of {len(assignment):,} utterances")
+        ax.set_xlabel("utterances in a cluster")
+        ax.set_ylabel("clusters")
+        ax.grid(axis="x", visible=False)
+    return save_figure(figure, path)
 
 
 def embedding_map_figure(points, speakers, size: tuple[float, float] = (9.0, 5.0)) -> Figure:
