@@ -16,6 +16,7 @@ import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.records import MANIFEST, Shards, read_manifest
+from memo_jax.scoring.trials import read_table
 
 MAX_CROP_SECONDS = 3600.0
 
@@ -119,6 +120,33 @@ def speaker_numbers(utterances: Utterances) -> np.ndarray:
     if len(names) < 2:
         raise ValueError(f"{utterances.path}: all utterances are of one speaker: there is nothing to tell apart")
     return numbers.astype(np.int32)
+
+
+def table_numbers(utterances: Utterances, path: str | os.PathLike) -> tuple[np.ndarray, int]:
+    """Returns the number of each utterance's label in a table, and how many names of the table have no utterance.
+
+    Args:
+      utterances: of a dataset.
+      path: table of lines `name label`, as `memo-jax cluster` writes it; see `read_table`.
+
+    Returns:
+      int32 [len(utterances)], labels numbered in the order of their texts, −1 for an utterance that the table lacks.
+
+    Raises:
+      ValueError: the table is malformed, has no label for any utterance, or the same label for all.
+      OSError: it cannot be read.
+    """
+    table = read_table(path, "name", "label")
+    names = utterances.names
+    kinds = {label: number for number, label in enumerate(sorted({table[name] for name in names if name in table}))}
+    if not kinds:
+        raise ValueError(
+            f"{path} has a label for none of the {len(names)} utterances of {utterances.path}, such as {names[0]!r}"
+        )
+    if len(kinds) < 2:
+        raise ValueError(f"{path}: all utterances have the same label: there is nothing to tell apart")
+    numbers = np.array([kinds[table[name]] if name in table else -1 for name in names], np.int32)
+    return numbers, len(table) - int((numbers >= 0).sum())
 
 
 def steps_per_epoch(utterances: int, batch_size: int) -> int:

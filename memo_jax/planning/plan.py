@@ -19,6 +19,7 @@ from memo_jax.data.banks import MEGABYTE
 from memo_jax.data.batches import Utterances, steps_per_epoch
 from memo_jax.planning.chips import Gpu, Tpu, compile_only_devices
 from memo_jax.planning.hlo import collective_seconds, collectives, estimated_seconds
+from memo_jax.scoring.trials import read_table
 from memo_jax.training.program import lowered_step
 from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
@@ -72,7 +73,10 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     dataset = Utterances(config.data.train) if config.data.train else None
     if utterances is None:
         utterances = VOXCELEB2 if dataset is None else len(dataset)
-    speakers = VOXCELEB2_SPEAKERS if dataset is None else len(set(dataset.speakers))
+    if config.supervised.labels:
+        speakers = len(set(read_table(config.supervised.labels, "name", "label").values()))
+    else:
+        speakers = VOXCELEB2_SPEAKERS if dataset is None else len(set(dataset.speakers))
     epoch_steps = steps_per_epoch(utterances, batch)
     mesh = sharding.data_mesh(devices)
     lowered = lowered_step(config, build_recipe(config, epoch_steps, speakers), mesh, _banks(config.augment, mesh))

@@ -46,7 +46,7 @@ FRACTIONS = (
 
 
 def reads_labels(config) -> bool:
-    """Returns whether training reads the dataset's speakers."""
+    """Returns whether training reads labels: the dataset's speakers, or a table."""
     return config.supervised.weight > 0 or config.loss.contrastive_mask_same_speaker
 
 
@@ -67,6 +67,8 @@ def check_ranges(config) -> None:
         raise ValueError(f"supervised.margin is {config.supervised.margin}: must be 0 to π/2, in radians")
     if config.supervised.weight < 0:
         raise ValueError(f"supervised.weight is {config.supervised.weight}: must be at least 0")
+    if config.supervised.labels and not reads_labels(config):
+        raise ValueError("supervised.labels is set, but nothing reads labels: set supervised.weight above 0")
     if config.data.global_crops < 2:
         raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks

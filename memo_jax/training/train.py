@@ -13,7 +13,7 @@ import numpy as np
 import memo_jax
 from memo_jax import config as configs
 from memo_jax import interrupts
-from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, training_batches
+from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, table_numbers, training_batches
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress, plural
@@ -31,14 +31,15 @@ from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
 from memo_jax.xla.devices import chosen_devices
 
-# Keys that a resumed run may change: they decide what is watched and kept, not what is learned. The dataset may move,
-# since its fingerprint identifies it.
+# Keys that a resumed run may change: they decide what is watched and kept, not what is learned. The dataset and the
+# table of labels may move, since the fingerprint of the one and the checksum of the other identify them.
 FREE_ON_RESUME = (
     "checkpoint.",
     "evaluation.",
     "log_every_steps",
     "data.train",
     "data.workers",
+    "supervised.labels",
     "collapse.",
     "split_above_megabytes",
 )
@@ -49,7 +50,8 @@ class Inputs(NamedTuple):
     """What a run is made from, checked: everything but the banks, which take long to load. Durations are in steps."""
 
     utterances: Utterances
-    labels: np.ndarray | None  # of the utterances; None for training without labels
+    labels: np.ndarray | None  # of the utterances, −1 where unknown; None for training without labels
+    label_note: str  # what to tell about labels from a table, or ""
     recipe: Recipe
     epoch_steps: int
     total: int
@@ -187,7 +189,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
         )
     utterances = Utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
-    labels = speaker_numbers(utterances) if reads_labels(config) else None
+    labels, label_note = labels_of(config, utterances)
     recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1)
     batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
     devices = sharding.data_mesh().size
@@ -197,6 +199,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     return Inputs(
         utterances,
         labels,
+        label_note,
         recipe,
         epoch_steps,
         total=steps(config, "total"),
@@ -204,6 +207,22 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
         keep_every=steps(config.checkpoint, "keep_every"),
         evaluate_every=max(steps(config.evaluation, "every"), 1),
     )
+
+
+def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
+    """Returns the utterances' labels, None for training without, and what to tell about those of a table, or ""."""
+    if not reads_labels(config):
+        return None, ""
+    table = config.supervised.labels
+    if not table:
+        return speaker_numbers(utterances), ""
+    labels, unused = table_numbers(utterances, table)
+    note = f"labels: {labels.max() + 1:,} of {table}"
+    if missing := int((labels < 0).sum()):
+        note += f"; {plural(missing, 'utterance')} without a label: not part of the loss on labels"
+    if unused:
+        note += f"; {plural(unused, 'name')} of the table not in the dataset"
+    return labels, note
 
 
 def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:
@@ -230,6 +249,11 @@ def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
     saved = load_extra(workdir)
     for kind, value in data_identity(inputs).items():
         if saved[kind] != value:
+            if kind == "labels" and config.supervised.labels:
+                raise ValueError(
+                    f"supervised.labels: {config.supervised.labels} does not have the labels that {workdir} was "
+                    "trained with: give that table to resume, or use another workdir"
+                )
             what = "its fingerprint differs" if kind == "fingerprint" else "its speakers differ"
             raise ValueError(
                 f"{config.data.train} is not the dataset that {workdir} was trained on ({what}): "
@@ -321,4 +345,6 @@ def announcement(config, inputs: Inputs, banks: dict[str, np.ndarray], begin: in
         + f", gate rule {inputs.recipe.gate_rule.name}",
         f"augmentation: {bank_text}",
     ]
+    if inputs.label_note:
+        lines.append(inputs.label_note)
     return "\n".join(lines)

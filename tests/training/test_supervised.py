@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny
-from memo_jax.data.batches import Utterances, speaker_numbers, training_batches
+from memo_jax.data.batches import Utterances, speaker_numbers, table_numbers, training_batches
 from memo_jax.features import MEL_BINS
 from memo_jax.inference.workdir import workdir_model
 from memo_jax.log import read_metrics
@@ -172,6 +172,55 @@ def test_other_labels_are_another_dataset(run, tmp_path):
     dataset = tiny.write_dataset(tmp_path / "other", tiny.material().corpus, speakers=speakers)
     status, text = tiny.train_here(run, *SUPERVISED, f"data.train={dataset}")
     assert status == 2 and "its speakers differ" in text
+
+
+def write_table(path, labels):
+    path.write_text("".join(f"{name}\t{label}\n" for name, label in labels.items()))
+    return path
+
+
+def test_a_table_gives_labels_by_name(tmp_path):
+    utterances = Utterances(tiny.material().dataset)
+    names = utterances.names
+    table = write_table(tmp_path / "t", {names[3]: "b", "unknown.wav": "z", names[0]: "a", names[7]: "b"})
+    numbers, unused = table_numbers(utterances, table)
+    assert {names[i]: n for i, n in enumerate(numbers.tolist()) if n >= 0} == {names[0]: 0, names[3]: 1, names[7]: 1}
+    assert unused == 1 and numbers.dtype == np.int32
+    for labels, said in (
+        ({"unknown.wav": "z"}, "has a label for none of the 20 utterances"),
+        (dict.fromkeys(names, "a"), "all utterances have the same label"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            table_numbers(utterances, write_table(tmp_path / "t", labels))
+
+
+def test_a_run_learns_the_labels_of_a_table(run, tmp_path):
+    """Those of the speakers give the run of the speakers; utterances without a label are told of; the table may move,
+    but not change."""
+    utterances = Utterances(tiny.material().dataset)
+    same = write_table(tmp_path / "same", dict(zip(utterances.names, utterances.speakers)))
+    status, text = tiny.train_here(tmp_path / "run", *SUPERVISED, f"supervised.labels={same}")
+    assert status == 0 and f"\nlabels: 5 of {same}\n" in text, text
+    assert_same_state(tmp_path / "run", run)
+    some = {name: f"c{i % 5}" for i, name in enumerate(utterances.names) if i > 1} | {"other.wav": "c0"}
+    some = write_table(tmp_path / "some", some)
+    part = (*SUPERVISED, f"supervised.labels={some}")
+    status, text = tiny.train_here(tmp_path / "part", *part, "--stop-at-step=5")
+    assert status == 0, text
+    assert "2 utterances without a label: not part of the loss on labels; 1 name of the table not in" in text
+    some.rename(tmp_path / "moved")
+    part = (*SUPERVISED, f"supervised.labels={tmp_path / 'moved'}")
+    status, text = tiny.train_here(tmp_path / "part", *part, "--stop-at-step=6")
+    assert status == 0, text
+    status, text = tiny.train_here(tmp_path / "part", *SUPERVISED, f"supervised.labels={same}")
+    assert status == 2 and f"supervised.labels: {same} does not have the labels" in text
+
+
+def test_a_table_that_nothing_reads_is_refused(tmp_path):
+    status, text = tiny.train_here(tmp_path / "run", "supervised.labels=table.tsv")
+    assert status == 2 and "supervised.labels is set, but nothing reads labels" in text
+    status, text = tiny.train_here(tmp_path / "run", *SUPERVISED, f"supervised.labels={tmp_path / 'table.tsv'}")
+    assert status == 2 and "table.tsv: No such file" in text and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
