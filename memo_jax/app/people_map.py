@@ -40,9 +40,10 @@ def map_html(voices: Sequence[Voice]) -> str:
     points = []
     for voice, (x, y), (side, height) in zip(voices, spots, label_places(spots, [voice.name for voice in voices])):
         kind = "person" if voice.is_person else "recording"
+        name = html.escape(voice.name)  # a long one ends in an ellipsis; pointing at it shows the whole
         points.append(
-            f'<span class="memo-dot {kind}" style="left:{x:.1f}%;top:{y:.1f}%"></span>'
-            f'<span class="memo-label {side}" style="left:{x:.1f}%;top:{height:.1f}%">{html.escape(voice.name)}</span>'
+            f'<span class="memo-dot {kind}" title="{name}" style="left:{x:.1f}%;top:{y:.1f}%"></span>'
+            f'<span class="memo-label {side}" title="{name}" style="left:{x:.1f}%;top:{height:.1f}%">{name}</span>'
         )
     return (
         f'<div class="memo-map" role="img" aria-label="map of {len(voices)} voices">{"".join(points)}</div>'

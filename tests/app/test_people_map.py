@@ -30,4 +30,5 @@ def test_equal_voices_and_names_with_markup_are_drawn():
     same = np.ones(4)
     assert "appears once there are two voices" in map_html([Voice("a", same, True)])
     drawn = map_html([Voice("<i>Ada</i>", same, True), Voice("Recording", same, False)])
-    assert "&lt;i&gt;Ada&lt;/i&gt;" in drawn and "nan" not in drawn and drawn.count("memo-dot") == 2
+    assert "&lt;i&gt;Ada&lt;/i&gt;</span>" in drawn and 'title="&lt;i&gt;Ada&lt;/i&gt;"' in drawn
+    assert "nan" not in drawn and drawn.count("memo-dot") == 2
