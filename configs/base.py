@@ -83,7 +83,9 @@ def get_config() -> ConfigDict:
     loss.contrastive_mask_same_speaker = False
 
     supervised = config.supervised = ConfigDict()
-    supervised.weight = 0.0  # weight of AAM-softmax on the dataset's speakers; reads labels if above 0
+    supervised.weight = 0.0  # weight of AAM-softmax on labels; reads them if above 0
+    # Labels: table of lines `name label`, as `memo-jax cluster` writes it; "": the dataset's speakers.
+    supervised.labels = ""
     supervised.scale = 30.0  # factor of the cosines
     supervised.margin = 0.2  # radians added to the angle between an embedding and its own speaker
     supervised.margin_warmup_epochs = 0.0  # time over which the margin rises from 0
