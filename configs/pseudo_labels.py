@@ -19,4 +19,6 @@ def get_config():
     config.data.global_seconds = 3.0
     config.supervised.scale = 30.0
     config.supervised.margin = 0.2
+    config.supervised.loss_gate_after_epochs = 4
+    config.supervised.correct_labels_after_epochs = 8
     return config

@@ -62,7 +62,9 @@ def run(*arguments) -> str:
     """Runs a command of a page on tiny data; returns what it printed."""
     arguments = list(arguments)
     if arguments[0] == "train":
-        arguments += shrinking(arguments[arguments.index("--config") + 1])
+        learns_table = any("supervised.labels" in argument for argument in arguments)
+        settings = shrinking(arguments[arguments.index("--config") + 1])
+        arguments += [text for text in settings if not (learns_table and ".supervised." in text)]
     if arguments[0] == "convert":  # without PyTorch, the same weights in safetensors
         arguments[1] = arguments[1].replace(".pt", ".safetensors")
     status, text = tiny.here(*arguments)

@@ -66,6 +66,18 @@ def get_config():
 """
 
 
+# Settings with which a run learns labels alone.
+SUPERVISED = (
+    "supervised.weight=1",
+    "loss.self=0",
+    "loss.cross=0",
+    "loss.contrastive=0",
+    "gate.rule=never",
+    "optimizer.name=adamw",
+    "optimizer.learning_rate=0.5",
+)
+
+
 def write_corpus(folder: Path, speakers: int = SPEAKERS, utterances: int = UTTERANCES) -> Path:
     """Writes folder/s<i>/<j>.wav of 0.6 to 1.2 s: harmonics of a pitch that is the speaker's, with noise."""
     rng = np.random.default_rng(0)

@@ -171,6 +171,7 @@ def training_batches(
     workers: int = 0,
     prefetch: int = 2,
     labels: np.ndarray | None = None,
+    numbered: bool = False,
 ) -> "TrainingBatches":
     """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
 
@@ -194,10 +195,12 @@ def training_batches(
       workers: processes that read ahead; with 0 a thread of this process does.
       prefetch: batches read ahead (by each worker).
       labels: of all utterances, int32 [len(utterances)], for training with labels.
+      numbered: give the numbers of the utterances, too.
 
     Returns:
       an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l], "label": int32
-      [B/P]}. "local" is missing when local_crops is 0, "label" without labels.
+      [B/P], "index": int32 [B/P]}. "local" is missing when local_crops is 0, "label" without labels, "index" unless
+      numbered.
 
     Raises:
       ValueError: a number out of its range; the message says which.
@@ -220,7 +223,7 @@ def training_batches(
         raise ValueError(f"workers is {workers}, prefetch {prefetch} and start {start}; expected ≥ 0, ≥ 1 and ≥ 0")
     rows = batch_size // process_count
     part = slice(process_index * rows, (process_index + 1) * rows)
-    batches = _Batches(utterances, crops, batch_size, part, seed, labels)
+    batches = _Batches(utterances, crops, batch_size, part, seed, labels, numbered)
     return TrainingBatches(batches, start, workers, prefetch)
 
 
@@ -233,9 +236,9 @@ def _crop_samples(name, seconds):
 class _Batches:
     """The endless sequence of batches: `batches[step]`, a pure function."""
 
-    def __init__(self, utterances, crops, batch_size, rows, seed, labels=None):
+    def __init__(self, utterances, crops, batch_size, rows, seed, labels=None, numbered=False):
         self.utterances, self.crops, self.batch_size, self.rows, self.seed = utterances, crops, batch_size, rows, seed
-        self.labels = labels
+        self.labels, self.numbered = labels, numbered
         self.steps = steps_per_epoch(len(utterances), batch_size)
 
     def __len__(self):
@@ -252,6 +255,8 @@ class _Batches:
             self.utterances.fill(index, [crop for crops in batch.values() for crop in crops[row]], fractions)
         if self.labels is not None:
             batch["label"] = self.labels[indices]
+        if self.numbered:
+            batch["index"] = indices
         return batch
 
 

@@ -79,7 +79,8 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
         speakers = VOXCELEB2_SPEAKERS if dataset is None else len(set(dataset.speakers))
     epoch_steps = steps_per_epoch(utterances, batch)
     mesh = sharding.data_mesh(devices)
-    lowered = lowered_step(config, build_recipe(config, epoch_steps, speakers), mesh, _banks(config.augment, mesh))
+    recipe = build_recipe(config, epoch_steps, speakers, utterances)
+    lowered = lowered_step(config, recipe, mesh, _banks(config.augment, mesh))
     steps = configs.duration_in_steps(config, "total", epoch_steps)
     result = {
         "topology": topology,

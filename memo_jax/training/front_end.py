@@ -47,6 +47,12 @@ def training_views(
     return tuple(views)
 
 
+def clean_features(batch: Mapping[str, jax.Array], *, front_end: str) -> jax.Array:
+    """Returns the features, float32 [B, T, 80], of the first global crop of each utterance as it is in the batch."""
+    with jax.named_scope("mel"):
+        return FRONT_ENDS[front_end](batch["global"][:, 0].astype(jnp.float32) / 32768)[0]
+
+
 def mask_bins(key: jax.Array, x: jax.Array, widest: int) -> jax.Array:
     """Returns features [N, T, F] with a random band of neighbouring mel bins of each crop set to zero, their mean.
 

@@ -127,14 +127,20 @@ def contrastive(
 
 
 def aam_softmax(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax.Array | float) -> jax.Array:
-    """Returns AAM-softmax, the ArcFace loss (Deng et al., 2019, eq. 3), in nats: the mean over rows with a label.
+    """Returns AAM-softmax in nats: the mean of `aam_softmax_rows` over rows with a label, 0 if there are none."""
+    labelled = labels >= 0
+    return aam_softmax_rows(cosines, labels, scale, margin).sum() / jnp.maximum(labelled.sum(), 1)
+
+
+def aam_softmax_rows(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax.Array | float) -> jax.Array:
+    """Returns the ArcFace loss (Deng et al., 2019, eq. 3) of each row, [N] in nats; 0 for a row without a label.
 
     The cross-entropy of softmax(scale · [cos θ_1, …, cos(θ_y + margin), …]) with the true speaker y. Where θ_y + margin
     exceeds π, so that its cosine would rise again, cos θ_y − margin · sin(margin) takes its place, as is usual.
 
     Args:
       cosines: float32 [N, speakers] of embeddings and speakers.
-      labels: int32 [N], the speaker of each row; a negative number leaves the row out.
+      labels: int32 [N], the speaker of each row; negative where there is none.
       scale: positive.
       margin: in radians, 0 to π/2.
     """
@@ -145,8 +151,25 @@ def aam_softmax(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax
     is_own = jnp.arange(cosines.shape[1]) == labels[:, None]
     logits = scale * jnp.where(is_own, with_margin[:, None], cosines)
     losses = jax.nn.logsumexp(logits, axis=1) - scale * with_margin
-    labelled = labels >= 0
-    return jnp.where(labelled, losses, 0.0).sum() / jnp.maximum(labelled.sum(), 1)
+    return jnp.where(labels >= 0, losses, 0.0)
+
+
+def confident_labels(
+    embeddings: jax.Array, directions: jax.Array, temperature: float, least_probability: float
+) -> jax.Array:
+    """Returns the likeliest label of each embedding where its probability is above a limit, else −1: int32 [N].
+
+    The probabilities are softmax(embeddings · directions / temperature), of vectors that are not scaled to unit length.
+
+    Args:
+      embeddings: [N, D].
+      directions: [D, labels].
+      temperature: positive.
+      least_probability: in [0, 1].
+    """
+    products = jnp.matmul(embeddings.astype(jnp.float32), directions, precision="highest")
+    probabilities = jax.nn.softmax(products / temperature)
+    return jnp.where(probabilities.max(axis=1) > least_probability, probabilities.argmax(axis=1), -1).astype(jnp.int32)
 
 
 def accuracy(cosines: jax.Array, labels: jax.Array) -> jax.Array:

@@ -114,6 +114,13 @@ def in_first(action: Callable[[], T]) -> T | None:
     return result
 
 
+def from_first(value: np.ndarray) -> np.ndarray:
+    """Returns the first process's value in all of them; each gives one of the same shape and type."""
+    if jax.process_count() == 1:
+        return value
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+
+
 def check_agreement(values: dict[str, str]) -> None:
     """Raises ValueError, in all processes, naming the first key whose text is not the same in all of them."""
     if jax.process_count() == 1:

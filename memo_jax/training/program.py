@@ -13,6 +13,7 @@ from memo_jax import interrupts
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.features import MEL_BINS
 from memo_jax.training import optim
+from memo_jax.training.front_end import clean_features
 from memo_jax.training.recipe import build_front_end, reads_labels
 from memo_jax.training.state import TrainState, Variables, initial_state
 from memo_jax.training.step import Recipe, train_step
@@ -31,7 +32,8 @@ def jitted_step(config, recipe: Recipe, mesh: Mesh, state: TrainState):
     """
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
     state = jax.tree.map(lambda x: x.sharding, state)
-    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
+    clean = functools.partial(clean_features, front_end=config.features.front_end)
+    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config), clean=clean)
     return jax.jit(
         step,
         in_shardings=(state, split, whole, whole),
@@ -54,6 +56,8 @@ def lowered_step(config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]) -
     batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
     if reads_labels(config):
         batch["label"] = jax.ShapeDtypeStruct((config.data.batch_size,), np.int32, sharding=split)
+    if recipe.supervision.gated_utterances:
+        batch["index"] = jax.ShapeDtypeStruct((config.data.batch_size,), np.int32, sharding=split)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     state = abstract_state(config, recipe, mesh)
@@ -94,7 +98,12 @@ def augmentation_key(config, mesh: Mesh) -> jax.Array:
 def state_maker(recipe: Recipe):
     """Returns the function key → state before the first step."""
     return functools.partial(
-        initial_state, branches=recipe.branches, mels=MEL_BINS, optimizer=recipe.optimizer, rule=recipe.gate_rule
+        initial_state,
+        branches=recipe.branches,
+        mels=MEL_BINS,
+        optimizer=recipe.optimizer,
+        rule=recipe.gate_rule,
+        gated_utterances=recipe.supervision.gated_utterances,
     )
 
 

@@ -33,12 +33,14 @@ POSITIVE = (
     "loss.student_temp",
     "loss.contrastive_temperature",
     "supervised.scale",
+    "supervised.correction_temperature",
     "teacher.temp",
     "teacher.end_temp",
 )
 FRACTIONS = (
     "loss.center_momentum",
     "loss.contrastive_margin",
+    "supervised.correction_probability",
     "teacher.momentum",
     "teacher.end_momentum",
     "optimizer.sgd_momentum",
@@ -48,6 +50,11 @@ FRACTIONS = (
 def reads_labels(config) -> bool:
     """Returns whether training reads labels: the dataset's speakers, or a table."""
     return config.supervised.weight > 0 or config.loss.contrastive_mask_same_speaker
+
+
+def has_loss_gate(config) -> bool:
+    """Returns whether training leaves out utterances by their losses."""
+    return config.supervised.loss_gate_after_epochs > 0
 
 
 def check_ranges(config) -> None:
@@ -67,6 +74,20 @@ def check_ranges(config) -> None:
         raise ValueError(f"supervised.margin is {config.supervised.margin}: must be 0 to π/2, in radians")
     if config.supervised.weight < 0:
         raise ValueError(f"supervised.weight is {config.supervised.weight}: must be at least 0")
+    after, correct_after = config.supervised.loss_gate_after_epochs, config.supervised.correct_labels_after_epochs
+    if after < 0 or correct_after < 0:
+        raise ValueError(
+            f"supervised.loss_gate_after_epochs is {after} and supervised.correct_labels_after_epochs {correct_after}: "
+            "must be at least 0, which is never"
+        )
+    if after and not config.supervised.weight:
+        raise ValueError("supervised.loss_gate_after_epochs is set, but supervised.weight is 0: there is no such loss")
+    if correct_after and not 0 < after <= correct_after:
+        raise ValueError(
+            f"supervised.correct_labels_after_epochs is {correct_after}, but labels of utterances that the loss gate "
+            f"leaves out are corrected, and supervised.loss_gate_after_epochs is {after}: set that to 1 to "
+            f"{correct_after}"
+        )
     if config.supervised.labels and not reads_labels(config):
         raise ValueError("supervised.labels is set, but nothing reads labels: set supervised.weight above 0")
     if config.data.global_crops < 2:
@@ -142,13 +163,14 @@ def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
     }
 
 
-def build_recipe(config, epoch_steps: int, speakers: int = 1) -> Recipe:
+def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 0) -> Recipe:
     """Returns what the steps of a run have in common.
 
     Args:
       config: with all keys of configs/base.py.
       epoch_steps: steps in an epoch, by which durations in epochs are converted.
       speakers: how many the dataset has; read only if the config trains with labels.
+      utterances: likewise; read only for a loss gate, and 0 builds none.
 
     Raises:
       ValueError: a value that cannot work; the message names its key.
@@ -188,7 +210,15 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1) -> Recipe:
         gate.min_alignment,
         steps(gate, "stop"),
     )
-    supervision = Supervision(config.supervised.weight, config.supervised.scale)
+    supervised = config.supervised
+    supervision = Supervision(
+        supervised.weight,
+        supervised.scale,
+        utterances if has_loss_gate(config) else 0,
+        supervised.correct_labels_after_epochs * epoch_steps if supervised.correct_labels_after_epochs else None,
+        supervised.correction_temperature,
+        supervised.correction_probability,
+    )
     branches = build_branches(config, speakers)
     return Recipe(branches, optimizer, schedules, LossWeights(**config.loss), rule, supervision)
 

@@ -9,6 +9,7 @@ import optax
 
 from memo_jax.models import Branch
 from memo_jax.training.gate import Gate, GateRule, initial_gate
+from memo_jax.training.loss_gate import LossGate, initial_loss_gate
 
 Variables = dict[str, Any]  # {"params": …, "batch_stats": …}
 
@@ -24,6 +25,7 @@ class TrainState:
       opt_state: {branch: {part: the optimiser's state}}; the parts of a student, its backbone and each head, are
         updated one after the other.
       gate: the state of the contrastive gate.
+      loss_gate: the state of the loss gate; None for training without one.
     """
 
     step: jax.Array
@@ -32,6 +34,7 @@ class TrainState:
     center: dict[str, dict[str, jax.Array]]
     opt_state: dict[str, dict[str, optax.OptState]]
     gate: Gate
+    loss_gate: LossGate | None = None
 
 
 def student_params(state: TrainState) -> dict[str, Any]:
@@ -45,7 +48,12 @@ def backbone_variables(variables: Variables) -> Variables:
 
 
 def initial_state(
-    key: jax.Array, branches: dict[str, Branch], mels: int, optimizer: optax.GradientTransformation, rule: GateRule
+    key: jax.Array,
+    branches: dict[str, Branch],
+    mels: int,
+    optimizer: optax.GradientTransformation,
+    rule: GateRule,
+    gated_utterances: int = 0,
 ) -> TrainState:
     """Returns the state before the first step: teachers are exact copies of the students, centres are zero.
 
@@ -55,12 +63,14 @@ def initial_state(
       mels: F, the mel bins of the features.
       optimizer: of the students.
       rule: of the gate.
+      gated_utterances: how many utterances the dataset has, for training with a loss gate; 0 without.
     """
     student = {}
     for i, (name, branch) in enumerate(branches.items()):
         variables = branch.init(jax.random.fold_in(key, i), jnp.zeros((2, 32, mels)), train=True)
         student[name] = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-    return state_from_students(student, branches, optimizer, rule)
+    state = state_from_students(student, branches, optimizer, rule)
+    return state.replace(loss_gate=initial_loss_gate(gated_utterances)) if gated_utterances else state
 
 
 def state_from_students(

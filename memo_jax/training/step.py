@@ -35,6 +35,7 @@ from memo_jax.models import SPEAKER_HEAD, Branch, head_part
 from memo_jax.models.heads import SpeakerHead
 from memo_jax.training import losses
 from memo_jax.training.gate import GateRule, updated_gate
+from memo_jax.training.loss_gate import passes, with_losses
 from memo_jax.training.optim import Schedules
 from memo_jax.training.state import TrainState, Variables
 from memo_jax.xla.compiler import materialize_on_cpu
@@ -76,10 +77,19 @@ class Supervision(NamedTuple):
     Attributes:
       weight: u, the weight of AAM-softmax; 0 for training without labels.
       scale: of the cosines.
+      gated_utterances: how many utterances the dataset has, for training with a loss gate (`loss_gate`); 0 without.
+      correct_from: number of steps after which utterances that the gate leaves out are learned with the label that the
+        student is sure of; None for never.
+      correction_temperature: of the probabilities of labels.
+      correction_probability: above which the student counts as sure.
     """
 
     weight: float = 0.0
     scale: float = 30.0
+    gated_utterances: int = 0
+    correct_from: int | None = None
+    correction_temperature: float = 0.1
+    correction_probability: float = 0.5
 
 
 class Recipe(NamedTuple):
@@ -295,8 +305,9 @@ def supervised_loss(
     *,
     branch: Branch,
     supervision: Supervision,
+    given: jax.Array | None = None,
 ):
-    """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and the accuracy of its speaker head.
+    """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and what is known beside it.
 
     Args:
       head_params: of the speaker head.
@@ -305,12 +316,21 @@ def supervised_loss(
       margin: of this step.
       branch: of the student.
       supervision: of the recipe.
+      given: int32 [B], the labels before the loss gate, for training with one.
+
+    Returns:
+      (u · S, (the accuracy of the speaker head, the loss of each utterance [B] for the given labels or None)).
     """
     rows = jnp.concatenate([of_views.reshape(-1, of_views.shape[-1]) for of_views in embeddings])
-    of_rows = jnp.tile(labels, len(rows) // len(labels))
+    views = len(rows) // len(labels)
+    of_rows = jnp.tile(labels, views)
     cosines = SpeakerHead(branch.speakers).apply({"params": head_params}, rows)
     loss = losses.aam_softmax(cosines, of_rows, supervision.scale, margin)
-    return supervision.weight * loss, losses.accuracy(cosines, of_rows)
+    of_utterances = None
+    if given is not None:
+        of_given = losses.aam_softmax_rows(cosines, jnp.tile(given, views), supervision.scale, margin)
+        of_utterances = of_given.reshape(views, -1).mean(axis=0)
+    return supervision.weight * loss, (losses.accuracy(cosines, of_rows), of_utterances)
 
 
 def objective(
@@ -325,7 +345,7 @@ def objective(
       state: supplies everything else.
       views: normalised log-mel.
       recipe: of the run.
-      labels: int32 [B], for recipes that read labels.
+      labels: int32 [B], for recipes that read labels; with a loss gate, those that it leaves.
     """
     teachers, weights = all_teacher_outputs(state, views, recipe), recipe.weights
     total = jnp.float32(0)
@@ -378,14 +398,62 @@ def contrastive_gradient(
     return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distillation_gradient)
 
 
+class GatedBatch(NamedTuple):
+    """What a step with a loss gate reads of a batch.
+
+    Attributes:
+      index: int32 [B], the numbers of the utterances.
+      clean: features [B, T, F] of a crop as it was recorded; None without label correction.
+    """
+
+    index: jax.Array
+    clean: jax.Array | None = None
+
+
+@jax.named_scope("loss_gate")
+def learned_labels(
+    state: TrainState, variables: Variables, labels: jax.Array, gated: GatedBatch, branch: Branch, recipe: Recipe
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the labels int32 [B] that a branch learns in a step with a loss gate, −1 for none, and which it corrects.
+
+    An utterance keeps its label if the gate lets it pass. One that it leaves out is learned with the label that the
+    student is sure of, by a crop as it was recorded and with running statistics; without one, it is not learned.
+
+    Args:
+      state: before the step.
+      variables: of the student.
+      labels: int32 [B], as given.
+      gated: of the batch.
+      branch: of the student.
+      recipe: of the run.
+    """
+    supervision, left_out = recipe.supervision, ~passes(state.loss_gate, gated.index)
+    none = jnp.full_like(labels, -1)
+    if supervision.correct_from is None:
+        return jnp.where(left_out, none, labels), jnp.zeros_like(left_out)
+
+    def likeliest(clean):
+        of_backbone = {kind: variables[kind]["backbone"] for kind in ("params", "batch_stats")}
+        return losses.confident_labels(
+            branch.backbone.apply(of_backbone, clean),
+            variables["params"][SPEAKER_HEAD]["directions"],
+            supervision.correction_temperature,
+            supervision.correction_probability,
+        )
+
+    sure = jax.lax.cond(state.step >= supervision.correct_from, likeliest, lambda clean: none, gated.clean)
+    return jnp.where(left_out, sure, labels), left_out & (sure >= 0)
+
+
 class BranchUpdate(NamedTuple):
-    """A branch after a step, and the metrics of the step."""
+    """A branch after a step, the metrics of the step, and with a loss gate the losses of the utterances [B]."""
 
     student: Variables
     teacher: Variables
     opt_state: dict[str, optax.OptState]
     metrics: Metrics
     squared_gradient: jax.Array
+    utterance_losses: jax.Array | None
 
 
 @jax.named_scope("student")
@@ -396,6 +464,7 @@ def update_branch(
     teachers: Mapping[str, TeacherOutputs],
     recipe: Recipe,
     labels: jax.Array | None = None,
+    gated: GatedBatch | None = None,
 ) -> BranchUpdate:
     """Updates one branch's student by the gradient of the objective, then its teacher.
 
@@ -444,19 +513,25 @@ def update_branch(
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
 
-    supervised = {}
+    supervised, utterance_losses = {}, None
     if recipe.supervision.weight:
+        learned, given = labels, None
+        if gated is not None:
+            given = labels
+            learned, corrected = learned_labels(state, state.student[name], labels, gated, branch, recipe)
+            supervised = {f"labels/corrected/{name}": corrected.mean(), f"labels/learned/{name}": (learned >= 0).mean()}
         loss = functools.partial(
             supervised_loss,
-            labels=labels,
+            labels=learned,
             margin=recipe.schedules.margin(state.step),
             branch=branch,
             supervision=recipe.supervision,
+            given=given,
         )
-        (value, right), (gradient, at_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-            params[SPEAKER_HEAD], embeddings
-        )
-        supervised = {f"loss/supervised/{name}": value, f"accuracy/{name}": right}
+        (value, (right, utterance_losses)), (gradient, at_embeddings) = jax.value_and_grad(
+            loss, argnums=(0, 1), has_aux=True
+        )(params[SPEAKER_HEAD], embeddings)
+        supervised |= {f"loss/supervised/{name}": value, f"accuracy/{name}": right}
         cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
         update(SPEAKER_HEAD, gradient)
 
@@ -475,6 +550,7 @@ def update_branch(
         new_opt_state,
         branch_metrics(name, terms, contrastive, supervised, teachers, several=len(recipe.branches) > 2),
         sum(squares),
+        utterance_losses,
     )
 
 
@@ -517,7 +593,7 @@ def branch_metrics(
 
 
 def train_step_on_features(
-    state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
+    state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None, gated: GatedBatch | None = None
 ) -> tuple[TrainState, Metrics]:
     """Takes one step on normalised log-mel features of the global and the local views.
 
@@ -526,6 +602,7 @@ def train_step_on_features(
       views: as `front_end.training_views` gives them.
       recipe: of the run.
       labels: int32 [B], the number of each utterance's speaker; only recipes that train with labels read it.
+      gated: of the same batch, for recipes with a loss gate.
 
     Returns:
       The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is −1,
@@ -538,7 +615,7 @@ def train_step_on_features(
         # One branch after the other, and all after the teachers' forward passes: parameters are updated in place.
         teachers, updates, views = materialize_on_cpu((teachers, updates, views))
         with jax.named_scope(name):
-            updates[name] = update_branch(name, state, views, teachers, recipe, labels)
+            updates[name] = update_branch(name, state, views, teachers, recipe, labels, gated)
 
     metrics = {key: value for of_branch in updates.values() for key, value in of_branch.metrics.items()}
     gate = state.gate
@@ -555,7 +632,12 @@ def train_step_on_features(
         center={name: teachers[name].centers for name in names},
         opt_state={name: updates[name].opt_state for name in names},
         gate=gate,
+        loss_gate=state.loss_gate,
     )
+    if gated is not None:
+        of_utterances = jnp.stack([updates[name].utterance_losses for name in names]).mean(axis=0)
+        new_state = new_state.replace(loss_gate=with_losses(state.loss_gate, gated.index, of_utterances, labels))
+        metrics["labels/threshold"] = state.loss_gate.threshold
     metrics |= {
         "loss": sum(metrics[f"loss/{name}"] for name in names),
         "lr": schedules.learning_rate(state.step),
@@ -578,10 +660,14 @@ def train_step(
     *,
     recipe: Recipe,
     front_end: Callable[[jax.Array, Any, Any], Views],
+    clean: Callable[[Any], jax.Array] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step on a batch of `training_batches`: the front end, then `train_step_on_features`.
 
-    Every random draw comes from `key` and the state's step, so that a resumed run needs no saved generator.
+    Every random draw comes from `key` and the state's step, so that a resumed run needs no saved generator. For recipes
+    with label correction, `clean` gives the features that labels are corrected by (`front_end.clean_features`).
     """
-    views = front_end(jax.random.fold_in(key, state.step), batch, banks)
-    return train_step_on_features(state, views, recipe, batch.get("label"))
+    views, gated = front_end(jax.random.fold_in(key, state.step), batch, banks), None
+    if recipe.supervision.gated_utterances:
+        gated = GatedBatch(batch["index"], None if recipe.supervision.correct_from is None else clean(batch))
+    return train_step_on_features(state, views, recipe, batch.get("label"), gated)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import memo_jax
 from memo_jax import config as configs
@@ -20,10 +21,11 @@ from memo_jax.log import MetricsLog, Progress, plural
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.goodput import Goodput
+from memo_jax.training.loss_gate import gate_threshold
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
-from memo_jax.training.recipe import build_recipe, load_augmentation_banks, reads_labels
+from memo_jax.training.recipe import build_recipe, has_loss_gate, load_augmentation_banks, reads_labels
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
@@ -144,6 +146,8 @@ def train(
             with goodput.counting("compile") if number == begin + 1 else contextlib.nullcontext():
                 state, metrics = take_step(state, batch, banks_here, key)
             monitor.took(number, metrics)
+            if number % inputs.epoch_steps == 0:
+                state = at_epoch_end(config, state, number // inputs.epoch_steps, mesh, shown)
             if said := profiler.after(number, state):
                 shown.write(said)
             stops = stop.reached(number)
@@ -170,6 +174,20 @@ def train(
     return monitor.last
 
 
+def at_epoch_end(config, state: TrainState, epoch: int, mesh: Mesh, shown: Progress) -> TrainState:
+    """Returns the state with which the epoch after number `epoch`, from 1, begins: the loss gate is set anew."""
+    if not has_loss_gate(config) or epoch < config.supervised.loss_gate_after_epochs:
+        return state
+    losses = np.asarray(state.loss_gate.losses.addressable_data(0))
+    threshold = processes.from_first(np.float32(gate_threshold(losses)))
+    passing, seen = int((losses <= threshold).sum()), int((losses >= 0).sum())
+    shown.write(
+        f"epoch {epoch}: the loss gate is at {threshold:.4g}; {plural(len(losses) - passing, 'utterance')} of {seen:,} "
+        "left out"
+    )
+    return state.replace(loss_gate=state.loss_gate.replace(threshold=sharding.replicate(mesh, threshold)))
+
+
 def extension_text(before: int, total: int, begin: int) -> str:
     """Returns the message of a run that resumes with a greater length."""
     return (
@@ -190,7 +208,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     utterances = Utterances(config.data.train)
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
     labels, label_note = labels_of(config, utterances)
-    recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1)
+    recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1, len(utterances))
     batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
@@ -286,6 +304,7 @@ def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | 
         process_count=jax.process_count(),
         workers=config.data.workers,
         labels=labels,
+        numbered=has_loss_gate(config),
     )
 
 

@@ -7,12 +7,13 @@ import jax
 import pytest
 
 import tiny
-from memo_jax import features
 from memo_jax.config import load_config
 from memo_jax.data.batches import SAMPLE_RATE
 from memo_jax.models import parameter_count
+from memo_jax.training.front_end import clean_features
+from memo_jax.training.program import state_maker
 from memo_jax.training.recipe import build_front_end, build_recipe
-from memo_jax.training.state import initial_state, student_params
+from memo_jax.training.state import student_params
 from memo_jax.training.step import train_step
 
 CONFIGS = sorted((tiny.ROOT / "configs").glob("*.py"))
@@ -40,10 +41,8 @@ def test_a_full_size_step_fits_together(path):
     without computing: the state it returns has the shapes of the state it takes, and the networks have the published
     numbers of parameters."""
     config = load_config(path)
-    recipe = build_recipe(config, 1000)
-    state = jax.eval_shape(
-        lambda: initial_state(jax.random.key(0), recipe.branches, features.MEL_BINS, recipe.optimizer, recipe.gate_rule)
-    )
+    recipe = build_recipe(config, 1000, utterances=1000 * config.data.batch_size)
+    state = jax.eval_shape(state_maker(recipe), jax.random.key(0))
     batch = {
         kind: jax.ShapeDtypeStruct(
             (config.data.batch_size, config.data[f"{kind}_crops"], round(config.data[f"{kind}_seconds"] * SAMPLE_RATE)),
@@ -53,11 +52,12 @@ def test_a_full_size_step_fits_together(path):
         if config.data[f"{kind}_crops"]
     }
     if config.supervised.weight:
-        batch["label"] = jax.ShapeDtypeStruct((config.data.batch_size,), "int32")
+        batch["label"] = batch["index"] = jax.ShapeDtypeStruct((config.data.batch_size,), "int32")
     bank = jax.ShapeDtypeStruct((3, round(config.augment.bank_seconds * SAMPLE_RATE)), "int16")
     responses = jax.ShapeDtypeStruct((2, round(config.augment.rir_seconds * SAMPLE_RATE)), "float32")
     banks = {"noise": bank, "music": bank, "speech": bank, "rir": responses}
-    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config))
+    clean = functools.partial(clean_features, front_end=config.features.front_end)
+    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config), clean=clean)
     after, metrics = jax.eval_shape(step, state, batch, banks, jax.eval_shape(lambda: jax.random.key(0)))
 
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -21,16 +21,6 @@ from memo_jax.training.step import objective, train_step_on_features
 from runs import assert_same_state
 from tiny_processes import Layer
 
-SUPERVISED = (
-    "supervised.weight=1",
-    "loss.self=0",
-    "loss.cross=0",
-    "loss.contrastive=0",
-    "gate.rule=never",
-    "optimizer.name=adamw",
-    "optimizer.learning_rate=0.5",
-)
-
 
 def definition(cosines, labels, scale, margin):
     """ArcFace, row by row in float64: the angle to the true speaker grows by the margin."""
@@ -53,6 +43,9 @@ def test_aam_softmax_is_its_definition_with_its_slope(margin):
     loss = functools.partial(losses.aam_softmax, labels=jnp.asarray(labels), scale=30.0, margin=margin)
     single = jnp.asarray(cosines, jnp.float32)
     assert float(loss(single)) == pytest.approx(definition(cosines, labels, 30.0, margin), rel=1e-5)
+    rows = losses.aam_softmax_rows(single, jnp.asarray(labels), 30.0, margin)
+    wanted = [0 if y < 0 else definition([row], [y], 30.0, margin) for row, y in zip(cosines, labels)]
+    np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-6)
     gradient, step = np.asarray(jax.grad(loss)(single)), 1e-6
     assert not gradient[2].any(), "a row without a label"
     for place in np.ndindex(cosines.shape):
@@ -129,7 +122,7 @@ def test_labels_follow_their_utterances():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("supervised") / "run"
-    status, text = tiny.train_here(workdir, *SUPERVISED)
+    status, text = tiny.train_here(workdir, *tiny.SUPERVISED)
     assert status == 0, text
     return workdir
 
@@ -140,8 +133,8 @@ def test_a_run_learns_the_speakers_and_resumes_exactly(run, tmp_path):
     assert last < first and 0 <= rows[-1]["accuracy/resnet"] <= 1
     assert load_raw(run)[0]["student"]["resnet"]["params"]["speaker_head"]["directions"].shape == (16, tiny.SPEAKERS)
     assert workdir_model(run).dimension == 16
-    assert tiny.train_here(tmp_path / "run", *SUPERVISED, "--stop-at-step=5")[0] == 0
-    assert tiny.train_here(tmp_path / "run", *SUPERVISED)[0] == 0
+    assert tiny.train_here(tmp_path / "run", *tiny.SUPERVISED, "--stop-at-step=5")[0] == 0
+    assert tiny.train_here(tmp_path / "run", *tiny.SUPERVISED)[0] == 0
     assert_same_state(tmp_path / "run", run)
 
 
@@ -170,7 +163,7 @@ def test_other_labels_are_another_dataset(run, tmp_path):
     names = Utterances(tiny.material().dataset).names
     speakers = {name: f"x{i % 3}" for i, name in enumerate(names)}
     dataset = tiny.write_dataset(tmp_path / "other", tiny.material().corpus, speakers=speakers)
-    status, text = tiny.train_here(run, *SUPERVISED, f"data.train={dataset}")
+    status, text = tiny.train_here(run, *tiny.SUPERVISED, f"data.train={dataset}")
     assert status == 2 and "its speakers differ" in text
 
 
@@ -199,27 +192,27 @@ def test_a_run_learns_the_labels_of_a_table(run, tmp_path):
     but not change."""
     utterances = Utterances(tiny.material().dataset)
     same = write_table(tmp_path / "same", dict(zip(utterances.names, utterances.speakers)))
-    status, text = tiny.train_here(tmp_path / "run", *SUPERVISED, f"supervised.labels={same}")
+    status, text = tiny.train_here(tmp_path / "run", *tiny.SUPERVISED, f"supervised.labels={same}")
     assert status == 0 and f"\nlabels: 5 of {same}\n" in text, text
     assert_same_state(tmp_path / "run", run)
     some = {name: f"c{i % 5}" for i, name in enumerate(utterances.names) if i > 1} | {"other.wav": "c0"}
     some = write_table(tmp_path / "some", some)
-    part = (*SUPERVISED, f"supervised.labels={some}")
+    part = (*tiny.SUPERVISED, f"supervised.labels={some}")
     status, text = tiny.train_here(tmp_path / "part", *part, "--stop-at-step=5")
     assert status == 0, text
     assert "2 utterances without a label: not part of the loss on labels; 1 name of the table not in" in text
     some.rename(tmp_path / "moved")
-    part = (*SUPERVISED, f"supervised.labels={tmp_path / 'moved'}")
+    part = (*tiny.SUPERVISED, f"supervised.labels={tmp_path / 'moved'}")
     status, text = tiny.train_here(tmp_path / "part", *part, "--stop-at-step=6")
     assert status == 0, text
-    status, text = tiny.train_here(tmp_path / "part", *SUPERVISED, f"supervised.labels={same}")
+    status, text = tiny.train_here(tmp_path / "part", *tiny.SUPERVISED, f"supervised.labels={same}")
     assert status == 2 and f"supervised.labels: {same} does not have the labels" in text
 
 
 def test_a_table_that_nothing_reads_is_refused(tmp_path):
     status, text = tiny.train_here(tmp_path / "run", "supervised.labels=table.tsv")
     assert status == 2 and "supervised.labels is set, but nothing reads labels" in text
-    status, text = tiny.train_here(tmp_path / "run", *SUPERVISED, f"supervised.labels={tmp_path / 'table.tsv'}")
+    status, text = tiny.train_here(tmp_path / "run", *tiny.SUPERVISED, f"supervised.labels={tmp_path / 'table.tsv'}")
     assert status == 2 and "table.tsv: No such file" in text and not (tmp_path / "run").exists()
 
 
@@ -229,7 +222,7 @@ def test_a_table_that_nothing_reads_is_refused(tmp_path):
 def test_labels_that_tell_nothing_are_refused(speaker, said, tmp_path):
     names = Utterances(tiny.material().dataset).names
     dataset = tiny.write_dataset(tmp_path / "set", tiny.material().corpus, speakers=dict.fromkeys(names, speaker))
-    status, text = tiny.train_here(tmp_path / "run", *SUPERVISED, f"data.train={dataset}")
+    status, text = tiny.train_here(tmp_path / "run", *tiny.SUPERVISED, f"data.train={dataset}")
     assert status == 2 and said in text and not (tmp_path / "run").exists()
 
 
