@@ -10,7 +10,8 @@ def get_config() -> ConfigDict:
     """Returns the base config, which other configs change."""
     config = ConfigDict()
     config.seed = 0  # decides initialisation, order of the data, crops and augmentation
-    config.init = ""  # model file whose network its branch starts from; "": random weights
+    # Model file or workdir whose networks the branches start from; a workdir's labels, too, if they are the same ones.
+    config.init = ""
 
     # Length of the run, which the schedules of learning rate and teacher momentum span.
     config.total_epochs = 150.0

@@ -17,7 +17,7 @@ NO = 1  # the answer is no: different speakers, nobody known, some recordings le
 BAD_INPUT = 2
 LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
-    ("eval", "embed", "cluster", "verify", "enroll", "identify", "app", "export"), {"model"}
+    ("eval", "embed", "cluster", "verify", "enroll", "identify", "app", "export", "pseudo-label"), {"model"}
 )  # these may be gs://…
 
 
@@ -53,7 +53,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         if "=" not in text:
             parser.error(f"{text} has no value: write {text}=VALUE")
     unknown = [text for text in rest if not text.startswith("--config.")]
-    if unknown or (overrides and options.command not in ("train", "plan", "reproduce")):
+    if unknown or (overrides and options.command not in ("train", "pseudo-label", "plan", "reproduce")):
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
     return options
@@ -166,11 +166,11 @@ def run_train(options) -> None:
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
     with joined(**place) if options.distributed or set(place.values()) != {None} else contextlib.nullcontext():
         from memo_jax.inference.evaluate import training_evaluation
-        from memo_jax.inference.workdir import starting_backbones
+        from memo_jax.inference.workdir import starting_parts
         from memo_jax.training.profile import profiled_steps
         from memo_jax.training.train import train
 
-        evaluation, start = training_evaluation(config), starting_backbones(config)
+        evaluation, start = training_evaluation(config), starting_parts(config)
         train(
             config,
             options.workdir,
@@ -206,6 +206,22 @@ def joined(**place):
             traceback.print_exception(error)
         processes.leave_at_once(1 if status is None else status)
     processes.leave()
+
+
+def run_pseudo_label(options) -> None:
+    """memo-jax pseudo-label."""
+    from memo_jax.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    keep_compiled_programs()
+    keep_freed_memory()
+    from memo_jax.pseudo_label import pseudo_label, rounds_text
+
+    chosen = ("kmeans", "clusters", "linkage", "iterations", "seed", "crops", "crop_seconds", "labels", "from_scratch")
+    result = pseudo_label(
+        config, options.workdir, options.model, options.rounds, **{name: getattr(options, name) for name in chosen}
+    )
+    print(as_json(result) if options.json else rounds_text(result))
 
 
 def run_reproduce(options) -> int:
@@ -528,6 +544,7 @@ RUN = {
     "trials": run_trials,
     "init-config": run_init_config,
     "train": run_train,
+    "pseudo-label": run_pseudo_label,
     "reproduce": run_reproduce,
     "plan": run_plan,
     "eval": run_eval,

@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         add_trials,
         add_init_config,
         add_train,
+        add_pseudo_label,
         add_reproduce,
         add_plan,
         add_eval,
@@ -293,7 +294,10 @@ def add_train(command: Command) -> None:
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
     added.add_argument(
-        "--init", type=Path, metavar="MODEL", help="start from the network of a model file, as --config.init=MODEL does"
+        "--init",
+        type=Path,
+        metavar="MODEL",
+        help="start from the network of a model file or a workdir, as --config.init=MODEL does",
     )
     added.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
     added.add_argument(
@@ -313,6 +317,28 @@ def add_train(command: Command) -> None:
     )
     added.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="number of processes")
     added.add_argument("--process_id", "--process-id", type=int, metavar="I", help="number of this process, from 0")
+
+
+def add_pseudo_label(command: Command) -> None:
+    """memo-jax pseudo-label."""
+    added = command(
+        "pseudo-label",
+        "cluster with a network and train on the clusters, in rounds; resumes the rounds in a workdir",
+        config_options(),
+        device_options(),
+        json_options(),
+        clustering_options(),
+    )
+    added.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for the rounds and the best network")
+    added.add_argument(
+        "--model", required=True, type=Path, metavar="MODEL", help="network to begin with: a workdir or a model file"
+    )
+    added.add_argument("--rounds", type=positive, default=3, metavar="R", help="default: %(default)s")
+    added.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="each round trains from random weights, not from the network that made its clusters",
+    )
 
 
 def add_reproduce(command: Command) -> None:

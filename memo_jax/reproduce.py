@@ -11,7 +11,7 @@ import numpy as np
 from memo_jax import config as configs
 from memo_jax.files import check_local
 from memo_jax.inference.evaluate import evaluate, training_evaluation
-from memo_jax.inference.workdir import starting_backbones
+from memo_jax.inference.workdir import starting_parts
 from memo_jax.log import read_metrics
 from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.monitor import TIMES
@@ -67,7 +67,7 @@ def reproduce(
     last = old[-1]["step"]
     check_same_config(output, again)
     if last not in saved_steps(output):  # an earlier call has trained it
-        evaluation, start = training_evaluation(again), starting_backbones(again)
+        evaluation, start = training_evaluation(again), starting_parts(again)
         train(again, output, evaluation=evaluation, start=start, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
         "parameters": compare_parameters(run, output),

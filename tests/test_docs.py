@@ -61,8 +61,8 @@ def weights(toolkit: str, name: str, **sizes) -> dict[str, np.ndarray]:
 def run(*arguments) -> str:
     """Runs a command of a page on tiny data; returns what it printed."""
     arguments = list(arguments)
-    if arguments[0] == "train":
-        learns_table = any("supervised.labels" in argument for argument in arguments)
+    if arguments[0] in ("train", "pseudo-label"):
+        learns_table = arguments[0] == "pseudo-label" or any("supervised.labels" in text for text in arguments)
         settings = shrinking(arguments[arguments.index("--config") + 1])
         arguments += [text for text in settings if not (learns_table and ".supervised." in text)]
     if arguments[0] == "convert":  # without PyTorch, the same weights in safetensors

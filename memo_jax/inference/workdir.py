@@ -7,6 +7,7 @@ import os
 from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, read_text, write_text
 from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, save_decision_in_file
+from memo_jax.models import SPEAKER_HEAD
 from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import Variables, backbone_variables
@@ -38,7 +39,7 @@ def workdir_model(
     # Held as training holds it, so that programs which training has compiled are found again.
     mesh = sharding.data_mesh()
     if step == 0:
-        variables = create_state(config, build_recipe(config, 1), mesh, starting_backbones(config)).teacher[branch]
+        variables = create_state(config, build_recipe(config, 1), mesh, starting_parts(config)).teacher[branch]
     else:
         if step is None and (steps := saved_steps(workdir)):
             step = steps[-1]
@@ -59,16 +60,37 @@ def workdir_model(
     return dataclasses.replace(model, decision=read_decisions(workdir).get(model.fingerprint))
 
 
-def starting_backbones(config) -> dict[str, Variables]:
-    """Returns {branch: variables} of the model file that a run starts from, `config.init`; {} where it names none.
+def starting_parts(config) -> dict[str, Variables]:
+    """Returns the parts of networks that a run starts from, as `train` takes them; {} where `config.init` is empty.
 
-    Raises ValueError naming the file where the config has no branch of just that network.
+    Of a model file it is the backbone of its branch, of a workdir the teachers' backbones and speaker heads.
+
+    Raises ValueError naming the file or workdir where the config has no branch of just that network.
     """
-    from memo_jax.training.recipe import build_branches
-
     if not config.init:
         return {}
-    model, branches = read_model(config.init), build_branches(config)
+    if not in_bucket(config.init) and not os.path.isdir(config.init):
+        return _starting_backbone(config, read_model(config.init))
+    theirs, parts = configs.workdir_config(config.init), {}
+    for branch in theirs.model.branches:
+        if branch in config.model.branches or len(theirs.model.branches) == 1:
+            parts |= _starting_backbone(config, workdir_model(config.init, branch))
+    if not parts:
+        raise ValueError(
+            f"init: {config.init} has the branches {', '.join(theirs.model.branches)}, this config "
+            f"{', '.join(config.model.branches)}: change one of them"
+        )
+    teachers = load_raw(config.init, only=["teacher"])[0]["teacher"]
+    for branch, of_branch in parts.items():
+        if SPEAKER_HEAD in teachers[branch]["params"]:
+            of_branch["params"][SPEAKER_HEAD] = teachers[branch]["params"][SPEAKER_HEAD]
+    return parts
+
+
+def _starting_backbone(config, model: Model) -> dict[str, Variables]:
+    from memo_jax.training.recipe import build_branches
+
+    branches = build_branches(config)
     wanted = {name: dict(model_of_backbone(branch.backbone, {}).arguments) for name, branch in branches.items()}
     if wanted.get(model.backbone) != dict(model.arguments):
         raise ValueError(
@@ -80,7 +102,7 @@ def starting_backbones(config) -> dict[str, Variables]:
             f"init: {config.init} takes {model.front_end}, but features.front_end is {config.features.front_end}: "
             "change one of them"
         )
-    return {model.backbone: model.variables}
+    return {model.backbone: {kind: {"backbone": tree} for kind, tree in model.variables.items()}}
 
 
 def read_decisions(workdir: str | os.PathLike) -> dict[str, Decision]:

@@ -128,12 +128,13 @@ def contrastive(
 
 def aam_softmax(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax.Array | float) -> jax.Array:
     """Returns AAM-softmax in nats: the mean of `aam_softmax_rows` over rows with a label, 0 if there are none."""
+    losses = aam_softmax_rows(cosines, labels, scale, margin)
     labelled = labels >= 0
-    return aam_softmax_rows(cosines, labels, scale, margin).sum() / jnp.maximum(labelled.sum(), 1)
+    return jnp.where(labelled, losses, 0.0).sum() / jnp.maximum(labelled.sum(), 1)
 
 
 def aam_softmax_rows(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax.Array | float) -> jax.Array:
-    """Returns the ArcFace loss (Deng et al., 2019, eq. 3) of each row, [N] in nats; 0 for a row without a label.
+    """Returns the ArcFace loss (Deng et al., 2019, eq. 3) of each row in nats, [N]; of one without a label any number.
 
     The cross-entropy of softmax(scale · [cos θ_1, …, cos(θ_y + margin), …]) with the true speaker y. Where θ_y + margin
     exceeds π, so that its cosine would rise again, cos θ_y − margin · sin(margin) takes its place, as is usual.
@@ -150,8 +151,7 @@ def aam_softmax_rows(cosines: jax.Array, labels: jax.Array, scale: float, margin
     with_margin = jnp.where(own > -jnp.cos(margin), with_margin, own - margin * jnp.sin(margin))
     is_own = jnp.arange(cosines.shape[1]) == labels[:, None]
     logits = scale * jnp.where(is_own, with_margin[:, None], cosines)
-    losses = jax.nn.logsumexp(logits, axis=1) - scale * with_margin
-    return jnp.where(labels >= 0, losses, 0.0)
+    return jax.nn.logsumexp(logits, axis=1) - scale * with_margin
 
 
 def confident_labels(

@@ -127,22 +127,25 @@ def abstract_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
 def create_state(config, recipe: Recipe, mesh: Mesh, start: Mapping[str, Variables] | None = None) -> TrainState:
     """Returns the state before the first step, on the mesh's devices.
 
-    It depends on the config and its seed alone, except that students and teachers of the branches in `start`, {branch:
-    variables of a backbone}, have these backbones.
+    It depends on the config and its seed alone, except that students and teachers have the parts in `start`: {branch:
+    {"params": {part: parameters}, "batch_stats": {part: statistics}}}.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, recipe, mesh))
     options = run_once_options(mesh.devices.flat[0].platform)
     make = jax.jit(state_maker(recipe), out_shardings=shardings, compiler_options=options)
     state = make(jax.random.key(config.seed))
-    return with_backbones(state, start) if start else state
+    return with_parts(state, start) if start else state
 
 
-def with_backbones(state: TrainState, start: Mapping[str, Variables]) -> TrainState:
-    """Returns the state with these backbones, {branch: variables}, in students and teachers."""
+def with_parts(state: TrainState, start: Mapping[str, Variables]) -> TrainState:
+    """Returns the state with these parts, as in `create_state`, in students and teachers that have such parts."""
 
     def replaced(branch, kind, tree):
-        given = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), start[branch][kind], tree["backbone"])
-        return tree | {"backbone": given}
+        given = {part: leaves for part, leaves in start[branch][kind].items() if part in tree}
+        return tree | {
+            part: jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), leaves, tree[part])
+            for part, leaves in given.items()
+        }
 
     roles = {
         role: variables

@@ -18,6 +18,7 @@ from memo_jax.data.batches import Utterances, speaker_numbers, steps_per_epoch, 
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress, plural
+from memo_jax.models import SPEAKER_HEAD
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.goodput import Goodput
@@ -79,8 +80,8 @@ def train(
       workdir: folder of the run, local or gs://…; gets config.json, run.json, metrics.jsonl, tensorboard/ and
         checkpoints.
       evaluation: tests the teachers while training; `inference.evaluate.training_evaluation(config)`.
-      start: {branch: variables of its backbone} of the model file that `config.init` names;
-        `inference.workdir.starting_backbones(config)`.
+      start: parts of networks of the model file or workdir that `config.init` names, as in `program.create_state`;
+        `inference.workdir.starting_parts(config)`.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
       profile: steps that the first process profiles into <workdir>/profile.
       quiet: show no progress.
@@ -120,6 +121,7 @@ def train(
         if begin:
             state = checkpoints.restore(abstract_state(config, recipe, mesh))
         else:
+            start, start_note = with_known_speakers(config, inputs, start or {})
             state = create_state(config, recipe, mesh, start)
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)
@@ -127,6 +129,8 @@ def train(
             Progress(inputs.total, "training", "step", initial=begin, active=first and not quiet)
         )
         shown.write(announcement(config, inputs, banks, begin))
+        if not begin and start_note:
+            shown.write(start_note)
         if begin >= end:
             shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
         data, active = data_record(config, inputs.utterances, banks), first and begin < end
@@ -241,6 +245,19 @@ def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
     if unused:
         note += f"; {plural(unused, 'name')} of the table not in the dataset"
     return labels, note
+
+
+def with_known_speakers(config, inputs: Inputs, start: Mapping[str, Variables]) -> tuple[Mapping[str, Variables], str]:
+    """Returns the parts to start from, with speaker heads only for the labels that they are of, and what to tell."""
+    if inputs.labels is None or not any(SPEAKER_HEAD in parts["params"] for parts in start.values()):
+        return start, ""
+    if load_extra(config.init)["labels"] == data_identity(inputs)["labels"]:
+        return start, f"the labels are those of {config.init}: their directions go on"
+    without = {
+        branch: parts | {"params": {part: tree for part, tree in parts["params"].items() if part != SPEAKER_HEAD}}
+        for branch, parts in start.items()
+    }
+    return without, f"the labels are not those of {config.init}: their directions start anew"
 
 
 def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 import tiny
 from memo_jax.inference.model_file import write_model
-from memo_jax.inference.workdir import starting_backbones, workdir_model
+from memo_jax.inference.workdir import starting_parts, workdir_model
 from memo_jax.training.program import create_state
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.state import backbone_variables
@@ -29,7 +29,7 @@ def test_a_run_starts_from_the_network_of_a_model_file(model_file, tmp_path):
     assert status == 0, text
     config = tiny.tiny_config(f"init={path}", "model.branches=ecapa,resnet")
     recipe, mesh = build_recipe(config, tiny.STEPS_PER_EPOCH), sharding.data_mesh()
-    plain, begun = (create_state(config, recipe, mesh, start) for start in (None, starting_backbones(config)))
+    plain, begun = (create_state(config, recipe, mesh, start) for start in (None, starting_parts(config)))
     equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
     for old, new in ((plain.student, begun.student), (plain.teacher, begun.teacher)):
         equal(backbone_variables(new["resnet"]), dict(model.variables))

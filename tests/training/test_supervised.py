@@ -44,8 +44,8 @@ def test_aam_softmax_is_its_definition_with_its_slope(margin):
     single = jnp.asarray(cosines, jnp.float32)
     assert float(loss(single)) == pytest.approx(definition(cosines, labels, 30.0, margin), rel=1e-5)
     rows = losses.aam_softmax_rows(single, jnp.asarray(labels), 30.0, margin)
-    wanted = [0 if y < 0 else definition([row], [y], 30.0, margin) for row, y in zip(cosines, labels)]
-    np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-6)
+    wanted = [definition([row], [y], 30.0, margin) for row, y in zip(cosines, labels) if y >= 0]
+    np.testing.assert_allclose(rows[labels >= 0], wanted, rtol=1e-5, atol=1e-6)
     gradient, step = np.asarray(jax.grad(loss)(single)), 1e-6
     assert not gradient[2].any(), "a row without a label"
     for place in np.ndindex(cosines.shape):
@@ -207,6 +207,27 @@ def test_a_run_learns_the_labels_of_a_table(run, tmp_path):
     assert status == 0, text
     status, text = tiny.train_here(tmp_path / "part", *tiny.SUPERVISED, f"supervised.labels={same}")
     assert status == 2 and f"supervised.labels: {same} does not have the labels" in text
+
+
+def test_a_run_from_a_workdir_keeps_the_directions_of_the_same_labels(run, tmp_path):
+    """The first step, whose learning rate is zero, shows what a run begins with."""
+    teacher = load_raw(run)[0]["teacher"]["resnet"]["params"]
+    names = Utterances(tiny.material().dataset).names
+    other = write_table(tmp_path / "other", {name: f"c{i % 5}" for i, name in enumerate(names)})
+    for settings, same, said in (
+        (("supervised.margin=0.5",), True, f"the labels are those of {run}: their directions go on\n"),
+        ((f"supervised.labels={other}",), False, f"the labels are not those of {run}: their directions start anew\n"),
+    ):
+        workdir = tmp_path / str(same)
+        status, text = tiny.train_here(workdir, *tiny.SUPERVISED, *settings, f"--init={run}", "--stop-at-step=1")
+        assert status == 0 and said in text, text
+        begun = load_raw(workdir)[0]["student"]["resnet"]["params"]
+        for ours, theirs in zip(jax.tree.leaves(begun["backbone"]), jax.tree.leaves(teacher["backbone"])):
+            np.testing.assert_array_equal(ours, theirs)
+        directions, theirs = (params["speaker_head"]["directions"] for params in (begun, teacher))
+        assert (directions == theirs).all() == same
+    status, text = tiny.train_here(tmp_path / "no", f"--init={run}", "model.branches=ecapa")
+    assert status == 2 and f"init: {run} holds resnet" in text
 
 
 def test_a_table_that_nothing_reads_is_refused(tmp_path):
