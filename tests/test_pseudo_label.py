@@ -3,6 +3,7 @@
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,6 +45,7 @@ def compiled_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "lowered_step", once)
+        patch.setattr(program, "jax", types.SimpleNamespace(**vars(jax) | {"clear_caches": lambda: None}))
         yield
 
 
