@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     data = config.data = ConfigDict()
     data.train = ""  # dataset to train on, written by `memo-jax prepare`
     data.batch_size = 240  # utterances per step, over all devices and processes
-    data.global_crops = 2  # global crops per utterance, seen by students and teachers
+    data.global_crops = 2  # global crops per utterance, seen by students and teachers; see teacher.view
     data.global_seconds = 4.0  # length of a global crop; a shorter utterance is repeated
     data.local_crops = 4  # local crops per utterance, seen by students only
     data.local_seconds = 2.0  # length of a local crop
@@ -116,9 +116,24 @@ def get_config() -> ConfigDict:
     teacher = config.teacher = ConfigDict()
     teacher.momentum = 0.996  # momentum of the moving average at the first step
     teacher.end_momentum = 1.0  # momentum at the last step, reached along a cosine
+    # What teachers see: global (the students' global crops), or clean (one has global crops for teachers only, without
+    # augmentation, and students see local crops only).
+    teacher.view = "global"
     teacher.temp = 0.04  # temperature of the teacher softmax in the first epoch
     teacher.end_temp = 0.07  # temperature after the warm-up
     teacher.temp_warmup_epochs = 30  # epochs over which the temperature rises, one step per epoch
+
+    # Positives from other recordings: k-means of the teacher's embeddings, and teachers that see crops of a partner.
+    positives = config.positives = ConfigDict()
+    positives.clusters = 0  # clusters of k-means, 25000 for VoxCeleb2; 0: teachers see crops of the utterance itself
+    positives.from_epochs = 120.0  # time from which teachers see crops of a partner
+    positives.from_steps = -1
+    positives.every_epochs = 1.0  # interval at which partners are drawn
+    positives.every_steps = -1
+    positives.cluster = "nearest"  # whose members are drawn from: nearest (the nearest other cluster) or own
+    positives.keep_own = 0.0  # share of utterances that keep their own recording
+    positives.reference_seconds = 4.0  # length of the crop that an utterance is clustered by
+    positives.iterations = 10  # iterations of k-means
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every_epochs = 1.0  # interval between checkpoints

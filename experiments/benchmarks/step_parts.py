@@ -57,7 +57,8 @@ def parts_of(config):
     batch, banks, key = example_batch(config), example_banks(), jax.random.key(1)
     crops = [x.reshape(-1, x.shape[-1]).astype(np.float32) / 32768 for x in batch.values()]
     counts = [x.shape[1] for x in batch.values()]
-    views = drawn(recipes.build_front_end(config), key, batch, banks)
+    seen = drawn(recipes.build_front_end(config), key, batch, banks)
+    views = seen.students
 
     parts = {
         "augmentation": (
@@ -143,7 +144,7 @@ def parts_of(config):
         return (jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), opt_state, parameters), ()
 
     parts[UPDATES[0]] = (update, ((averages, state.opt_state, parameters), averages))
-    parts[UPDATES[1]] = (lambda state, views: train_step_on_features(state, views, recipe), (state, views))
+    parts[UPDATES[1]] = (lambda state, views: train_step_on_features(state, views, recipe), (state, seen))
     return parts
 
 

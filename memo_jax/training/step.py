@@ -34,13 +34,13 @@ import optax
 from memo_jax.models import SPEAKER_HEAD, Branch, head_part
 from memo_jax.models.heads import SpeakerHead
 from memo_jax.training import losses
+from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule, updated_gate
 from memo_jax.training.optim import Schedules
 from memo_jax.training.state import TrainState, Variables
 from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm
 
-Views = tuple[jax.Array, ...]  # normalised log-mel [B, V, T, F] of the global and, where there are any, the local crops
 Metrics = dict[str, jax.Array]  # scalars by the names that metrics.jsonl uses
 
 
@@ -85,7 +85,8 @@ class Supervision(NamedTuple):
 class Recipe(NamedTuple):
     """What the steps of a run have in common; static under jit.
 
-    With `remat`, the backward pass recomputes the backbones' activations of all crop lengths but the last.
+    With `remat`, the backward pass recomputes the backbones' activations of all crop lengths but the last. `partners`
+    is the number of utterances that have partners in the state, 0 in runs without.
     """
 
     branches: dict[str, Branch]
@@ -95,6 +96,7 @@ class Recipe(NamedTuple):
     gate_rule: GateRule
     supervision: Supervision = Supervision()
     remat: bool = True
+    partners: int = 0
 
     @property
     def is_contrastive(self) -> bool:
@@ -172,8 +174,8 @@ def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[ja
     return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), batch_stats
 
 
-def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *, remat: bool = True):
-    """Returns a student's embeddings [V, B, D] of each crop length, and its updated batch statistics.
+def student_embeddings(backbone: nn.Module, params, batch_stats, views: Sequence[jax.Array], *, remat: bool = True):
+    """Returns a student's embeddings [V, B, D] of the views of each crop length, and its updated batch statistics.
 
     With `remat`, only the last crop length keeps its activations for the backward pass; the others' are recomputed. At
     the authors' sizes and a batch of 4 on a CPU, the step then takes 8 % more time and half the temporary memory (0.38
@@ -193,7 +195,7 @@ def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *
 
 
 class TeacherOutputs(NamedTuple):
-    """A teacher's outputs for the global views, and the statistics and centres that its forward pass updated."""
+    """A teacher's outputs for its views, and the statistics and centres that its forward pass updated."""
 
     embeddings: jax.Array  # [W, B, D]
     distributions: dict[str, jax.Array]  # {head: [W, B, K]}
@@ -225,13 +227,13 @@ def teacher_outputs(
 
 
 def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict[str, TeacherOutputs]:
-    """Returns {branch: outputs of its teacher for the global views}."""
+    """Returns {branch: outputs of its teacher}."""
     temperature, momentum = recipe.schedules.teacher_temp(state.step), recipe.weights.center_momentum
     outputs = {}
     for name, branch in recipe.branches.items():
         with jax.named_scope(name):
             outputs[name] = teacher_outputs(
-                branch, state.teacher[name], state.center[name], views[0], temperature, momentum
+                branch, state.teacher[name], state.center[name], views.of_teachers, temperature, momentum
             )
     return outputs
 
@@ -248,6 +250,7 @@ def distillation_loss(
     pairs: Sequence[Pair],
     teachers: Mapping[str, TeacherOutputs],
     temperature: float,
+    shared_views: bool,
 ):
     """Returns the weighted distillation loss of a student by one head, and (its terms {pair: loss}, batch statistics).
 
@@ -259,11 +262,14 @@ def distillation_loss(
       pairs: the student's pairs with this head.
       teachers: their outputs.
       temperature: τ_s.
+      shared_views: whether the teachers' views are the first of the student's.
     """
     logits, batch_stats = logits_by_view(branch.head, head_params, batch_stats, embeddings)
     with jax.named_scope("distillation"):
         terms = {
-            pair: losses.distillation(logits, teachers[pair.teacher].distributions[pair.head], temperature)
+            pair: losses.distillation(
+                logits, teachers[pair.teacher].distributions[pair.head], temperature, shared_views
+            )
             for pair in pairs
         }
     total = sum((pair.weight * term for pair, term in terms.items()), jnp.float32(0))
@@ -272,9 +278,13 @@ def distillation_loss(
 
 @jax.named_scope("contrastive")
 def contrastive_loss(
-    embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights, labels: jax.Array | None = None
+    embeddings: jax.Array,
+    teacher_embeddings: jax.Array,
+    weights: LossWeights,
+    shared_views: bool,
+    labels: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D].
+    """Returns w · C of a student's embeddings of its first kind of crop, [V, B, D], and its teacher's, [W, B, D].
 
     `labels`, int32 [B], are read only if the weights say that negatives of the same speaker are masked.
     """
@@ -284,6 +294,7 @@ def contrastive_loss(
         weights.contrastive_temperature,
         weights.contrastive_margin,
         labels if weights.contrastive_mask_same_speaker else None,
+        shared_views,
     )
 
 
@@ -323,7 +334,7 @@ def objective(
     Args:
       students: {branch: parameters}, the only argument that a gradient reaches.
       state: supplies everything else.
-      views: normalised log-mel.
+      views: of the batch.
       recipe: of the run.
       labels: int32 [B], for recipes that read labels.
     """
@@ -331,7 +342,7 @@ def objective(
     total = jnp.float32(0)
     for name, branch in recipe.branches.items():
         params, stats = students[name], state.student[name]["batch_stats"]
-        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views)
+        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views.students)
         for head in branch.head_names:
             pairs = [
                 p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
@@ -344,10 +355,11 @@ def objective(
                 pairs=pairs,
                 teachers=teachers,
                 temperature=weights.student_temp,
+                shared_views=views.shared,
             )[0]
         if recipe.is_contrastive:
             gate = 1 - state.gate.closed
-            total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights, labels)
+            total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights, views.shared, labels)
         if recipe.supervision.weight:
             margin = recipe.schedules.margin(state.step)
             total += supervised_loss(
@@ -360,16 +372,18 @@ def objective(
 
 
 def contrastive_gradient(
-    embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights, labels=None
+    embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights, shared_views: bool, labels=None
 ):
-    """Returns the contrastive loss, its gradient at the embeddings [W, B, D], and the alignment of the two gradients.
+    """Returns the contrastive loss, its gradient at the embeddings [V, B, D], and the alignment of the two gradients.
 
     `distillation_gradient` is that of the distillation loss at the same embeddings. Once the gate has closed, all three
     are zero and nothing is computed: the term is skipped, not multiplied by zero.
     """
 
     def open_gate(embeddings, distillation_gradient):
-        loss, gradient = jax.value_and_grad(contrastive_loss)(embeddings, teacher_embeddings, weights, labels)
+        loss, gradient = jax.value_and_grad(contrastive_loss)(
+            embeddings, teacher_embeddings, weights, shared_views, labels
+        )
         return loss, gradient, losses.alignment(gradient, distillation_gradient)
 
     def closed_gate(embeddings, distillation_gradient):
@@ -419,7 +433,7 @@ def update_branch(
         )
 
     embeddings, backbone_vjp, stats["backbone"] = jax.vjp(
-        lambda p: student_embeddings(branch.backbone, p, stats["backbone"], views, remat=recipe.remat),
+        lambda p: student_embeddings(branch.backbone, p, stats["backbone"], views.students, remat=recipe.remat),
         params["backbone"],
         has_aux=True,
     )
@@ -435,6 +449,7 @@ def update_branch(
             ],
             teachers=teachers,
             temperature=weights.student_temp,
+            shared_views=views.shared,
         )
         (_, (of_head, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
             params[part], embeddings
@@ -463,7 +478,7 @@ def update_branch(
     contrastive = None
     if recipe.is_contrastive:
         loss, gradient, cosine = contrastive_gradient(
-            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights, labels
+            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights, views.shared, labels
         )
         contrastive = loss, cosine
         cotangent[0] = cotangent[0] + gradient
@@ -519,7 +534,7 @@ def branch_metrics(
 def train_step_on_features(
     state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step on normalised log-mel features of the global and the local views.
+    """Takes one step on normalised features.
 
     Args:
       state: before the step.
@@ -555,6 +570,7 @@ def train_step_on_features(
         center={name: teachers[name].centers for name in names},
         opt_state={name: updates[name].opt_state for name in names},
         gate=gate,
+        partners=state.partners,
     )
     metrics |= {
         "loss": sum(metrics[f"loss/{name}"] for name in names),

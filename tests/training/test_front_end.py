@@ -27,7 +27,8 @@ def test_masks_are_the_last_thing_that_a_view_gets_and_off_costs_nothing():
     crops = np.random.default_rng(1).integers(-9000, 9000, (3, 2, 4000)).astype(np.int16)
     batch, key = {"global": crops, "local": crops[:, :1, :3000]}, jax.random.key(1)
     plain, masked = (training_views(key, batch, {}, front_end="log_mel", masked_bins=most) for most in (0, 40))
-    for whole, part in zip(plain, masked, strict=True):
+    assert plain.shared and masked.shared
+    for whole, part in zip(plain.students, masked.students, strict=True):
         assert whole.shape == part.shape and np.any(part != whole)
         np.testing.assert_array_equal(part, np.where(part == 0, 0, whole))
     programs = [

@@ -18,6 +18,7 @@ from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
 from memo_jax.models.layers import BatchNorm, Linear
 from memo_jax.training import optim
+from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule
 from memo_jax.training.state import initial_state, state_from_students, student_params
 from memo_jax.training.step import (
@@ -99,8 +100,10 @@ def start(recipe, seed=0):
 def views_of_step(step):
     random = np.random.default_rng(100 + step)
     speakers = random.normal(0, 1, (BATCH, 1, 1, MELS))
-    return tuple(
-        jnp.asarray(speakers + random.normal(0, 1, (BATCH, v, t, MELS)), jnp.float32) for v, t in ((2, 11), (4, 6))
+    return Views(
+        tuple(
+            jnp.asarray(speakers + random.normal(0, 1, (BATCH, v, t, MELS)), jnp.float32) for v, t in ((2, 11), (4, 6))
+        )
     )
 
 
@@ -220,7 +223,7 @@ def value_and_gradient(memo):
 def test_objective_is_the_sum_over_branches_pairs_of_views_and_rows(memo, value_and_gradient):
     recipe, states, metrics = memo
     temp = 0.04  # first epoch of two steps
-    expected = float(jax.jit(lambda state: written_out(state, views_of_step(1), recipe, temp))(states[1]))
+    expected = float(jax.jit(lambda state: written_out(state, views_of_step(1).students, recipe, temp))(states[1]))
     assert float(value_and_gradient(states[1])[0]) == pytest.approx(expected, rel=1e-5)
     assert metrics[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -256,7 +259,7 @@ def test_losses_add_up(memo):
 
 def test_student_statistics_see_global_then_local_views_and_the_teacher_keeps_its_own(memo):
     recipe, states, _ = memo
-    state, after, views = states[1], states[2], views_of_step(1)
+    state, after, views = states[1], states[2], views_of_step(1).students
 
     @jax.jit
     def expected(state, views):
@@ -285,7 +288,7 @@ def test_centers_follow_raw_logits_of_their_teacher_and_are_four(memo):
     assert len(jax.tree.leaves(state.center)) == 4
     for n, branch in recipe.branches.items():
         teacher = state.teacher[n]
-        _, logits, _ = forward(branch, teacher["params"], teacher["batch_stats"], views_of_step(1), 1)
+        _, logits, _ = forward(branch, teacher["params"], teacher["batch_stats"], views_of_step(1).students, 1)
         for head, values in logits.items():
             expected = 0.9 * state.center[n][head] + 0.1 * values.reshape(-1, PROTOTYPES).mean(0)
             np.testing.assert_allclose(after.center[n][head], expected, atol=1e-6)
@@ -467,7 +470,7 @@ def test_plain_dino_is_the_same_step_with_one_branch_one_head_and_no_term():
     states, metrics = run(dino, 2)
     assert len(jax.tree.leaves(states[0].center)) == 1
     assert {k for k in metrics[0] if k.startswith("loss")} == {"loss", "loss/ecapa", "loss/self/ecapa"}
-    state, views, branch = states[1], views_of_step(1), dino.branches["ecapa"]
+    state, views, branch = states[1], views_of_step(1).students, dino.branches["ecapa"]
 
     @jax.jit
     def expected(student, teacher, center):
@@ -487,7 +490,7 @@ def test_one_head_can_serve_self_and_cross_distillation():
     assert len(jax.tree.leaves(state.center)) == 2
     row = losses_of(recipe, state, views)
     logits = {
-        n: [forward(b, **state.student[n], features=views, passes=p)[1]["self"] for p in (2, 1)]
+        n: [forward(b, **state.student[n], features=views.students, passes=p)[1]["self"] for p in (2, 1)]
         for n, b in recipe.branches.items()
     }
     for n, other in (("ecapa", "resnet"), ("resnet", "ecapa")):
@@ -500,11 +503,11 @@ def test_draws_depend_on_the_key_and_the_step_alone():
     recipe = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
 
     def front_end(key, batch, banks):
-        return tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in batch.items())
+        return Views(tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in batch.items()))
 
     step = functools.partial(train_step, recipe=recipe, front_end=front_end)
     only_loss = jax.jit(lambda *inputs: step(*inputs)[1]["loss"])
-    state, batch = start(recipe), dict(enumerate(views_of_step(0)))
+    state, batch = start(recipe), dict(enumerate(views_of_step(0).students))
     later = state.replace(step=state.step + 1)
     loss = lambda state, seed: float(only_loss(state, batch, {}, jax.random.key(seed)))  # noqa: E731
     assert loss(state, 0) == loss(state, 0)
@@ -530,7 +533,7 @@ def test_step_copies_no_parameters_and_holds_gradients_of_few_heads():
     state = jax.eval_shape(
         lambda: initial_state(jax.random.key(0), recipe.branches, MELS, recipe.optimizer, recipe.gate_rule)
     )
-    views = tuple(jax.ShapeDtypeStruct((BATCH, v, 8, MELS), jnp.float32) for v in (2, 2))
+    views = Views(tuple(jax.ShapeDtypeStruct((BATCH, v, 8, MELS), jnp.float32) for v in (2, 2)))
     step = jax.jit(functools.partial(train_step_on_features, recipe=recipe), donate_argnums=0)
     compiled = step.lower(state, views).compile(compiler_options(jax.default_backend()))
     students = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.student))
@@ -559,7 +562,7 @@ def test_backbones_in_bfloat16_leave_the_types_of_the_state(name):
     arguments = {"ecapa": {"channels": (16, 16, 16, 16, 48)}, "resnet": {"base_channels": 2, "blocks": (1, 1, 1, 1)}}
     backbone = build_backbone(name, embedding_dim=8, dtype=jnp.bfloat16, **arguments[name])
     recipe = recipe_of()._replace(branches={name: Branch(backbone, DINOHead(PROTOTYPES, 16, 9, jnp.bfloat16))})
-    views = jnp.zeros((4, 2, 32, 16)), jnp.zeros((4, 4, 20, 16))
+    views = Views((jnp.zeros((4, 2, 32, 16)), jnp.zeros((4, 4, 20, 16))))
 
     def both():
         state = initial_state(jax.random.key(0), recipe.branches, 16, recipe.optimizer, recipe.gate_rule)
