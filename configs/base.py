@@ -68,6 +68,7 @@ def get_config() -> ConfigDict:
     model.head_hidden = 2048  # projection head: width of its two hidden layers
     model.head_bottleneck = 256  # projection head: dimension of the vector compared with prototypes
     model.prototypes = 65536  # projection head: K, the number of prototypes
+    model.shared_prototypes = False  # teachers use the students' prototypes instead of a moving average of them
     model.dtype = "float32"  # float32 or bfloat16; softmax, centres, norms and averages stay float32
 
     loss = config.loss = ConfigDict()
@@ -81,6 +82,16 @@ def get_config() -> ConfigDict:
     loss.contrastive_margin = 0.0  # subtracted from the cosine of positives; above 0 the loss is AM-NT-Xent
     # For studies, reads labels: leave other utterances of an anchor's speaker out of its negatives.
     loss.contrastive_mask_same_speaker = False
+
+    # What teachers' logits become: centered (softmax with a centre, as DINO), or sinkhorn (balanced over the batch).
+    loss.targets = "centered"
+    loss.mean_entropy = 0.0  # weight of ln K minus the entropy of the mean student distribution, for each head
+    loss.koleo = 0.0  # weight of KoLeo, which spreads embeddings, summed over views
+    loss.variance = 0.0  # weight of VICReg's variance term on each head's projections
+    loss.covariance = 0.0  # weight of VICReg's covariance term, likewise
+    loss.regularizer_start = 0.25  # share of these two weights at the first step
+    loss.regularizer_warmup_epochs = 10.0  # time over which they rise to the whole
+    loss.regularizer_warmup_steps = -1
 
     supervised = config.supervised = ConfigDict()
     supervised.weight = 0.0  # weight of AAM-softmax on the dataset's speakers; reads labels if above 0

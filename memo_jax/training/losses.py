@@ -1,4 +1,4 @@
-"""The losses: distillation between views, NT-Xent on embeddings, and AAM-softmax. Arrays in, arrays out."""
+"""The losses: distillation between views, NT-Xent on embeddings, AAM-softmax, regularisers. Arrays in, arrays out."""
 
 import functools
 
@@ -25,7 +25,37 @@ def teacher_distributions(
       a mean-teacher entropy of 0 (one prototype for all).
     """
     logs = jax.lax.stop_gradient((teacher_logits - center) / temperature)
+    return _with_entropies(logs - logsumexp(logs)[..., None])
+
+
+def sinkhorn_distributions(
+    teacher_logits: jax.Array, temperature: jax.Array, iterations: int = 3
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns balanced targets: the rows of softmax(logits/temperature) after Sinkhorn's iterations (Cuturi, 2013).
+
+    An iteration divides every column, a prototype's, by its sum over views and batch, then every row by its sum: all
+    prototypes come to be used about equally, without a centre. As in SwAV (Caron et al., 2020) and SDPN.
+
+    Args:
+      teacher_logits: [W, B, K] float32; no gradient flows into them.
+      temperature: positive. A softmax that is raised to the power 4 and normalised is one of a quarter of the
+        temperature.
+      iterations: how many.
+
+    Returns:
+      As `teacher_distributions`.
+    """
+    # In logarithms: at low temperatures, all numbers of a column may be too small for float32.
+    logs = jax.lax.stop_gradient(teacher_logits / temperature)
     logs = logs - logsumexp(logs)[..., None]
+    for _ in range(iterations):
+        logs = logs - jax.nn.logsumexp(logs, axis=(0, 1))
+        logs = logs - logsumexp(logs)[..., None]
+    return _with_entropies(logs)
+
+
+def _with_entropies(logs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the distributions of these logarithms [W, B, K], and their entropies."""
     probabilities = jnp.exp(logs)
     mean = probabilities.mean(axis=(0, 1))
     return probabilities, {
@@ -86,6 +116,50 @@ def _distillation_gradient(temperature, shared_views, residuals, gradient):
 
 
 distillation.defvjp(_distillation_and_residuals, _distillation_gradient)
+
+
+def mean_entropy_gap(logits: jax.Array, temperature: float) -> jax.Array:
+    """Returns ln K − H(p̄), in nats, with p̄ the mean of softmax(logits [V, B, K] / temperature) over views and batch.
+
+    It is 0 when all prototypes are used equally, and ln K when one is used by all (Assran et al., 2022: me-max).
+    """
+    mean = jax.nn.softmax(logits / temperature, axis=-1).mean(axis=(0, 1))
+    return jnp.log(jnp.float32(mean.size)) + jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30)))
+
+
+def koleo(embeddings: jax.Array) -> jax.Array:
+    """Returns KoLeo of embeddings [V, B, D], summed over views: −mean ln(‖x_i − x_n(i)‖ + 1e-8) over the batch of each.
+
+    x are the embeddings at unit length, and x_n(i) is the nearest other one of the same view. It spreads them over
+    the sphere (Sablayrolles et al., 2019, eq. 2).
+    """
+
+    def of_view(x):
+        cosines = jnp.matmul(x, x.T, precision="highest")
+        nearest = jnp.where(jnp.eye(len(x), dtype=bool), -jnp.inf, cosines).argmax(axis=1)
+        squares = jnp.square(x - x[nearest]).sum(axis=1)
+        # Equal embeddings have no direction to part in.
+        return -jnp.log(jnp.sqrt(jnp.maximum(squares, 1e-16)) + 1e-8).mean()
+
+    return jax.vmap(of_view)(l2_normalize(embeddings.astype(jnp.float32))).sum()
+
+
+def variance_and_covariance(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns VICReg's regularisers of x [V, B, D], the means over views (Bardes et al., 2022, eq. 1–4).
+
+    With C the covariance of the dimensions over the batch of a view (divided by B − 1), these are the mean of
+    max(0, 1 − √(C_jj + 1e-4)), and the sum of C_ij² over i ≠ j, divided by D.
+    """
+
+    def of_view(x):
+        centered = x - x.mean(axis=0)
+        covariance = jnp.matmul(centered.T, centered, precision="highest") / (len(x) - 1)
+        variances = jnp.diagonal(covariance)
+        others = jnp.square(covariance).sum() - jnp.square(variances).sum()
+        return jax.nn.relu(1 - jnp.sqrt(variances + 1e-4)).mean(), others / x.shape[1]
+
+    variance, covariance = jax.vmap(of_view)(x)
+    return variance.mean(), covariance.mean()
 
 
 def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float) -> jax.Array:

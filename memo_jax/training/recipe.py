@@ -5,6 +5,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from optax import constant_schedule
 
 from memo_jax import config as configs
 from memo_jax.audio import SAMPLE_RATE
@@ -38,11 +39,20 @@ POSITIVE = (
     "teacher.end_temp",
     "positives.iterations",
 )
+NOT_NEGATIVE = (
+    "loss.mean_entropy",
+    "loss.koleo",
+    "loss.variance",
+    "loss.covariance",
+    "supervised.weight",
+    "positives.clusters",
+)
 CHOICES = {
     "model.ecapa_form": ECAPA_FORMS,
     "model.ecapa_remat": REMATS,
     "model.resnet_remat": REMATS,
     "features.front_end": FRONT_ENDS,
+    "loss.targets": ("centered", "sinkhorn"),
     "teacher.view": ("global", "clean"),
     "positives.cluster": ("nearest", "own"),
 }
@@ -50,6 +60,7 @@ FRACTIONS = (
     "positives.keep_own",
     "loss.center_momentum",
     "loss.contrastive_margin",
+    "loss.regularizer_start",
     "teacher.momentum",
     "teacher.end_momentum",
     "optimizer.sgd_momentum",
@@ -97,8 +108,6 @@ def check_ranges(config) -> None:
         raise ValueError(f"augment.masked_bins is {config.augment.masked_bins}: must be 0 to {MEL_BINS}")
     if not 0 <= config.supervised.margin <= math.pi / 2:
         raise ValueError(f"supervised.margin is {config.supervised.margin}: must be 0 to π/2, in radians")
-    if config.supervised.weight < 0:
-        raise ValueError(f"supervised.weight is {config.supervised.weight}: must be at least 0")
     for key, choices in CHOICES.items():
         group, _, name = key.rpartition(".")
         if config[group][name] not in choices:
@@ -111,8 +120,10 @@ def check_ranges(config) -> None:
             )
     elif config.data.global_crops < 2:
         raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
-    if config.positives.clusters < 0:
-        raise ValueError(f"positives.clusters is {config.positives.clusters}: must be at least 0")
+    for key in NOT_NEGATIVE:
+        group, name = key.split(".")
+        if config[group][name] < 0:
+            raise ValueError(f"{key} is {config[group][name]}: must be at least 0")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
     if len(channels) != 5 or min(channels) < 1 or any(width % 8 for width in channels[1:4]):
         raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
@@ -193,6 +204,7 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
     total = steps(config, "total")
     if total < 1:
         raise ValueError("the run has no steps: set total_epochs or total_steps above 0")
+    warmup, regularizes = steps(config.loss, "regularizer_warmup"), config.loss.variance or config.loss.covariance
     schedules = optim.Schedules(
         optim.cosine_learning_rate(
             optim.scaled_learning_rate(config.optimizer.learning_rate, config.data.batch_size),
@@ -206,6 +218,7 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
         ),
         steps(config.optimizer, "freeze_prototypes"),
         optim.rising_margin(config.supervised.margin, steps(config.supervised, "margin_warmup")),
+        optim.rising_regularization(config.loss.regularizer_start, warmup) if regularizes else constant_schedule(1.0),
     )
     optimizer = optim.build_optimizer(
         config.optimizer.name,
@@ -230,10 +243,11 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
         branches,
         optimizer,
         schedules,
-        LossWeights(**config.loss),
+        LossWeights(**{name: config.loss[name] for name in LossWeights._fields}),
         rule,
         supervision,
         partners=utterances if config.positives.clusters else 0,
+        shared_prototypes=config.model.shared_prototypes,
     )
 
 

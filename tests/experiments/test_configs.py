@@ -23,6 +23,8 @@ FULL_SIZE = {
     "memo_voxceleb2": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "memo_voxceleb2_tpu": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "dino_voxceleb2": {"ecapa": ECAPA + HEAD},
+    # Fewer prototypes and a wider embedding; an ECAPA-TDNN of 1,024 channels.
+    "sdpn_voxceleb2": {"ecapa": 22_733_952 + HEAD - 256 * (65_536 - 1024) + (512 - 256) * 2048},
     "study_full": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
 }
 

@@ -382,6 +382,132 @@ def test_every_student_is_paired_with_every_teacher_of_weight(names, weights, ex
     assert len(pairs) == len(set(pairs)) and set(pairs) == expected
 
 
+# Options beyond MeMo.
+
+
+OPTIONS = {
+    "sdpn": {"targets": "sinkhorn", "mean_entropy": 0.7, "koleo": 0.3},
+    "regularised": {"variance": 2.0, "covariance": 0.5, "contrastive": 2.0, "contrastive_margin": 0.1},
+}
+
+
+@functools.cache
+def with_options(name):
+    """Returns a recipe of one branch with some of the options, and another that lacks them."""
+    rule = ALWAYS if name == "regularised" else GateRule("never")
+    recipe = recipe_of(("ecapa",), rule, heads=("self",), **OPTIONS[name])
+    schedules = recipe.schedules._replace(regularization=optim.rising_regularization(0.25, 4))
+    return recipe._replace(schedules=schedules, shared_prototypes=name == "sdpn")
+
+
+def own_views(step):
+    """Views of a teacher that sees none of the students'."""
+    views = views_of_step(step)
+    return Views(views.students, views_of_step(50 + step).students[0][:, :1] + views.students[0][:, :1])
+
+
+@pytest.fixture(scope="module", params=list(OPTIONS))
+def beyond(request):
+    """Two steps of a recipe with options: its name, recipe, states and metrics."""
+    recipe = with_options(request.param)
+    states, metrics = [start(recipe)], []
+    for step in range(2):
+        state, row = jitted(recipe)(states[-1], own_views(step))
+        states.append(state)
+        metrics.append({name: float(x) for name, x in row.items()})
+    return request.param, recipe, states, metrics
+
+
+def test_step_with_options_descends_the_gradient_of_the_objective(beyond):
+    _, recipe, states, metrics = beyond
+    state, after = states[1], states[2]
+    value, gradient = jax.jit(
+        lambda state: jax.value_and_grad(objective)(student_params(state), state, views=own_views(1), recipe=recipe)
+    )(state)
+    assert metrics[1]["loss"] == pytest.approx(float(value), rel=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
+    ours = jax.tree.map(lambda old, new: (old - new) / RATE, student_params(state), student_params(after))
+    assert_trees_close(ours, gradient, 2e-5 * scale)
+
+
+def test_terms_with_options_are_those_of_the_student_and_the_teachers_own_views(beyond):
+    """Written out in NumPy from the networks' outputs: targets, terms and their weights."""
+    name, recipe, states, metrics = beyond
+    state, views, branch, row = states[1], own_views(1), recipe.branches["ecapa"], metrics[1]
+    student, teacher = state.student["ecapa"], state.teacher["ecapa"]
+    as_float64 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+    embeddings, logits, _ = as_float64(forward(branch, **student, features=views.students, passes=2))
+    of_teacher, targets, _ = as_float64(forward(branch, **teacher, features=[views.teachers], passes=1))
+    logits, targets = logits["self"], targets["self"][:, 0]
+    p = np.exp(logits / 0.1)
+    p /= p.sum(axis=-1, keepdims=True)
+    if name == "sdpn":
+        q = np.exp(targets / 0.04)
+        q /= q.sum(axis=1, keepdims=True)
+        for _ in range(3):
+            q /= q.sum(axis=0)
+            q /= q.sum(axis=1, keepdims=True)
+        units = embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        koleo = 0.0
+        for view in units.swapaxes(0, 1):
+            distances = np.linalg.norm(view[:, None] - view, axis=-1) + np.diag([np.inf] * BATCH)
+            koleo -= np.log(distances.min(axis=1) + 1e-8).mean()
+        mean = p.mean(axis=(0, 1))
+        expected = {"mean_entropy": 0.7 * (np.log(PROTOTYPES) + (mean * np.log(mean)).sum()), "koleo": 0.3 * koleo}
+        assert not np.any(state.center["ecapa"]["self"]), "balanced targets have no centre"
+    else:
+        q = np.exp((targets - np.asarray(state.center["ecapa"]["self"])) / 0.04)
+        q /= q.sum(axis=1, keepdims=True)
+        head, of_head = branch.head, {kind: tree["self_head"] for kind, tree in student.items()}
+        variances, covariances, seen = [], [], 0
+        for count in (2, 4):  # batch norms see one crop length after the other
+            rows = embeddings[:, seen : seen + count].reshape(BATCH * count, -1)
+            (z, _), new = head.apply(of_head, jnp.float32(rows), train=True, method="project", mutable=["batch_stats"])
+            of_head, seen = of_head | new, seen + count
+            for view in np.asarray(z, np.float64).reshape(BATCH, count, -1).swapaxes(0, 1):
+                covariance = np.cov(view.T)
+                variances.append(np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean())
+                covariances.append((covariance**2)[~np.eye(len(covariance), dtype=bool)].sum() / len(covariance))
+        rise = 0.25 + 0.75 / 4  # after one of four steps
+        expected = {"variance": rise * 2.0 * np.mean(variances), "covariance": rise * 0.5 * np.mean(covariances)}
+    expected["self"] = -(q[:, None] * np.log(p)).sum(axis=-1).mean()
+    for kind, value in expected.items():
+        assert row[f"loss/{kind}/ecapa"] == pytest.approx(value, rel=2e-4), kind
+    others = row.get("loss/contrastive/ecapa", 0.0)
+    assert row["loss"] == pytest.approx(sum(expected.values()) + others, rel=1e-4)
+
+
+def test_shared_prototypes_are_the_students(beyond):
+    name, _, states, metrics = beyond
+    for after in states[1:]:
+        teacher, student = (side["ecapa"]["params"] for side in (after.teacher, after.student))
+        same = np.array_equal(teacher["self_head"]["prototypes"], student["self_head"]["prototypes"])
+        assert same == (name == "sdpn")
+        moved = [np.abs(s - t).max() for s, t in zip(*(jax.tree.leaves(x["backbone"]) for x in (student, teacher)))]
+        assert max(moved) > 1e-6, "all else is averaged"
+
+
+def test_options_that_are_off_leave_the_program_as_it_is():
+    """Spelt out at zero, or as what they are anyway, they make the same jaxpr; each one alone makes another."""
+    plain = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
+    state = jax.eval_shape(lambda: start(plain))
+
+    def program(recipe):
+        return str(jax.make_jaxpr(lambda s, v: train_step_on_features(s, v, recipe))(state, views_of_step(0)))
+
+    def with_weights(**weights):
+        return plain._replace(weights=plain.weights._replace(**weights))
+
+    expected = program(plain)
+    rising = plain.schedules._replace(regularization=optim.rising_regularization(0.25, 4))
+    off = with_weights(mean_entropy=0.0, koleo=0.0, variance=0.0, covariance=0.0, targets="centered")
+    assert program(off) == expected
+    assert program(with_weights(variance=1.0)._replace(schedules=rising)) != program(with_weights(variance=1.0))
+    for weights in ({"targets": "sinkhorn"}, {"mean_entropy": 1.0}, {"koleo": 1.0}, {"covariance": 1.0}):
+        assert program(with_weights(**weights)) != expected
+    assert program(plain._replace(shared_prototypes=True)) != expected
+
+
 # The gate inside the step.
 
 
