@@ -24,6 +24,7 @@ class TrainState:
       opt_state: {branch: {part: the optimiser's state}}; the parts of a student, its backbone and each head, are
         updated one after the other.
       gate: the state of the contrastive gate.
+      partners: int32 [N], the utterance whose crops the teachers see in place of each; None in runs without.
     """
 
     step: jax.Array
@@ -32,6 +33,7 @@ class TrainState:
     center: dict[str, dict[str, jax.Array]]
     opt_state: dict[str, dict[str, optax.OptState]]
     gate: Gate
+    partners: jax.Array | None = None
 
 
 def student_params(state: TrainState) -> dict[str, Any]:
@@ -45,7 +47,12 @@ def backbone_variables(variables: Variables) -> Variables:
 
 
 def initial_state(
-    key: jax.Array, branches: dict[str, Branch], mels: int, optimizer: optax.GradientTransformation, rule: GateRule
+    key: jax.Array,
+    branches: dict[str, Branch],
+    mels: int,
+    optimizer: optax.GradientTransformation,
+    rule: GateRule,
+    partners: int = 0,
 ) -> TrainState:
     """Returns the state before the first step: teachers are exact copies of the students, centres are zero.
 
@@ -55,12 +62,14 @@ def initial_state(
       mels: F, the mel bins of the features.
       optimizer: of the students.
       rule: of the gate.
+      partners: number of utterances, each of which is its own partner; 0 for a state without partners.
     """
     student = {}
     for i, (name, branch) in enumerate(branches.items()):
         variables = branch.init(jax.random.fold_in(key, i), jnp.zeros((2, 32, mels)), train=True)
         student[name] = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-    return state_from_students(student, branches, optimizer, rule)
+    state = state_from_students(student, branches, optimizer, rule)
+    return state.replace(partners=jnp.arange(partners, dtype=jnp.int32)) if partners else state
 
 
 def state_from_students(

@@ -11,7 +11,7 @@ from memo_jax import features
 from memo_jax.config import load_config
 from memo_jax.data.batches import SAMPLE_RATE
 from memo_jax.models import parameter_count
-from memo_jax.training.recipe import build_front_end, build_recipe
+from memo_jax.training.recipe import batch_crops, build_front_end, build_recipe
 from memo_jax.training.state import initial_state, student_params
 from memo_jax.training.step import train_step
 
@@ -23,6 +23,8 @@ FULL_SIZE = {
     "memo_voxceleb2": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "memo_voxceleb2_tpu": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "dino_voxceleb2": {"ecapa": ECAPA + HEAD},
+    # Fewer prototypes and a wider embedding; an ECAPA-TDNN of 1,024 channels.
+    "sdpn_voxceleb2": {"ecapa": 22_733_952 + HEAD - 256 * (65_536 - 1024) + (512 - 256) * 2048},
     "study_full": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
 }
 
@@ -45,12 +47,8 @@ def test_a_full_size_step_fits_together(path):
         lambda: initial_state(jax.random.key(0), recipe.branches, features.MEL_BINS, recipe.optimizer, recipe.gate_rule)
     )
     batch = {
-        kind: jax.ShapeDtypeStruct(
-            (config.data.batch_size, config.data[f"{kind}_crops"], round(config.data[f"{kind}_seconds"] * SAMPLE_RATE)),
-            "int16",
-        )
-        for kind in ("global", "local")
-        if config.data[f"{kind}_crops"]
+        kind: jax.ShapeDtypeStruct((config.data.batch_size, *shape), "int16")
+        for kind, shape in batch_crops(config).items()
     }
     if config.supervised.weight:
         batch["label"] = jax.ShapeDtypeStruct((config.data.batch_size,), "int32")
