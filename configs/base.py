@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     data = config.data = ConfigDict()
     data.train = ""  # dataset to train on, written by `memo-jax prepare`
     data.batch_size = 240  # utterances per step, over all devices and processes
-    data.global_crops = 2  # global crops per utterance, seen by students and teachers
+    data.global_crops = 2  # global crops per utterance, seen by students and teachers; see teacher.view
     data.global_seconds = 4.0  # length of a global crop; a shorter utterance is repeated
     data.local_crops = 4  # local crops per utterance, seen by students only
     data.local_seconds = 2.0  # length of a local crop
@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
     model.head_hidden = 2048  # projection head: width of its two hidden layers
     model.head_bottleneck = 256  # projection head: dimension of the vector compared with prototypes
     model.prototypes = 65536  # projection head: K, the number of prototypes
+    model.shared_prototypes = False  # teachers use the students' prototypes instead of a moving average of them
     model.dtype = "float32"  # float32 or bfloat16; softmax, centres, norms and averages stay float32
 
     loss = config.loss = ConfigDict()
@@ -82,6 +83,16 @@ def get_config() -> ConfigDict:
     loss.contrastive_margin = 0.0  # subtracted from the cosine of positives; above 0 the loss is AM-NT-Xent
     # For studies, reads labels: leave other utterances of an anchor's speaker out of its negatives.
     loss.contrastive_mask_same_speaker = False
+
+    # What teachers' logits become: centered (softmax with a centre, as DINO), or sinkhorn (balanced over the batch).
+    loss.targets = "centered"
+    loss.mean_entropy = 0.0  # weight of ln K minus the entropy of the mean student distribution, for each head
+    loss.koleo = 0.0  # weight of KoLeo, which spreads embeddings, summed over views
+    loss.variance = 0.0  # weight of VICReg's variance term on each head's projections
+    loss.covariance = 0.0  # weight of VICReg's covariance term, likewise
+    loss.regularizer_start = 0.25  # share of these two weights at the first step
+    loss.regularizer_warmup_epochs = 10.0  # time over which they rise to the whole
+    loss.regularizer_warmup_steps = -1
 
     supervised = config.supervised = ConfigDict()
     supervised.weight = 0.0  # weight of AAM-softmax on labels; reads them if above 0
@@ -124,9 +135,24 @@ def get_config() -> ConfigDict:
     teacher = config.teacher = ConfigDict()
     teacher.momentum = 0.996  # momentum of the moving average at the first step
     teacher.end_momentum = 1.0  # momentum at the last step, reached along a cosine
+    # What teachers see: global (the students' global crops), or clean (one has global crops for teachers only, without
+    # augmentation, and students see local crops only).
+    teacher.view = "global"
     teacher.temp = 0.04  # temperature of the teacher softmax in the first epoch
     teacher.end_temp = 0.07  # temperature after the warm-up
     teacher.temp_warmup_epochs = 30  # epochs over which the temperature rises, one step per epoch
+
+    # Positives from other recordings: k-means of the teacher's embeddings, and teachers that see crops of a partner.
+    positives = config.positives = ConfigDict()
+    positives.clusters = 0  # clusters of k-means, 25000 for VoxCeleb2; 0: teachers see crops of the utterance itself
+    positives.from_epochs = 120.0  # time from which teachers see crops of a partner
+    positives.from_steps = -1
+    positives.every_epochs = 1.0  # interval at which partners are drawn
+    positives.every_steps = -1
+    positives.cluster = "nearest"  # whose members are drawn from: nearest (the nearest other cluster) or own
+    positives.keep_own = 0.0  # share of utterances that keep their own recording
+    positives.reference_seconds = 4.0  # length of the crop that an utterance is clustered by
+    positives.iterations = 10  # iterations of k-means
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every_epochs = 1.0  # interval between checkpoints

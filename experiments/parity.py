@@ -29,6 +29,7 @@ from memo_jax.inference import interop
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
 from memo_jax.training import optim
+from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule
 from memo_jax.training.state import TrainState, state_from_students
 from memo_jax.training.step import LossWeights, Recipe, train_step_on_features
@@ -166,7 +167,7 @@ class Reference:
         losses, states, kept = [], {}, self.reached().states
         for i in range(len(self.arrays["losses"])):
             mels = self.arrays[f"step{i}/global_mel"], self.arrays[f"step{i}/local_mel"]
-            state, metrics = self.step(state, tuple(views_of(mel, self.config["batch"]) for mel in mels))
+            state, metrics = self.step(state, Views(tuple(views_of(mel, self.config["batch"]) for mel in mels)))
             losses.append([float(metrics[f"loss/{column}"]) for column in self.config["loss_columns"]])
             if i in kept:
                 states[i] = state_tensors(state)

@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         with interrupts.handled():
             options = parsed(arguments)
             check_paths(options)
+            check_outputs(options)
             with device_of(options):
                 return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -94,6 +95,19 @@ def check_paths(options: argparse.Namespace) -> None:
         for path in given if isinstance(given, list) else [given]:
             if isinstance(path, Path) and name not in in_buckets:
                 check_local(path)
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises ValueError if the file to be written is one that is to be read, which would be lost."""
+    given = vars(options)
+    read = [(name, path) for name, value in given.items() for path in (value if isinstance(value, list) else [value])]
+    for name in ("output", "scores"):
+        written = given.get(name)
+        if not isinstance(written, Path) or not written.is_file():
+            continue
+        for other, path in read:
+            if other != name and isinstance(path, (str, Path)) and os.path.isfile(path) and written.samefile(path):
+                raise ValueError(f"--{name} {written} is also what is read ({other}): choose another name")
 
 
 def run_prepare(options) -> int:
@@ -507,6 +521,8 @@ def run_score(options) -> None:
     """memo-jax score."""
     from memo_jax.scoring.score import score, score_text
 
+    if options.scores is not None:
+        check_writable(options.scores)
     results = score(
         options.embeddings,
         options.trials,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 import zipfile
 from collections.abc import Iterator
@@ -29,6 +30,15 @@ def as_json(value, indent: int = 2) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def is_text(name: str) -> bool:
+    """Returns whether a name is text, and not bytes that are not UTF-8, for which Python has surrogates."""
+    try:
+        name.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def is_zip(path: str | os.PathLike) -> bool:
@@ -114,7 +124,9 @@ def read_text(path: str | os.PathLike, errors: str = "strict") -> str | None:
 def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]:
     """Yields a temporary path to write to, which replaces `path` if the block succeeds and is removed if it fails.
 
-    The temporary path is in the file system; in a bucket the object appears once all of it has been uploaded.
+    The temporary path is in the file system; in a bucket the object appears once all of it has been uploaded. If `path`
+    is a link, the file that it leads to is replaced. A device or a pipe, such as /dev/stdout, is not replaced: what was
+    written is copied into it.
 
     Args:
       path: of the file system, or gs://…
@@ -132,19 +144,39 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
             yield partial
             upload(partial, path)
         return
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with _copied_into(path) as partial:
+            yield partial
+        return
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
         yield partial
         if fsync:
             flush_to_disk(partial)
-        os.replace(partial, path)
+        os.replace(partial, target)
         if fsync:
-            flush_to_disk(path.parent)
+            flush_to_disk(target.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # on a failing disk the error above is the one to report
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _copied_into(path):
+    """Yields a path to write to; what is there after the block is copied into the device or pipe `path`."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="memo-jax-") as folder:
+            partial = Path(folder) / path.name
+            yield partial
+            with open(partial, "rb") as source, open(path, "wb", buffering=0) as device:
+                shutil.copyfileobj(source, device)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def flush_to_disk(path: str | os.PathLike) -> None:
@@ -174,6 +206,9 @@ def check_writable(path: str | os.PathLike) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    if path.exists() and not path.is_file():
+        return  # a device or a pipe
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     folder = next(folder for folder in path.parents if folder.exists())  # those below it can be created
     try:
         with tempfile.TemporaryFile(dir=folder):

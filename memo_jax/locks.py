@@ -56,9 +56,11 @@ def exclusive(path: str | os.PathLike, *, inside: bool = False) -> Iterator[Lock
 
     Raises:
       LockedError: another process holds the lock; the message names it.
-      OSError: naming `path`: the folder cannot be made or written.
+      ValueError: `path` has no name, as the root folder. OSError: naming `path`: the folder cannot be made or written.
     """
     path = as_path(path)
+    if not inside and not path.name:
+        raise ValueError(f"{path} cannot be replaced: give the name of something in it")
     file = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
     if in_bucket(path):
         with _Lease(path, file) as lease:

@@ -1,6 +1,7 @@
 """The options of every command of `memo-jax`; nothing heavy is imported for them."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def network_options() -> argparse.ArgumentParser:
     options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
     options.add_argument(
         "--step",
-        type=int,
+        type=count,
         metavar="N",
         help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
     )
@@ -132,7 +133,7 @@ def replicates_options() -> argparse.ArgumentParser:
     options = shared_by_commands()
     options.add_argument(
         "--replicates",
-        type=int,
+        type=replicates,
         default=1000,
         metavar="N",
         help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
@@ -158,7 +159,7 @@ def min_seconds_options() -> argparse.ArgumentParser:
     options = shared_by_commands()
     options.add_argument(
         "--min-seconds",
-        type=float,
+        type=seconds,
         default=0.5,
         metavar="S",
         help="leave out recordings shorter than this (default: %(default)s)",
@@ -237,7 +238,7 @@ def add_prepare(command: Command) -> None:
     added.add_argument(
         "--check", type=Path, metavar="DATASET", help="instead: read all of this dataset and verify its contents"
     )
-    added.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    added.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
 
 
 def add_trials(command: Command) -> None:
@@ -265,7 +266,7 @@ def add_trials(command: Command) -> None:
         action="store_true",
         help="allow target trials within a session: a folder between the speaker's and the recording",
     )
-    added.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    added.add_argument("--seed", type=count, default=0, metavar="N", help="default: %(default)s")
     added.add_argument(
         "--form",
         choices=("voxceleb", "kaldi"),
@@ -299,7 +300,7 @@ def add_train(command: Command) -> None:
         metavar="MODEL",
         help="start from the network of a model file or a workdir, as --config.init=MODEL does",
     )
-    added.add_argument("--stop-at-step", type=int, metavar="N", help="stop there with a checkpoint")
+    added.add_argument("--stop-at-step", type=count, metavar="N", help="stop there with a checkpoint")
     added.add_argument(
         "--profile",
         metavar="STEPS",
@@ -315,8 +316,8 @@ def add_train(command: Command) -> None:
         metavar="HOST:PORT",
         help="instead, with the next two: the address on which process 0 listens for the others",
     )
-    added.add_argument("--num_processes", "--num-processes", type=int, metavar="N", help="number of processes")
-    added.add_argument("--process_id", "--process-id", type=int, metavar="I", help="number of this process, from 0")
+    added.add_argument("--num_processes", "--num-processes", type=positive, metavar="N", help="number of processes")
+    added.add_argument("--process_id", "--process-id", type=count, metavar="I", help="number of this process, from 0")
 
 
 def add_pseudo_label(command: Command) -> None:
@@ -367,7 +368,7 @@ def add_plan(command: Command) -> None:
     )
     added.add_argument(
         "--utterances",
-        type=int,
+        type=positive,
         metavar="N",
         help="utterances in an epoch (default: those of data.train, or of VoxCeleb2)",
     )
@@ -396,9 +397,9 @@ def add_eval(command: Command) -> None:
     added.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
     added.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
     added.add_argument(
-        "--crops", type=int, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
+        "--crops", type=count, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
     )
-    added.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
+    added.add_argument("--crop-seconds", type=seconds, default=4.0, metavar="S", help="default: %(default)s")
     added.add_argument(
         "--save-threshold",
         nargs="?",
@@ -457,11 +458,11 @@ def add_embed(command: Command) -> None:
     )
     added.add_argument(
         "--window",
-        type=float,
+        type=seconds,
         metavar="S",
         help="embed sliding windows of this length instead of whole recordings, with their times",
     )
-    added.add_argument("--hop", type=float, metavar="S", help="from one window to the next (default: half a window)")
+    added.add_argument("--hop", type=seconds, metavar="S", help="from one window to the next (default: half a window)")
 
 
 def clustering_options() -> argparse.ArgumentParser:
@@ -591,7 +592,7 @@ def add_report(command: Command) -> None:
     added.add_argument(
         "--trials", type=Path, metavar="FILE", help="trial list to test with (default: the run's evaluation.trials)"
     )
-    added.add_argument("--step", type=int, metavar="N", help="checkpoint to test (default: the latest)")
+    added.add_argument("--step", type=count, metavar="N", help="checkpoint to test (default: the latest)")
 
 
 def add_export(command: Command) -> None:
@@ -665,7 +666,7 @@ def add_score(command: Command) -> None:
     )
     added.add_argument("--mean-subtraction", action="store_true", help="subtract the cohort's mean")
     added.add_argument(
-        "--as-norm", type=int, default=0, metavar="N", help="normalise by the N nearest utterances of the cohort"
+        "--as-norm", type=count, default=0, metavar="N", help="normalise by the N nearest utterances of the cohort"
     )
     added.add_argument(
         "--calibrate", type=Path, metavar="TRIALS", help="calibrate on these trials, and report actDCF and Cllr"
@@ -719,23 +720,64 @@ def add_convert(command: Command) -> None:
     added.add_argument("--to", choices=TOOLKITS, help="write the network with the names of this toolkit")
 
 
-def cosine(text: str) -> float:
-    """Returns a cosine score of the command line; argparse reports the error."""
+MOST_REPLICATES = 1_000_000  # of the bootstrap, whose error rates stay in memory
+
+
+def number(text: str) -> float:
+    """Returns a finite number of the command line; argparse reports the error."""
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        value = math.nan
+    if not math.isfinite(value) or not text.isascii() or "_" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def cosine(text: str) -> float:
+    """Returns a cosine score of the command line; argparse reports the error."""
+    value = number(text)
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
     return value
 
 
+def seconds(text: str) -> float:
+    """Returns a duration of the command line, from 0; argparse reports the error."""
+    value = number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0 seconds")
+    return value
+
+
+def count(text: str) -> int:
+    """Returns a whole number from 0 of the command line; argparse reports the error."""
+    return _whole(text, 0)
+
+
+def positive(text: str) -> int:
+    """Returns a whole number from 1 of the command line; argparse reports the error."""
+    return _whole(text, 1)
+
+
+def replicates(text: str) -> int:
+    """Returns a number of bootstrap replicates of the command line, 0 for none; argparse reports the error."""
+    if _whole(text, 0) > MOST_REPLICATES:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MOST_REPLICATES:,}")
+    return int(text)
+
+
+def _whole(text, lowest):
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest}")
+    return int(text)
+
+
 def port(text: str) -> int:
     """Returns a port of the command line; argparse reports the error."""
-    number = int(text)
-    if not 1 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{number} is not in [1, 65535]")
-    return number
+    if not 1 <= (value := _whole(text, 0)) <= 65535:
+        raise argparse.ArgumentTypeError(f"{value} is not in [1, 65535]")
+    return value
 
 
 def device_choice(text: str) -> str:
@@ -748,19 +790,9 @@ def device_choice(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def positive(text: str) -> int:
-    """Returns a number from 1 of the command line; argparse reports the error."""
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
 def probability(text: str) -> float:
     """Returns a probability of the command line, neither 0 nor 1; argparse reports the error."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not strictly between 0 and 1, as this probability must be")
     return value

@@ -256,6 +256,23 @@ def test_much_that_follows_a_recording_and_is_unknown_is_refused():
     assert len(read_bytes(content_of(noise(1.0), format="WAV") + b"a few bytes")) == RATE
 
 
+def test_a_second_chunk_of_samples_in_a_wav_is_refused():
+    content = content_of(noise(1.0), format="WAV")
+    with pytest.raises(AudioError, match="damaged: a second chunk of samples at byte 32,044"):
+        read_bytes(content + content[36:])
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_whose_last_page_has_an_earlier_time_than_others_is_refused(subtype):
+    """That time is the length which decoders believe: of 20 s, they would give 2."""
+    content = bytearray(content_of(noise(20.0), format="OGG", subtype=subtype))
+    assert content.count(b"OggS") > 4
+    last = content.rindex(b"OggS")
+    content[last + 6 : last + 14] = (2 * RATE).to_bytes(8, "little")
+    with pytest.raises(AudioError, match=f"damaged: the time of the page at byte {last:,} is before"):
+        read_bytes(bytes(content))
+
+
 def test_a_header_alone_has_no_samples(tmp_path):
     with pytest.raises(AudioError, match="no samples"):
         read_audio(write(tmp_path / "a.wav", tone()[:0]))

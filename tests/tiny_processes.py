@@ -18,6 +18,7 @@ import numpy as np
 import tiny
 from memo_jax.data.batches import TrainingBatches
 from memo_jax.training import program, recipe
+from memo_jax.training.front_end import Views
 
 STEPS, SAVED, KILLED_AT = 12, 8, 10  # of the config: all, the last checkpoint but one
 GONE = {76, -6}  # `cli.LOST`; SIGABRT, where jax ends the process itself
@@ -69,9 +70,13 @@ class Layer(nn.Module):
 
 def front_end(key, batch, banks):
     """Crops as frames, each with noise, and with the crop of the utterance before it in the batch."""
-    x = batch["global"].astype(jnp.float32) / 3000
-    x = x + 0.1 * jax.random.normal(key, x.shape) + 0.1 * jnp.roll(x, 1, axis=0)
-    return (x.reshape(*x.shape[:2], -1, 80),)
+
+    def frames(crops):
+        x = crops.astype(jnp.float32) / 3000
+        x = x + 0.1 * jax.random.normal(key, x.shape) + 0.1 * jnp.roll(x, 1, axis=0)
+        return x.reshape(*x.shape[:2], -1, 80)
+
+    return Views((frames(batch["global"]),), frames(batch["teacher"]) if "teacher" in batch else None)
 
 
 def patch_for_tests(set_attribute, record=None, input_seconds=0):

@@ -13,6 +13,7 @@ compiler sees all of them at once.
 
 import argparse
 import functools
+import re
 import statistics
 import time
 from pathlib import Path
@@ -57,7 +58,8 @@ def parts_of(config):
     batch, banks, key = example_batch(config), example_banks(), jax.random.key(1)
     crops = [x.reshape(-1, x.shape[-1]).astype(np.float32) / 32768 for x in batch.values()]
     counts = [x.shape[1] for x in batch.values()]
-    views = drawn(recipes.build_front_end(config), key, batch, banks)
+    seen = drawn(recipes.build_front_end(config), key, batch, banks)
+    views = seen.students
 
     parts = {
         "augmentation": (
@@ -68,7 +70,7 @@ def parts_of(config):
         ),
         "log-mel": (lambda crops: [features.normalized_log_mel(features.mel_power(x)) for x in crops], (crops,)),
     }
-    logits, distributions = {}, {}
+    logits, distributions, all_embeddings = {}, {}, {}
     for name, branch in recipe.branches.items():
         params, stats = state.student[name]["params"], state.student[name]["batch_stats"]
 
@@ -87,7 +89,7 @@ def parts_of(config):
             logits, stats = {}, dict(stats)
             for head in branch.head_names:
                 part = head_part(head)
-                logits[head], stats[part] = logits_by_view(branch.head, params[part], stats[part], embeddings)
+                logits[head], (_, stats[part]) = logits_by_view(branch.head, params[part], stats[part], embeddings)
             return logits, stats
 
         def train_heads(params, stats, embeddings, gradients, project=project):
@@ -97,10 +99,14 @@ def parts_of(config):
         heads = {key: value for key, value in params.items() if key != "backbone"}
         head_stats = {key: value for key, value in stats.items() if key != "backbone"}
         backbone, backbone_stats = params["backbone"], stats["backbone"]
-        embeddings, _ = drawn(embed, backbone, backbone_stats, views)
+        all_embeddings[name], _ = embeddings, _ = drawn(embed, backbone, backbone_stats, views)
         logits[name], _ = drawn(project, heads, head_stats, embeddings)
         distributions[name] = drawn(
-            functools.partial(teacher_outputs, branch), state.teacher[name], state.center[name], views[0], 0.04, 0.9
+            functools.partial(teacher_outputs, branch, weights=recipe.weights),
+            state.teacher[name],
+            state.center[name],
+            seen.of_teachers,
+            0.04,
         ).distributions
         parts |= {
             f"{name}, forward": (embed, (backbone, backbone_stats, views)),
@@ -120,6 +126,7 @@ def parts_of(config):
         )
 
     parts["distillation losses, forward and backward"] = (jax.grad(distill), (logits, distributions))
+    parts |= option_parts(config, logits, distributions, all_embeddings)
     parameters = student_params(state)
     averages = {name: state.teacher[name]["params"] for name in recipe.branches}
 
@@ -143,7 +150,33 @@ def parts_of(config):
         return (jax.tree.map(lambda t, s: 0.996 * t + 0.004 * s, averages, parameters), opt_state, parameters), ()
 
     parts[UPDATES[0]] = (update, ((averages, state.opt_state, parameters), averages))
-    parts[UPDATES[1]] = (lambda state, views: train_step_on_features(state, views, recipe), (state, views))
+    parts[UPDATES[1]] = (lambda state, views: train_step_on_features(state, views, recipe), (state, seen))
+    return parts
+
+
+def option_parts(config, logits, distributions, embeddings):
+    """Returns the parts that a config's options add to a step, each for all branches and heads."""
+    loss, bottleneck, parts = config.loss, config.model.head_bottleneck, {}
+    flat = jax.tree.leaves(logits)
+    projections = drawn(lambda: [jnp.zeros((*x.shape[:2], bottleneck)) for x in flat])
+    joined = [jnp.concatenate(of_branch) for of_branch in embeddings.values()]
+
+    def summed(term):
+        return jax.grad(lambda arrays: sum(jax.tree.leaves([term(x) for x in arrays])))
+
+    if loss.targets == "sinkhorn":
+        teachers = jax.tree.leaves(distributions)
+        parts["balanced targets"] = (lambda xs: [losses.sinkhorn_distributions(x, 0.04)[0] for x in xs], (teachers,))
+    if loss.mean_entropy:
+        gap = summed(lambda x: losses.mean_entropy_gap(x, loss.student_temp))
+        parts["mean entropy, forward and backward"] = (gap, (flat,))
+    if loss.koleo:
+        parts["KoLeo, forward and backward"] = (summed(losses.koleo), (joined,))
+    if loss.variance or loss.covariance:
+        parts["variance and covariance, forward and backward"] = (
+            summed(losses.variance_and_covariance),
+            (projections,),
+        )
     return parts
 
 
@@ -208,7 +241,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, default=AUTHORS, help="default: the authors' sizes")
     parser.add_argument("--batch-size", type=int, default=4, help="default: 4")
     parser.add_argument("--runs", type=int, default=3, help="of each part, after one that is not counted (default: 3)")
-    parser.add_argument("--parts", default="", help="only those whose name has this in it")
+    parser.add_argument("--parts", default="", help="only those in whose name this regular expression is found")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -219,7 +252,7 @@ def main(arguments=None) -> dict:
     config = configs.load_config(options.config, overrides + [f"--config.data.batch_size={options.batch_size}"])
     keep_freed_memory()  # as training does: fresh pages would cost more than what is written into them
     peak, bandwidth = machine_limits(config.model.dtype)
-    parts = {name: part for name, part in parts_of(config).items() if options.parts in name}
+    parts = {name: part for name, part in parts_of(config).items() if re.search(options.parts, name)}
     if not options.json:
         print(f"a {SECOND} does {peak / 1e9:.0f} GFLOP of a matrix product, or moves {bandwidth / 1e9:.1f} GB\n")
         print(f"| part | {SECOND}s | GFLOP | GB | limit, s | of the limit | temporary, GB |\n" + "|---" * 7 + "|")

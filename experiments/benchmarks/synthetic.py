@@ -9,6 +9,7 @@ import numpy as np
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.records import SEGMENT_SAMPLES, ShardWriter, write_metadata
 from memo_jax.log import progress
+from memo_jax.training.recipe import batch_crops
 
 SHORTEST_SECONDS = 4.0  # of VoxCeleb's utterances
 SECONDS_OF_BANKS = 6.0
@@ -59,12 +60,10 @@ def write_dataset(folder, utterances, count: int, *, shards: int = 8, segment_sa
 
 def example_batch(config, seed=0):
     """Returns int16 crops of noise of the config's numbers and lengths."""
-    data, rng = config.data, np.random.default_rng(seed)
-    shapes = {"global": (data.global_crops, data.global_seconds), "local": (data.local_crops, data.local_seconds)}
+    rng = np.random.default_rng(seed)
     return {
-        kind: rng.integers(-3000, 3000, (data.batch_size, count, round(seconds * SAMPLE_RATE)), dtype=np.int16)
-        for kind, (count, seconds) in shapes.items()
-        if count
+        kind: rng.integers(-3000, 3000, (config.data.batch_size, *shape), dtype=np.int16)
+        for kind, shape in batch_crops(config).items()
     }
 
 

@@ -163,6 +163,7 @@ class JaxSteps:
         import jax
 
         from memo_jax.inference import interop
+        from memo_jax.training.front_end import Views
         from memo_jax.training.state import state_from_students
         from memo_jax.training.step import train_step_on_features
         from memo_jax.xla.compiler import compiler_options
@@ -186,7 +187,8 @@ class JaxSteps:
         self.columns = [f"{kind}/{branch}" for kind in ("self", "cross", "contrastive") for branch in recipe.branches]
 
         def step(state, *mels):
-            return train_step_on_features(state, tuple(views_of(mel, options.batch) for mel in mels), recipe)
+            views = Views(tuple(views_of(mel, options.batch) for mel in mels))
+            return train_step_on_features(state, views, recipe)
 
         begin = time.perf_counter()
         compiled = jax.jit(step, donate_argnums=0, compiler_options=compiler_options(options.platform))

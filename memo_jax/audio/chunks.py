@@ -68,6 +68,8 @@ def _after_chunks(window, place, begin, order):
         place += 1  # chunks begin at even places
     while len(head := window.read(place, 8)) == 8 and _is_name(head[:4]) and not kind_at(window, place):
         size = int.from_bytes(head[4:8], order)
+        if head[:4] == b"data" and size:
+            raise AudioError(window.name, f"damaged: a second chunk of samples at byte {place:,}")
         place += 8 + size + size % 2
     return min(place, window.size)
 

@@ -29,26 +29,31 @@ def walk_ogg(window: Window, start: int) -> tuple[list[Part], int]:
         if len(segments) < head[26] or behind > window.size:
             raise truncated(window, "its last page is incomplete")
         if flags & BEGINS:
-            streams[serial] = [_codec(window.read(begin, 8)), number, flags & ENDS]
+            streams[serial] = [_codec(window.read(begin, 8)), number, flags & ENDS, 0]
         elif serial not in streams:
             raise AudioError(window.name, f"damaged: the page at byte {place:,} belongs to no stream")
         else:
             has_data, stream = True, streams[serial]
             if number != stream[1] + 1:
                 raise AudioError(window.name, f"damaged: pages are missing before byte {place:,}")
-            stream[1:] = number, flags & ENDS
+            ticks = int.from_bytes(head[6:14], "little", signed=True)  # -1: no packet ends in this page
+            if ticks != -1 and stream[0] in LIBSNDFILE and ticks < stream[3]:
+                raise AudioError(
+                    window.name, f"damaged: the time of the page at byte {place:,} is before that of others"
+                )
+            stream[1:] = number, flags & ENDS, max(ticks, stream[3])
         place = behind
     else:
         if head[:4] == b"OggS"[: len(head)] and window.size > place:
             raise truncated(window, "its last page is incomplete")
         if window.find(b"OggS\0", place) < window.size:
             raise AudioError(window.name, f"damaged: no page at byte {place:,}, and more pages follow")
-    if not all(ends for _, _, ends in streams.values()):
+    if not all(ends for _, _, ends, _ in streams.values()):
         raise truncated(
             window,
             "its last page is not marked as the last (if nothing is missing, mend it with: ffmpeg -i IN -c copy OUT)",
         )
-    codecs = [codec for codec, _, _ in streams.values()]
+    codecs = [codec for codec, *_ in streams.values()]
     return [Part("ogg", start, place, libsndfile=len(codecs) == 1 and codecs[0] in LIBSNDFILE)], place
 
 

@@ -15,6 +15,7 @@ import io
 import lzma
 import os
 import posixpath
+import stat
 import tarfile
 import tempfile
 import zipfile
@@ -32,6 +33,7 @@ LARGEST_SKIPPED = 1 << 40  # bytes of any other file in a tar; to get past it in
 IN_MEMORY = 64 << 20  # bytes; a larger member is decoded from a temporary file
 LARGEST_HEADER = 1 << 20  # bytes of all headers of a file in a tar, long names and the like included
 MOST_FILLING = 1 << 20  # bytes of zeros after the end mark of a tar, which is filled up to a whole record
+UNIX = 3  # in a zip, the system whose attributes a file has
 ZIP_END = (1 << 16) + 256  # most bytes that the records at the end of a zip and its comment take
 XZ_MEMORY = 1 << 29  # bytes; xz -9 needs an eighth of it
 CHUNK = 1 << 20  # bytes that are read or decompressed at a time
@@ -310,6 +312,8 @@ def _check_zip(file, infos):
 
 
 def _zip_problem(info):
+    if info.create_system == UNIX and stat.S_ISLNK(info.external_attr >> 16):
+        return "a link in its archive"
     if info.flag_bits & 1:
         return "encrypted in its archive"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):

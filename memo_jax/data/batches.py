@@ -164,6 +164,8 @@ def training_batches(
     global_seconds: float = 4.0,
     local_crops: int = 4,
     local_seconds: float = 2.0,
+    teacher_crops: int = 0,
+    partners: np.ndarray | None = None,
     seed: int,
     start: int = 0,
     process_index: int = 0,
@@ -184,10 +186,12 @@ def training_batches(
     Args:
       utterances: `Utterances`, or the path of a dataset.
       batch_size: B, over all processes.
-      global_crops: number of the long crops of an utterance, at least 1.
+      global_crops: number of the long crops of an utterance; 0 for none.
       global_seconds: length of each, at most MAX_CROP_SECONDS.
-      local_crops: number of the short crops; 0 for none.
+      local_crops: number of the short crops; 0 for none, unless there are no long ones.
       local_seconds: length of each, likewise.
+      teacher_crops: number of further long crops, for teachers only. The other crops do not depend on it.
+      partners: int32 [len(utterances)], the utterance that the crops for teachers are cut from; by default the same.
       seed: 0 ≤ seed < 2³².
       start: number of the first batch, that is, how many have been taken before.
       process_index: of P; this process takes rows process_index·B/P … (process_index+1)·B/P − 1.
@@ -198,9 +202,9 @@ def training_batches(
       numbered: give the numbers of the utterances, too.
 
     Returns:
-      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l], "label": int32
-      [B/P], "index": int32 [B/P]}. "local" is missing when local_crops is 0, "label" without labels, "index" unless
-      numbered.
+      an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l], "teacher": int16
+      [B/P, teacher_crops, L], "label": int32 [B/P], "index": int32 [B/P]}. A kind of which there are no crops is
+      missing, and so is "label" without labels, and "index" unless numbered.
 
     Raises:
       ValueError: a number out of its range; the message says which.
@@ -208,11 +212,16 @@ def training_batches(
     """
     if not isinstance(utterances, Utterances):
         utterances = Utterances(utterances)
-    crops = {"global": (global_crops, _crop_samples("global_seconds", global_seconds))}
-    if global_crops < 1 or local_crops < 0:
-        raise ValueError(f"global_crops is {global_crops} and local_crops {local_crops}; expected ≥ 1 and ≥ 0")
-    if local_crops:
-        crops["local"] = (local_crops, _crop_samples("local_seconds", local_seconds))
+    counts = {"global": global_crops, "local": local_crops, "teacher": teacher_crops}
+    if min(counts.values()) < 0 or not global_crops + local_crops or not global_crops + teacher_crops:
+        raise ValueError(
+            f"global_crops is {global_crops}, local_crops {local_crops} and teacher_crops {teacher_crops}; expected "
+            "≥ 0, with crops for students and long ones for teachers"
+        )
+    long = _crop_samples("global_seconds", global_seconds)
+    short = _crop_samples("local_seconds", local_seconds) if local_crops else 0
+    lengths = {"global": long, "local": short, "teacher": long}
+    crops = {kind: (count, lengths[kind]) for kind, count in counts.items() if count}
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; expected 0 to 2**32 - 1")
     if not 0 <= process_index < process_count:
@@ -223,7 +232,7 @@ def training_batches(
         raise ValueError(f"workers is {workers}, prefetch {prefetch} and start {start}; expected ≥ 0, ≥ 1 and ≥ 0")
     rows = batch_size // process_count
     part = slice(process_index * rows, (process_index + 1) * rows)
-    batches = _Batches(utterances, crops, batch_size, part, seed, labels, numbered)
+    batches = _Batches(utterances, crops, batch_size, part, seed, labels, numbered, partners)
     return TrainingBatches(batches, start, workers, prefetch)
 
 
@@ -236,9 +245,9 @@ def _crop_samples(name, seconds):
 class _Batches:
     """The endless sequence of batches: `batches[step]`, a pure function."""
 
-    def __init__(self, utterances, crops, batch_size, rows, seed, labels=None, numbered=False):
+    def __init__(self, utterances, crops, batch_size, rows, seed, labels=None, numbered=False, partners=None):
         self.utterances, self.crops, self.batch_size, self.rows, self.seed = utterances, crops, batch_size, rows, seed
-        self.labels, self.numbered = labels, numbered
+        self.labels, self.numbered, self.partners = labels, numbered, partners
         self.steps = steps_per_epoch(len(utterances), batch_size)
 
     def __len__(self):
@@ -247,17 +256,25 @@ class _Batches:
     def __getitem__(self, step):
         epoch, position = divmod(int(step), self.steps)
         indices = _order(self.seed, epoch, len(self.utterances))[position * self.batch_size :][self.rows]
-        # Drawn for all rows, then cut to those of this process: a row is the same whichever process reads it.
-        draws = sum(count for count, _ in self.crops.values())
-        starts = np.random.default_rng([1, self.seed, int(step)]).random((self.batch_size, draws))[self.rows]
         batch = {name: np.empty((len(indices), *shape), np.int16) for name, shape in self.crops.items()}
-        for row, (index, fractions) in enumerate(zip(indices.tolist(), starts.tolist())):
-            self.utterances.fill(index, [crop for crops in batch.values() for crop in crops[row]], fractions)
+        students = [crops for kind, crops in batch.items() if kind != "teacher"]
+        self._fill(students, indices, [1, self.seed, int(step)])
+        if "teacher" in batch:
+            sources = indices if self.partners is None else self.partners[indices]
+            self._fill([batch["teacher"]], sources, [2, self.seed, int(step)])
         if self.labels is not None:
             batch["label"] = self.labels[indices]
         if self.numbered:
             batch["index"] = indices
         return batch
+
+    def _fill(self, kinds, indices, seed):
+        """Fills crops of each kind, int16 [rows, V, L], from the utterances of the rows."""
+        # Drawn for all rows, then cut to those of this process: a row is the same whichever process reads it.
+        draws = sum(crops.shape[1] for crops in kinds)
+        starts = np.random.default_rng(seed).random((self.batch_size, draws))[self.rows]
+        for row, (index, fractions) in enumerate(zip(indices.tolist(), starts.tolist())):
+            self.utterances.fill(index, [crop for crops in kinds for crop in crops[row]], fractions)
 
 
 @functools.lru_cache(maxsize=2)  # reading ahead may already be in the next epoch
@@ -278,8 +295,65 @@ def _copy(segments, size, place, crop):
         filled += len(part)
 
 
+def reference_batches(
+    utterances: Utterances,
+    *,
+    rows: int,
+    seconds: float,
+    seed: int,
+    draw: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    prefetch: int = 2,
+) -> "TrainingBatches":
+    """Batches of one random crop of every utterance, in their order; the last utterance repeats without end.
+
+    The crop of an utterance is a function of the seed and the draw alone.
+
+    Args:
+      utterances: the dataset.
+      rows: of a batch, over all processes; a multiple of their number.
+      seconds: length of each crop, at most MAX_CROP_SECONDS.
+      seed: 0 ≤ seed < 2³².
+      draw: number of this pass over the dataset, from 0.
+      process_index, process_count, workers, prefetch: as `training_batches` takes them.
+
+    Returns:
+      an iterator of {"crops": int16 [rows / process_count, L]}.
+
+    Raises:
+      ValueError: a length out of its range.
+      OSError: (while iterating) a damaged or missing shard, named.
+    """
+    length = _crop_samples("reference_seconds", seconds)
+    starts = np.random.default_rng([3, seed, draw]).random(len(utterances))
+    each = rows // process_count
+    part = slice(process_index * each, (process_index + 1) * each)
+    return TrainingBatches(_References(utterances, length, rows, part, starts), 0, workers, prefetch)
+
+
+class _References:
+    """The sequence of batches of `reference_batches`."""
+
+    def __init__(self, utterances, length, batch_size, rows, starts):
+        self.utterances, self.length, self.batch_size, self.rows = utterances, length, batch_size, rows
+        self.starts = starts
+
+    def __len__(self):
+        return sys.maxsize
+
+    def __getitem__(self, number):
+        indices = np.arange(number * self.batch_size, (number + 1) * self.batch_size)[self.rows]
+        indices = np.minimum(indices, len(self.utterances) - 1)
+        crops = np.empty((len(indices), self.length), np.int16)
+        for crop, index in zip(crops, indices.tolist()):
+            self.utterances.fill(index, [crop], [self.starts[index]])
+        return {"crops": crops}
+
+
 class TrainingBatches:
-    """Iterator over `_Batches` that reads ahead; made by `training_batches`."""
+    """Iterator over numbered batches that reads ahead; made by `training_batches` and `reference_batches`."""
 
     def __init__(self, batches, start, workers, prefetch):
         self._batches, self._workers, self._prefetch = batches, workers, prefetch
@@ -287,7 +361,7 @@ class TrainingBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch of `training_batches`."""
         return self._batches.steps
 
     def __iter__(self) -> "TrainingBatches":

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from memo_jax.files import is_text
 from memo_jax.log import plural, say
 
 BLANKS = " \t\r\n\f\v"  # what Kaldi splits lines at; other blanks of Unicode may be parts of names
+UTF16_MARKS = ("\udcff\udcfe", "\udcfe\udcff")  # as surrogates, which stand for bytes that are not UTF-8
 ARK_OFFSET = re.compile(r"(.+):(\d{1,18})")
 SEGMENT_FIELDS = "expected 'utterance recording begin end', and perhaps the channel (0, 1, …)"
 
@@ -51,6 +53,8 @@ def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> I
         utt2spk of other utterances, or a command in wav.scp without `run_commands`; the message names file and line.
     """
     recordings = {name: rest for name, rest, _ in _table(folder, "wav.scp")}
+    if not recordings:
+        raise ValueError(f"{os.path.join(folder, 'wav.scp')}: no recordings: the file is empty")
     for name, source in recordings.items():
         if source.endswith("|") and not run_commands:
             raise ValueError(
@@ -58,6 +62,8 @@ def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> I
                 "Commands run with your rights: read them, and allow them with --run-commands"
             )
     segments = dict(_segments(folder, recordings)) if _has(folder, "segments") else None
+    if segments == {}:
+        raise ValueError(f"{os.path.join(folder, 'segments')}: no utterances: the file is empty")
     if segments is None:
         segments = {name: (name, None, None) for name in recordings}
     speakers = _speakers(folder, {name: recording for name, (recording, *_) in segments.items()})
@@ -129,6 +135,8 @@ def _table(folder, file):
     path = os.path.join(folder, file)
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1 and line.startswith(UTF16_MARKS):
+                raise _line_error(folder, file, number, "UTF-16 text: save it as UTF-8")
             name, *rest = re.split(f"[{BLANKS}]+", line.strip(BLANKS), maxsplit=1)
             if not name:
                 continue
@@ -136,22 +144,14 @@ def _table(folder, file):
                 raise _line_error(folder, file, number, "one field only")
             if name in seen:
                 raise _line_error(folder, file, number, f"{name!r} is there twice")
-            if not _is_text(name if file == "wav.scp" else line):  # a path may be any bytes
+            if not is_text(name if file == "wav.scp" else line):  # a path may be any bytes
                 raise _line_error(folder, file, number, "not UTF-8 text")
             seen.add(name)
             yield name, rest[0], number
 
 
-def _is_text(line):
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _has(folder, file):
-    return os.path.isfile(os.path.join(folder, file))
+    return os.path.lexists(os.path.join(folder, file))  # a broken link is an error, and not a missing file
 
 
 def _line_error(folder, file, number, problem):

@@ -28,6 +28,7 @@ from memo_jax.audio import MAX_SECONDS, AudioError, is_audio_name, read_audio
 from memo_jax.data import kaldi, tfds_audio
 from memo_jax.data.archives import LARGEST_MEMBER, Extent, is_archive_name, is_compressed_tar, members, open_member
 from memo_jax.data.tfds_audio import TfdsInput
+from memo_jax.files import is_text
 
 VOXCELEB_SPEAKER = re.compile(r"id\d{5}")
 SPEAKER_FILE = ".spk"  # in wespeaker's shards, beside the recording
@@ -372,9 +373,7 @@ def _name_problem(name):
         return "hidden file"
     if not is_audio_name(name):
         return f"not a recording: extension {os.path.splitext(name)[1].lower() or 'missing'}"
-    try:
-        name.encode()
-    except UnicodeEncodeError:
+    if not is_text(name):
         return "odd name: not valid UTF-8"
     return "odd name: a tab or a line break" if set(name) & UNLISTABLE else None
 

@@ -38,6 +38,8 @@ class Unfinished:
         self.folder = output.parent / f".{output.name}.partial"
         self.dataset, self._replaced = self.folder / "dataset", self.folder / "replaced"
         self._put_back()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # empty, where a process was killed just before it removed the folder itself
 
     def begin(self, header: dict, recordings: list[Recording], left_out: list[tuple[str, str]]) -> None:
         """Makes the folder and writes the plan: all that a later process needs to go on."""

@@ -25,7 +25,7 @@ from memo_jax.audio import (
 )
 from memo_jax.data.batches import Utterances
 from memo_jax.data.recordings import UNLISTABLE, Kind, Recording, find_recordings, input_kind, is_hidden, read_recording
-from memo_jax.files import one_line, replacing, write_text
+from memo_jax.files import is_text, one_line, replacing, write_text
 from memo_jax.inference.batches import apply_to_stream
 from memo_jax.inference.embedder import MIN_SECONDS, Embedder, check_embedding
 from memo_jax.locks import exclusive
@@ -151,9 +151,7 @@ def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
         excerpt = None
     if excerpt is not None:
         name = os.fspath(given)
-        try:
-            name.encode()
-        except UnicodeEncodeError:
+        if not is_text(name):
             left_out.append((name, "odd name: not valid UTF-8"))
             return
         if set(name) & UNLISTABLE:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from memo_jax.files import is_text
 from memo_jax.locks import LockedError, exclusive
 from memo_jax.scoring.embedding_file import Embeddings, check_same_model, read_embeddings, write_embeddings
 from memo_jax.scoring.metrics import unit_norm
@@ -73,9 +74,11 @@ class Gallery:
         return np.stack(self._directions) if self.names else np.zeros((0, 1), np.float32)
 
     def check_new_name(self, name: str) -> None:
-        """Raises ValueError if a name is taken, empty, or has a tab or line break."""
-        if not name or set(name) & set("\t\r\n"):
+        """Raises ValueError if a name is taken, empty, not valid UTF-8, or has a tab or line break."""
+        if not name or set(name) & set("\t\r\n\0"):
             raise ValueError(f"{name!r} cannot be the name of a person: it is empty or has a tab or line break")
+        if not is_text(name):
+            raise ValueError(f"{name!r} cannot be the name of a person: it is not valid UTF-8")
         if name in self.names:
             raise ValueError(
                 f"{name!r} is enrolled already: choose another name, or remove that person first (memo-jax remove)"

@@ -44,12 +44,13 @@ class DINOHead(nn.Module):
         self.hidden_layers = [(linear(self.hidden, f"linear_{i}"), BatchNorm(name=f"norm_{i}")) for i in range(2)]
         self.last_linear = linear(self.bottleneck, "linear_2")
 
-    def unit_vectors(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Embedding [N, D] → unit vectors float32 [N, bottleneck], which are compared with the prototypes."""
+    def project(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+        """Embedding [N, D] → output of the linears, and its direction, a unit vector; each float32 [N, bottleneck]."""
         for linear, norm in self.hidden_layers:
             # The references use the exact GELU; JAX defaults to the tanh approximation.
             x = jax.nn.gelu(norm(linear(x), train), approximate=False)
-        return l2_normalize(self.last_linear(x).astype(jnp.float32))
+        projections = self.last_linear(x).astype(jnp.float32)
+        return projections, l2_normalize(projections)
 
     @nn.compact
     def cosines(self, units: jax.Array) -> jax.Array:
@@ -62,7 +63,7 @@ class DINOHead(nn.Module):
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Embedding [N, D] → logits float32 [N, prototypes]."""
-        return self.cosines(self.unit_vectors(x, train))
+        return self.cosines(self.project(x, train)[1])
 
 
 class SpeakerHead(nn.Module):

@@ -20,6 +20,7 @@ from memo_jax.data.batches import Utterances, steps_per_epoch
 from memo_jax.planning.chips import Gpu, Tpu, compile_only_devices
 from memo_jax.planning.hlo import collective_seconds, collectives, estimated_seconds
 from memo_jax.scoring.trials import read_table
+from memo_jax.training.kmeans import BLOCK, jitted_kmeans, jitted_nearest_other, padded_rows
 from memo_jax.training.program import lowered_step
 from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
@@ -60,7 +61,8 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
       and step `flops`, `collective_bytes`, `collectives` {kind: [number, bytes]}, `seconds_per_step` (of which
       `collective_seconds`), `utilisation` of the peak, `utterances_per_second` of all chips; `steps`, `hours` and
       `chip_hours` of the run; `compile_seconds`; `advice`, what to change. Unknown values of a program that does not
-      fit are None.
+      fit are None. With positives from other recordings the step is the one that uses them, and `kmeans` has
+      `seconds` and `hbm_bytes` of a clustering, beside the train state; the time to read and embed is not known.
 
     Raises:
       ValueError: no such topology, or a batch that its chips cannot share evenly.
@@ -79,8 +81,8 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
         speakers = VOXCELEB2_SPEAKERS if dataset is None else len(set(dataset.speakers))
     epoch_steps = steps_per_epoch(utterances, batch)
     mesh = sharding.data_mesh(devices)
-    recipe = build_recipe(config, epoch_steps, speakers, utterances)
-    lowered = lowered_step(config, recipe, mesh, _banks(config.augment, mesh))
+    recipe, partnered = build_recipe(config, epoch_steps, speakers, utterances), config.positives.clusters > 0
+    lowered = lowered_step(config, recipe, mesh, _banks(config.augment, mesh), partnered)
     steps = configs.duration_in_steps(config, "total", epoch_steps)
     result = {
         "topology": topology,
@@ -105,7 +107,34 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
         flops = model_flops(config, epoch_steps) / len(devices)
         measured = _measured(compiled, chip, len(devices), batch, steps, flops)
     result |= measured | {"compile_seconds": compile_seconds}
+    if partnered:
+        result["kmeans"] = kmeans_plan(config, mesh, chip, utterances)
     return result | {"advice": advice(result, config, chip)}
+
+
+def kmeans_plan(config, mesh, chip: Tpu | Gpu, utterances: int) -> dict:
+    """Compiles the k-means of the config's positives for a mesh; returns its `seconds` and `hbm_bytes` (per chip).
+
+    The bytes are those of its arguments, results and temporaries, without the train state beside it.
+    """
+    clusters, width, iterations = config.positives.clusters, config.model.embedding_dim, config.positives.iterations
+    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+
+    def rows(count, held=whole):
+        return jax.ShapeDtypeStruct((count, width), np.float32, sharding=held)
+
+    number = jax.ShapeDtypeStruct((), np.int32, sharding=whole)
+    kmeans = jitted_kmeans(mesh, iterations).lower(rows(padded_rows(utterances, mesh), split), rows(clusters), number)
+    nearest = jitted_nearest_other(mesh).lower(rows(clusters + -clusters % BLOCK), rows(clusters))
+    seconds, size = 0.0, 0
+    for lowered, runs in ((kmeans, iterations), (nearest, 1)):
+        with _without_compilation_cache():
+            compiled = lowered.compile(known_options(chip.compiler_options))
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        # Collectives are in the loop over iterations.
+        seconds += estimated_seconds(text, chip) + runs * collective_seconds(text, chip, mesh.size)
+        size = max(size, memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
+    return {"utterances": utterances, "clusters": clusters, "seconds": seconds, "hbm_bytes": size}
 
 
 def model_flops(config, epoch_steps: int) -> float:
@@ -224,5 +253,11 @@ def plan_text(result: dict) -> str:
             f"  the whole run       {result['steps']:,} steps: {result['hours']:,.1f} hours, "
             f"{result['chip_hours']:,.0f} chip hours",
         ]
+    if "kmeans" in result:
+        of = result["kmeans"]
+        lines.append(
+            f"  k-means (estimate)  {of['utterances']:,} embeddings into {of['clusters']:,} clusters: "
+            f"{of['seconds']:.2g} s, and {of['hbm_bytes'] / gib:.2f} GiB a chip beside the state"
+        )
     lines.append(f"  compiled in         {result['compile_seconds']:.0f} s")
     return "\n".join(lines + [f"  {line}" for line in result["advice"]])

@@ -170,8 +170,9 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
             f"{parameter_count(model.variables['params']):,} parameters, embeddings of {model.dimension} numbers"
         )
     d, a, g = config.data, config.augment, config.gate
+    seen_by = "teachers, without augmentation" if config.teacher.view == "clean" else "students and teachers"
     facts["Crops"] = (
-        f"{d.global_crops} of {d.global_seconds:g} s for students and teachers, {d.local_crops} of "
+        f"{d.global_crops} of {d.global_seconds:g} s for {seen_by}, {d.local_crops} of "
         f"{d.local_seconds:g} s for students; {d.batch_size} utterances a step"
     )
     banks = [f"{kind} from {a[kind]}" for kind in ("noise", "music", "speech", "rirs") if a[kind]]
@@ -186,6 +187,8 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
         losses.append(f"contrastive × {weights.contrastive:g} while the gate is open")
         closed = gate_closing_step(rows)
         facts["Gate"] = f"rule “{g.rule}”, " + (f"closed at step {closed:,}" if closed is not None else "not closed")
+    if p := config.positives.clusters:
+        facts["Positives"] = f"the teachers' crops from partners by {p:,} clusters, {config.positives.cluster}"
     facts["Losses"] = f"{', '.join(losses)}; {config.model.prototypes:,} prototypes"
     optimizer = config.optimizer
     facts["Optimiser"] = (

@@ -178,7 +178,8 @@ def _checksum(content: Embeddings) -> str:
     checksum = zlib.crc32("\0".join([content.model, *content.names]).encode("utf-8", "surrogatepass"))
     for array, dtype in ((content.embeddings, "<f4"), (content.times, "<f8")):
         if array is not None:
-            checksum = zlib.crc32(np.ascontiguousarray(array, dtype).tobytes(), checksum)
+            with np.errstate(over="ignore", under="ignore"):  # of float64 in files of other programs
+                checksum = zlib.crc32(np.ascontiguousarray(array, dtype).tobytes(), checksum)
     return f"{checksum:08x}"
 
 
@@ -214,13 +215,15 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
     if len(set(names)) < len(names):
         twice = next(name for name, count in collections.Counter(names).items() if count > 1)
         raise ValueError(f"{path}: {twice!r} occurs twice among the names")
+    with np.errstate(over="ignore", under="ignore"):
+        embeddings = np.asarray(embeddings, np.float32)  # in which 1e300 is infinite and 1e-300 zero
     if not np.isfinite(embeddings).all():
         row = int(np.flatnonzero(~np.isfinite(embeddings).all(axis=1))[0])
         raise ValueError(f"{path}: the embedding of {names[row]!r} is not finite")
     zero = np.flatnonzero(~embeddings.any(axis=1))
     if zero.size:
         raise ValueError(f"{path}: the embedding of {names[zero[0]]!r} is zero, so it has no direction to compare")
-    return dataclasses.replace(content, embeddings=np.asarray(embeddings, np.float32))
+    return dataclasses.replace(content, embeddings=embeddings)
 
 
 def _read_npz(path):
@@ -266,6 +269,8 @@ def _read_parquet(path):
 
 def _checked(content: Embeddings, checksum: str) -> Embeddings:
     """Returns the content of a file; raises ValueError if the file's checksum, where it has one, differs."""
+    if content.embeddings.dtype.kind != "f":
+        raise ValueError(f"`embeddings` must be floats, not {content.embeddings.dtype}")
     if checksum and checksum != _checksum(content):
         raise ValueError("its checksum differs: it has changed since it was written")
     return content

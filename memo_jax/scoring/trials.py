@@ -257,9 +257,9 @@ def recording_rows(trials: Trials, names: Sequence[str]) -> np.ndarray:
         missing = [name for name in trials.recordings if name not in rows]
         shown = ", ".join(map(repr, missing[:5])) + (", …" if len(missing) > 5 else "")
         raise ValueError(
-            f"{len(missing):,} of the {len(trials.recordings):,} recordings in the trials are missing from the data: "
-            f"{shown}. Names in the list must equal those of the data (a path relative to the prepared folder), except "
-            "for the extension."
+            f"{trials.path}: {len(missing):,} of the {len(trials.recordings):,} recordings in the trials are missing "
+            f"from the data: {shown}. Names in the list must equal those of the data (a path relative to the prepared "
+            "folder), except for the extension."
         )
     return np.array([rows[name] for name in trials.recordings])
 
@@ -333,7 +333,7 @@ def speaker_pairs(trials: Trials, speaker_of: Callable[[str], str] | Mapping[str
         first = wrong[0]
         label = "target" if trials.target[first] else "nontarget"
         raise ValueError(
-            f"the speakers given contradict {wrong.size:,} trial labels, first trial {first + 1}: "
+            f"{trials.path}: the speakers given contradict {wrong.size:,} trial labels, first trial {first + 1}: "
             f"{trials.enrol[first]!r} and {trials.test[first]!r} is a {label} trial"
         )
     return pairs

@@ -1,7 +1,7 @@
 """The front end of training, on the device: int16 crops in, augmented views of normalised features out."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,29 @@ import jax.numpy as jnp
 from memo_jax.features import FRONT_ENDS
 from memo_jax.training.augment import augment
 
-KINDS = ("global", "local")
+KINDS = ("global", "local")  # crops that students see
+
+
+class Views(NamedTuple):
+    """What the networks of a step see: normalised features, float32.
+
+    Attributes:
+      students: [B, V, T, F] of each kind of crop, global crops first.
+      teachers: [B, W, T, F] of crops that only teachers see. None: they see students[0], the global crops.
+    """
+
+    students: tuple[jax.Array, ...]
+    teachers: jax.Array | None = None
+
+    @property
+    def of_teachers(self) -> jax.Array:
+        """The views that teachers see, [B, W, T, F]."""
+        return self.students[0] if self.teachers is None else self.teachers
+
+    @property
+    def shared(self) -> bool:
+        """Whether the teachers' views are the first of the students'."""
+        return self.teachers is None
 
 
 def training_views(
@@ -19,38 +41,46 @@ def training_views(
     *,
     front_end: str,
     masked_bins: int = 0,
+    clean_teachers: bool = False,
     **settings: Any,
-) -> tuple[jax.Array, ...]:
-    """Returns the views of a batch, float32 [B, V, T, 80] for each kind of crop, global crops first.
+) -> Views:
+    """Returns the views of a batch, of 80 mel bins.
 
     Args:
       key: a jax.random key; every draw of the augmentation comes from it.
-      batch: {"global": crops, "local": crops}, int16 [B, V, L] at 16 kHz; "local" may be missing.
+      batch: {"global": crops, "local": crops, "teacher": crops}, int16 [B, V, L] at 16 kHz. One of the students' kinds
+        may be missing. Without "teacher", teachers see the students' first kind.
       banks: recordings and room responses, as `augment` takes them.
       front_end: a name in `features.FRONT_ENDS`.
       masked_bins: width of the widest band of mel bins that a crop loses, 0 to 80; see `mask_bins`.
+      clean_teachers: crops for teachers only are neither augmented nor masked.
       **settings: the shares and ranges that `augment` takes.
     """
-    views = []
-    for i, kind in enumerate(KINDS):
-        if kind in batch:
-            crops = batch[kind]
-            count = crops.shape[1]
-            with jax.named_scope("augment"):
-                waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
-                waves = augment(jax.random.fold_in(key, i), waves, banks, views=count, **settings)
-            with jax.named_scope("mel"):
-                x, _ = FRONT_ENDS[front_end](waves)
-            if masked_bins:
-                x = mask_bins(jax.random.fold_in(key, len(KINDS) + i), x, masked_bins)
-            views.append(x.reshape((-1, count) + x.shape[1:]))
-    return tuple(views)
+
+    def views_of(crops, augment_number, mask_number, clean=False):
+        """The numbers tell the draws of a kind from those of others."""
+        count = crops.shape[1]
+        with jax.named_scope("augment"):
+            waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768
+            if not clean:
+                waves = augment(jax.random.fold_in(key, augment_number), waves, banks, views=count, **settings)
+        with jax.named_scope("mel"):
+            x, _ = FRONT_ENDS[front_end](waves)
+        if masked_bins and not clean:
+            x = mask_bins(jax.random.fold_in(key, mask_number), x, masked_bins)
+        return x.reshape((-1, count) + x.shape[1:])
+
+    students = tuple(views_of(batch[kind], i, len(KINDS) + i) for i, kind in enumerate(KINDS) if kind in batch)
+    if "teacher" not in batch:
+        return Views(students)
+    return Views(students, views_of(batch["teacher"], 2 * len(KINDS), 2 * len(KINDS) + 1, clean_teachers))
 
 
 def clean_features(batch: Mapping[str, jax.Array], *, front_end: str) -> jax.Array:
-    """Returns the features, float32 [B, T, 80], of the first global crop of each utterance as it is in the batch."""
+    """Returns the features, float32 [B, T, 80], of the students' first crop of each utterance as it is in the batch."""
+    crops = next(batch[kind] for kind in KINDS if kind in batch)
     with jax.named_scope("mel"):
-        return FRONT_ENDS[front_end](batch["global"][:, 0].astype(jnp.float32) / 32768)[0]
+        return FRONT_ENDS[front_end](crops[:, 0].astype(jnp.float32) / 32768)[0]
 
 
 def mask_bins(key: jax.Array, x: jax.Array, widest: int) -> jax.Array:

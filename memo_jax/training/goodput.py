@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import jax
 
-PARTS = ("steps", "start", "compile", "input", "checkpoint", "evaluation")
+PARTS = ("steps", "start", "compile", "input", "checkpoint", "evaluation", "positives")
 GOODPUT_METRICS = (*(f"goodput/{part}" for part in PARTS), "checkpoint_seconds", "input_seconds")
 
 
@@ -24,7 +24,7 @@ class Goodput:
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """A context whose time is counted for a part: compile, checkpoint or evaluation."""
+        """A context whose time is counted for a part: compile, checkpoint, evaluation or positives."""
         begin = time.perf_counter()
         try:
             yield

@@ -59,7 +59,7 @@ def spherical_kmeans(embeddings: np.ndarray, clusters: int, iterations: int, see
     split = sharding.split_batch(mesh)
     points = jax.make_array_from_callback(padded.shape, split, lambda index: padded[index])
     start = sharding.replicate(mesh, padded[chosen])
-    centroids, assignment = compiled_kmeans(mesh)(points, start, np.int32(rows), np.int32(iterations))
+    centroids, assignment = jitted_kmeans(mesh, iterations)(points, start, np.int32(rows))
     return Clusters(np.asarray(centroids.addressable_data(0)), np.asarray(assignment.addressable_data(0))[:rows])
 
 
@@ -69,17 +69,17 @@ def padded_rows(rows: int, mesh: Mesh) -> int:
 
 
 @functools.cache
-def compiled_kmeans(mesh: Mesh):
-    """Returns the jitted function (rows [N, D], first centroids [K, D], rows that count, iterations) → Clusters.
+def jitted_kmeans(mesh: Mesh, iterations: int):
+    """Returns the jitted function (rows [N, D], first centroids [K, D], number of rows that count) → Clusters.
 
     N is as `padded_rows` says. Both results are whole on every device.
     """
     rows, whole = PartitionSpec(sharding.DATA_AXIS), PartitionSpec()
-    split = jax.shard_map(_kmeans, mesh=mesh, in_specs=(rows, whole, whole, whole), out_specs=whole, check_vma=False)
-    return jax.jit(split)
+    kmeans = functools.partial(_kmeans, iterations)
+    return jax.jit(jax.shard_map(kmeans, mesh=mesh, in_specs=(rows, whole, whole), out_specs=whole, check_vma=False))
 
 
-def _kmeans(points, centroids, rows, iterations):
+def _kmeans(iterations, points, centroids, rows):
     """Runs on each device, on its own rows."""
     blocks = _unit(points).reshape(-1, BLOCK, points.shape[1])
     first = jax.lax.axis_index(sharding.DATA_AXIS) * len(points)
@@ -125,14 +125,15 @@ def nearest_other_centroid(centroids: np.ndarray, mesh: Mesh) -> np.ndarray:
       mesh: the devices; every one compares all, in blocks.
     """
     count = len(centroids)
-    padded = np.zeros((-(-count // BLOCK) * BLOCK, centroids.shape[1]), np.float32)
-    padded[:count] = centroids
-    found = _compiled_nearest_other(mesh)(*sharding.replicate(mesh, (padded, np.asarray(centroids))))
+    padded = np.pad(centroids, ((0, -count % BLOCK), (0, 0)))
+    found = jitted_nearest_other(mesh)(*sharding.replicate(mesh, (padded, np.asarray(centroids))))
     return np.asarray(found.addressable_data(0))[:count] if count > 1 else np.zeros(1, np.int32)
 
 
 @functools.cache
-def _compiled_nearest_other(mesh):
+def jitted_nearest_other(mesh: Mesh):
+    """Returns the jitted function (centroids [K', D], padded to whole blocks, centroids [K, D]) → int32 [K']."""
+
     def nearest_other(padded, centroids):
         def of_block(i):
             block = jax.lax.dynamic_slice_in_dim(padded, i * BLOCK, BLOCK)

@@ -1,4 +1,4 @@
-"""The losses: distillation between views, NT-Xent on embeddings, and AAM-softmax. Arrays in, arrays out."""
+"""The losses: distillation between views, NT-Xent on embeddings, AAM-softmax, regularisers. Arrays in, arrays out."""
 
 import functools
 
@@ -25,7 +25,37 @@ def teacher_distributions(
       a mean-teacher entropy of 0 (one prototype for all).
     """
     logs = jax.lax.stop_gradient((teacher_logits - center) / temperature)
+    return _with_entropies(logs - logsumexp(logs)[..., None])
+
+
+def sinkhorn_distributions(
+    teacher_logits: jax.Array, temperature: jax.Array, iterations: int = 3
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns balanced targets: the rows of softmax(logits/temperature) after Sinkhorn's iterations (Cuturi, 2013).
+
+    An iteration divides every column, a prototype's, by its sum over views and batch, then every row by its sum: all
+    prototypes come to be used about equally, without a centre. As in SwAV (Caron et al., 2020) and SDPN.
+
+    Args:
+      teacher_logits: [W, B, K] float32; no gradient flows into them.
+      temperature: positive. A softmax that is raised to the power 4 and normalised is one of a quarter of the
+        temperature.
+      iterations: how many.
+
+    Returns:
+      As `teacher_distributions`.
+    """
+    # In logarithms: at low temperatures, all numbers of a column may be too small for float32.
+    logs = jax.lax.stop_gradient(teacher_logits / temperature)
     logs = logs - logsumexp(logs)[..., None]
+    for _ in range(iterations):
+        logs = logs - jax.nn.logsumexp(logs, axis=(0, 1))
+        logs = logs - logsumexp(logs)[..., None]
+    return _with_entropies(logs)
+
+
+def _with_entropies(logs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns the distributions of these logarithms [W, B, K], and their entropies."""
     probabilities = jnp.exp(logs)
     mean = probabilities.mean(axis=(0, 1))
     return probabilities, {
@@ -34,51 +64,102 @@ def teacher_distributions(
     }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def distillation(student_logits: jax.Array, probabilities: jax.Array, temperature: float) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def distillation(
+    student_logits: jax.Array, probabilities: jax.Array, temperature: float, shared_views: bool = True
+) -> jax.Array:
     """Returns the DINO loss, in nats (Caron et al., 2021, eq. 2–3): the mean over the batch and over pairs of views.
 
-    A pair is a teacher's view i and a student's other view v, with the loss −⟨p_i, log_softmax(s_v / temperature)⟩.
-    Nothing of size pairs × B × K is built. The gradient is written out, and keeps nothing of size V × B × K but the
-    logits.
+    A pair is a teacher's view i and a student's view v, with the loss −⟨p_i, log_softmax(s_v / temperature)⟩; a view
+    is not paired with itself. Nothing of size pairs × B × K is built. The gradient is written out, and keeps nothing of
+    size V × B × K but the logits.
 
     Args:
-      student_logits: s [V, B, K] float32; the first W views are those of the teacher.
+      student_logits: s [V, B, K] float32.
       probabilities: p [W, B, K] of `teacher_distributions`; no gradient flows into them.
       temperature: the student's, positive.
+      shared_views: whether the student's first W views are those of the teacher; else no view is.
     """
-    return _distillation_and_residuals(student_logits, probabilities, temperature)[0]
+    return _distillation_and_residuals(student_logits, probabilities, temperature, shared_views)[0]
 
 
-def _partners(views: int, teacher_views: int) -> jax.Array:
+def _partners(views: int, teacher_views: int, shared_views: bool) -> jax.Array:
     """Returns how many teacher views each student view is compared with, [V]."""
-    return teacher_views - (jnp.arange(views) < teacher_views)
+    return teacher_views - (jnp.arange(views) < teacher_views) if shared_views else jnp.full(views, teacher_views)
 
 
-def _distillation_and_residuals(student_logits, probabilities, temperature):
+def _distillation_and_residuals(student_logits, probabilities, temperature, shared_views):
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
     # The cross-entropy is logsumexp(s) − ⟨p, s⟩, and the views are summed before the product.
     normalizers = logsumexp(student_logits / temperature)
-    others = student_logits.sum(axis=0) - student_logits[:teacher_views]
+    if shared_views:
+        others = student_logits.sum(axis=0) - student_logits[:teacher_views]
+    else:
+        others = student_logits.sum(axis=0)
     products = over_last_axis(jnp.sum, probabilities * others).sum()
-    total = jnp.vdot(_partners(views, teacher_views), normalizers.sum(axis=-1)) - products / temperature
-    pairs = (views - 1) * teacher_views
+    total = jnp.vdot(_partners(views, teacher_views, shared_views), normalizers.sum(axis=-1)) - products / temperature
+    pairs = (views - shared_views) * teacher_views
     return total / (pairs * batch), (student_logits, probabilities, normalizers)
 
 
-def _distillation_gradient(temperature, residuals, gradient):
+def _distillation_gradient(temperature, shared_views, residuals, gradient):
     student_logits, probabilities, normalizers = residuals
     (views, batch, _), teacher_views = student_logits.shape, probabilities.shape[0]
-    all_views = probabilities.sum(axis=0)
-    others = jnp.concatenate(
-        [all_views - probabilities, jnp.broadcast_to(all_views, (views - teacher_views, *all_views.shape))]
-    )
+    others = all_views = probabilities.sum(axis=0)
+    if shared_views:
+        others = jnp.concatenate(
+            [all_views - probabilities, jnp.broadcast_to(all_views, (views - teacher_views, *all_views.shape))]
+        )
     student = jnp.exp(student_logits / temperature - normalizers[:, :, None])
-    scale = gradient / (temperature * (views - 1) * teacher_views * batch)
-    return scale * (_partners(views, teacher_views)[:, None, None] * student - others), None
+    scale = gradient / (temperature * (views - shared_views) * teacher_views * batch)
+    return scale * (_partners(views, teacher_views, shared_views)[:, None, None] * student - others), None
 
 
 distillation.defvjp(_distillation_and_residuals, _distillation_gradient)
+
+
+def mean_entropy_gap(logits: jax.Array, temperature: float) -> jax.Array:
+    """Returns ln K − H(p̄), in nats, with p̄ the mean of softmax(logits [V, B, K] / temperature) over views and batch.
+
+    It is 0 when all prototypes are used equally, and ln K when one is used by all (Assran et al., 2022: me-max).
+    """
+    mean = jax.nn.softmax(logits / temperature, axis=-1).mean(axis=(0, 1))
+    return jnp.log(jnp.float32(mean.size)) + jnp.sum(mean * jnp.log(jnp.maximum(mean, 1e-30)))
+
+
+def koleo(embeddings: jax.Array) -> jax.Array:
+    """Returns KoLeo of embeddings [V, B, D], summed over views: −mean ln(‖x_i − x_n(i)‖ + 1e-8) over the batch of each.
+
+    x are the embeddings at unit length, and x_n(i) is the nearest other one of the same view. It spreads them over
+    the sphere (Sablayrolles et al., 2019, eq. 2).
+    """
+
+    def of_view(x):
+        cosines = jnp.matmul(x, x.T, precision="highest")
+        nearest = jnp.where(jnp.eye(len(x), dtype=bool), -jnp.inf, cosines).argmax(axis=1)
+        squares = jnp.square(x - x[nearest]).sum(axis=1)
+        # Equal embeddings have no direction to part in.
+        return -jnp.log(jnp.sqrt(jnp.maximum(squares, 1e-16)) + 1e-8).mean()
+
+    return jax.vmap(of_view)(l2_normalize(embeddings.astype(jnp.float32))).sum()
+
+
+def variance_and_covariance(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns VICReg's regularisers of x [V, B, D], the means over views (Bardes et al., 2022, eq. 1–4).
+
+    With C the covariance of the dimensions over the batch of a view (divided by B − 1), these are the mean of
+    max(0, 1 − √(C_jj + 1e-4)), and the sum of C_ij² over i ≠ j, divided by D.
+    """
+
+    def of_view(x):
+        centered = x - x.mean(axis=0)
+        covariance = jnp.matmul(centered.T, centered, precision="highest") / (len(x) - 1)
+        variances = jnp.diagonal(covariance)
+        others = jnp.square(covariance).sum() - jnp.square(variances).sum()
+        return jax.nn.relu(1 - jnp.sqrt(variances + 1e-4)).mean(), others / x.shape[1]
+
+    variance, covariance = jax.vmap(of_view)(x)
+    return variance.mean(), covariance.mean()
 
 
 def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float) -> jax.Array:
@@ -87,23 +168,29 @@ def updated_center(center: jax.Array, teacher_logits: jax.Array, momentum: float
 
 
 def contrastive(
-    student: jax.Array, teacher: jax.Array, temperature: float, margin: float = 0.0, speakers: jax.Array | None = None
+    student: jax.Array,
+    teacher: jax.Array,
+    temperature: float,
+    margin: float = 0.0,
+    speakers: jax.Array | None = None,
+    shared_views: bool = True,
 ) -> jax.Array:
     """Returns NT-Xent between student and teacher embeddings of different views (Chen et al., 2020, eq. 1).
 
-    For every pair of views i ≠ j the 2B rows [teacher view i; student view j] are compared by cosine; each row is an
-    anchor whose positive is the same utterance in the other half and whose negatives are all other rows, its own half
-    included. Negatives come from the whole (global) batch.
+    For every pair of different views i, j the 2B rows [teacher view i; student view j] are compared by cosine; each row
+    is an anchor whose positive is the same utterance in the other half and whose negatives are all other rows, its own
+    half included. Negatives come from the whole (global) batch.
 
     Args:
-      student: [V, B, D] embeddings of the views that the teacher sees.
-      teacher: [V, B, D]; no gradient flows into them.
+      student: [V, B, D].
+      teacher: [W, B, D]; no gradient flows into them.
       temperature: positive.
       margin: subtracted from the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
       speakers: int32 [B], the speaker of each utterance, negative where unknown. If given, other utterances of an
         anchor's speaker are not among its negatives.
+      shared_views: whether the views are the same, so that view i is not compared with itself; else no view is.
     """
-    views, batch, _ = student.shape
+    batch = student.shape[1]
     student = l2_normalize(student.astype(jnp.float32))
     teacher = jax.lax.stop_gradient(l2_normalize(teacher.astype(jnp.float32)))
     half, utterance = jnp.eye(2, dtype=bool)[:, None, :, None], jnp.eye(batch, dtype=bool)[:, None]
@@ -112,9 +199,9 @@ def contrastive(
         same_speaker = (speakers[:, None] == speakers) & (speakers >= 0)
         left_out = left_out | (same_speaker[:, None] & ~utterance)
     losses = []
-    for i in range(views):
-        for j in range(views):
-            if i != j:
+    for i in range(len(teacher)):
+        for j in range(len(student)):
+            if not shared_views or i != j:
                 # The halves keep an axis of their own: concatenated, a sharded batch would have to be resharded.
                 rows = jnp.stack([teacher[i], student[j]])  # [2, B, D]
                 similarity = jnp.einsum("abd,ced->abce", rows, rows, precision="highest") / temperature

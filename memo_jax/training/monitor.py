@@ -1,9 +1,10 @@
 """Watches a run from beside its loop: reads and logs metrics, evaluates, and stops a run that cannot go on."""
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -65,6 +66,7 @@ class Monitor:
         self.end, self.epoch_steps, self.evaluation = end, epoch_steps, evaluation
         self.untrained = None  # the teachers' backbones before the first step, until they are evaluated
         self.last: dict[str, float] = {}  # the latest metrics that were read
+        self.lasting: dict[str, float] = {}  # metrics of every row until they are replaced
         self._gate_closed = False
         self._pending = None  # number and metrics of the step whose metrics have not been read yet
         self._collapse = CollapseWatch(config.collapse, config.model.prototypes)
@@ -93,6 +95,15 @@ class Monitor:
         if self._pending:
             self._log(self._read())
         self._pending = number, metrics
+
+    @contextlib.contextmanager
+    def between_steps(self, part: str) -> Iterator[None]:
+        """A context whose time counts for a part of the goodput, and for no step; logs the step before it."""
+        if self._pending:
+            self._log(self._read())
+        with self.goodput.counting(part):
+            yield
+        self._mark = time.perf_counter()
 
     def settle(self, state: TrainState, backbones: dict | None = None) -> None:
         """Waits for the step just taken, checks its metrics and its state, evaluates `backbones` if given, and logs."""
@@ -125,7 +136,7 @@ class Monitor:
         """Logs the latest metrics where a row is due."""
         if number % self.config.log_every_steps == 0 or number in (1, self.end) or evaluated:
             times = {"epoch": number / self.epoch_steps, "cpu_seconds": time.process_time()} | self.goodput.row()
-            self.log.write(number, self.last | (evaluated or {}) | times)
+            self.log.write(number, self.last | self.lasting | (evaluated or {}) | times)
 
     def _evaluate(self, number: int, backbones: dict) -> dict[str, float]:
         """Evaluates in every process, so that none waits for another."""

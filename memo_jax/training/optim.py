@@ -15,7 +15,8 @@ class Schedules(NamedTuple):
     """What changes from step to step.
 
     Attributes:
-      learning_rate, momentum, teacher_temp, margin: functions of the step (from 0) that return float32 scalars.
+      learning_rate, momentum, teacher_temp, margin, regularization: functions of the step (from 0) that return float32
+        scalars.
       prototypes_from: the first step that trains the prototypes.
     """
 
@@ -24,6 +25,7 @@ class Schedules(NamedTuple):
     teacher_temp: optax.Schedule
     prototypes_from: int
     margin: optax.Schedule = optax.constant_schedule(0.0)
+    regularization: optax.Schedule = optax.constant_schedule(1.0)
 
 
 def cosine_learning_rate(peak: float, end: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -60,6 +62,11 @@ def rising_margin(margin: float, warmup_steps: int) -> optax.Schedule:
     if warmup_steps < 1:
         return optax.constant_schedule(margin)
     return optax.linear_schedule(0.0, margin, warmup_steps)
+
+
+def rising_regularization(start: float, warmup_steps: int) -> optax.Schedule:
+    """Returns the factor of variance and covariance: linear from `start` at step 0 to 1 at `warmup_steps`, then 1."""
+    return optax.linear_schedule(start, 1.0, warmup_steps) if warmup_steps else optax.constant_schedule(1.0)
 
 
 def clip_each_tensor(max_norm: float) -> optax.GradientTransformation:

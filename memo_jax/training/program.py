@@ -10,11 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memo_jax import interrupts
-from memo_jax.audio import SAMPLE_RATE
 from memo_jax.features import MEL_BINS
 from memo_jax.training import optim
 from memo_jax.training.front_end import clean_features
-from memo_jax.training.recipe import build_front_end, reads_labels
+from memo_jax.training.recipe import batch_crops, build_front_end, reads_labels
 from memo_jax.training.state import TrainState, Variables, initial_state
 from memo_jax.training.step import Recipe, train_step
 from memo_jax.xla import sharding
@@ -43,17 +42,18 @@ def jitted_step(config, recipe: Recipe, mesh: Mesh, state: TrainState):
     )
 
 
-def lowered_step(config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]) -> jax.stages.Lowered:
+def lowered_step(
+    config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any], partnered: bool = False
+) -> jax.stages.Lowered:
     """Returns the train step, traced and lowered for a mesh of devices that need not be present.
 
-    Only the shapes, dtypes and shardings of `banks` are read.
+    Only the shapes, dtypes and shardings of `banks` are read. With `partnered`, teachers see crops of a partner.
     """
-    split, whole, shapes = sharding.split_batch(mesh), sharding.replicated(mesh), {}
-    for kind in ("global", "local"):
-        count, seconds = config.data[f"{kind}_crops"], config.data[f"{kind}_seconds"]
-        if count:
-            shapes[kind] = (config.data.batch_size, count, round(seconds * SAMPLE_RATE))
-    batch = {kind: jax.ShapeDtypeStruct(shape, np.int16, sharding=split) for kind, shape in shapes.items()}
+    split, whole = sharding.split_batch(mesh), sharding.replicated(mesh)
+    batch = {
+        kind: jax.ShapeDtypeStruct((config.data.batch_size, *shape), np.int16, sharding=split)
+        for kind, shape in batch_crops(config, partnered).items()
+    }
     if reads_labels(config):
         batch["label"] = jax.ShapeDtypeStruct((config.data.batch_size,), np.int32, sharding=split)
     if recipe.supervision.gated_utterances:
@@ -70,10 +70,16 @@ class StepCompiledInBackground:
     The first call waits for the compiler and raises its error, if it failed. Use it as a context manager.
     """
 
-    def __init__(self, config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any]):
+    def __init__(self, *arguments):
+        """Takes the arguments of `lowered_step`."""
         self._compiler, self._step = concurrent.futures.ThreadPoolExecutor(1, "compiler"), None
         # Traced here and not in the thread: two threads that trace take turns.
-        self._compiled = self._compiler.submit(lowered_step(config, recipe, mesh, banks).compile)
+        self._compiled = self._compiler.submit(lowered_step(*arguments).compile)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it has not been called yet."""
+        return self._step is None
 
     def __call__(self, *arguments):
         """Takes a step: (state, batch, banks, key) → (state, metrics)."""
@@ -104,6 +110,7 @@ def state_maker(recipe: Recipe):
         optimizer=recipe.optimizer,
         rule=recipe.gate_rule,
         gated_utterances=recipe.supervision.gated_utterances,
+        partners=recipe.partners,
     )
 
 

@@ -5,8 +5,10 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from optax import constant_schedule
 
 from memo_jax import config as configs
+from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.banks import load_banks
 from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.models import Branch, build_backbone
@@ -36,11 +38,31 @@ POSITIVE = (
     "supervised.correction_temperature",
     "teacher.temp",
     "teacher.end_temp",
+    "positives.iterations",
 )
+NOT_NEGATIVE = (
+    "loss.mean_entropy",
+    "loss.koleo",
+    "loss.variance",
+    "loss.covariance",
+    "supervised.weight",
+    "positives.clusters",
+)
+CHOICES = {
+    "model.ecapa_form": ECAPA_FORMS,
+    "model.ecapa_remat": REMATS,
+    "model.resnet_remat": REMATS,
+    "features.front_end": FRONT_ENDS,
+    "loss.targets": ("centered", "sinkhorn"),
+    "teacher.view": ("global", "clean"),
+    "positives.cluster": ("nearest", "own"),
+}
 FRACTIONS = (
+    "positives.keep_own",
     "loss.center_momentum",
     "loss.contrastive_margin",
     "supervised.correction_probability",
+    "loss.regularizer_start",
     "teacher.momentum",
     "teacher.end_momentum",
     "optimizer.sgd_momentum",
@@ -55,6 +77,27 @@ def reads_labels(config) -> bool:
 def has_loss_gate(config) -> bool:
     """Returns whether training leaves out utterances by their losses."""
     return config.supervised.loss_gate_after_epochs > 0
+
+
+def crop_numbers(config, partnered: bool = False) -> dict[str, int]:
+    """Returns {kind: number} of the crops of an utterance in a batch; `training_views` says what the kinds are for.
+
+    Args:
+      config: of the run.
+      partnered: whether the teachers see crops of a partner.
+    """
+    long, short = config.data.global_crops, config.data.local_crops
+    if config.teacher.view == "clean":
+        return {"global": 0, "local": short, "teacher": long}
+    return {"global": long, "local": short, "teacher": long if partnered else 0}
+
+
+def batch_crops(config, partnered: bool = False) -> dict[str, tuple[int, int]]:
+    """Returns {kind: (number, samples)} of the crops of an utterance in a batch; arguments as for `crop_numbers`."""
+    data = config.data
+    seconds = {"global": data.global_seconds, "local": data.local_seconds, "teacher": data.global_seconds}
+    numbers = crop_numbers(config, partnered)
+    return {kind: (count, round(seconds[kind] * SAMPLE_RATE)) for kind, count in numbers.items() if count}
 
 
 def check_ranges(config) -> None:
@@ -72,8 +115,6 @@ def check_ranges(config) -> None:
         raise ValueError(f"augment.masked_bins is {config.augment.masked_bins}: must be 0 to {MEL_BINS}")
     if not 0 <= config.supervised.margin <= math.pi / 2:
         raise ValueError(f"supervised.margin is {config.supervised.margin}: must be 0 to π/2, in radians")
-    if config.supervised.weight < 0:
-        raise ValueError(f"supervised.weight is {config.supervised.weight}: must be at least 0")
     after, correct_after = config.supervised.loss_gate_after_epochs, config.supervised.correct_labels_after_epochs
     if after < 0 or correct_after < 0:
         raise ValueError(
@@ -90,8 +131,22 @@ def check_ranges(config) -> None:
         )
     if config.supervised.labels and not reads_labels(config):
         raise ValueError("supervised.labels is set, but nothing reads labels: set supervised.weight above 0")
-    if config.data.global_crops < 2:
+    for key, choices in CHOICES.items():
+        group, _, name = key.rpartition(".")
+        if config[group][name] not in choices:
+            raise ValueError(f"{key} is {config[group][name]!r}: choose one of {', '.join(choices)}")
+    if config.teacher.view == "clean":
+        if config.data.global_crops < 1 or config.data.local_crops < 1:
+            raise ValueError(
+                f"data.global_crops is {config.data.global_crops} and data.local_crops {config.data.local_crops}: with "
+                "teacher.view=clean, teachers see the first and students the second; give at least 1 of each"
+            )
+    elif config.data.global_crops < 2:
         raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
+    for key in NOT_NEGATIVE:
+        group, name = key.split(".")
+        if config[group][name] < 0:
+            raise ValueError(f"{key} is {config[group][name]}: must be at least 0")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
     if len(channels) != 5 or min(channels) < 1 or any(width % 8 for width in channels[1:4]):
         raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
@@ -100,13 +155,6 @@ def check_ranges(config) -> None:
     layers = config.model.campplus_layers
     if len(layers) != 3 or min(layers) < 1:
         raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
-    if config.model.ecapa_form not in ECAPA_FORMS:
-        raise ValueError(f"model.ecapa_form is {config.model.ecapa_form!r}: choose {' or '.join(ECAPA_FORMS)}")
-    if config.features.front_end not in FRONT_ENDS:
-        raise ValueError(f"features.front_end is {config.features.front_end!r}: choose one of {', '.join(FRONT_ENDS)}")
-    for key in ("ecapa_remat", "resnet_remat"):
-        if config.model[key] not in REMATS:
-            raise ValueError(f"model.{key} is {config.model[key]!r}: choose one of {', '.join(REMATS)}")
 
 
 def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
@@ -170,7 +218,7 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
       config: with all keys of configs/base.py.
       epoch_steps: steps in an epoch, by which durations in epochs are converted.
       speakers: how many the dataset has; read only if the config trains with labels.
-      utterances: likewise; read only for a loss gate, and 0 builds none.
+      utterances: how many the dataset has; read only for a loss gate or positives from other recordings.
 
     Raises:
       ValueError: a value that cannot work; the message names its key.
@@ -179,6 +227,7 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
     total = steps(config, "total")
     if total < 1:
         raise ValueError("the run has no steps: set total_epochs or total_steps above 0")
+    warmup, regularizes = steps(config.loss, "regularizer_warmup"), config.loss.variance or config.loss.covariance
     schedules = optim.Schedules(
         optim.cosine_learning_rate(
             optim.scaled_learning_rate(config.optimizer.learning_rate, config.data.batch_size),
@@ -192,6 +241,7 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
         ),
         steps(config.optimizer, "freeze_prototypes"),
         optim.rising_margin(config.supervised.margin, steps(config.supervised, "margin_warmup")),
+        optim.rising_regularization(config.loss.regularizer_start, warmup) if regularizes else constant_schedule(1.0),
     )
     optimizer = optim.build_optimizer(
         config.optimizer.name,
@@ -220,13 +270,22 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
         supervised.correction_probability,
     )
     branches = build_branches(config, speakers)
-    return Recipe(branches, optimizer, schedules, LossWeights(**config.loss), rule, supervision)
+    return Recipe(
+        branches,
+        optimizer,
+        schedules,
+        LossWeights(**{name: config.loss[name] for name in LossWeights._fields}),
+        rule,
+        supervision,
+        partners=utterances if config.positives.clusters else 0,
+        shared_prototypes=config.model.shared_prototypes,
+    )
 
 
 def build_front_end(config):
     """Returns the config's front end, a function (key, batch, banks) → views (`front_end.training_views`)."""
     settings = {name: config.augment[name] for name in ("clean", "both", "reverb_share", "babble_from_batch")}
-    settings["masked_bins"] = config.augment.masked_bins
+    settings |= {"masked_bins": config.augment.masked_bins, "clean_teachers": config.teacher.view == "clean"}
     settings["snr_db"] = {name: tuple(config.augment[f"{name}_snr_db"]) for name in CATEGORIES}
     return functools.partial(training_views, front_end=config.features.front_end, **settings)
 

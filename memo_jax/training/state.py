@@ -26,6 +26,7 @@ class TrainState:
         updated one after the other.
       gate: the state of the contrastive gate.
       loss_gate: the state of the loss gate; None for training without one.
+      partners: int32 [N], the utterance whose crops the teachers see in place of each; None in runs without.
     """
 
     step: jax.Array
@@ -35,6 +36,7 @@ class TrainState:
     opt_state: dict[str, dict[str, optax.OptState]]
     gate: Gate
     loss_gate: LossGate | None = None
+    partners: jax.Array | None = None
 
 
 def student_params(state: TrainState) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     rule: GateRule,
     gated_utterances: int = 0,
+    partners: int = 0,
 ) -> TrainState:
     """Returns the state before the first step: teachers are exact copies of the students, centres are zero.
 
@@ -64,13 +67,16 @@ def initial_state(
       optimizer: of the students.
       rule: of the gate.
       gated_utterances: how many utterances the dataset has, for training with a loss gate; 0 without.
+      partners: number of utterances, each of which is its own partner; 0 for a state without partners.
     """
     student = {}
     for i, (name, branch) in enumerate(branches.items()):
         variables = branch.init(jax.random.fold_in(key, i), jnp.zeros((2, 32, mels)), train=True)
         student[name] = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
     state = state_from_students(student, branches, optimizer, rule)
-    return state.replace(loss_gate=initial_loss_gate(gated_utterances)) if gated_utterances else state
+    if gated_utterances:
+        state = state.replace(loss_gate=initial_loss_gate(gated_utterances))
+    return state.replace(partners=jnp.arange(partners, dtype=jnp.int32)) if partners else state
 
 
 def state_from_students(

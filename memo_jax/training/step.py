@@ -1,21 +1,30 @@
 """The train step: every student descends MeMo's objective, every teacher follows its student.
 
-Branch b (an ECAPA-TDNN, say, or a ResNet34) has a student and a teacher of one architecture. Of V views of an utterance
-the teachers see the first W, the global crops. Let e_b(v) be the student's embedding of view v and s_b^h(v) its logits
-by head h; with a bar they are the teacher's, through which no gradient flows. The objective (`objective`) is
+Branch b (an ECAPA-TDNN, say, or a ResNet34) has a student and a teacher of one architecture. The students see V views
+of an utterance and the teachers W: the first of the students', the global crops, or views of their own (`Views`). Let
+e_b(v) be the student's embedding of view v, z_b^h(v) the projection of head h and s_b^h(v) its logits; with a bar they
+are the teacher's, through which no gradient flows. The objective (`objective`) is
 
-    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + u · S_b ]
+    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + R_b ]
+    R_b = u · S_b + κ · N_b + Σ_h [ ρ · E_b^h + r · (ν · V_b^h + ξ · X_b^h) ]
 
-with, over the batch and the pairs of views,
+with, over the batch and the pairs of a teacher's view i and a student's view v (v≠i where they share views),
 
     D_bc^h = mean_{i≤W, v≠i} −⟨ softmax((s̄_c^h(i) − center_c^h) / τ_t), log softmax(s_b^h(v) / τ_s) ⟩   distillation
+             or, with loss.targets = "sinkhorn", balanced targets: Sinkhorn(softmax(s̄_c^h / τ_t))
     C_b    = NT-Xent of e_b and ē_b over the global views                                             contrastive
     g      = 1 while the gate is open, then 0                                                         (gate.py)
-    S_b    = AAM-softmax of e_b over all views, of configs that train with labels; else u = 0         supervised
+
+and, of configs that ask for them (u, κ, ρ, ν and ξ are 0 otherwise, and nothing is computed),
+
+    S_b    = AAM-softmax of e_b over all views, by labels                                             supervised
+    N_b    = Σ_v −mean_n ln(‖x_n − x_nearest(n)‖ + 1e-8), with x = e_b(v) / ‖e_b(v)‖                  KoLeo
+    E_b^h  = ln K − H(mean softmax(s_b^h(v) / τ_s))                                                   mean entropy
+    V_b^h, X_b^h = VICReg's variance and covariance terms of z_b^h, the mean over views; r warms up
 
 Then, with the momentum m and the student's new parameters θ_b, in this order:
 
-    θ̄_b      ← m · θ̄_b + (1 − m) · θ_b
+    θ̄_b      ← m · θ̄_b + (1 − m) · θ_b; shared prototypes, those of the student: θ̄_b ← θ_b
     center_b^h ← 0.9 · center_b^h + 0.1 · mean of the teacher's logits of this step
 
 Everything here is pure and un-jitted; `program` compiles it. The method: Jin, Tu, Mak, "Self-Supervised Learning with
@@ -34,14 +43,14 @@ import optax
 from memo_jax.models import SPEAKER_HEAD, Branch, head_part
 from memo_jax.models.heads import SpeakerHead
 from memo_jax.training import losses
+from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule, updated_gate
 from memo_jax.training.loss_gate import passes, with_losses
-from memo_jax.training.optim import Schedules
+from memo_jax.training.optim import Schedules, is_prototypes
 from memo_jax.training.state import TrainState, Variables
 from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm
 
-Views = tuple[jax.Array, ...]  # normalised log-mel [B, V, T, F] of the global and, where there are any, the local crops
 Metrics = dict[str, jax.Array]  # scalars by the names that metrics.jsonl uses
 
 
@@ -58,6 +67,10 @@ class LossWeights(NamedTuple):
       contrastive_temperature: of NT-Xent.
       contrastive_margin: of AM-NT-Xent; 0 for NT-Xent.
       contrastive_mask_same_speaker: leave other utterances of an anchor's speaker out of its negatives, by labels.
+      targets: how teachers' logits become targets: "centered" or "sinkhorn".
+      mean_entropy: ρ.
+      koleo: κ.
+      variance, covariance: ν and ξ.
     """
 
     student_temp: float = 0.1
@@ -69,6 +82,11 @@ class LossWeights(NamedTuple):
     contrastive_temperature: float = 0.1
     contrastive_margin: float = 0.0
     contrastive_mask_same_speaker: bool = False
+    targets: str = "centered"
+    mean_entropy: float = 0.0
+    koleo: float = 0.0
+    variance: float = 0.0
+    covariance: float = 0.0
 
 
 class Supervision(NamedTuple):
@@ -95,7 +113,9 @@ class Supervision(NamedTuple):
 class Recipe(NamedTuple):
     """What the steps of a run have in common; static under jit.
 
-    With `remat`, the backward pass recomputes the backbones' activations of all crop lengths but the last.
+    With `remat`, the backward pass recomputes the backbones' activations of all crop lengths but the last. `partners`
+    is the number of utterances that have partners in the state, 0 in runs without. With `shared_prototypes`, teachers
+    use the students' prototypes.
     """
 
     branches: dict[str, Branch]
@@ -105,6 +125,8 @@ class Recipe(NamedTuple):
     gate_rule: GateRule
     supervision: Supervision = Supervision()
     remat: bool = True
+    partners: int = 0
+    shared_prototypes: bool = False
 
     @property
     def is_contrastive(self) -> bool:
@@ -169,21 +191,23 @@ def embeddings_by_view(backbone: nn.Module, params, batch_stats, features: jax.A
 
 @jax.named_scope("head")
 def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[jax.Array]):
-    """Returns a head's logits [V, B, K] of the embeddings of each crop length, and its updated batch statistics.
+    """Returns a head's logits [V, B, K] of the embeddings of each crop length, and (projections, batch statistics).
 
     The layers with batch norm run on one crop length after the other, as the authors do; the cosines with the
-    prototypes are computed for all views at once.
+    prototypes are computed for all views at once. The projections, which are the outputs of those layers, are rows
+    [B·V, P] of each crop length.
     """
-    units = []
+    units, projections = [], []
     for of_views in embeddings:
         rows = merge_views(of_views.swapaxes(0, 1))
-        of_rows, batch_stats = apply_in_train_mode(head, params, batch_stats, rows, "unit_vectors")
+        (projected, of_rows), batch_stats = apply_in_train_mode(head, params, batch_stats, rows, "project")
+        projections.append(projected)
         units.append(by_view(of_rows, of_views.shape[0]))
-    return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), batch_stats
+    return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), (projections, batch_stats)
 
 
-def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *, remat: bool = True):
-    """Returns a student's embeddings [V, B, D] of each crop length, and its updated batch statistics.
+def student_embeddings(backbone: nn.Module, params, batch_stats, views: Sequence[jax.Array], *, remat: bool = True):
+    """Returns a student's embeddings [V, B, D] of the views of each crop length, and its updated batch statistics.
 
     With `remat`, only the last crop length keeps its activations for the backward pass; the others' are recomputed. At
     the authors' sizes and a batch of 4 on a CPU, the step then takes 8 % more time and half the temporary memory (0.38
@@ -203,7 +227,7 @@ def student_embeddings(backbone: nn.Module, params, batch_stats, views: Views, *
 
 
 class TeacherOutputs(NamedTuple):
-    """A teacher's outputs for the global views, and the statistics and centres that its forward pass updated."""
+    """A teacher's outputs for its views, and the statistics and centres that its forward pass updated."""
 
     embeddings: jax.Array  # [W, B, D]
     distributions: dict[str, jax.Array]  # {head: [W, B, K]}
@@ -219,7 +243,7 @@ def teacher_outputs(
     centers: Mapping[str, jax.Array],
     features: jax.Array,
     temperature: jax.Array,
-    center_momentum: float,
+    weights: LossWeights,
 ) -> TeacherOutputs:
     """Returns the outputs of a branch's teacher for features [B, W, T, F]."""
     params, stats = variables["params"], dict(variables["batch_stats"])
@@ -227,21 +251,25 @@ def teacher_outputs(
     distributions, entropies, new_centers = {}, {}, {}
     for head in branch.head_names:
         part = head_part(head)
-        logits, stats[part] = logits_by_view(branch.head, params[part], stats[part], [embeddings])
+        logits, (_, stats[part]) = logits_by_view(branch.head, params[part], stats[part], [embeddings])
         with jax.named_scope("distributions"):
-            distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
-            new_centers[head] = losses.updated_center(centers[head], logits, center_momentum)
+            if weights.targets == "sinkhorn":
+                distributions[head], entropies[head] = losses.sinkhorn_distributions(logits, temperature)
+                new_centers[head] = centers[head]
+            else:
+                distributions[head], entropies[head] = losses.teacher_distributions(logits, centers[head], temperature)
+                new_centers[head] = losses.updated_center(centers[head], logits, weights.center_momentum)
     return TeacherOutputs(embeddings, distributions, entropies, stats, new_centers)
 
 
 def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict[str, TeacherOutputs]:
-    """Returns {branch: outputs of its teacher for the global views}."""
-    temperature, momentum = recipe.schedules.teacher_temp(state.step), recipe.weights.center_momentum
+    """Returns {branch: outputs of its teacher}."""
+    temperature = recipe.schedules.teacher_temp(state.step)
     outputs = {}
     for name, branch in recipe.branches.items():
         with jax.named_scope(name):
             outputs[name] = teacher_outputs(
-                branch, state.teacher[name], state.center[name], views[0], temperature, momentum
+                branch, state.teacher[name], state.center[name], views.of_teachers, temperature, recipe.weights
             )
     return outputs
 
@@ -249,7 +277,7 @@ def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict
 # The objective.
 
 
-def distillation_loss(
+def head_loss(
     head_params,
     embeddings: Sequence[jax.Array],
     *,
@@ -257,9 +285,11 @@ def distillation_loss(
     batch_stats,
     pairs: Sequence[Pair],
     teachers: Mapping[str, TeacherOutputs],
-    temperature: float,
+    weights: LossWeights,
+    regularization: jax.Array,
+    shared_views: bool,
 ):
-    """Returns the weighted distillation loss of a student by one head, and (its terms {pair: loss}, batch statistics).
+    """Returns the loss of a student by one head, weighted: distillation and what regularises the head.
 
     Args:
       head_params: the head's parameters.
@@ -268,23 +298,45 @@ def distillation_loss(
       batch_stats: the head's batch statistics.
       pairs: the student's pairs with this head.
       teachers: their outputs.
-      temperature: τ_s.
+      weights: of the recipe.
+      regularization: r of this step.
+      shared_views: whether the teachers' views are the first of the student's.
+
+    Returns:
+      The loss, and (distillation losses {pair: loss} before their weights, weighted regularisers by name, batch
+      statistics).
     """
-    logits, batch_stats = logits_by_view(branch.head, head_params, batch_stats, embeddings)
+    logits, (projections, batch_stats) = logits_by_view(branch.head, head_params, batch_stats, embeddings)
     with jax.named_scope("distillation"):
         terms = {
-            pair: losses.distillation(logits, teachers[pair.teacher].distributions[pair.head], temperature)
+            pair: losses.distillation(
+                logits, teachers[pair.teacher].distributions[pair.head], weights.student_temp, shared_views
+            )
             for pair in pairs
         }
+    regularizers = {}
+    with jax.named_scope("regularizers"):
+        if weights.mean_entropy:
+            gap = losses.mean_entropy_gap(logits, weights.student_temp)
+            regularizers["mean_entropy"] = weights.mean_entropy * gap
+        if weights.variance or weights.covariance:
+            views = [by_view(rows, len(of_views)) for rows, of_views in zip(projections, embeddings, strict=True)]
+            variance, covariance = losses.variance_and_covariance(jnp.concatenate(views))
+            regularizers["variance"] = regularization * weights.variance * variance
+            regularizers["covariance"] = regularization * weights.covariance * covariance
     total = sum((pair.weight * term for pair, term in terms.items()), jnp.float32(0))
-    return total, (terms, batch_stats)
+    return sum(regularizers.values(), total), (terms, regularizers, batch_stats)
 
 
 @jax.named_scope("contrastive")
 def contrastive_loss(
-    embeddings: jax.Array, teacher_embeddings: jax.Array, weights: LossWeights, labels: jax.Array | None = None
+    embeddings: jax.Array,
+    teacher_embeddings: jax.Array,
+    weights: LossWeights,
+    shared_views: bool,
+    labels: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns w · C of a student's and its teacher's embeddings of the global views, each [W, B, D].
+    """Returns w · C of a student's embeddings of its first kind of crop, [V, B, D], and its teacher's, [W, B, D].
 
     `labels`, int32 [B], are read only if the weights say that negatives of the same speaker are masked.
     """
@@ -294,7 +346,14 @@ def contrastive_loss(
         weights.contrastive_temperature,
         weights.contrastive_margin,
         labels if weights.contrastive_mask_same_speaker else None,
+        shared_views,
     )
+
+
+@jax.named_scope("koleo")
+def koleo_loss(embeddings: Sequence[jax.Array], weights: LossWeights) -> jax.Array:
+    """Returns κ · N of a student's embeddings, [V, B, D] for each crop length."""
+    return weights.koleo * losses.koleo(jnp.concatenate(embeddings))
 
 
 def supervised_loss(
@@ -343,7 +402,7 @@ def objective(
     Args:
       students: {branch: parameters}, the only argument that a gradient reaches.
       state: supplies everything else.
-      views: normalised log-mel.
+      views: of the batch.
       recipe: of the run.
       labels: int32 [B], for recipes that read labels; with a loss gate, those that it leaves.
     """
@@ -351,23 +410,27 @@ def objective(
     total = jnp.float32(0)
     for name, branch in recipe.branches.items():
         params, stats = students[name], state.student[name]["batch_stats"]
-        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views)
+        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views.students)
         for head in branch.head_names:
             pairs = [
                 p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
             ]
-            total += distillation_loss(
+            total += head_loss(
                 params[head_part(head)],
                 embeddings,
                 branch=branch,
                 batch_stats=stats[head_part(head)],
                 pairs=pairs,
                 teachers=teachers,
-                temperature=weights.student_temp,
+                weights=weights,
+                regularization=recipe.schedules.regularization(state.step),
+                shared_views=views.shared,
             )[0]
         if recipe.is_contrastive:
             gate = 1 - state.gate.closed
-            total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights, labels)
+            total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights, views.shared, labels)
+        if weights.koleo:
+            total += koleo_loss(embeddings, weights)
         if recipe.supervision.weight:
             margin = recipe.schedules.margin(state.step)
             total += supervised_loss(
@@ -380,16 +443,18 @@ def objective(
 
 
 def contrastive_gradient(
-    embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights, labels=None
+    embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights, shared_views: bool, labels=None
 ):
-    """Returns the contrastive loss, its gradient at the embeddings [W, B, D], and the alignment of the two gradients.
+    """Returns the contrastive loss, its gradient at the embeddings [V, B, D], and the alignment of the two gradients.
 
     `distillation_gradient` is that of the distillation loss at the same embeddings. Once the gate has closed, all three
     are zero and nothing is computed: the term is skipped, not multiplied by zero.
     """
 
     def open_gate(embeddings, distillation_gradient):
-        loss, gradient = jax.value_and_grad(contrastive_loss)(embeddings, teacher_embeddings, weights, labels)
+        loss, gradient = jax.value_and_grad(contrastive_loss)(
+            embeddings, teacher_embeddings, weights, shared_views, labels
+        )
         return loss, gradient, losses.alignment(gradient, distillation_gradient)
 
     def closed_gate(embeddings, distillation_gradient):
@@ -477,49 +542,57 @@ def update_branch(
     momentum = materialize_on_cpu(recipe.schedules.momentum(state.step))
     new_params, new_averages, new_opt_state, squares = {}, {}, {}, []
 
+    def average(path, teacher, student):
+        shared = recipe.shared_prototypes and is_prototypes(path)
+        return student if shared else momentum * teacher + (1 - momentum) * student
+
     @jax.named_scope("update")
     def update(part, gradient):
         """Updates student and teacher of a part: the backbone, or a head."""
         squares.extend(squared_norm(leaf) for leaf in jax.tree.leaves(gradient))
         updates, new_opt_state[part] = recipe.optimizer.update(gradient, state.opt_state[name][part], params[part])
         new_params[part] = optax.apply_updates(params[part], updates)
-        new_averages[part] = jax.tree.map(
-            lambda t, s: momentum * t + (1 - momentum) * s, averages[part], new_params[part]
-        )
+        new_averages[part] = jax.tree_util.tree_map_with_path(average, averages[part], new_params[part])
 
     embeddings, backbone_vjp, stats["backbone"] = jax.vjp(
-        lambda p: student_embeddings(branch.backbone, p, stats["backbone"], views, remat=recipe.remat),
+        lambda p: student_embeddings(branch.backbone, p, stats["backbone"], views.students, remat=recipe.remat),
         params["backbone"],
         has_aux=True,
     )
-    cotangent, terms = jax.tree.map(jnp.zeros_like, embeddings), {}
+    cotangent, terms, others = jax.tree.map(jnp.zeros_like, embeddings), {}, {}
     for head in branch.head_names:
         part = head_part(head)
         loss = functools.partial(
-            distillation_loss,
+            head_loss,
             branch=branch,
             batch_stats=stats[part],
             pairs=[
                 p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
             ],
             teachers=teachers,
-            temperature=weights.student_temp,
+            weights=weights,
+            regularization=recipe.schedules.regularization(state.step),
+            shared_views=views.shared,
         )
-        (_, (of_head, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
-            params[part], embeddings
-        )
+        (_, (of_head, regularizers, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(
+            loss, argnums=(0, 1), has_aux=True
+        )(params[part], embeddings)
         cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | of_head
+        others = {kind: others.get(kind, 0.0) + value for kind, value in regularizers.items()}
         # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is computed.
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
 
-    supervised, utterance_losses = {}, None
+    if weights.koleo:
+        others["koleo"], at_embeddings = jax.value_and_grad(koleo_loss)(embeddings, weights)
+        cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
+    accuracy, utterance_losses, shares = None, None, {}
     if recipe.supervision.weight:
         learned, given = labels, None
         if gated is not None:
             given = labels
             learned, corrected = learned_labels(state, state.student[name], labels, gated, branch, recipe)
-            supervised = {f"labels/corrected/{name}": corrected.mean(), f"labels/learned/{name}": (learned >= 0).mean()}
+            shares = {f"labels/corrected/{name}": corrected.mean(), f"labels/learned/{name}": (learned >= 0).mean()}
         loss = functools.partial(
             supervised_loss,
             labels=learned,
@@ -528,17 +601,16 @@ def update_branch(
             supervision=recipe.supervision,
             given=given,
         )
-        (value, (right, utterance_losses)), (gradient, at_embeddings) = jax.value_and_grad(
+        (others["supervised"], (accuracy, utterance_losses)), (gradient, at_embeddings) = jax.value_and_grad(
             loss, argnums=(0, 1), has_aux=True
         )(params[SPEAKER_HEAD], embeddings)
-        supervised |= {f"loss/supervised/{name}": value, f"accuracy/{name}": right}
         cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
         update(SPEAKER_HEAD, gradient)
 
     contrastive = None
     if recipe.is_contrastive:
         loss, gradient, cosine = contrastive_gradient(
-            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights, labels
+            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights, views.shared, labels
         )
         contrastive = loss, cosine
         cotangent[0] = cotangent[0] + gradient
@@ -548,7 +620,7 @@ def update_branch(
         {"params": new_params, "batch_stats": stats},
         {"params": new_averages, "batch_stats": teachers[name].batch_stats},
         new_opt_state,
-        branch_metrics(name, terms, contrastive, supervised, teachers, several=len(recipe.branches) > 2),
+        branch_metrics(name, terms, contrastive, others, accuracy, teachers, several=len(recipe.branches) > 2) | shares,
         sum(squares),
         utterance_losses,
     )
@@ -558,7 +630,8 @@ def branch_metrics(
     name: str,
     terms: Mapping[Pair, jax.Array],
     contrastive: tuple[jax.Array, jax.Array] | None,
-    supervised: Metrics,
+    others: Metrics,
+    accuracy: jax.Array | None,
     teachers: Mapping[str, TeacherOutputs],
     *,
     several: bool,
@@ -569,7 +642,8 @@ def branch_metrics(
       name: of the branch.
       terms: its distillation losses, before their weights.
       contrastive: its weighted contrastive loss and the alignment of the two gradients; None without such a term.
-      supervised: its weighted supervised loss and accuracy; {} without such a term.
+      others: its other losses by name, weighted.
+      accuracy: of its speaker head; None without.
       teachers: their outputs.
       several: whether there are more than two branches, so that a cross-distillation has to be named after both.
     """
@@ -585,9 +659,11 @@ def branch_metrics(
         loss, cosine = contrastive
         metrics |= {f"loss/contrastive/{name}": loss, f"alignment/{name}": cosine}
         metrics[f"loss/{name}"] += loss
-    if supervised:
-        metrics |= supervised
-        metrics[f"loss/{name}"] += supervised[f"loss/supervised/{name}"]
+    for kind, loss in others.items():
+        metrics[f"loss/{kind}/{name}"] = loss
+        metrics[f"loss/{name}"] += loss
+    if accuracy is not None:
+        metrics[f"accuracy/{name}"] = accuracy
     metrics[f"embedding_std/{name}"] = losses.embedding_deviation(teachers[name].embeddings[0])
     return metrics
 
@@ -595,7 +671,7 @@ def branch_metrics(
 def train_step_on_features(
     state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None, gated: GatedBatch | None = None
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step on normalised log-mel features of the global and the local views.
+    """Takes one step on normalised features.
 
     Args:
       state: before the step.
@@ -633,6 +709,7 @@ def train_step_on_features(
         opt_state={name: updates[name].opt_state for name in names},
         gate=gate,
         loss_gate=state.loss_gate,
+        partners=state.partners,
     )
     if gated is not None:
         of_utterances = jnp.stack([updates[name].utterance_losses for name in names]).mean(axis=0)

@@ -24,9 +24,10 @@ from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.goodput import Goodput
 from memo_jax.training.loss_gate import gate_threshold
 from memo_jax.training.monitor import Evaluation, Monitor
+from memo_jax.training.positives import Positives
 from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import StepCompiledInBackground, abstract_state, augmentation_key, create_state
-from memo_jax.training.recipe import build_recipe, has_loss_gate, load_augmentation_banks, reads_labels
+from memo_jax.training.recipe import build_recipe, crop_numbers, has_loss_gate, load_augmentation_banks, reads_labels
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, Variables, backbone_variables
@@ -56,6 +57,7 @@ class Inputs(NamedTuple):
     labels: np.ndarray | None  # of the utterances, −1 where unknown; None for training without labels
     label_note: str  # what to tell about labels from a table, or ""
     recipe: Recipe
+    positives: Positives | None
     epoch_steps: int
     total: int
     save_every: int
@@ -107,11 +109,13 @@ def train(
         banks = load_augmentation_banks(config)
         processes.check_agreement(agreed_inputs(config, inputs, banks))
         interrupts.check()
-        batches = batches_of(config, inputs.utterances, begin, inputs.labels)
-        stack.callback(batches.close)
-        banks_here = sharding.replicate(mesh, banks)
+        banks_here, positives = sharding.replicate(mesh, banks), inputs.positives
+
+        def compiled_step(partnered):
+            return stack.enter_context(StepCompiledInBackground(config, recipe, mesh, banks_here, partnered))
+
         if begin < end:
-            take_step = stack.enter_context(StepCompiledInBackground(config, recipe, mesh, banks_here))
+            take_step = compiled_step(positives is not None and positives.are_on(begin))
         if first:  # only now: a config that cannot work claims no workdir
             configs.save_config(workdir, config)
         checkpoints = stack.enter_context(
@@ -123,6 +127,11 @@ def train(
         else:
             start, start_note = with_known_speakers(config, inputs, start or {})
             state = create_state(config, recipe, mesh, start)
+        partners = None
+        if positives and positives.are_on(begin) and not positives.are_due(begin):
+            partners = np.asarray(state.partners.addressable_data(0))
+        batches = batches_of(config, inputs, begin, partners)
+        stack.callback(lambda: batches.close())
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)
         shown = stack.enter_context(
@@ -143,11 +152,24 @@ def train(
             config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
         )
         monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
+        if partners is not None:
+            monitor.lasting = positives.described(partners)
         for number in range(begin + 1, end + 1):
+            if positives and positives.are_due(number - 1):
+                with monitor.between_steps("positives"):
+                    batches.close()  # it has read ahead with the partners of before
+                    if number - 1 == positives.first != begin:
+                        take_step = compiled_step(True)
+                    partners = positives.drawn(state, recipe, mesh, number - 1)
+                    interrupts.check()
+                    state = state.replace(partners=sharding.replicate(mesh, partners))
+                    batches = batches_of(config, inputs, number - 1, partners)
+                    monitor.lasting = positives.described(partners)
+                    shown.write(partners_text(number - 1, monitor.lasting))
             profiler.before(number)
             with goodput.waiting_for_input(monitor.running):
                 batch = sharding.global_batch(mesh, next(batches))
-            with goodput.counting("compile") if number == begin + 1 else contextlib.nullcontext():
+            with goodput.counting("compile") if take_step.is_new else contextlib.nullcontext():
                 state, metrics = take_step(state, batch, banks_here, key)
             monitor.took(number, metrics)
             if number % inputs.epoch_steps == 0:
@@ -192,6 +214,14 @@ def at_epoch_end(config, state: TrainState, epoch: int, mesh: Mesh, shown: Progr
     return state.replace(loss_gate=state.loss_gate.replace(threshold=sharding.replicate(mesh, threshold)))
 
 
+def partners_text(step: int, metrics: Mapping[str, float]) -> str:
+    """Returns the message of new partners."""
+    same = metrics.get("positives/same_speaker")
+    return f"step {step}: drew partners; {metrics['positives/other']:.1%} have another recording than their own" + (
+        "" if same is None else f", {same:.1%} of these of the same speaker"
+    )
+
+
 def extension_text(before: int, total: int, begin: int) -> str:
     """Returns the message of a run that resumes with a greater length."""
     return (
@@ -213,22 +243,25 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
     labels, label_note = labels_of(config, utterances)
     recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1, len(utterances))
-    batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
+    positives = Positives(config, utterances, epoch_steps) if config.positives.clusters else None
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
         raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {devices} devices")
     steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
-    return Inputs(
+    inputs = Inputs(
         utterances,
         labels,
         label_note,
         recipe,
+        positives,
         epoch_steps,
         total=steps(config, "total"),
         save_every=max(steps(config.checkpoint, "every"), 1),
         keep_every=steps(config.checkpoint, "keep_every"),
         evaluate_every=max(steps(config.evaluation, "every"), 1),
     )
+    batches_of(config, inputs, 0).close()  # checks the crops; reads nothing yet
+    return inputs
 
 
 def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
@@ -306,21 +339,24 @@ def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
     return steps[-1]
 
 
-def batches_of(config, utterances: Utterances, start: int, labels: np.ndarray | None = None):
-    """Returns this process's batches of the steps after `start`."""
+def batches_of(config, inputs: Inputs, start: int, partners: np.ndarray | None = None):
+    """Returns this process's batches of the steps after `start`, with the teachers' crops from `partners`, if given."""
+    numbers = crop_numbers(config, partners is not None)
     return training_batches(
-        utterances,
+        inputs.utterances,
         batch_size=config.data.batch_size,
-        global_crops=config.data.global_crops,
+        global_crops=numbers["global"],
         global_seconds=config.data.global_seconds,
-        local_crops=config.data.local_crops,
+        local_crops=numbers["local"],
         local_seconds=config.data.local_seconds,
+        teacher_crops=numbers["teacher"],
+        partners=partners,
         seed=config.seed,
         start=start,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         workers=config.data.workers,
-        labels=labels,
+        labels=inputs.labels,
         numbered=has_loss_gate(config),
     )
 

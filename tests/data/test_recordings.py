@@ -124,10 +124,15 @@ def test_links_and_encrypted_members_are_named(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\1\2") + 8] |= 1
     path.write_bytes(data)
-    recordings, left_out = find_recordings([tmp_path / "in.tar", path])
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        info = zipfile.ZipInfo("link.wav")
+        info.create_system, info.external_attr = 3, 0o120777 << 16
+        archive.writestr(info, "a.wav")
+    recordings, left_out = find_recordings([tmp_path / "in.tar", path, tmp_path / "link.zip"])
     assert recordings == [] and [reason for _, reason in left_out] == [
         "a link in its archive",
         "encrypted in its archive",
+        "a link in its archive",
     ]
 
 
@@ -390,11 +395,25 @@ def test_members_of_a_zip_that_cannot_be_read_are_listed(tmp_path):
         ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 left"]}, "segments, line 1: expected .*channel"),
         ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 -1"]}, "segments, line 1: expected .*channel"),
         ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 0 0"]}, "segments, line 1: expected .*channel"),
+        ({"wav_scp": []}, "wav.scp: no recordings: the file is empty"),
+        ({"wav_scp": ["rec a.wav"], "segments": []}, "segments: no utterances: the file is empty"),
     ],
 )
 def test_wrong_kaldi_files_are_named_with_their_line(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         find_recordings([kaldi_folder(tmp_path / "data", **files)])
+
+
+def test_kaldi_files_in_utf_16_and_links_that_lead_nowhere_are_named(tmp_path):
+    """A utt2spk that cannot be read is not as if there were none."""
+    folder = kaldi_folder(tmp_path / "data", wav_scp=["utt a.wav"])
+    (folder / "utt2spk").symlink_to("moved")
+    with pytest.raises(FileNotFoundError, match="utt2spk"):
+        find_recordings([folder])
+    (folder / "utt2spk").unlink()
+    (folder / "utt2spk").write_text("utt anna\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="utt2spk, line 1: UTF-16 text: save it as UTF-8"):
+        find_recordings([folder])
 
 
 def test_shards_of_wespeaker(tmp_path, monkeypatch):

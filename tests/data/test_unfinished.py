@@ -326,8 +326,10 @@ def test_ended_after_the_dataset_was_in_its_place_the_same_command_is_done(
     assert "set was already finished" in capsys.readouterr().err
     assert files_of(tmp_path / "set") == files_of(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path)) == ["set", "speech", "whole"]
+    (tmp_path / ".set.partial").mkdir()  # as if the kill came when all but this was removed
     with pytest.raises(FileExistsError, match="set exists already"):
         prepare(speech, tmp_path / "set", workers=1)
+    assert sorted(os.listdir(tmp_path)) == ["set", "speech", "whole"]
 
 
 @pytest.mark.parametrize("renames", [0, 1])

@@ -14,6 +14,7 @@ sys.path.insert(0, str(tiny.ROOT / "experiments"))
 import ablation  # noqa: E402
 from memo_jax import features, models  # noqa: E402
 from memo_jax.config import config_differences, load_config  # noqa: E402
+from memo_jax.training.front_end import Views  # noqa: E402
 from memo_jax.training.recipe import build_recipe, load_augmentation_banks  # noqa: E402
 from memo_jax.training.state import initial_state  # noqa: E402
 from memo_jax.training.step import train_step_on_features  # noqa: E402
@@ -49,9 +50,11 @@ def test_a_step_of_every_row_fits_together(row, monkeypatch):
     state = jax.eval_shape(
         lambda: initial_state(jax.random.key(0), recipe.branches, features.MEL_BINS, recipe.optimizer, recipe.gate_rule)
     )
-    views = tuple(
-        jax.ShapeDtypeStruct((2, config.data[f"{kind}_crops"], 60, features.MEL_BINS), "float32")
-        for kind in ("global", "local")
+    views = Views(
+        tuple(
+            jax.ShapeDtypeStruct((2, config.data[f"{kind}_crops"], 60, features.MEL_BINS), "float32")
+            for kind in ("global", "local")
+        )
     )
     after, metrics = jax.eval_shape(functools.partial(train_step_on_features, recipe=recipe), state, views)
     assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -128,14 +128,20 @@ def test_step_parts():
         "step_parts.py",
         "--batch-size=2",
         "--runs=1",
-        "--parts=ecapa, forward",
+        "--parts=ecapa, forward|KoLeo|entropy|balanced|variance",
         "--json",
         *SMALLEST,
+        "--config.loss.targets=sinkhorn",
+        "--config.loss.mean_entropy=1",
+        "--config.loss.koleo=1",
+        "--config.loss.variance=1",
         "--config.data.global_seconds=0.4",
         "--config.data.local_seconds=0.2",
     )
     rows = {row["part"]: row for row in printed_json(done)["parts"]}
-    assert set(rows) == {"ecapa, forward", "ecapa, forward and backward"}
+    options = {"mean entropy", "KoLeo", "variance and covariance"}
+    expected = {"ecapa, forward", "ecapa, forward and backward", "balanced targets"}
+    assert set(rows) == expected | {f"{option}, forward and backward" for option in options}
     assert all(row["seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
     backward, forward = rows["ecapa, forward and backward"], rows["ecapa, forward"]
     assert 2 < backward["gigaflops"] / forward["gigaflops"] < 4

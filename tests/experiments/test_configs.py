@@ -12,7 +12,7 @@ from memo_jax.data.batches import SAMPLE_RATE
 from memo_jax.models import parameter_count
 from memo_jax.training.front_end import clean_features
 from memo_jax.training.program import state_maker
-from memo_jax.training.recipe import build_front_end, build_recipe
+from memo_jax.training.recipe import batch_crops, build_front_end, build_recipe
 from memo_jax.training.state import student_params
 from memo_jax.training.step import train_step
 
@@ -24,6 +24,8 @@ FULL_SIZE = {
     "memo_voxceleb2": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "memo_voxceleb2_tpu": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
     "dino_voxceleb2": {"ecapa": ECAPA + HEAD},
+    # Fewer prototypes and a wider embedding; an ECAPA-TDNN of 1,024 channels.
+    "sdpn_voxceleb2": {"ecapa": 22_733_952 + HEAD - 256 * (65_536 - 1024) + (512 - 256) * 2048},
     "study_full": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
 }
 
@@ -44,12 +46,8 @@ def test_a_full_size_step_fits_together(path):
     recipe = build_recipe(config, 1000, utterances=1000 * config.data.batch_size)
     state = jax.eval_shape(state_maker(recipe), jax.random.key(0))
     batch = {
-        kind: jax.ShapeDtypeStruct(
-            (config.data.batch_size, config.data[f"{kind}_crops"], round(config.data[f"{kind}_seconds"] * SAMPLE_RATE)),
-            "int16",
-        )
-        for kind in ("global", "local")
-        if config.data[f"{kind}_crops"]
+        kind: jax.ShapeDtypeStruct((config.data.batch_size, *shape), "int16")
+        for kind, shape in batch_crops(config).items()
     }
     if config.supervised.weight:
         batch["label"] = batch["index"] = jax.ShapeDtypeStruct((config.data.batch_size,), "int32")

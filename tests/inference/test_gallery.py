@@ -49,6 +49,13 @@ def test_embeddings_of_another_size_are_refused(tmp_path):
         Gallery.load(tmp_path / "e.npz", "", 8)
 
 
+@pytest.mark.parametrize("name", ["", "a\tb", "a\nb", "a\0b", "M\udcfcller"])
+def test_names_that_a_gallery_cannot_have_are_refused(name):
+    """The last as the shell gives a name in another encoding."""
+    with pytest.raises(ValueError, match="cannot be the name of a person"):
+        Gallery("m").add(name, np.ones((1, 8), np.float32))
+
+
 @pytest.mark.parametrize("name", ["people.npz", "people.parquet"])
 def test_people_are_removed_down_to_the_last_and_may_return(name, tmp_path):
     path = tmp_path / name

@@ -12,6 +12,8 @@ import tiny_processes
 from memo_jax.planning import chips
 from memo_jax.planning import plan as training_plan
 from memo_jax.training import program
+from memo_jax.training.front_end import Views
+from memo_jax.xla import sharding
 
 has_cuda = any(plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins"))
 needs_cuda = pytest.mark.skipif(not has_cuda, reason="needs JAX's part for CUDA: .[cuda13]")
@@ -35,8 +37,8 @@ def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
     quadruples; a bank is memory that every chip holds whole."""
 
     def with_bank(key, batch, banks):
-        (views,) = tiny_processes.front_end(key, batch, banks)
-        return (views + (banks["noise"][0, 0] / 32768 if banks else 0),)
+        ((views,), _) = tiny_processes.front_end(key, batch, banks)
+        return Views((views + (banks["noise"][0, 0] / 32768 if banks else 0),))
 
     tiny_processes.patch_for_tests(monkeypatch.setattr)
     monkeypatch.setattr(program, "build_front_end", lambda config: with_bank)
@@ -65,6 +67,19 @@ def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
     assert 50e6 < two["argument_bytes"] - one["argument_bytes"] < 55e6
     assert one["argument_bytes"] + one["temporary_bytes"] <= one["hbm_bytes"] < one["hbm_limit_bytes"]
     assert training_plan.plan_text(one).startswith("v5e:4x4: 16 chips, 64 utterances a step (4 a chip), float32\n")
+
+
+def test_kmeans_of_positives_is_planned(monkeypatch, capsys):
+    """Twice the embeddings take about twice the time; on the devices here, which have no estimates of their own, the
+    memory alone."""
+    mesh, chip = sharding.data_mesh(), chips.CHIPS["h100"]
+    config = tiny.tiny_config("positives.clusters=64")
+    monkeypatch.setattr(type(chip), "compiler_options", {}, raising=False)
+    one, two = (training_plan.kmeans_plan(config, mesh, chip, count) for count in (20_000, 40_000))
+    assert one["clusters"] == 64 and one["utterances"] == 20_000
+    # The embeddings, their copies in blocks, and their clusters.
+    assert 20_000 * 16 * 4 < two["hbm_bytes"] - one["hbm_bytes"] < 5 * 20_000 * 16 * 4
+    assert 1.5 < two["seconds"] / one["seconds"] < 2.5
 
 
 @needs_libtpu

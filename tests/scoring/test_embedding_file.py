@@ -144,8 +144,12 @@ def test_an_npz_of_another_program_is_read(tmp_path):
             {"names": np.array(NAMES), "embeddings": ROWS * np.float32([[1], [np.inf], [1]])},
             "'zwei Wörter.wav' is not fin",
         ),
+        ({"names": np.array(NAMES), "embeddings": ROWS * [[1.0], [1e300], [1]]}, "'zwei Wörter.wav' is not finite"),
+        ({"names": np.array(NAMES), "embeddings": ROWS * [[1.0], [1e-300], [1]]}, "'zwei Wörter.wav' is zero"),
+        ({"names": np.array(NAMES), "embeddings": ROWS * 1j, "checksum": "0"}, "must be floats, not complex"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_another_content_is_named(arrays, message, tmp_path):
     np.savez(tmp_path / "e.npz", **arrays)
     with pytest.raises(ValueError, match=f"e.npz: .*{message}"):

@@ -51,7 +51,7 @@ BY_FFMPEG = {
 }
 BY_FFMPEG |= {"g722.wav": ("-c:a", "g722"), "flac.oga": ("-c:a", "flac")}
 MEMORY = 300_000_000  # bytes
-SECONDS = 20  # for one mutation
+SECONDS = 120  # for one mutation: on a busy machine, and more than after which ffmpeg is given up
 EXTREMES = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\0\0\0\x80", b"\1\0\0\0"]
 
 
@@ -79,7 +79,7 @@ def seeds_by_ffmpeg() -> dict[str, list[bytes]]:
             for channels, rate in ((1, 16000), (2, 48000)):
                 channels = 1 if "g722" in name else channels
                 path = os.path.join(folder, f"a.{name}")
-                source = ["-f", "lavfi", "-i", f"anoisesrc=a=0.1:d=0.5:r={rate}", "-ac", str(channels)]
+                source = ["-f", "lavfi", "-i", f"anoisesrc=a=0.1:d=0.5:r={rate}:seed=1", "-ac", str(channels)]
                 subprocess.run(["ffmpeg", "-v", "error", "-y", *source, *options, path], check=True)
                 with open(path, "rb") as file:
                     found.setdefault(name, []).append(file.read())
@@ -157,7 +157,7 @@ def mutations(trials, rng):
     while part := list(itertools.islice(trials, 1000)):
         command = [sys.executable, "-m", "soak.recordings", str(len(part)), str(rng.randrange(1 << 30)), folder]
         run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, f"{command}, {os.listdir(folder)}: {run.stderr[-2000:]}"
+        assert run.returncode == 0, f"{command}, {run.returncode}, {os.listdir(folder)}: {run.stderr[-2000:]}"
         assert "Traceback" not in run.stderr and "RuntimeWarning" not in run.stderr, run.stderr
         for name, value in json.loads(run.stdout).items():
             total[name] = total[name] + value if name in ("read", "refused") else max(total[name], value)

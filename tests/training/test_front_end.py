@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memo_jax.features import FRONT_ENDS
 from memo_jax.training.front_end import mask_bins, training_views
 
 CROPS, BINS, MOST = 400, 80, 12
@@ -27,7 +28,8 @@ def test_masks_are_the_last_thing_that_a_view_gets_and_off_costs_nothing():
     crops = np.random.default_rng(1).integers(-9000, 9000, (3, 2, 4000)).astype(np.int16)
     batch, key = {"global": crops, "local": crops[:, :1, :3000]}, jax.random.key(1)
     plain, masked = (training_views(key, batch, {}, front_end="log_mel", masked_bins=most) for most in (0, 40))
-    for whole, part in zip(plain, masked, strict=True):
+    assert plain.shared and masked.shared
+    for whole, part in zip(plain.students, masked.students, strict=True):
         assert whole.shape == part.shape and np.any(part != whole)
         np.testing.assert_array_equal(part, np.where(part == 0, 0, whole))
     programs = [
@@ -35,3 +37,20 @@ def test_masks_are_the_last_thing_that_a_view_gets_and_off_costs_nothing():
         for options in ({}, {"masked_bins": 0}, {"masked_bins": 40})
     ]
     assert programs[0] == programs[1] != programs[2]
+
+
+def test_crops_for_teachers_are_views_of_their_own_augmented_or_clean():
+    crops = np.random.default_rng(2).integers(-9000, 9000, (3, 2, 4000)).astype(np.int16)
+    key, options = jax.random.key(1), {"front_end": "log_mel", "masked_bins": 40}
+    batch = {"global": crops, "local": crops[:, :1, :3000]}
+    plain, augmented = (training_views(key, batch | more, {}, **options) for more in ({}, {"teacher": crops}))
+    for one, other in zip(plain.students, augmented.students, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(plain.of_teachers, plain.students[0])
+    assert not augmented.shared and augmented.of_teachers.shape == augmented.students[0].shape
+    assert np.any(augmented.of_teachers != augmented.students[0]), "other draws"
+    batch = {"local": batch["local"], "teacher": crops}
+    views = training_views(key, batch, {}, clean_teachers=True, **options)
+    expected, _ = FRONT_ENDS["log_mel"](jnp.float32(crops.reshape(-1, 4000) / 32768))
+    np.testing.assert_allclose(views.of_teachers.reshape(expected.shape), expected, atol=1e-4)
+    assert len(views.students) == 1 and views.students[0].shape[1] == 1

@@ -27,14 +27,24 @@ def test_time_that_nothing_else_counts_goes_to_the_steps(clock):
     counted = goodput.Goodput()
     clock.time += 10
     counted.started()
-    for part, seconds in {"compile": 30, "evaluation": 4, "checkpoint": 5}.items():
+    for part, seconds in {"compile": 30, "evaluation": 4, "checkpoint": 5, "positives": 2}.items():
         with counted.counting(part):
             clock.time += seconds
-    clock.time += 51
+    clock.time += 49
     assert counted.shares() == pytest.approx(
-        {"steps": 0.51, "start": 0.1, "compile": 0.3, "input": 0, "checkpoint": 0.05, "evaluation": 0.04}
+        {
+            "steps": 0.49,
+            "start": 0.1,
+            "compile": 0.3,
+            "input": 0,
+            "checkpoint": 0.05,
+            "evaluation": 0.04,
+            "positives": 0.02,
+        }
     )
-    assert str(counted) == "wall time: 51.0 % steps, 10.0 % start, 30.0 % compile, 5.0 % checkpoint, 4.0 % evaluation"
+    assert str(counted) == (
+        "wall time: 49.0 % steps, 10.0 % start, 30.0 % compile, 5.0 % checkpoint, 4.0 % evaluation, 2.0 % positives"
+    )
 
 
 def test_only_batches_that_the_devices_have_waited_for_count_as_stalls(clock):

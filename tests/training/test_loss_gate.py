@@ -15,7 +15,7 @@ from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.log import read_metrics
 from memo_jax.training import losses, program, recipe
 from memo_jax.training.checkpoint import load_raw
-from memo_jax.training.front_end import clean_features
+from memo_jax.training.front_end import Views, clean_features
 from memo_jax.training.loss_gate import LossGate, crossing_point, fitted_mixture, gate_threshold, passes
 from memo_jax.training.state import student_params
 from memo_jax.training.step import GatedBatch, train_step_on_features
@@ -96,7 +96,7 @@ def test_a_step_learns_what_passes_and_what_is_corrected(monkeypatch):
     config = tiny.tiny_config(*GATED, "model.branches=resnet,", "supervised.correction_temperature=0.5")
     gated, plain = (recipe.build_recipe(config, tiny.STEPS_PER_EPOCH, 3, count) for count in (10, 0))
     random = np.random.default_rng(0)
-    views = tuple(jnp.asarray(random.normal(0, 1, (6, v, 12, MEL_BINS)), jnp.float32) for v in (2, 1))
+    views = Views(tuple(jnp.asarray(random.normal(0, 1, (6, v, 12, MEL_BINS)), jnp.float32) for v in (2, 1)))
     clean = jnp.asarray(random.normal(0, 1, (6, 12, MEL_BINS)), jnp.float32)
     labels, index = np.array([0, 2, 1, 2, -1, 0]), np.array([7, 1, 4, 2, 9, 3])
     state = program.create_state(config, gated, sharding.data_mesh())

@@ -20,12 +20,27 @@ def softmax(x):
     return e / e.sum(axis=-1, keepdims=True)
 
 
-def pairwise_distillation(student, teacher, center, xp=np):
+def assert_slope(loss, definition, x, atol=1e-4):
+    """The value is the definition's, and the gradient in float32 is its slope, by central differences in float64."""
+    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(x, jnp.float32))
+    assert float(value) == pytest.approx(definition(x), rel=1e-5, abs=1e-6)
+    slopes, step = np.empty_like(x), 1e-6
+    for place in np.ndindex(x.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = x.copy()
+            moved[place] += sign * step
+            ends.append(definition(moved))
+        slopes[place] = (ends[0] - ends[1]) / (2 * step)
+    np.testing.assert_allclose(gradient, slopes, atol=atol * np.abs(slopes).max())
+
+
+def pairwise_distillation(student, teacher, center, xp=np, shared_views=True):
     """The definition: one cross-entropy a pair, averaged."""
     terms = []
     for i in range(teacher.shape[0]):
         for v in range(student.shape[0]):
-            if v != i:
+            if v != i or not shared_views:
                 target = xp.exp((teacher[i] - center) / TEACHER_TEMP)
                 e = xp.exp(student[v] / STUDENT_TEMP)
                 terms.append(-(target / target.sum(-1, keepdims=True) * xp.log(e / e.sum(-1, keepdims=True))).sum(-1))
@@ -49,6 +64,17 @@ def test_distillation_is_the_mean_over_all_pairs_of_different_views(views, teach
     gradient = jax.jit(jax.grad(lambda s: distillation(s, *single[1:])[0]))(single[0])
     expected = jax.jit(jax.grad(lambda s: pairwise_distillation(s, *single[1:], xp=jnp)))(single[0])
     np.testing.assert_allclose(gradient, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("views, teacher_views", [(4, 1), (2, 3)])
+def test_a_teacher_with_views_of_its_own_is_paired_with_all_of_the_student(views, teacher_views):
+    student, teacher, center = draw(0, (views, 3, 7), (teacher_views, 3, 7), (7,), scale=0.3)
+    targets, _ = losses.teacher_distributions(jnp.float32(teacher), jnp.float32(center), TEACHER_TEMP)
+    assert_slope(
+        lambda s: losses.distillation(s, targets, STUDENT_TEMP, False),
+        lambda s: pairwise_distillation(s, teacher, center, shared_views=False),
+        student,
+    )
 
 
 def test_distillation_subtracts_the_given_center_from_the_teacher_alone():
@@ -214,3 +240,101 @@ def test_alignment_is_the_mean_cosine_of_matching_rows():
     expected = np.divide((a * b).sum(-1), norms, out=np.zeros((2, 3)), where=norms > 0).mean()
     np.testing.assert_allclose(losses.alignment(jnp.float32(a), jnp.float32(b)), expected, rtol=1e-5)
     np.testing.assert_allclose(losses.alignment(jnp.float32(b), jnp.float32(-b)), -1, rtol=1e-5)
+
+
+# Views of the teacher's own, balanced targets, regularisers.
+
+
+def test_nt_xent_with_views_of_the_teachers_own_takes_all_pairs():
+    student, teacher = draw(10, (3, 4, 5), (2, 4, 5))
+
+    def definition(student):
+        terms = []
+        for i in range(2):
+            for j in range(3):
+                rows = np.concatenate([teacher[i], student[j]])
+                rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+                similarity = np.exp((rows @ rows.T - 0.1 * (np.eye(8, k=4) + np.eye(8, k=-4))) / 0.2)
+                positive = np.concatenate([np.diag(similarity, 4), np.diag(similarity, -4)])
+                terms.append(-np.log(positive / (similarity.sum(axis=1) - np.diag(similarity))).mean())
+        return np.mean(terms)
+
+    assert_slope(
+        lambda s: losses.contrastive(s, jnp.float32(teacher), 0.2, 0.1, shared_views=False), definition, student
+    )
+
+
+def sinkhorn(logits, temperature, iterations=3):
+    """SDPN's targets: sharpened to the power 4, then balanced: a prototype's weights sum to 1/K, a row's to 1."""
+    p = softmax(logits.reshape(-1, logits.shape[-1]) / temperature) ** 4
+    q = p / p.sum(axis=1, keepdims=True)
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(axis=0) / q.shape[1]
+        q = q / q.sum(axis=1, keepdims=True) / len(q)
+    return (q * len(q)).reshape(logits.shape)
+
+
+def test_balanced_targets_are_three_iterations_on_sharpened_probabilities():
+    """Of cosines, with 0.1 / 4 for a power of 4. They lie between a softmax and equal use of all prototypes."""
+    logits = np.clip(draw(11, (2, 5, 6), scale=0.4)[0], -1, 1)
+    targets, entropies = losses.sinkhorn_distributions(jnp.float32(logits), 0.1 / 4)
+    expected = sinkhorn(logits, 0.1)
+    np.testing.assert_allclose(targets, expected, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(targets.sum(axis=-1), 1, rtol=1e-5)
+    uses = expected.mean(axis=(0, 1))
+    assert float(entropies["mean_teacher_entropy"]) == pytest.approx(-(uses * np.log(uses)).sum(), rel=1e-4)
+    plain, _ = losses.teacher_distributions(jnp.float32(logits), jnp.zeros(6), 0.1 / 4)
+    assert np.ptp(uses) < np.ptp(plain.mean(axis=(0, 1)))
+    gradient = jax.grad(lambda x: (losses.sinkhorn_distributions(x, 0.1)[0] * logits).sum())(jnp.float32(logits))
+    assert not np.any(gradient)
+
+
+def test_balanced_targets_are_finite_where_probabilities_underflow():
+    logits = jnp.ones((1, 8, 16)).at[..., 3:].set(-1.0)  # at this temperature e^-200 of the largest
+    targets, entropies = losses.sinkhorn_distributions(logits, 0.01)
+    assert np.isfinite(targets).all() and np.isfinite(list(map(float, entropies.values()))).all()
+    np.testing.assert_allclose(targets, 1 / 16, rtol=1e-3)  # all utterances are alike, so they use all equally
+
+
+def test_the_gap_of_the_mean_entropy_is_its_definition():
+    def definition(logits):
+        mean = softmax(logits / 0.1).mean(axis=(0, 1))
+        return np.log(7) + (mean * np.log(mean)).sum()
+
+    (logits,) = draw(12, (3, 4, 7), scale=0.3)
+    assert_slope(lambda x: losses.mean_entropy_gap(x, 0.1), definition, logits)
+    assert float(losses.mean_entropy_gap(jnp.zeros((2, 3, 7)), 0.1)) == pytest.approx(0, abs=1e-6)
+    one = jnp.zeros((2, 3, 7)).at[..., 4].set(5.0)
+    assert float(losses.mean_entropy_gap(one, 0.1)) == pytest.approx(np.log(7), rel=1e-5)
+
+
+def test_koleo_is_its_definition():
+    def definition(embeddings):
+        total = 0.0
+        for view in embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True):
+            distances = np.linalg.norm(view[:, None] - view, axis=-1) + np.diag([np.inf] * len(view))
+            total -= np.log(distances.min(axis=1) + 1e-8).mean()
+        return total
+
+    (embeddings,) = draw(13, (2, 6, 4))
+    assert_slope(losses.koleo, definition, embeddings)
+    equal = jnp.ones((1, 3, 4))
+    value, gradient = jax.value_and_grad(losses.koleo)(equal)
+    assert np.isfinite(float(value)) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("term", [0, 1])
+def test_variance_and_covariance_are_vicregs(term):
+    def definition(x):
+        terms = []
+        for view in x:
+            covariance = np.cov(view.T)
+            deviations = np.sqrt(np.diag(covariance) + 1e-4)
+            variance = np.maximum(0, 1 - deviations).mean()
+            terms.append((variance, (covariance**2)[~np.eye(x.shape[2], dtype=bool)].sum() / x.shape[2]))
+        return np.mean(terms, axis=0)[term]
+
+    (x,) = draw(14, (2, 6, 4), scale=0.8)
+    assert 0 < (x.std(axis=1, ddof=1) < 1).mean() < 1, "both sides of the hinge"
+    assert_slope(lambda x: losses.variance_and_covariance(x)[term], definition, x)

@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from memo_jax.features import MEL_BINS
+from memo_jax.training.front_end import Views
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.state import initial_state, student_params
 from memo_jax.training.step import train_step_on_features
@@ -29,7 +30,7 @@ def views(seed):
     """Returns features of four utterances, the views of each alike."""
     random = np.random.default_rng(seed)
     speakers = random.normal(0, 1, (4, 1, 1, MEL_BINS))
-    return (jnp.asarray(speakers + random.normal(0, 1, (4, 2, 24, MEL_BINS)), jnp.float32),)
+    return Views((jnp.asarray(speakers + random.normal(0, 1, (4, 2, 24, MEL_BINS)), jnp.float32),))
 
 
 def vector(tree) -> np.ndarray:

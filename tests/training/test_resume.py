@@ -17,7 +17,7 @@ from memo_jax.training import train as training
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.run_record import read_run
 from memo_jax.training.saved_checkpoint import saved_steps
-from runs import arrays, assert_same_state, files, rows_without_times
+from runs import KILLED, arrays, assert_same_state, files, rows_without_times
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -26,40 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 @pytest.fixture(scope="module")
 def reference():
     return tiny.whole_run()
-
-
-KILLED = """
-import os, signal, sys, threading, time
-from pathlib import Path
-from memo_jax import cli, log
-from memo_jax.training import checkpoint
-
-point, step, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-write, save = log.MetricsLog.write, checkpoint.Checkpointer.save
-
-def write_or_die(self, number, values):
-    if (point, number) == ("row", step):
-        self._file.write('{"step": %d, "lo' % step)
-        self._file.flush()
-        die()
-    write(self, number, values)
-
-def save_or_die(self, number, *rest):
-    def watch():
-        while not list(Path(self.folder).glob(f"{number}.orbax-checkpoint-tmp*")):
-            time.sleep(1e-4)
-        die()
-    if (point, number) == ("save", step):
-        threading.Thread(target=watch, daemon=True).start()
-    save(self, number, *rest)
-    if (point, number) == ("save", step):
-        self.wait()
-        die()
-
-log.MetricsLog.write, checkpoint.Checkpointer.save = write_or_die, save_or_die
-sys.exit(cli.main(arguments))
-"""
 
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(reference, tmp_path):

@@ -18,6 +18,7 @@ from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
 from memo_jax.models.layers import BatchNorm, Linear
 from memo_jax.training import optim
+from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule
 from memo_jax.training.state import initial_state, state_from_students, student_params
 from memo_jax.training.step import (
@@ -99,8 +100,10 @@ def start(recipe, seed=0):
 def views_of_step(step):
     random = np.random.default_rng(100 + step)
     speakers = random.normal(0, 1, (BATCH, 1, 1, MELS))
-    return tuple(
-        jnp.asarray(speakers + random.normal(0, 1, (BATCH, v, t, MELS)), jnp.float32) for v, t in ((2, 11), (4, 6))
+    return Views(
+        tuple(
+            jnp.asarray(speakers + random.normal(0, 1, (BATCH, v, t, MELS)), jnp.float32) for v, t in ((2, 11), (4, 6))
+        )
     )
 
 
@@ -220,7 +223,7 @@ def value_and_gradient(memo):
 def test_objective_is_the_sum_over_branches_pairs_of_views_and_rows(memo, value_and_gradient):
     recipe, states, metrics = memo
     temp = 0.04  # first epoch of two steps
-    expected = float(jax.jit(lambda state: written_out(state, views_of_step(1), recipe, temp))(states[1]))
+    expected = float(jax.jit(lambda state: written_out(state, views_of_step(1).students, recipe, temp))(states[1]))
     assert float(value_and_gradient(states[1])[0]) == pytest.approx(expected, rel=1e-5)
     assert metrics[1]["loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -256,7 +259,7 @@ def test_losses_add_up(memo):
 
 def test_student_statistics_see_global_then_local_views_and_the_teacher_keeps_its_own(memo):
     recipe, states, _ = memo
-    state, after, views = states[1], states[2], views_of_step(1)
+    state, after, views = states[1], states[2], views_of_step(1).students
 
     @jax.jit
     def expected(state, views):
@@ -285,7 +288,7 @@ def test_centers_follow_raw_logits_of_their_teacher_and_are_four(memo):
     assert len(jax.tree.leaves(state.center)) == 4
     for n, branch in recipe.branches.items():
         teacher = state.teacher[n]
-        _, logits, _ = forward(branch, teacher["params"], teacher["batch_stats"], views_of_step(1), 1)
+        _, logits, _ = forward(branch, teacher["params"], teacher["batch_stats"], views_of_step(1).students, 1)
         for head, values in logits.items():
             expected = 0.9 * state.center[n][head] + 0.1 * values.reshape(-1, PROTOTYPES).mean(0)
             np.testing.assert_allclose(after.center[n][head], expected, atol=1e-6)
@@ -379,6 +382,132 @@ def test_every_student_is_paired_with_every_teacher_of_weight(names, weights, ex
     assert len(pairs) == len(set(pairs)) and set(pairs) == expected
 
 
+# Options beyond MeMo.
+
+
+OPTIONS = {
+    "sdpn": {"targets": "sinkhorn", "mean_entropy": 0.7, "koleo": 0.3},
+    "regularised": {"variance": 2.0, "covariance": 0.5, "contrastive": 2.0, "contrastive_margin": 0.1},
+}
+
+
+@functools.cache
+def with_options(name):
+    """Returns a recipe of one branch with some of the options, and another that lacks them."""
+    rule = ALWAYS if name == "regularised" else GateRule("never")
+    recipe = recipe_of(("ecapa",), rule, heads=("self",), **OPTIONS[name])
+    schedules = recipe.schedules._replace(regularization=optim.rising_regularization(0.25, 4))
+    return recipe._replace(schedules=schedules, shared_prototypes=name == "sdpn")
+
+
+def own_views(step):
+    """Views of a teacher that sees none of the students'."""
+    views = views_of_step(step)
+    return Views(views.students, views_of_step(50 + step).students[0][:, :1] + views.students[0][:, :1])
+
+
+@pytest.fixture(scope="module", params=list(OPTIONS))
+def beyond(request):
+    """Two steps of a recipe with options: its name, recipe, states and metrics."""
+    recipe = with_options(request.param)
+    states, metrics = [start(recipe)], []
+    for step in range(2):
+        state, row = jitted(recipe)(states[-1], own_views(step))
+        states.append(state)
+        metrics.append({name: float(x) for name, x in row.items()})
+    return request.param, recipe, states, metrics
+
+
+def test_step_with_options_descends_the_gradient_of_the_objective(beyond):
+    _, recipe, states, metrics = beyond
+    state, after = states[1], states[2]
+    value, gradient = jax.jit(
+        lambda state: jax.value_and_grad(objective)(student_params(state), state, views=own_views(1), recipe=recipe)
+    )(state)
+    assert metrics[1]["loss"] == pytest.approx(float(value), rel=1e-5)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
+    ours = jax.tree.map(lambda old, new: (old - new) / RATE, student_params(state), student_params(after))
+    assert_trees_close(ours, gradient, 2e-5 * scale)
+
+
+def test_terms_with_options_are_those_of_the_student_and_the_teachers_own_views(beyond):
+    """Written out in NumPy from the networks' outputs: targets, terms and their weights."""
+    name, recipe, states, metrics = beyond
+    state, views, branch, row = states[1], own_views(1), recipe.branches["ecapa"], metrics[1]
+    student, teacher = state.student["ecapa"], state.teacher["ecapa"]
+    as_float64 = functools.partial(jax.tree.map, lambda x: np.asarray(x, np.float64))
+    embeddings, logits, _ = as_float64(forward(branch, **student, features=views.students, passes=2))
+    of_teacher, targets, _ = as_float64(forward(branch, **teacher, features=[views.teachers], passes=1))
+    logits, targets = logits["self"], targets["self"][:, 0]
+    p = np.exp(logits / 0.1)
+    p /= p.sum(axis=-1, keepdims=True)
+    if name == "sdpn":
+        q = np.exp(targets / 0.04)
+        q /= q.sum(axis=1, keepdims=True)
+        for _ in range(3):
+            q /= q.sum(axis=0)
+            q /= q.sum(axis=1, keepdims=True)
+        units = embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        koleo = 0.0
+        for view in units.swapaxes(0, 1):
+            distances = np.linalg.norm(view[:, None] - view, axis=-1) + np.diag([np.inf] * BATCH)
+            koleo -= np.log(distances.min(axis=1) + 1e-8).mean()
+        mean = p.mean(axis=(0, 1))
+        expected = {"mean_entropy": 0.7 * (np.log(PROTOTYPES) + (mean * np.log(mean)).sum()), "koleo": 0.3 * koleo}
+        assert not np.any(state.center["ecapa"]["self"]), "balanced targets have no centre"
+    else:
+        q = np.exp((targets - np.asarray(state.center["ecapa"]["self"])) / 0.04)
+        q /= q.sum(axis=1, keepdims=True)
+        head, of_head = branch.head, {kind: tree["self_head"] for kind, tree in student.items()}
+        variances, covariances, seen = [], [], 0
+        for count in (2, 4):  # batch norms see one crop length after the other
+            rows = embeddings[:, seen : seen + count].reshape(BATCH * count, -1)
+            (z, _), new = head.apply(of_head, jnp.float32(rows), train=True, method="project", mutable=["batch_stats"])
+            of_head, seen = of_head | new, seen + count
+            for view in np.asarray(z, np.float64).reshape(BATCH, count, -1).swapaxes(0, 1):
+                covariance = np.cov(view.T)
+                variances.append(np.maximum(0, 1 - np.sqrt(np.diag(covariance) + 1e-4)).mean())
+                covariances.append((covariance**2)[~np.eye(len(covariance), dtype=bool)].sum() / len(covariance))
+        rise = 0.25 + 0.75 / 4  # after one of four steps
+        expected = {"variance": rise * 2.0 * np.mean(variances), "covariance": rise * 0.5 * np.mean(covariances)}
+    expected["self"] = -(q[:, None] * np.log(p)).sum(axis=-1).mean()
+    for kind, value in expected.items():
+        assert row[f"loss/{kind}/ecapa"] == pytest.approx(value, rel=2e-4), kind
+    others = row.get("loss/contrastive/ecapa", 0.0)
+    assert row["loss"] == pytest.approx(sum(expected.values()) + others, rel=1e-4)
+
+
+def test_shared_prototypes_are_the_students(beyond):
+    name, _, states, metrics = beyond
+    for after in states[1:]:
+        teacher, student = (side["ecapa"]["params"] for side in (after.teacher, after.student))
+        same = np.array_equal(teacher["self_head"]["prototypes"], student["self_head"]["prototypes"])
+        assert same == (name == "sdpn")
+        moved = [np.abs(s - t).max() for s, t in zip(*(jax.tree.leaves(x["backbone"]) for x in (student, teacher)))]
+        assert max(moved) > 1e-6, "all else is averaged"
+
+
+def test_options_that_are_off_leave_the_program_as_it_is():
+    """Spelt out at zero, or as what they are anyway, they make the same jaxpr; each one alone makes another."""
+    plain = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
+    state = jax.eval_shape(lambda: start(plain))
+
+    def program(recipe):
+        return str(jax.make_jaxpr(lambda s, v: train_step_on_features(s, v, recipe))(state, views_of_step(0)))
+
+    def with_weights(**weights):
+        return plain._replace(weights=plain.weights._replace(**weights))
+
+    expected = program(plain)
+    rising = plain.schedules._replace(regularization=optim.rising_regularization(0.25, 4))
+    off = with_weights(mean_entropy=0.0, koleo=0.0, variance=0.0, covariance=0.0, targets="centered")
+    assert program(off) == expected
+    assert program(with_weights(variance=1.0)._replace(schedules=rising)) != program(with_weights(variance=1.0))
+    for weights in ({"targets": "sinkhorn"}, {"mean_entropy": 1.0}, {"koleo": 1.0}, {"covariance": 1.0}):
+        assert program(with_weights(**weights)) != expected
+    assert program(plain._replace(shared_prototypes=True)) != expected
+
+
 # The gate inside the step.
 
 
@@ -467,7 +596,7 @@ def test_plain_dino_is_the_same_step_with_one_branch_one_head_and_no_term():
     states, metrics = run(dino, 2)
     assert len(jax.tree.leaves(states[0].center)) == 1
     assert {k for k in metrics[0] if k.startswith("loss")} == {"loss", "loss/ecapa", "loss/self/ecapa"}
-    state, views, branch = states[1], views_of_step(1), dino.branches["ecapa"]
+    state, views, branch = states[1], views_of_step(1).students, dino.branches["ecapa"]
 
     @jax.jit
     def expected(student, teacher, center):
@@ -487,7 +616,7 @@ def test_one_head_can_serve_self_and_cross_distillation():
     assert len(jax.tree.leaves(state.center)) == 2
     row = losses_of(recipe, state, views)
     logits = {
-        n: [forward(b, **state.student[n], features=views, passes=p)[1]["self"] for p in (2, 1)]
+        n: [forward(b, **state.student[n], features=views.students, passes=p)[1]["self"] for p in (2, 1)]
         for n, b in recipe.branches.items()
     }
     for n, other in (("ecapa", "resnet"), ("resnet", "ecapa")):
@@ -500,11 +629,11 @@ def test_draws_depend_on_the_key_and_the_step_alone():
     recipe = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
 
     def front_end(key, batch, banks):
-        return tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in batch.items())
+        return Views(tuple(x + jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, x in batch.items()))
 
     step = functools.partial(train_step, recipe=recipe, front_end=front_end)
     only_loss = jax.jit(lambda *inputs: step(*inputs)[1]["loss"])
-    state, batch = start(recipe), dict(enumerate(views_of_step(0)))
+    state, batch = start(recipe), dict(enumerate(views_of_step(0).students))
     later = state.replace(step=state.step + 1)
     loss = lambda state, seed: float(only_loss(state, batch, {}, jax.random.key(seed)))  # noqa: E731
     assert loss(state, 0) == loss(state, 0)
@@ -530,7 +659,7 @@ def test_step_copies_no_parameters_and_holds_gradients_of_few_heads():
     state = jax.eval_shape(
         lambda: initial_state(jax.random.key(0), recipe.branches, MELS, recipe.optimizer, recipe.gate_rule)
     )
-    views = tuple(jax.ShapeDtypeStruct((BATCH, v, 8, MELS), jnp.float32) for v in (2, 2))
+    views = Views(tuple(jax.ShapeDtypeStruct((BATCH, v, 8, MELS), jnp.float32) for v in (2, 2)))
     step = jax.jit(functools.partial(train_step_on_features, recipe=recipe), donate_argnums=0)
     compiled = step.lower(state, views).compile(compiler_options(jax.default_backend()))
     students = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.student))
@@ -559,7 +688,7 @@ def test_backbones_in_bfloat16_leave_the_types_of_the_state(name):
     arguments = {"ecapa": {"channels": (16, 16, 16, 16, 48)}, "resnet": {"base_channels": 2, "blocks": (1, 1, 1, 1)}}
     backbone = build_backbone(name, embedding_dim=8, dtype=jnp.bfloat16, **arguments[name])
     recipe = recipe_of()._replace(branches={name: Branch(backbone, DINOHead(PROTOTYPES, 16, 9, jnp.bfloat16))})
-    views = jnp.zeros((4, 2, 32, 16)), jnp.zeros((4, 4, 20, 16))
+    views = Views((jnp.zeros((4, 2, 32, 16)), jnp.zeros((4, 4, 20, 16))))
 
     def both():
         state = initial_state(jax.random.key(0), recipe.branches, 16, recipe.optimizer, recipe.gate_rule)

@@ -15,6 +15,7 @@ from memo_jax.log import read_metrics
 from memo_jax.training import losses, optim
 from memo_jax.training import recipe as training_recipe
 from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.front_end import Views
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.state import initial_state, student_params
 from memo_jax.training.step import objective, train_step_on_features
@@ -77,7 +78,7 @@ def test_the_step_descends_the_gradient_of_the_objective(monkeypatch):
     config = tiny.tiny_config("supervised.weight=0.5", *plain, *start)
     recipe = build_recipe(config, tiny.STEPS_PER_EPOCH, speakers=3)
     random = np.random.default_rng(0)
-    views = tuple(jnp.asarray(random.normal(0, 1, (4, v, 12, MEL_BINS)), jnp.float32) for v in (2, 1))
+    views = Views(tuple(jnp.asarray(random.normal(0, 1, (4, v, 12, MEL_BINS)), jnp.float32) for v in (2, 1)))
     labels = jnp.array([0, 2, 1, 2])
 
     @jax.jit

@@ -1,0 +1,109 @@
+"""Makes the network that comes with the package, from recordings to the file and its error rates.
+
+    python experiments/package_model.py --speech speech --output package
+
+Runs, in order, the commands that experiments/learning.md explains: the validation list, the datasets, training,
+whitening, threshold and calibration by the validation list, float16, and the tests. What is there already is not made
+again, and training goes on where it stopped. `--config.KEY=VALUE` reaches the training.
+
+The folder of speech has speechocean762/, librispeech/ and commonvoice/ with train/ and test/, commonvoice/unlabelled/,
+commands/, noise/esc10/, noise/music/, rirs/, and trials/ with a list for each test set.
+
+Writes into the output folder: `lists/`, `data/`, `run/`, `network.safetensors` (float32, with threshold and
+calibration), `default_model.safetensors` (the same in float16), and `results/` with the error rates of each list.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+TESTS = ("speechocean762", "librispeech", "commonvoice")
+EXPERIMENTS = Path(__file__).parent
+CONFIG = EXPERIMENTS.parent / "configs" / "contrastive.py"
+
+
+class Step(NamedTuple):
+    """A command, and what is there once it is done; None for a command that finds out by itself."""
+
+    command: list[str]
+    result: Path | None
+
+
+def steps(speech: Path, output: Path, overrides: list[str]) -> list[Step]:
+    """Returns the commands in order; `overrides` are arguments of training."""
+    memo_jax, script = [sys.executable, "-m", "memo_jax"], [sys.executable]
+    lists, data, run = output / "lists", output / "data", output / "run"
+    whitened, final = output / "network.safetensors", output / "default_model.safetensors"
+
+    def prepared(name: str, *inputs: Path) -> Step:
+        given = [argument for path in inputs for argument in ("--input", path)]
+        return Step([*memo_jax, "prepare", *given, "--output", data / name], data / name)
+
+    def evaluated(model: Path, name: str, trials: Path, *more: str) -> Step:
+        results = output / "results" / name
+        return Step(
+            [*memo_jax, "eval", "--model", model, "--data", data / name, "--trials", trials, "--output", results]
+            + ["--replicates", "300", *more],
+            results,
+        )
+
+    return [
+        Step(
+            [*script, EXPERIMENTS / "validation.py", "--input", speech / "commonvoice" / "train", "--output", lists],
+            lists,
+        ),
+        prepared(
+            "train",
+            speech / "speechocean762" / "train",
+            speech / "librispeech" / "train",
+            lists / "train",
+            speech / "commonvoice" / "unlabelled",
+            speech / "commands",
+        ),
+        prepared("validation", lists / "validation"),
+        *(prepared(f"{name}-test", speech / name / "test") for name in TESTS),
+        Step(
+            [*memo_jax, "train", "--config", CONFIG, "--workdir", run, f"--config.data.train={data / 'train'}"]
+            + [f"--config.augment.noise={speech / 'noise' / 'esc10'}"]
+            + [f"--config.augment.music={speech / 'noise' / 'music'}", f"--config.augment.rirs={speech / 'rirs'}"]
+            + overrides,
+            None,
+        ),
+        Step(
+            [*script, EXPERIMENTS / "whiten.py", "--model", run, "--data", data / "train", "--output", whitened],
+            whitened,
+        ),
+        evaluated(whitened, "validation", lists / "trials.txt", "--save-threshold", "eer"),
+        Step([*memo_jax, "export", "--model", whitened, "--weights", "float16", "--output", final], final),
+        *(evaluated(final, f"{name}-test", speech / "trials" / f"{name}-test.txt") for name in TESTS),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status of the command that failed, else 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n\n")[0], epilog="--config.KEY=VALUE overrides the config of the training"
+    )
+    parser.add_argument("--speech", type=Path, required=True, metavar="DIR", help="recordings and trial lists")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where everything goes")
+    arguments, overrides = parser.parse_known_args(argv)
+    unknown = [argument for argument in overrides if not argument.startswith("--config.")]
+    if unknown:
+        parser.error(f"unknown argument {unknown[0]!r}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for command, result in steps(arguments.speech, arguments.output, overrides):
+        if result is not None and result.exists():
+            continue
+        command = [str(part) for part in command]
+        print(f"$ {' '.join(command)}", flush=True)
+        status = subprocess.run(command, check=False).returncode
+        if status:
+            print(f"package_model.py: this command ended with status {status}; run the same again to go on")
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all, wherever an output leads."""
+
+import os
+import threading
+
+import pytest
+
+import tiny
+from memo_jax.files import check_writable, replacing, write_text
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a.txt").symlink_to("disk/there.txt")
+    for text in ("new", "newer"):
+        check_writable(tmp_path / "a.txt")
+        write_text(tmp_path / "a.txt", text)
+        assert (tmp_path / "a.txt").is_symlink() and (tmp_path / "disk" / "there.txt").read_text() == text
+    assert os.listdir(tmp_path / "disk") == ["there.txt"]
+    (tmp_path / "b.txt").symlink_to("nowhere/b.txt")
+    with pytest.raises(FileNotFoundError, match="b.txt"):
+        write_text(tmp_path / "b.txt", "lost")
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "b.txt", "disk"]
+
+
+def test_a_pipe_is_written_and_not_replaced(tmp_path):
+    """As are devices: whoever has the right could otherwise make a file of /dev/null."""
+    pipe, read = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    thread.start()
+    check_writable(pipe)
+    write_text(pipe, "scores")
+    thread.join(60)
+    assert read == ["scores"] and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_failure_keeps_what_was_there(tmp_path):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a.txt") as partial:
+        partial.write_text("half")
+        raise ZeroDivisionError
+    assert (tmp_path / "a.txt").read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("again", ["t.txt", "link.txt", "./t.txt", "hard.txt"])
+def test_an_output_that_is_an_input_is_refused(again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("1 a b\n")
+    (tmp_path / "link.txt").symlink_to("t.txt")
+    (tmp_path / "hard.txt").hardlink_to("t.txt")
+    (tmp_path / "e.npz").touch()
+    status, text = tiny.here("score", "--embeddings", "e.npz", "--trials", "t.txt", "--scores", again)
+    assert status == 2 and "is also what is read (trials): choose another name" in text
+    status, text = tiny.here("convert", "t.txt", "--output", again)
+    assert status == 2 and "is also what is read (input)" in text
+    assert (tmp_path / "t.txt").read_text() == "1 a b\n"
+
+
+def test_the_root_folder_and_folders_in_place_of_files_are_no_outputs(tmp_path):
+    for arguments in (["prepare", "--input", tmp_path, "--output", "/"], ["score", "--scores", tmp_path]):
+        arguments += [] if arguments[0] == "prepare" else ["--embeddings", "e.npz", "--trials", "t.txt"]
+        status, text = tiny.here(*arguments)
+        assert status == 2 and ("/ cannot be replaced" in text or f"{tmp_path} is a folder" in text), text
