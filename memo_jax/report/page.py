@@ -26,6 +26,7 @@ from memo_jax.scoring import metrics
 from memo_jax.scoring.figures import BASELINE, det_figure, embedding_map_figure, score_histogram_figure, system_looks
 from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
 from memo_jax.training.goodput import PARTS, shares_text
+from memo_jax.training.recipe import reads_labels
 from memo_jax.training.run_record import read_run
 
 HARDEST = 6  # trials of each kind
@@ -164,6 +165,7 @@ def headline(rows, tested: Tested | None) -> list[str]:
 def run_facts(workdir, config, rows) -> dict[str, str]:
     """Returns what the run is, by name, in the words of a methods section."""
     facts = {"Recordings": _dataset_text(config.data.train, (read_run(workdir) or {}).get("data", {}))}
+    facts["Labels"] = labels_text(config)
     for branch in config.model.branches:
         model = workdir_model(workdir, branch)
         facts[f"Network {branch}"] = (
@@ -230,7 +232,14 @@ def _dataset_text(path, recorded: Mapping) -> str:
         return f"{text} (cannot be read any more)"
     if recorded.get("fingerprint", utterances.fingerprint) != utterances.fingerprint:
         return f"{text} (another dataset is there now)"
-    return f"{text}; {utterances.seconds.sum() / 3600:.2f} h, no labels read"
+    return f"{text}; {utterances.seconds.sum() / 3600:.2f} h"
+
+
+def labels_text(config) -> str:
+    """Returns which labels a run has learned from."""
+    if not reads_labels(config):
+        return "none read"
+    return f"those of {config.supervised.labels}" if config.supervised.labels else "the speakers of the recordings"
 
 
 def curves_section(rows, branches, tested: Tested | None) -> str:

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 import tiny
-from memo_jax.report.page import embedding_map
+from memo_jax.report.page import embedding_map, labels_text
 from memo_jax.scoring.figures import HUES
 
 
@@ -189,10 +189,10 @@ def test_the_dataset_is_the_one_of_the_run_wherever_the_report_is_made(tmp_path,
     (run / "config.json").write_text(config)
     monkeypatch.chdir(tmp_path)
 
-    def said():
+    def said(fact="Recordings"):
         status, text = tiny.here("report", run)
         assert status == 0, text
-        return re.search("Recordings</th><td>(.*?)</td>", (run / "report.html").read_text())[1]
+        return re.search(f"{fact}</th><td>(.*?)</td>", (run / "report.html").read_text())[1]
 
     assert "20 utterances, fingerprint" in said() and "not there any more" in said()
     corpus = tiny.write_corpus(tmp_path / "corpus", speakers=2, utterances=2)
@@ -200,7 +200,16 @@ def test_the_dataset_is_the_one_of_the_run_wherever_the_report_is_made(tmp_path,
     assert "20 utterances, fingerprint" in said() and "another dataset is there now" in said()
     shutil.rmtree(tmp_path / "ds")
     shutil.copytree(tiny.material().dataset, tmp_path / "ds")
-    assert "20 utterances, fingerprint" in said() and "no labels read" in said()
+    assert "20 utterances, fingerprint" in said() and said("Labels") == "none read"
+
+
+def test_it_says_which_labels_were_read():
+    for settings, text in (
+        ((), "none read"),
+        (("supervised.weight=1",), "the speakers of the recordings"),
+        (("supervised.weight=1", "supervised.labels=clusters.tsv"), "those of clusters.tsv"),
+    ):
+        assert labels_text(tiny.tiny_config(*settings)) == text
 
 
 def test_a_run_without_trials_has_its_curves_and_says_so(tmp_path):
