@@ -158,7 +158,7 @@ def train(
             if positives and positives.are_due(number - 1):
                 with monitor.between_steps("positives"):
                     batches.close()  # it has read ahead with the partners of before
-                    if number - 1 == positives.first != begin:
+                    if number - 1 == positives.first != begin and crop_numbers(config, True) != crop_numbers(config):
                         take_step = compiled_step(True)
                     partners = positives.drawn(state, recipe, mesh, number - 1)
                     interrupts.check()
