@@ -19,6 +19,7 @@ from memo_jax.locks import exclusive
 from memo_jax.log import MetricsLog, Progress, plural
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
+from memo_jax.training.gate import check_rule
 from memo_jax.training.goodput import Goodput
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.profile import ProfiledSteps, Profiler
@@ -189,6 +190,9 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     epoch_steps = steps_per_epoch(len(utterances), config.data.batch_size)
     labels = speaker_numbers(utterances) if reads_labels(config) else None
     recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1)
+    check_rule(recipe.gate_rule)
+    if config.checkpoint.keep < 1:
+        raise ValueError(f"checkpoint.keep is {config.checkpoint.keep}: at least 1 checkpoint must stay")
     batches_of(config, utterances, 0).close()  # checks the crops; reads nothing yet
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
