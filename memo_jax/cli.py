@@ -2,14 +2,13 @@
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import traceback
 from pathlib import Path
 
 from memo_jax import interrupts
-from memo_jax.files import as_json, check_local, check_writable, one_line
+from memo_jax.files import as_json, check_local, check_writable, one_line, parse_json
 from memo_jax.options import build_parser
 from memo_jax.xla.program_cache import keep_compiled_programs
 
@@ -29,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     stopped because of its own numbers. 75: SIGTERM ended training after a checkpoint. 76: another process of a
     distributed run was lost. 130: interrupted by Ctrl-C. An exception's `exit_status` overrides 2.
     """
+    options = None
     try:
         with interrupts.handled():
             options = parsed(arguments)
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
             with device_of(options):
                 return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
+        error = explained(error, options)
         if arguments is None and interrupts.requested():
             interrupts.end()  # a process of its own, which need not wait for threads that compile
         status = report_error(error)
@@ -72,6 +73,19 @@ def device_of(options):
     if getattr(options, "distributed", False) or getattr(options, "coordinator", None):
         raise ValueError("--device is for a single process: where several train, each has its own devices")
     return on_device(name)
+
+
+def explained(error: BaseException, options: argparse.Namespace | None) -> BaseException:
+    """Returns an error; one about a key that a config lacks, which a damaged one may, as one that names the run."""
+    if not isinstance(error, (AttributeError, KeyError)) or options is None:
+        return error
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if not frame.f_code.co_filename.endswith("config_dict.py"):
+        return error
+    given = (getattr(options, name, None) for name in ("workdir", "model", "run", "config", "input"))
+    where = next((str(path) for path in given if path), options.command)
+    key = str(error).strip("'\"")
+    return ValueError(f"{where}: its config has no key {key!r}: it is damaged, or of another version of memo_jax")
 
 
 def report_error(error: BaseException) -> int | None:
@@ -504,7 +518,14 @@ def run_push(options) -> None:
     from memo_jax.inference.hub import push
 
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
-    results = [json.loads(path.read_text("utf-8")) for path in options.results]
+    results = []
+    for path in options.results:
+        try:
+            results.append(parse_json(path.read_text("utf-8")))
+            if not isinstance(results[-1], dict):
+                raise ValueError("no group")
+        except ValueError as error:
+            raise ValueError(f"{path}: not what eval writes: {one_line(error)}") from None
     url = push(
         model,
         options.repository,

@@ -16,7 +16,7 @@ from pathlib import Path
 from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict, FieldReference
 
-from memo_jax.files import as_path, in_bucket, make_folder, read_text, write_text
+from memo_jax.files import as_path, in_bucket, make_folder, parse_json, read_text, write_text
 
 CONFIG_FILE = "config.json"
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
@@ -85,7 +85,7 @@ def config_to_json(config: ConfigDict) -> str:
 def config_from_json(text: str) -> ConfigDict:
     """Returns the locked config that `config_to_json` wrote as text. Raises ValueError for any other text."""
     try:
-        decoded = _decoded(json.loads(text))
+        decoded = _decoded(parse_json(text))
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"not the JSON of a config: {error}") from None
     if not isinstance(decoded, dict):

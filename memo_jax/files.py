@@ -32,6 +32,14 @@ def as_json(value, indent: int = 2) -> str:
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+def parse_json(text: str | bytes):
+    """Returns the value of JSON text; raises ValueError for any other text, also for one that is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
 def is_text(name: str) -> bool:
     """Returns whether a name is text, and not bytes that are not UTF-8, for which Python has surrogates."""
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from memo_jax.files import AppendableFolder, as_path, make_folder, read_text
+from memo_jax.files import AppendableFolder, as_path, make_folder, parse_json, read_text
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -274,8 +274,9 @@ def _lines_with_rows(text: str, path: Path) -> list[tuple[str, dict]]:
         if not line.endswith("\n"):
             break
         try:
-            row = json.loads(line)
-            int(row["step"])
+            row = parse_json(line)
+            if not 0 <= row["step"] < 2**53:
+                raise ValueError
         except (ValueError, TypeError, KeyError):
             raise ValueError(
                 f"{path}, line {number}: not a row of metrics: {line.strip()[:80]!r}; "

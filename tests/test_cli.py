@@ -97,6 +97,21 @@ def test_a_wrong_command_line_is_told_and_exits_2(arguments, message, tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"a": 1}', "run: its config has no key 'log_every_steps': it is damaged, or of another version"),
+        ("[" * 100_000, "config.json: not the JSON of a config: JSON that is nested too deeply"),
+        ("[]", "config.json: not the JSON of a config: the outermost value is not a group"),
+    ],
+)
+def test_a_config_of_a_run_that_is_not_whole_is_named(text, said, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(text)
+    status, printed = tiny.here("export", "--model", tmp_path / "run", "--output", tmp_path / "m.safetensors")
+    assert status == 2 and said in printed and printed.count("\n") == 1, printed
+
+
+@pytest.mark.parametrize(
     ("error", "status", "text"),
     [
         (ValueError("seed is -1"), 2, "memo-jax: error: seed is -1\n"),

@@ -51,7 +51,7 @@ def torch_to_model(
       FileNotFoundError: no such file.
       ImportError: torch is needed and not installed.
       ValueError: naming the file: not a checkpoint, not of that kind, no such part or front end, names that are missing
-        or have no place, tensors of a wrong shape, NaN or infinite weights.
+        or have no place, tensors of a wrong shape or type, NaN or infinite weights, negative variances.
     """
     if kind is not None and kind not in interop.KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.KINDS)}")
@@ -74,6 +74,10 @@ def torch_to_model(
     for name, tensor in network.items():
         if isinstance(tensor, Unusable):
             raise ValueError(f"{where}: tensor {name!r} {tensor.reason}")
+        if not name.endswith(interop.COUNTER) and tensor.dtype.kind != "f":
+            raise ValueError(f"{where}: tensor {name!r} holds {tensor.dtype}, weights are floats: is it quantised?")
+        if not tensor.size:
+            raise ValueError(f"{where}: tensor {name!r} is empty: its shape is {list(tensor.shape)}")
     try:
         module, variables = interop.backbone_from_torch(network, kind, backbone)
     except Exception as error:  # of names and shapes that no program would write, whatever Flax raises
@@ -90,7 +94,9 @@ def torch_to_model(
     if len(found) > 1:
         provenance["also_names_of"] = [other for other, _ in found[1:]]
     counts = {
-        name: int(np.ravel(x)[0]) for name, x in network.items() if name.endswith(interop.COUNTER) and np.size(x) == 1
+        name: int(np.ravel(x)[0])
+        for name, x in network.items()
+        if name.endswith(interop.COUNTER) and np.size(x) == 1 and np.isfinite(x).all()
     }
     if counts:
         all_equal = len(set(counts.values())) == 1

@@ -263,7 +263,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
 
     Raises:
       ValueError: lists the names that are missing and those that have no place, or the tensors of a wrong shape with
-        both shapes, or names a tensor that holds NaN or infinite values.
+        both shapes, or names a tensor with NaN or infinite values or negative variances.
     """
     places = {theirs: (ours, shape) for ours, theirs, shape in torch_tensors(like, name, timeless)}
     missing = [theirs for theirs in places if theirs not in tensors]
@@ -289,6 +289,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
         bad = values[ours].size - int(np.isfinite(values[ours]).sum())
         if bad:
             raise ValueError(f"tensor {theirs!r} has {bad:,} of {values[ours].size:,} values that are NaN or infinite")
+        if ours[-1] == "var" and (values[ours] < 0).any():
+            raise ValueError(f"tensor {theirs!r} has negative values, which no variance has")
 
     def value(path, leaf):
         ours = tuple(entry.key for entry in path)

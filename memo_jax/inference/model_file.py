@@ -423,11 +423,13 @@ def check_model(model: Model) -> None:
 
 
 def check_finite(model: Model) -> None:
-    """Raises ValueError, naming the tensor, if a weight is NaN or infinite: every embedding would be NaN."""
+    """Raises ValueError, naming the tensor, for NaN, infinity or a negative variance: embeddings would be NaN."""
     for name, leaf in flattened(model.variables).items():
         bad = np.size(leaf) - int(np.isfinite(leaf).sum())
         if bad:
             raise ValueError(f"tensor {name} has {bad:,} of {np.size(leaf):,} values that are NaN or infinite")
+        if name.endswith("/var") and (np.asarray(leaf) < 0).any():
+            raise ValueError(f"tensor {name} has negative values, which no variance has")
 
 
 def flattened(variables: Mapping[str, Any]) -> dict[str, Any]:

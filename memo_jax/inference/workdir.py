@@ -5,7 +5,7 @@ import json
 import os
 
 from memo_jax import config as configs
-from memo_jax.files import as_path, in_bucket, read_text, write_text
+from memo_jax.files import as_path, in_bucket, parse_json, read_text, write_text
 from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, save_decision_in_file
 from memo_jax.models import SPEAKER_HEAD
 from memo_jax.training.checkpoint import load_raw
@@ -112,7 +112,7 @@ def read_decisions(workdir: str | os.PathLike) -> dict[str, Decision]:
     path = as_path(workdir) / DECISIONS
     try:
         text = read_text(path)
-        return {} if text is None else {key: Decision(**value) for key, value in json.loads(text).items()}
+        return {} if text is None else {key: Decision(**value) for key, value in parse_json(text).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged ({error}): delete it and tune the threshold again") from None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from memo_jax.files import as_path, read_text, write_text
+from memo_jax.files import as_path, parse_json, read_text, write_text
 from memo_jax.xla.devices import chosen_devices
 
 RUN_FILE = "run.json"
@@ -89,7 +89,7 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
         text = read_text(path)
         if text is None:
             return None
-        run = json.loads(text)
+        run = parse_json(text)
         run["starts"][0]["versions"], run["starts"][-1]["total_steps"]
         return run
     except (ValueError, TypeError, KeyError, IndexError) as error:

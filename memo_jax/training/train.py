@@ -21,6 +21,7 @@ from memo_jax.log import MetricsLog, Progress, plural
 from memo_jax.models import SPEAKER_HEAD
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
+from memo_jax.training.gate import check_rule
 from memo_jax.training.goodput import Goodput
 from memo_jax.training.loss_gate import gate_threshold
 from memo_jax.training.monitor import Evaluation, Monitor
@@ -158,7 +159,7 @@ def train(
             if positives and positives.are_due(number - 1):
                 with monitor.between_steps("positives"):
                     batches.close()  # it has read ahead with the partners of before
-                    if number - 1 == positives.first != begin:
+                    if number - 1 == positives.first != begin and crop_numbers(config, True) != crop_numbers(config):
                         take_step = compiled_step(True)
                     partners = positives.drawn(state, recipe, mesh, number - 1)
                     interrupts.check()
@@ -244,6 +245,9 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     labels, label_note = labels_of(config, utterances)
     recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1, len(utterances))
     positives = Positives(config, utterances, epoch_steps) if config.positives.clusters else None
+    check_rule(recipe.gate_rule)
+    if config.checkpoint.keep < 1:
+        raise ValueError(f"checkpoint.keep is {config.checkpoint.keep}: at least 1 checkpoint must stay")
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
         raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {devices} devices")

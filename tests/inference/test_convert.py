@@ -40,9 +40,14 @@ IDS = [f"{kind}-{backbone}" for kind, backbone, *_ in NETWORKS]
 
 
 def variables_of(module, seed=0):
-    """Variables of a network's shapes, every number different."""
+    """Variables of a network's shapes, every number different; variances are positive."""
     random = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: random.normal(0, 1, x.shape).astype(np.float32), interop.shapes_of(module))
+
+    def value(path, leaf):
+        numbers = random.normal(0, 1, leaf.shape).astype(np.float32)
+        return np.abs(numbers) if path[-1].key == "var" else numbers
+
+    return jax.tree_util.tree_map_with_path(value, interop.shapes_of(module))
 
 
 def torch_tensors(kind, backbone, arguments):
@@ -136,6 +141,13 @@ def test_weights_that_are_not_finite_are_named(value, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_counter_of_batches_that_is_no_number_is_no_obstacle(tmp_path):
+    """It computes nothing."""
+    tensors = torch_tensors("wespeaker", "resnet", RESNET)
+    save_file(tensors | {"bn1.num_batches_tracked": np.array(np.inf)}, tmp_path / "theirs.safetensors")
+    assert tiny.here("convert", tmp_path / "theirs.safetensors", "--output", tmp_path / "model.safetensors")[0] == 0
+
+
 def test_half_precision_is_read(tmp_path):
     import ml_dtypes
 
@@ -168,6 +180,13 @@ def without(tensors, name):
             lambda t: t.update({"conv1.weight": np.zeros((2, 1, 5, 5), np.float32)}),
             "[2, 1, 5, 5], expected [2, 1, 3, 3]",
         ),
+        (
+            lambda t: t.update({"conv1.weight": np.ones((2, 1, 3, 3), np.int8)}),
+            "'conv1.weight' holds int8, weights are",
+        ),
+        (lambda t: t.update({"conv1.weight": t["conv1.weight"] > 0}), "'conv1.weight' holds bool, weights are floats"),
+        (lambda t: t.update({"conv1.weight": np.zeros((0, 1, 3, 3), np.float32)}), "'conv1.weight' is empty"),
+        (lambda t: t.update({"bn1.running_var": np.float32([1, -1])}), "'bn1.running_var' has negative values"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, said, tmp_path):

@@ -125,6 +125,12 @@ def test_weights_that_are_not_finite_are_named_when_written_and_when_read(value,
     with pytest.raises(ModelFileError, match=f"b.safetensors: .*{said}"):
         read_model(tmp_path / "b.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+    variables = jax.tree.map(lambda x: -np.ones_like(x), model.variables["batch_stats"])
+    with pytest.raises(ValueError, match=r"tensor batch_stats/\S*/var has negative values, which no variance has"):
+        write_model(
+            tmp_path / "c.safetensors",
+            dataclasses.replace(model, variables=model.variables | {"batch_stats": variables}),
+        )
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ import tiny
         (["optimizer.name=lamb"], "unknown optimizer 'lamb'"),
         (["optimizer.learning_rate=-1"], "learning rate -1.0"),
         (["gate.rule=often"], "gate rule 'often': choose one of plateau"),
+        (["gate.rule=often", "--stop-at-step=0"], "gate rule 'often': choose one of plateau"),
+        (["checkpoint.keep=0"], "checkpoint.keep is 0: at least 1 checkpoint must stay"),
         (["augment.noise=nowhere"], "nowhere: no such folder"),
         (["seed=-1"], "seed is -1"),
         (["evaluation.data=somewhere"], "evaluation.trials is not"),
