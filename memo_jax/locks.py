@@ -109,8 +109,12 @@ def _flocked(path: Path, file: Path) -> int:
                 raise LockedError(_taken(path, os.read(descriptor, 10_000))) from None
             # The holder before removes the file when it ends: this may be the removed one.
             if os.path.exists(file) and os.path.samestat(os.fstat(descriptor), os.stat(file)):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, _owner())
+                try:
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, _owner())
+                except OSError:  # a full disk
+                    os.unlink(file)
+                    raise
                 return descriptor
         except BaseException:
             os.close(descriptor)

@@ -57,6 +57,19 @@ def test_nothing_is_left_behind(tmp_path, inside):
     assert os.listdir(tmp_path / "a") == ["kept"]
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_full_disk_leaves_no_lock_behind(tmp_path, monkeypatch, inside):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="run: No space left|No space left.*run"):
+            with exclusive(tmp_path / "new" / "run", inside=inside):
+                pytest.fail("it is held although its file could not be written")
+    assert os.listdir(tmp_path) == []
+
+
 def test_of_many_that_begin_at_once_each_goes_alone(tmp_path):
     """Six processes count up in a file, each trying until it has the lock."""
     code = """

@@ -80,11 +80,13 @@ def starting_parts(config) -> dict[str, Variables]:
             f"init: {config.init} has the branches {', '.join(theirs.model.branches)}, this config "
             f"{', '.join(config.model.branches)}: change one of them"
         )
+    # Arrays of the host: those of a model are on the devices, and student and teacher must not share a buffer.
     teachers = load_raw(config.init, only=["teacher"])[0]["teacher"]
-    for branch, of_branch in parts.items():
-        if SPEAKER_HEAD in teachers[branch]["params"]:
-            of_branch["params"][SPEAKER_HEAD] = teachers[branch]["params"][SPEAKER_HEAD]
-    return parts
+    kept = ("backbone", SPEAKER_HEAD)
+    return {
+        branch: {kind: {part: tree[part] for part in kept if part in tree} for kind, tree in teachers[branch].items()}
+        for branch in parts
+    }
 
 
 def _starting_backbone(config, model: Model) -> dict[str, Variables]:
