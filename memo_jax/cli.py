@@ -115,7 +115,7 @@ def check_outputs(options: argparse.Namespace) -> None:
     """Raises ValueError if the file to be written is one that is to be read, which would be lost."""
     given = vars(options)
     read = [(name, path) for name, value in given.items() for path in (value if isinstance(value, list) else [value])]
-    for name in ("output", "scores"):
+    for name in ("output", "scores", "figure"):
         written = given.get(name)
         if not isinstance(written, Path) or not written.is_file():
             continue

@@ -486,15 +486,15 @@ def clustering_options() -> argparse.ArgumentParser:
     options.add_argument(
         "--iterations", type=positive, default=20, metavar="N", help="of k-means (default: %(default)s)"
     )
-    options.add_argument("--seed", type=int, default=0, metavar="N", help="of k-means (default: %(default)s)")
+    options.add_argument("--seed", type=count, default=0, metavar="N", help="of k-means (default: %(default)s)")
     options.add_argument(
         "--crops",
-        type=int,
+        type=count,
         default=0,
         metavar="R",
         help="embed R crops of each utterance, and take their mean, instead of whole utterances",
     )
-    options.add_argument("--crop-seconds", type=float, default=4.0, metavar="S", help="default: %(default)s")
+    options.add_argument("--crop-seconds", type=seconds, default=4.0, metavar="S", help="default: %(default)s")
     options.add_argument(
         "--labels",
         type=Path,

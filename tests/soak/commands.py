@@ -33,6 +33,9 @@ def material() -> dict[str, list]:
         "eval": ["eval", "--model", model, *data, "--replicates", 0, "--output", "OUT/ev"],
         "eval threshold": ["eval", "--model", "OUT/m.safetensors", *data, "--output", "OUT/ev"],
         "score": ["score", "--embeddings", folder / "e.npz", "--trials", data[-1], "--scores", "OUT/scores.txt"],
+        "trials": ["trials", tiny_data.corpus, "--output", "OUT/trials.txt"],
+        "init-config": ["init-config", "small", "--output", "OUT/small.py"],
+        "cluster": ["cluster", "--embeddings", folder / "e.npz", "--clusters", 3, "--output", "OUT/clusters.tsv"],
         "report": ["report", tiny.whole_run(), *data, "--output", "OUT/report.html"],
     }
     kept["eval threshold"] += ["--replicates", 0, "--save-threshold", "eer"]
@@ -83,7 +86,7 @@ def write_errors(trials, rng, only=()):
             assert times > 1 or before.items() <= after.items(), (name, made.failed, list(after))
             told[name] += 1
         written = set(contents(output))
-        if status or name not in ("enroll", "remove"):  # which a second time are refused
+        if status or name not in ("enroll", "remove", "init-config"):  # which a second time are refused
             again, text = command(*arguments_for(name, output))
             assert again == 0, (name, text)
         left = set(contents(output))
