@@ -477,7 +477,12 @@ class GatedBatch(NamedTuple):
 
 @jax.named_scope("loss_gate")
 def learned_labels(
-    state: TrainState, variables: Variables, labels: jax.Array, gated: GatedBatch, branch: Branch, recipe: Recipe
+    state: TrainState,
+    variables: Variables,
+    labels: jax.Array,
+    gated: GatedBatch,
+    branch: Branch,
+    supervision: Supervision,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the labels int32 [B] that a branch learns in a step with a loss gate, −1 for none, and which it corrects.
 
@@ -490,9 +495,9 @@ def learned_labels(
       labels: int32 [B], as given.
       gated: of the batch.
       branch: of the student.
-      recipe: of the run.
+      supervision: of the recipe.
     """
-    supervision, left_out = recipe.supervision, ~passes(state.loss_gate, gated.index)
+    left_out = ~passes(state.loss_gate, gated.index)
     none = jnp.full_like(labels, -1)
     if supervision.correct_from is None:
         return jnp.where(left_out, none, labels), jnp.zeros_like(left_out)
@@ -508,6 +513,46 @@ def learned_labels(
 
     sure = jax.lax.cond(state.step >= supervision.correct_from, likeliest, lambda clean: none, gated.clean)
     return jnp.where(left_out, sure, labels), left_out & (sure >= 0)
+
+
+class SupervisedGradient(NamedTuple):
+    """The supervised loss of a step, weighted, its gradients, and what is known beside it."""
+
+    loss: jax.Array
+    gradient: Any  # at the parameters of the speaker head
+    at_embeddings: Sequence[jax.Array]
+    metrics: Metrics
+    utterance_losses: jax.Array | None  # [B], with a loss gate
+
+
+def supervised_gradient(
+    name: str,
+    state: TrainState,
+    embeddings: Sequence[jax.Array],
+    labels: jax.Array,
+    gated: GatedBatch | None,
+    recipe: Recipe,
+) -> SupervisedGradient:
+    """Returns the supervised loss of a branch at the student's embeddings, with its gradients.
+
+    With a loss gate, the labels are those that `learned_labels` leaves.
+    """
+    branch, student, shares, learned = recipe.branches[name], state.student[name], {}, labels
+    if gated is not None:
+        learned, corrected = learned_labels(state, student, labels, gated, branch, recipe.supervision)
+        shares = {f"labels/corrected/{name}": corrected.mean(), f"labels/learned/{name}": (learned >= 0).mean()}
+    loss = functools.partial(
+        supervised_loss,
+        labels=learned,
+        margin=recipe.schedules.margin(state.step),
+        branch=branch,
+        supervision=recipe.supervision,
+        given=labels if gated is not None else None,
+    )
+    (value, (accuracy, of_utterances)), (gradient, at_embeddings) = jax.value_and_grad(
+        loss, argnums=(0, 1), has_aux=True
+    )(student["params"][SPEAKER_HEAD], embeddings)
+    return SupervisedGradient(value, gradient, at_embeddings, {f"accuracy/{name}": accuracy} | shares, of_utterances)
 
 
 class BranchUpdate(NamedTuple):
@@ -586,26 +631,12 @@ def update_branch(
     if weights.koleo:
         others["koleo"], at_embeddings = jax.value_and_grad(koleo_loss)(embeddings, weights)
         cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
-    accuracy, utterance_losses, shares = None, None, {}
+    supervised = None
     if recipe.supervision.weight:
-        learned, given = labels, None
-        if gated is not None:
-            given = labels
-            learned, corrected = learned_labels(state, state.student[name], labels, gated, branch, recipe)
-            shares = {f"labels/corrected/{name}": corrected.mean(), f"labels/learned/{name}": (learned >= 0).mean()}
-        loss = functools.partial(
-            supervised_loss,
-            labels=learned,
-            margin=recipe.schedules.margin(state.step),
-            branch=branch,
-            supervision=recipe.supervision,
-            given=given,
-        )
-        (others["supervised"], (accuracy, utterance_losses)), (gradient, at_embeddings) = jax.value_and_grad(
-            loss, argnums=(0, 1), has_aux=True
-        )(params[SPEAKER_HEAD], embeddings)
-        cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
-        update(SPEAKER_HEAD, gradient)
+        supervised = supervised_gradient(name, state, embeddings, labels, gated, recipe)
+        others["supervised"] = supervised.loss
+        cotangent = jax.tree.map(jnp.add, cotangent, supervised.at_embeddings)
+        update(SPEAKER_HEAD, supervised.gradient)
 
     contrastive = None
     if recipe.is_contrastive:
@@ -620,9 +651,10 @@ def update_branch(
         {"params": new_params, "batch_stats": stats},
         {"params": new_averages, "batch_stats": teachers[name].batch_stats},
         new_opt_state,
-        branch_metrics(name, terms, contrastive, others, accuracy, teachers, several=len(recipe.branches) > 2) | shares,
+        branch_metrics(name, terms, contrastive, others, teachers, several=len(recipe.branches) > 2)
+        | (supervised.metrics if supervised else {}),
         sum(squares),
-        utterance_losses,
+        supervised.utterance_losses if supervised else None,
     )
 
 
@@ -631,7 +663,6 @@ def branch_metrics(
     terms: Mapping[Pair, jax.Array],
     contrastive: tuple[jax.Array, jax.Array] | None,
     others: Metrics,
-    accuracy: jax.Array | None,
     teachers: Mapping[str, TeacherOutputs],
     *,
     several: bool,
@@ -643,7 +674,6 @@ def branch_metrics(
       terms: its distillation losses, before their weights.
       contrastive: its weighted contrastive loss and the alignment of the two gradients; None without such a term.
       others: its other losses by name, weighted.
-      accuracy: of its speaker head; None without.
       teachers: their outputs.
       several: whether there are more than two branches, so that a cross-distillation has to be named after both.
     """
@@ -662,8 +692,6 @@ def branch_metrics(
     for kind, loss in others.items():
         metrics[f"loss/{kind}/{name}"] = loss
         metrics[f"loss/{name}"] += loss
-    if accuracy is not None:
-        metrics[f"accuracy/{name}"] = accuracy
     metrics[f"embedding_std/{name}"] = losses.embedding_deviation(teachers[name].embeddings[0])
     return metrics
 
