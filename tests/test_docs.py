@@ -163,7 +163,7 @@ def test_commands_that_no_test_runs_are_understood(monkeypatch):
     for page in PAGES:
         for line in "".join(blocks(page, "bash")).replace("\\\n", "").splitlines():
             found += [shlex.split(part) for part in re.findall(r"memo-jax [^\"\n]+", line) if "install" not in line]
-    assert sorted(words[1] for words in found) == ["app", "eval", "plan", "plan", "push"] + ["train"] * 7 + ["verify"]
+    assert {words[1] for words in found} == {"app", "eval", "plan", "push", "train", "verify"} and len(found) > 12
     for page in OTHER_PAGES:
         found += [words[words.index("memo-jax") :] for words in commands(page) if "memo-jax" in words]
     assert len(found) > 12

@@ -47,9 +47,10 @@ def typed(path: Path) -> tuple[int, dict]:
 
 
 @pytest.fixture(scope="module")
-def judged():
-    """What parity.py prints of the tiny file, and its exit status."""
-    return typed(TINY)
+def judged(parity):
+    """The exit status of parity.py for the tiny file, and what it prints."""
+    status, out = run_main(parity, TINY)
+    return status, json.loads(out)
 
 
 @pytest.fixture(scope="module")
