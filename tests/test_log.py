@@ -111,7 +111,11 @@ def test_half_written_last_line_is_dropped(tmp_path):
     assert rows_of(tmp_path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 3.0}]
 
 
-@pytest.mark.parametrize("line", ["rubbish", "[1, 2]", '{"loss": 1}', '{"step": null}', "3"])
+@pytest.mark.parametrize(
+    "line",
+    ["rubbish", "[1, 2]", '{"loss": 1}', '{"step": null}', "3"]
+    + ['{"step": Infinity}', '{"step": -1}', '{"step": 1e300}', "[" * 100_000],
+)
 def test_foreign_line_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + line + "\n")
     with pytest.raises(ValueError, match="metrics.jsonl, line 2"):

@@ -108,9 +108,10 @@ def test_other_versions_code_data_and_machines_are_warned_of(run, again, tmp_pat
         assert f"warning: {warned}" in text or warned in text, warned
     (workdir / RUN_FILE).unlink()
     assert "it was made by an earlier version" in tiny.here("reproduce", workdir, "--output", output)[1]
-    (workdir / RUN_FILE).write_text("{")
-    status, text = tiny.here("reproduce", workdir, "--output", output)
-    assert status == 2 and f"{workdir / RUN_FILE}: damaged" in text
+    for damaged in ("{", "[" * 100_000):
+        (workdir / RUN_FILE).write_text(damaged)
+        status, text = tiny.here("reproduce", workdir, "--output", output)
+        assert status == 2 and f"{workdir / RUN_FILE}: damaged" in text
 
 
 def test_data_may_have_moved_but_nothing_else_may_change(run, again, tmp_path):
