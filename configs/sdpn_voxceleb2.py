@@ -9,16 +9,11 @@ the power 4 is a temperature of 0.1 / 4. Small batches hurt it. We have not run 
 import base
 
 
-def get_config():
-    """Returns SDPN's recipe."""
-    config = base.get_config()
-    config.data.batch_size = 384
+def with_sdpn(config):
+    """Returns a config with SDPN's losses and views; sizes and optimiser stay."""
     config.data.global_crops = 1
 
     config.model.branches = ("ecapa",)
-    config.model.ecapa_channels = (1024, 1024, 1024, 1024, 3072)
-    config.model.embedding_dim = 512
-    config.model.prototypes = 1024
     config.model.shared_prototypes = True
 
     config.loss.cross = 0.0
@@ -31,7 +26,19 @@ def get_config():
     config.teacher.temp = 0.025
     config.teacher.end_temp = 0.025
 
+    config.optimizer.freeze_prototypes_epochs = 0.0
+    return config
+
+
+def get_config():
+    """Returns SDPN's recipe."""
+    config = with_sdpn(base.get_config())
+    config.data.batch_size = 384
+
+    config.model.ecapa_channels = (1024, 1024, 1024, 1024, 3072)
+    config.model.embedding_dim = 512
+    config.model.prototypes = 1024
+
     config.optimizer.learning_rate = 0.4
     config.optimizer.warmup_epochs = 10.0
-    config.optimizer.freeze_prototypes_epochs = 0.0
     return config
