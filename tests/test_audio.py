@@ -1,9 +1,11 @@
 """What `read_audio` makes of good recordings, and what it says of bad ones."""
 
+import contextlib
 import io
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from memo_jax.audio import (
     audio_seconds,
     check_speech,
     is_audio_name,
+    kinds,
     parse_channel,
     read_audio,
     read_float_audio,
@@ -583,3 +586,25 @@ def test_errors_travel_between_processes():
 def test_names_of_recordings():
     assert is_audio_name("a/B.WAV") and is_audio_name("x.m4a")
     assert not is_audio_name("wav") and not is_audio_name("a.wav.txt")
+
+
+def test_no_header_that_promises_nothing_is_read_for_ever():
+    """A size of zero, or a negative one, must not keep a reader at one place: every object has at least a header."""
+    starts = [mark for marks in kinds.MARKS.values() for mark in marks]
+    starts += [b"RIFF\0\0\0\0WAVE", b"RIFF\0\0\0\0AVI ", b"FORM\0\0\0\0AIFF", b"\0\0\0\1ftyp", b"\0\0\0\0moov"]
+    starts += [b"\xff\xfb\x10\0", b"\xff\xf1\x50\x80\0\x1f\xfc", b"#!AMR\n", b"#!AMR-WB\n", b"NIST_1A\n   -16\n"]
+    fills = (b"\0", b"\1", b"\xff", b"\0\0\0\1", b"\1\0\0\0", b"\xff\xff\xff\xf8")
+
+    def too_long(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    try:
+        for start in starts:
+            for fill in fills:
+                signal.alarm(20)
+                with contextlib.suppress(AudioError):  # zeros are frames of AMR: that is read
+                    read_bytes((start + 64 * fill)[:139])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -186,7 +186,9 @@ def walk_sph(window: Window, start: int) -> tuple[list[Part], int]:
         size = int(window.read(start, 16).split(b"\n")[1])
         lines = window.read(start, min(size, 1 << 16)).split(b"end_head")[0].decode("latin-1").split("\n")
     except (ValueError, IndexError):
-        raise unreadable(window, "a damaged NIST SPHERE header") from None
+        size, lines = 0, []
+    if size < 16:
+        raise unreadable(window, "a damaged NIST SPHERE header")
     fields = {
         name: value for name, _, value in (line.split(None, 2) for line in lines if len(line.split(None, 2)) == 3)
     }
@@ -294,10 +296,12 @@ def walk_asf(window: Window, start: int) -> tuple[list[Part], int]:
     """ASF, of WMA and WMV."""
     place, is_live = start, False
     while len(head := window.read(place, 30)) >= 24:
-        size = int.from_bytes(head[16:24], "little")
+        size = int.from_bytes(head[16:24], "little")  # of an object with its 24 bytes of name and size
         if head[:16] == ASF_HEADER:
             if place > start:
                 break
+            if size < 24:
+                raise unreadable(window, "a damaged ASF header")
             header = window.read(place, min(size, 1 << 20))
             properties = header.find(ASF_PROPERTIES)
             if properties >= 0:

@@ -47,8 +47,11 @@ def find_parts(window: Window) -> list[Part]:
                     "its header, and are neither audio nor a tag",
                 )
             raise unreadable(window, described(window))
-        found, place = WALKERS[kind](window, place)
+        found, behind = WALKERS[kind](window, place)
+        if behind <= place:
+            raise unreadable(window, f"a damaged {kind} header, by which it ends where it begins")
         parts += found
+        place = behind
         if len(parts) > MAX_PARTS:
             raise AudioError(window.name, f"more than {MAX_PARTS:,} recordings in one file")
     if not parts:
