@@ -175,9 +175,14 @@ def tiny_config(*overrides: str):
     return load_config(material().config, [f"--config.{text}" for text in overrides])
 
 
+def one_branch() -> list[str]:
+    """Overrides: the data, and a single branch."""
+    return ["data.train=" + str(material().dataset), "model.branches=resnet"]
+
+
 def train_arguments(workdir: Path, *arguments: str) -> list[str]:
     """The command line, after `memo-jax`, of a tiny run of one branch; an argument "a.b=1" is for the config."""
-    settings = ["data.train=" + str(material().dataset), "model.branches=resnet"]
+    settings = one_branch()
     flags = [text for text in arguments if text.startswith("--")]
     settings += [text for text in arguments if not text.startswith("--")]
     command = ["train", f"--config={material().config}", f"--workdir={workdir}", *flags]

@@ -83,7 +83,7 @@ class Monitor:
         self.goodput.started()
         self._gate_closed = bool(state.gate.closed)
         if untrained and self.evaluation:
-            self.untrained = jax.tree.map(np.array, untrained)  # a copy, since the step donates its state
+            self.untrained = untrained
 
     @property
     def running(self) -> dict[str, jax.Array] | None:

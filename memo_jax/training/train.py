@@ -230,8 +230,12 @@ def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
 
 
 def teacher_backbones(state: TrainState) -> dict:
-    """Returns {branch: variables} of the teachers' backbones, as one device of this process holds them."""
-    return {name: sharding.on_one_device(backbone_variables(of)) for name, of in state.teacher.items()}
+    """Returns {branch: variables} of the teachers' backbones on this host, copied, since the next step donates its state.
+
+    Host arrays at every step: arrays that lie on devices in different ways would each get programs of their own.
+    """
+    backbones = {name: backbone_variables(of) for name, of in state.teacher.items()}
+    return jax.tree.map(np.array, sharding.on_one_device(backbones))
 
 
 def announcement(

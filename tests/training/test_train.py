@@ -78,6 +78,20 @@ def test_another_seed_is_another_run(reference, tmp_path):
     assert read_metrics(tmp_path / "run")[0]["loss"] != read_metrics(reference)[0]["loss"]
 
 
+def test_all_evaluations_of_a_run_use_the_same_programs(tmp_path):
+    """Networks come as the same kind of arrays at every step, the first one included, so nothing compiles again."""
+    program, compiled = jax.jit(lambda variables: 0), []
+
+    def evaluation(recipe, backbones):
+        program(jax.device_put(backbones))
+        compiled.append(program._cache_size())
+        return {}
+
+    config = tiny.tiny_config("evaluation.every_epochs=-1", "evaluation.every_steps=1", *tiny.one_branch())
+    training.train(config, tmp_path / "run", evaluation=evaluation, stop_at_step=2, quiet=True)
+    assert compiled == [1, 1, 1]
+
+
 def test_any_two_backbones_learn_together(tmp_path):
     """CAM++ with another: each moves, learns from the other, and is found again in the workdir."""
     status, text = tiny.train_here(tmp_path / "run", "model.branches=resnet,campplus", "--stop-at-step=2")
