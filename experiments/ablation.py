@@ -4,6 +4,10 @@ from typing import NamedTuple
 
 # Plain distillation wants a slower teacher than contrastive learning does.
 DISTILLATION_ALONE = ("gate.rule=never", "teacher.momentum=0.99")
+ONE_BRANCH = ("model.branches=ecapa", "loss.cross=0")
+CONTRASTIVE_ALONE = (*ONE_BRANCH, "loss.self=0", "gate.rule=always")
+LABELS_ALONE = (*ONE_BRANCH, "loss.self=0", "loss.contrastive=0", "gate.rule=never", "supervised.weight=1")
+STAGE_TWO = (*LABELS_ALONE, "total_epochs=20", "total_steps=-1", "supervised.margin_warmup_epochs=5")
 REFERENCE = "memo-plateau"  # whose cost at an equal number of steps is the time that others get at equal time
 
 
@@ -15,12 +19,16 @@ class Row(NamedTuple):
       overrides: "key=value" texts that change the study's config.
       against: the rows it is compared with: the one that lacks the idea that the title names, and the plain one.
       main: run with at least three seeds.
+      start: the row whose network this one starts from, of the same seed.
+      clusters: learns these many clusters of that network's embeddings in place of speakers; 0: none.
     """
 
     title: str
     overrides: tuple[str, ...]
     against: tuple[str, ...]
     main: bool = False
+    start: str = ""
+    clusters: int = 0
 
 
 ROWS = {
@@ -63,26 +71,102 @@ ROWS = {
         ("memo-plateau", "multi-head"),
     ),
     "memo-campplus": Row("MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), ("memo-plateau",)),
-    "contrastive-alone": Row(
-        "contrastive alone (NT-Xent, ECAPA-TDNN)",
-        ("model.branches=ecapa", "loss.self=0", "loss.cross=0", "gate.rule=always"),
-        ("memo-plateau",),
-        True,
-    ),
+    "contrastive-alone": Row("contrastive alone (NT-Xent, ECAPA-TDNN)", CONTRASTIVE_ALONE, ("memo-plateau",), True),
     "no-augmentation": Row(
         "MeMo without augmentation",
         ("augment.noise=", "augment.music=", "augment.speech=", "augment.rirs=", "augment.babble_from_batch=false"),
         ("memo-plateau",),
     ),
+    "contrastive-margin": Row(
+        "AM-NT-Xent alone, margin 0.1", (*CONTRASTIVE_ALONE, "loss.contrastive_margin=0.1"), ("contrastive-alone",)
+    ),
+    "contrastive-oracle": Row(
+        "NT-Xent alone, the anchor's speaker left out of its negatives (reads labels)",
+        (*CONTRASTIVE_ALONE, "loss.contrastive_mask_same_speaker=true"),
+        ("contrastive-alone",),
+    ),
+    "contrastive-partners": Row(
+        "NT-Xent alone, positives from other recordings in the last third (SSPS)",
+        (*CONTRASTIVE_ALONE, "positives.clusters=540", "positives.from_epochs=40", "positives.reference_seconds=2"),
+        ("contrastive-alone",),
+    ),
+    "dino-regularized": Row(
+        "DINO with RDINO's regulariser",
+        (*ONE_BRANCH, *DISTILLATION_ALONE, "loss.variance=2", "loss.covariance=0.2"),
+        ("dino-ecapa",),
+    ),
+    "sdpn": Row(
+        "SDPN",
+        (
+            *ONE_BRANCH,
+            *DISTILLATION_ALONE,
+            "data.global_crops=1",
+            "data.local_crops=4",
+            "model.shared_prototypes=true",
+            "loss.targets=sinkhorn",
+            "loss.mean_entropy=1",
+            "loss.koleo=0.1",
+            "teacher.view=clean",
+            "teacher.temp=0.025",
+            "teacher.end_temp=0.025",
+            "optimizer.freeze_prototypes_epochs=0",
+        ),
+        ("dino-ecapa",),
+    ),
+    "pseudo-labels": Row(
+        "stage two: AAM-softmax on clusters of NT-Xent alone, from its network",
+        STAGE_TWO,
+        ("contrastive-alone",),
+        start="contrastive-alone",
+        clusters=360,
+    ),
+    "pseudo-labels-gate": Row(
+        "the same with loss gate and label correction",
+        (*STAGE_TWO, "supervised.loss_gate_after_epochs=5", "supervised.correct_labels_after_epochs=10"),
+        ("pseudo-labels",),
+        start="contrastive-alone",
+        clusters=360,
+    ),
+    "pseudo-labels-again": Row(
+        "a second round of stage two, with clusters of the first one's embeddings",
+        STAGE_TWO,
+        ("pseudo-labels", "contrastive-alone"),
+        start="pseudo-labels",
+        clusters=360,
+    ),
+    "supervised": Row(
+        "AAM-softmax on the speakers (reads labels)",
+        (*LABELS_ALONE, "supervised.margin_warmup_epochs=10"),
+        ("contrastive-alone",),
+    ),
 }
+# The rows of one network, of the study over many epochs.
+MANY_EPOCHS = (
+    "dino-ecapa",
+    "contrastive-alone",
+    "contrastive-margin",
+    "contrastive-oracle",
+    "contrastive-partners",
+    "dino-regularized",
+    "sdpn",
+    "pseudo-labels",
+    "pseudo-labels-gate",
+    "pseudo-labels-again",
+    "supervised",
+)
 
 
 def chosen_rows(text: str) -> list[str]:
-    """Returns the names of rows in a text "a,b", "main" or "all", in the table's order; ValueError names an unknown."""
+    """Returns the names of rows in a text "a,b", "main", "many-epochs" or "all", in the table's order.
+
+    ValueError names an unknown one.
+    """
     if text == "all":
         return list(ROWS)
     if text == "main":
         return [name for name, row in ROWS.items() if row.main]
+    if text == "many-epochs":
+        return [name for name in ROWS if name in MANY_EPOCHS]
     wanted = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in ROWS]
     if unknown or not wanted:

@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where results, table and plots are collected (default: experiments/results)",
     )
-    parser.add_argument("--rows", default="all", help="names with commas between, main, or all (default)")
+    parser.add_argument("--rows", default="all", help="names with commas between, main, many-epochs, or all (default)")
     parser.add_argument("--seeds", default="0,1,2", help="numbers with commas between (default: %(default)s)")
     parser.add_argument(
         "--budget",
@@ -216,9 +216,32 @@ def time_overrides(options, row: str, texts: list[str]) -> list[str]:
     return [f"total_steps={length['total_steps']}", "total_epochs=-1", f"evaluation.every_{unit}={every}"]
 
 
+def stage_two_overrides(options, row: str, seed: int, folder: Path) -> list[str]:
+    """Returns the overrides of a row that starts from another one's network, and clusters its embeddings first.
+
+    ValueError where that row has not been run, or its embeddings cannot be clustered.
+    """
+    chosen = ablation.ROWS[row]
+    start, labels = run_folder(options.output, options.budget, chosen.start, seed), folder / "clusters.tsv"
+    if not (start / study_results.RESULT_FILE).exists():
+        raise ValueError(f"it starts from {chosen.start}, seed {seed}, which has no result yet: run that row first")
+    if not labels.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        of_network = ["--model", str(start), "--data", str(options.data)]
+        clusters = ["--clusters", str(chosen.clusters), "--output", str(labels)]
+        if status := child([sys.executable, "-m", "memo_jax", "cluster", *of_network, *clusters]):
+            raise ValueError(f"clustering ended with {status}")
+    return [f"init={start}", f"supervised.labels={labels}"]
+
+
 def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: Path) -> str | None:
     """Trains and tests a run, or continues it, and writes its result; returns what went wrong, or None."""
     overrides = overrides_of(options, row, seed, tests, followed)
+    if ablation.ROWS[row].start:
+        try:
+            overrides += stage_two_overrides(options, row, seed, folder)
+        except ValueError as error:
+            return str(error)
     print(f"\n{row}, seed {seed}, equal {options.budget}: {folder}", file=sys.stderr, flush=True)
     command = [*shlex.split(options.train_command), "--config", str(options.config), "--workdir", str(folder)]
     status = child(command + [f"--config.{text}" for text in overrides])

@@ -8,7 +8,8 @@ Recordings are called LANGUAGE_NUMBER.EXTENSION, as in Common Voice. Numbers far
 the target trials are of such pairs where a speaker has any.
 
 Writes into the output folder: `trials.txt` (VoxCeleb form), `validation/` and `train/` (Kaldi data folders, inputs of
-`memo-jax prepare`). train/ has no utt2spk: nothing that learns from it can see a label.
+`memo-jax prepare`). train/ has no utt2spk: nothing that learns from it can see a label. `study/` is a part of train/
+that is small enough for many epochs: some recordings of every speaker who has several, with utt2spk.
 """
 
 import argparse
@@ -91,6 +92,16 @@ def make_trials(of_speaker: dict[str, list[str]], gap: int, targets: int, nontar
     return [trials[i] for i in rng.permutation(len(trials))]
 
 
+def few_of_each(of_speaker: dict[str, list[str]], least: int, most: int, rng) -> list[str]:
+    """Returns up to `most` recordings, chosen at random, of every speaker who has at least `least`."""
+    return [
+        names[i]
+        for names in of_speaker.values()
+        if len(names) >= least
+        for i in sorted(rng.permutation(len(names))[:most])
+    ]
+
+
 def write_kaldi(folder: Path, root: Path, names: list[str], with_speakers: bool) -> None:
     """Writes a Kaldi data folder whose utterances are called as they are in `root`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +122,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--gap", type=int, default=20_000, help="numbers that differ by more are of another day")
     parser.add_argument("--targets", type=int, default=15, help="most target trials of a speaker")
     parser.add_argument("--nontargets", type=int, default=5, help="trials of different speakers for each target trial")
+    parser.add_argument("--study-least", type=int, default=3, help="recordings that a speaker in study/ has at least")
+    parser.add_argument("--study-most", type=int, default=4, help="how many of them study/ takes at most")
     parser.add_argument("--seed", type=int, default=0, help="of speakers and trials")
     options = parser.parse_args(arguments)
     rng = np.random.default_rng(options.seed)
@@ -120,9 +133,12 @@ def main(arguments=None) -> int:
         validation = {speaker: everybody[speaker] for speaker in chosen}
         trials = make_trials(validation, options.gap, options.targets, options.nontargets, rng)
         needed = sorted({name for _, *pair in trials for name in pair})
-        train = [name for speaker, names in everybody.items() if speaker not in validation for name in names]
+        others = {speaker: names for speaker, names in everybody.items() if speaker not in validation}
+        train = [name for names in others.values() for name in names]
+        study = few_of_each(others, options.study_least, options.study_most, rng)
         write_kaldi(options.output / "validation", options.input, needed, True)
         write_kaldi(options.output / "train", options.input, train, False)
+        write_kaldi(options.output / "study", options.input, study, True)
         (options.output / "trials.txt").write_text("".join(f"{label} {a} {b}\n" for label, a, b in trials))
     except (ValueError, OSError) as error:
         print(f"validation.py: error: {error}", file=sys.stderr)
@@ -133,7 +149,8 @@ def main(arguments=None) -> int:
     print(
         f"{len(validation)} validation speakers ({apart} with recordings far apart), {len(needed)} recordings, "
         f"{targets} target and {len(trials) - targets} nontarget trials ({alike} of these of one language); "
-        f"{len(train)} recordings of {len(everybody) - len(validation)} speakers are left to train on"
+        f"{len(train)} recordings of {len(others)} speakers are left to train on, "
+        f"{len(study)} of {len({name.split('/')[0] for name in study})} speakers for the study"
     )
     return 0
 

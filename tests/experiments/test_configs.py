@@ -1,20 +1,15 @@
 """The configs that come with the project: they load, are explained, and their steps fit together at full size."""
 
 import ast
-import functools
 
-import jax
 import pytest
 
 import tiny
 from memo_jax.config import load_config
-from memo_jax.data.batches import SAMPLE_RATE
 from memo_jax.models import parameter_count
-from memo_jax.training.front_end import clean_features
-from memo_jax.training.program import state_maker
-from memo_jax.training.recipe import batch_crops, build_front_end, build_recipe
+from memo_jax.training.recipe import build_recipe
 from memo_jax.training.state import student_params
-from memo_jax.training.step import train_step
+from traced import traced_step
 
 CONFIGS = sorted((tiny.ROOT / "configs").glob("*.py"))
 ECAPA, RESNET = 6_390_720, 1_988_656  # backbones at embedding 256
@@ -43,24 +38,7 @@ def test_a_full_size_step_fits_together(path):
     without computing: the state it returns has the shapes of the state it takes, and the networks have the published
     numbers of parameters."""
     config = load_config(path)
-    recipe = build_recipe(config, 1000, utterances=1000 * config.data.batch_size)
-    state = jax.eval_shape(state_maker(recipe), jax.random.key(0))
-    batch = {
-        kind: jax.ShapeDtypeStruct((config.data.batch_size, *shape), "int16")
-        for kind, shape in batch_crops(config).items()
-    }
-    if config.supervised.weight:
-        batch["label"] = batch["index"] = jax.ShapeDtypeStruct((config.data.batch_size,), "int32")
-    bank = jax.ShapeDtypeStruct((3, round(config.augment.bank_seconds * SAMPLE_RATE)), "int16")
-    responses = jax.ShapeDtypeStruct((2, round(config.augment.rir_seconds * SAMPLE_RATE)), "float32")
-    banks = {"noise": bank, "music": bank, "speech": bank, "rir": responses}
-    clean = functools.partial(clean_features, front_end=config.features.front_end)
-    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config), clean=clean)
-    after, metrics = jax.eval_shape(step, state, batch, banks, jax.eval_shape(lambda: jax.random.key(0)))
-
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
-        assert (old.shape, old.dtype) == (new.shape, new.dtype)
+    state, metrics = traced_step(config)
     assert metrics["loss"].shape == () and all(value.size == 1 for value in metrics.values())
     for heads in state.center.values():
         assert {center.shape for center in heads.values()} == {(config.model.prototypes,)}

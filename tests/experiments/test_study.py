@@ -159,6 +159,35 @@ def test_a_collapse_is_a_result_and_a_failure_is_told_and_left_to_others(tmp_pat
     assert claims.take(tmp_path / "steps" / ablation.REFERENCE / "seed-0") is not None
 
 
+def test_a_row_of_stage_two_clusters_with_the_network_of_the_row_it_starts_from(tmp_path, monkeypatch, capsys):
+    """With the network of the same seed, and only once that is trained; clusters are made once."""
+    rows = SMALL_ROWS | {"second": ablation.Row("second", ("supervised.weight=1",), (), start="first", clusters=3)}
+    monkeypatch.setattr(ablation, "ROWS", {"first": rows["dino-resnet"]} | rows)
+    ran = []
+
+    def child(command):
+        ran.append(command[command.index("memo_jax") + 1 :])
+        if ran[-1][0] == "cluster":
+            Path(command[-1]).write_text("a\t0\n")
+        return 0 if ran[-1][0] == "cluster" else 9
+
+    monkeypatch.setattr(study, "child", child)
+    command = arguments(tmp_path, "--rows", "second", "--seeds", "1")
+    assert study.main(command) == 2 and not ran, "nothing to collect"
+    assert (
+        "second, seed 1, equal steps: it starts from first, seed 1, which has no result yet" in capsys.readouterr().err
+    )
+    first, second = (tmp_path / "steps" / name / "seed-1" for name in ("first", "second"))
+    first.mkdir(parents=True)
+    (first / "result.json").write_text("{}")
+    for _ in range(2):
+        study.main(command)
+    assert [words[0] for words in ran] == ["cluster", "train", "train"]
+    labels = str(second / "clusters.tsv")
+    assert ran[0][1:] == ["--model", str(first), "--data", command[1], "--clusters", "3", "--output", labels]
+    assert {f"--config.init={first}", f"--config.supervised.labels={labels}"} < set(ran[1])
+
+
 # ------------------------------------------------------------------------------------------------- claims
 
 

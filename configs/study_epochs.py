@@ -1,0 +1,32 @@
+"""The study over many epochs: configs/study.py at a size at which one core sees its data sixty times.
+
+    python experiments/run.py --config configs/study_epochs.py --rows … (see experiments/learning.md)
+
+A thousand recordings, an ECAPA-TDNN of 64 channels and a stride of 2.
+"""
+
+import study
+
+
+def get_config():
+    """Returns a MeMo of 60 epochs of cheap steps, which rows of the ablation change."""
+    config = study.get_config()
+    config.total_epochs = 60.0
+    config.total_steps = -1
+    config.data.batch_size = 48
+
+    config.model.embedding_dim = 64
+    config.model.ecapa_channels = (64, 64, 64, 64, 192)
+    config.model.ecapa_stride = 2
+    config.model.head_hidden = 256
+    config.model.head_bottleneck = 64
+    config.model.prototypes = 1024
+
+    config.gate.smoothing = 0.98
+    config.gate.window_steps = 110  # five epochs of the study's 1,085 recordings
+    config.gate.min_steps = 220
+    config.gate.stop_steps = 660
+
+    config.checkpoint.every_steps = 220
+    config.evaluation.every_steps = 220
+    return config
