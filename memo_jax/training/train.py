@@ -230,7 +230,7 @@ def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
 
 
 def teacher_backbones(state: TrainState) -> dict:
-    """Returns {branch: variables} of the teachers' backbones on this host, copied, since the next step donates its state.
+    """Returns {branch: variables} of the teachers' backbones, copied to this host: the next step donates its state.
 
     Host arrays at every step: arrays that lie on devices in different ways would each get programs of their own.
     """
