@@ -232,8 +232,8 @@ def test_file_that_is_no_npz_exits_with_2(parity, tmp_path, capsys, content):
     assert str(path) in capsys.readouterr().err
 
 
-# Of each mode, how far apart PyTorch's own float32 and float64 steps are, as `make_reference.py replay` prints it: losses
-# of each step (relative), and parameters in the first state of the file.
+# Of each mode, how far apart PyTorch's own float32 and float64 steps are, as `make_reference.py replay` prints it: the
+# losses of each step (relative), and the parameters in the first state of the file.
 PYTORCH_NOISE = {
     "sdpn": ([6.6e-7, 1.2e-6, 5.6e-6, 2.4e-6], 9.1e-8),
     "rdino": ([4.2e-7, 6.2e-6, 1.8e-5, 2.0e-5], 8.6e-7),
