@@ -5,8 +5,9 @@ from typing import NamedTuple
 # Plain distillation wants a slower teacher than contrastive learning does.
 DISTILLATION_ALONE = ("gate.rule=never", "teacher.momentum=0.99")
 ONE_BRANCH = ("model.branches=ecapa", "loss.cross=0")
-CONTRASTIVE_ALONE = (*ONE_BRANCH, "loss.self=0", "gate.rule=always")
-LABELS_ALONE = (*ONE_BRANCH, "loss.self=0", "loss.contrastive=0", "gate.rule=never", "supervised.weight=1")
+# Without distillation, nothing is learned from local crops.
+CONTRASTIVE_ALONE = (*ONE_BRANCH, "loss.self=0", "gate.rule=always", "data.local_crops=0")
+LABELS_ALONE = (*CONTRASTIVE_ALONE, "loss.contrastive=0", "gate.rule=never", "supervised.weight=1")
 STAGE_TWO = (*LABELS_ALONE, "total_epochs=20", "total_steps=-1", "supervised.margin_warmup_epochs=5")
 REFERENCE = "memo-plateau"  # whose cost at an equal number of steps is the time that others get at equal time
 
