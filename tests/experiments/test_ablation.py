@@ -52,7 +52,7 @@ def test_a_step_of_every_row_fits_together(row, monkeypatch):
         ),
         **dict.fromkeys(("pseudo-labels", "pseudo-labels-gate", "pseudo-labels-again", "supervised"), {"supervised"}),
         "dino-regularized": {"self", "variance", "covariance"},
-        "sdpn": {"self", "mean_entropy", "koleo"},
+        **dict.fromkeys(("dino-balanced", "sdpn"), {"self", "mean_entropy", "koleo"}),
         "dino-ecapa": {"self"},
         "dino-resnet": {"self"},
         "two-branches": {"self"},
