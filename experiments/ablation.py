@@ -5,17 +5,16 @@ from typing import NamedTuple
 # Plain distillation wants a slower teacher than contrastive learning does.
 DISTILLATION_ALONE = ("gate.rule=never", "teacher.momentum=0.99")
 ONE_BRANCH = ("model.branches=ecapa", "loss.cross=0")
-# Without distillation, nothing is learned from local crops.
-CONTRASTIVE_ALONE = (*ONE_BRANCH, "loss.self=0", "gate.rule=always", "data.local_crops=0")
-LABELS_ALONE = (*CONTRASTIVE_ALONE, "loss.contrastive=0", "gate.rule=never", "supervised.weight=1")
-# SDPN's: DINO with a centre becomes uniform over its prototypes on little data.
-BALANCED = (
-    "loss.targets=sinkhorn",
-    "loss.mean_entropy=1",
-    "loss.koleo=0.1",
-    "teacher.temp=0.025",
-    "teacher.end_temp=0.025",
+# Without distillation, nothing is learned from local crops, and nothing needs to be kept from collapsing.
+CONTRASTIVE_ALONE = (
+    *ONE_BRANCH,
+    "loss.self=0",
+    "gate.rule=always",
+    "data.local_crops=0",
+    "loss.mean_entropy=0",
+    "loss.koleo=0",
 )
+LABELS_ALONE = (*CONTRASTIVE_ALONE, "loss.contrastive=0", "gate.rule=never", "supervised.weight=1")
 STAGE_TWO = (*LABELS_ALONE, "total_epochs=20", "total_steps=-1", "supervised.margin_warmup_epochs=5")
 REFERENCE = "memo-plateau"  # whose cost at an equal number of steps is the time that others get at equal time
 
@@ -104,9 +103,17 @@ ROWS = {
         (*ONE_BRANCH, *DISTILLATION_ALONE, "loss.variance=2", "loss.covariance=0.2"),
         ("dino-ecapa",),
     ),
-    "dino-balanced": Row(
-        "DINO with balanced targets, mean entropy and KoLeo",
-        (*ONE_BRANCH, *DISTILLATION_ALONE, *BALANCED),
+    "dino-centered": Row(
+        "DINO with a centre in place of balanced targets, without mean entropy and KoLeo",
+        (
+            *ONE_BRANCH,
+            *DISTILLATION_ALONE,
+            "loss.targets=centered",
+            "loss.mean_entropy=0",
+            "loss.koleo=0",
+            "teacher.temp=0.04",
+            "teacher.end_temp=0.07",
+        ),
         ("dino-ecapa",),
     ),
     "sdpn": Row(
@@ -117,12 +124,15 @@ ROWS = {
             "data.global_crops=1",
             "data.local_crops=4",
             "model.shared_prototypes=true",
-            "model.prototypes=256",
-            *BALANCED,
+            "loss.targets=sinkhorn",
+            "loss.mean_entropy=1",
+            "loss.koleo=0.1",
             "teacher.view=clean",
+            "teacher.temp=0.025",
+            "teacher.end_temp=0.025",
             "optimizer.freeze_prototypes_epochs=0",
         ),
-        ("dino-balanced",),
+        ("dino-ecapa",),
     ),
     "pseudo-labels": Row(
         "stage two: AAM-softmax on clusters of NT-Xent alone, from its network",
@@ -159,7 +169,7 @@ MANY_EPOCHS = (
     "contrastive-oracle",
     "contrastive-partners",
     "dino-regularized",
-    "dino-balanced",
+    "dino-centered",
     "sdpn",
     "pseudo-labels",
     "pseudo-labels-gate",
