@@ -5,8 +5,16 @@ from typing import NamedTuple
 # Plain distillation wants a slower teacher than contrastive learning does.
 DISTILLATION_ALONE = ("gate.rule=never", "teacher.momentum=0.99")
 ONE_BRANCH = ("model.branches=ecapa", "loss.cross=0")
-CONTRASTIVE_ALONE = (*ONE_BRANCH, "loss.self=0", "gate.rule=always")
-LABELS_ALONE = (*ONE_BRANCH, "loss.self=0", "loss.contrastive=0", "gate.rule=never", "supervised.weight=1")
+# Without distillation, nothing is learned from local crops, and nothing needs to be kept from collapsing.
+CONTRASTIVE_ALONE = (
+    *ONE_BRANCH,
+    "loss.self=0",
+    "gate.rule=always",
+    "data.local_crops=0",
+    "loss.mean_entropy=0",
+    "loss.koleo=0",
+)
+LABELS_ALONE = (*CONTRASTIVE_ALONE, "loss.contrastive=0", "gate.rule=never", "supervised.weight=1")
 STAGE_TWO = (*LABELS_ALONE, "total_epochs=20", "total_steps=-1", "supervised.margin_warmup_epochs=5")
 REFERENCE = "memo-plateau"  # whose cost at an equal number of steps is the time that others get at equal time
 
@@ -90,9 +98,33 @@ ROWS = {
         (*CONTRASTIVE_ALONE, "positives.clusters=540", "positives.from_epochs=40", "positives.reference_seconds=2"),
         ("contrastive-alone",),
     ),
+    "contrastive-partners-own": Row(
+        "the same, positives from the own cluster",
+        (
+            *CONTRASTIVE_ALONE,
+            "positives.clusters=360",
+            "positives.cluster=own",
+            "positives.from_epochs=40",
+            "positives.reference_seconds=2",
+        ),
+        ("contrastive-alone", "contrastive-partners"),
+    ),
     "dino-regularized": Row(
         "DINO with RDINO's regulariser",
         (*ONE_BRANCH, *DISTILLATION_ALONE, "loss.variance=2", "loss.covariance=0.2"),
+        ("dino-ecapa",),
+    ),
+    "dino-centered": Row(
+        "DINO with a centre in place of balanced targets, without mean entropy and KoLeo",
+        (
+            *ONE_BRANCH,
+            *DISTILLATION_ALONE,
+            "loss.targets=centered",
+            "loss.mean_entropy=0",
+            "loss.koleo=0",
+            "teacher.temp=0.04",
+            "teacher.end_temp=0.07",
+        ),
         ("dino-ecapa",),
     ),
     "sdpn": Row(
@@ -147,7 +179,9 @@ MANY_EPOCHS = (
     "contrastive-margin",
     "contrastive-oracle",
     "contrastive-partners",
+    "contrastive-partners-own",
     "dino-regularized",
+    "dino-centered",
     "sdpn",
     "pseudo-labels",
     "pseudo-labels-gate",

@@ -16,23 +16,6 @@ from memo_jax.scoring.trials import read_table
 from memo_jax.training import monitor, program
 
 
-def arguments(workdir, *more):
-    """The command line of two rounds of three steps."""
-    data = tiny.material()
-    train = tiny.train_arguments(
-        workdir,
-        *(text for text in more if not text.startswith("--")),
-        *tiny.SUPERVISED,
-        "model.embedding_dim=8",
-        "total_steps=3",
-        "checkpoint.every_steps=1",
-        f"evaluation.data={data.dataset}",
-        f"evaluation.trials={data.trials}",
-    )
-    options = ["--rounds=2", "--clusters=5", f"--model={tiny.model_file()}", f"--labels={data.dataset}"]
-    return ["pseudo-label", *train[1:], *options, *(text for text in more if text.startswith("--"))]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once():
     """All rounds have the same program: it is traced and compiled once."""
@@ -52,7 +35,7 @@ def compiled_once():
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("rounds") / "whole"
-    status, text = tiny.here(*arguments(workdir))
+    status, text = tiny.here(*tiny.round_arguments(workdir))
     assert status == 0, text
     return workdir, text
 
@@ -109,13 +92,13 @@ def test_interrupted_anywhere_the_same_command_ends_the_same(whole, tmp_path, mo
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, action)
-            status, text = tiny.here(*arguments(workdir))
+            status, text = tiny.here(*tiny.round_arguments(workdir))
             assert status == 130, text
-    status, text = tiny.here(*arguments(workdir))
+    status, text = tiny.here(*tiny.round_arguments(workdir))
     assert status == 0, text
     assert (workdir / "rounds.tsv").read_bytes() == (whole[0] / "rounds.tsv").read_bytes()
     assert fingerprints(workdir) == fingerprints(whole[0])
-    status, again = tiny.here(*arguments(workdir, "--json"))
+    status, again = tiny.here(*tiny.round_arguments(workdir, "--json"))
     assert status == 0 and json.loads(again[again.index("{") :])["rounds"][2]["round"] == 2
 
 
@@ -125,7 +108,7 @@ def test_rounds_are_gone_on_with_by_the_same_options_alone(whole):
         (("--clusters=4",), "clusters: 5 → 4"),
         (("supervised.scale=20.0",), "supervised.scale: 30.0"),
     ):
-        status, text = tiny.here(*arguments(whole[0], *more))
+        status, text = tiny.here(*tiny.round_arguments(whole[0], *more))
         assert status == 2 and said in text, text
 
 
@@ -141,7 +124,7 @@ def test_rounds_are_gone_on_with_by_the_same_options_alone(whole):
     ],
 )
 def test_what_cannot_work_is_refused_before_the_work(more, said, tmp_path):
-    given = arguments(tmp_path / "run")
+    given = tiny.round_arguments(tmp_path / "run")
     given = [text for text in given if text.split("=")[0] not in [f"--config.{m}".split("=")[0] for m in more]]
     status, text = tiny.here(*given, *(text if text.startswith("--") else f"--config.{text}" for text in more))
     assert status == 2 and said in text and not (tmp_path / "run" / "round_1").exists(), text

@@ -189,6 +189,23 @@ def train_arguments(workdir: Path, *arguments: str) -> list[str]:
     return command + [f"--config.{text}" for text in settings]
 
 
+def round_arguments(workdir: Path, *more: str) -> list[str]:
+    """The command line, after `memo-jax`, of two rounds of pseudo-labels of three steps each; as `train_arguments`."""
+    tiny = material()
+    command = train_arguments(
+        workdir,
+        *(text for text in more if not text.startswith("--")),
+        *SUPERVISED,
+        "model.embedding_dim=8",
+        "total_steps=3",
+        "checkpoint.every_steps=1",
+        f"evaluation.data={tiny.dataset}",
+        f"evaluation.trials={tiny.trials}",
+    )
+    options = ["--rounds=2", "--clusters=5", f"--model={model_file()}", f"--labels={tiny.dataset}"]
+    return ["pseudo-label", *command[1:], *options, *(text for text in more if text.startswith("--"))]
+
+
 @functools.cache
 def untrained_model():
     """A ResNet of two channels as it is before training, with a decision threshold: enough to try all but its use."""

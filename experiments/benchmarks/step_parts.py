@@ -56,8 +56,9 @@ def parts_of(config):
     recipe, mesh = recipes.build_recipe(config, 1000), sharding.data_mesh(jax.devices()[:1])
     state = create_state(config, recipe, mesh)
     batch, banks, key = example_batch(config), example_banks(), jax.random.key(1)
-    crops = [x.reshape(-1, x.shape[-1]).astype(np.float32) / 32768 for x in batch.values()]
-    counts = [x.shape[1] for x in batch.values()]
+    waves = {kind: x.reshape(-1, x.shape[-1]).astype(np.float32) / 32768 for kind, x in batch.items()}
+    crops = [x for kind, x in waves.items() if kind != "teacher"]
+    counts = [x.shape[1] for kind, x in batch.items() if kind != "teacher"]
     seen = drawn(recipes.build_front_end(config), key, batch, banks)
     views = seen.students
 
@@ -70,6 +71,14 @@ def parts_of(config):
         ),
         "log-mel": (lambda crops: [features.normalized_log_mel(features.mel_power(x)) for x in crops], (crops,)),
     }
+    if "teacher" in waves:
+        is_clean, views_of_teachers = config.teacher.view == "clean", batch["teacher"].shape[1]
+
+        def teachers_front_end(key, crops, banks):
+            heard = crops if is_clean else augment.augment(key, crops, banks, views=views_of_teachers)
+            return features.normalized_log_mel(features.mel_power(heard))
+
+        parts["front end of crops for teachers only"] = (teachers_front_end, (key, waves["teacher"], banks))
     logits, distributions, all_embeddings = {}, {}, {}
     for name, branch in recipe.branches.items():
         params, stats = state.student[name]["params"], state.student[name]["batch_stats"]

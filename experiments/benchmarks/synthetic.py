@@ -59,11 +59,11 @@ def write_dataset(folder, utterances, count: int, *, shards: int = 8, segment_sa
 
 
 def example_batch(config, seed=0):
-    """Returns int16 crops of noise of the config's numbers and lengths."""
+    """Returns int16 crops of noise of the config's numbers and lengths; with positives, those of partners, too."""
     rng = np.random.default_rng(seed)
     return {
         kind: rng.integers(-3000, 3000, (config.data.batch_size, *shape), dtype=np.int16)
-        for kind, shape in batch_crops(config).items()
+        for kind, shape in batch_crops(config, config.positives.clusters > 0).items()
     }
 
 

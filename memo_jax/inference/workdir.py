@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 
+import jax
+
 from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, parse_json, read_text, write_text
 from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, save_decision_in_file
@@ -36,18 +38,18 @@ def workdir_model(
         raise ValueError(f"the run in {workdir} has no branch {branch!r}: choose one of {', '.join(branches)}")
     if role not in ("teacher", "student"):
         raise ValueError(f"role {role!r}: choose teacher or student")
-    # Held as training holds it, so that programs which training has compiled are found again.
-    mesh = sharding.data_mesh()
     if step == 0:
+        mesh = sharding.data_mesh()
         variables = create_state(config, build_recipe(config, 1), mesh, starting_parts(config)).teacher[branch]
     else:
         if step is None and (steps := saved_steps(workdir)):
             step = steps[-1]
         state, _ = load_raw(workdir, step, only=[role])
-        variables = sharding.replicate(mesh, state[role][branch])
+        variables = state[role][branch]
     model = model_of_backbone(
         branches[branch].backbone,
-        backbone_variables(variables),
+        # Host arrays, as training evaluates them, so that programs which training has compiled are found again.
+        jax.device_get(backbone_variables(variables)),
         front_end=config.features.front_end,
         provenance={
             "workdir": str(workdir),
@@ -70,26 +72,31 @@ def starting_parts(config) -> dict[str, Variables]:
     if not config.init:
         return {}
     if not in_bucket(config.init) and not os.path.isdir(config.init):
-        return _starting_backbone(config, read_model(config.init))
-    theirs, parts = configs.workdir_config(config.init), {}
-    for branch in theirs.model.branches:
-        if branch in config.model.branches or len(theirs.model.branches) == 1:
-            parts |= _starting_backbone(config, workdir_model(config.init, branch))
-    if not parts:
+        model = read_model(config.init)
+        _check_fits(config, model)
+        return {model.backbone: {kind: {"backbone": tree} for kind, tree in model.variables.items()}}
+    from memo_jax.training.recipe import build_branches
+
+    theirs = configs.workdir_config(config.init)
+    branches = build_branches(theirs)
+    chosen = [branch for branch in branches if branch in config.model.branches or len(branches) == 1]
+    if not chosen:
         raise ValueError(
-            f"init: {config.init} has the branches {', '.join(theirs.model.branches)}, this config "
+            f"init: {config.init} has the branches {', '.join(branches)}, this config "
             f"{', '.join(config.model.branches)}: change one of them"
         )
-    # Arrays of the host: those of a model are on the devices, and student and teacher must not share a buffer.
+    for branch in chosen:
+        _check_fits(config, model_of_backbone(branches[branch].backbone, {}, front_end=theirs.features.front_end))
     teachers = load_raw(config.init, only=["teacher"])[0]["teacher"]
     kept = ("backbone", SPEAKER_HEAD)
     return {
         branch: {kind: {part: tree[part] for part in kept if part in tree} for kind, tree in teachers[branch].items()}
-        for branch in parts
+        for branch in chosen
     }
 
 
-def _starting_backbone(config, model: Model) -> dict[str, Variables]:
+def _check_fits(config, model: Model) -> None:
+    """Raises ValueError where a config has no branch of just a model's backbone, or another front end."""
     from memo_jax.training.recipe import build_branches
 
     branches = build_branches(config)
@@ -104,7 +111,6 @@ def _starting_backbone(config, model: Model) -> dict[str, Variables]:
             f"init: {config.init} takes {model.front_end}, but features.front_end is {config.features.front_end}: "
             "change one of them"
         )
-    return {model.backbone: {kind: {"backbone": tree} for kind, tree in model.variables.items()}}
 
 
 def read_decisions(workdir: str | os.PathLike) -> dict[str, Decision]:

@@ -15,6 +15,7 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy.special import ndtri
 
 from memo_jax.files import replacing
@@ -313,7 +314,7 @@ def plot_cluster_sizes(assignment, path: str | os.PathLike) -> Path:
     """Draws how many clusters have how many utterances, given the cluster of each, int [N], into a file."""
     counts = np.unique(assignment, return_counts=True)[1]
     # Sizes are whole numbers: equal bins while they are few, equal ratios beyond.
-    edges = np.unique(np.round(np.geomspace(1, counts.max() + 1, 40))) - 0.5
+    edges = np.unique(np.round(np.geomspace(counts.min(), counts.max() + 1, 40))) - 0.5
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         ax = figure.subplots()
@@ -321,10 +322,13 @@ def plot_cluster_sizes(assignment, path: str | os.PathLike) -> Path:
         ax.stairs(heights, edges, color=BLUE, fill=True, alpha=0.25)
         ax.stairs(heights, edges, color=BLUE, linewidth=1.4)
         ax.set(xscale="log", ylim=(0, 1.22 * heights.max()))
-        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ticks = [m * 10**e for e in range(9) for m in (1, 2, 5) if edges[0] < m * 10**e < edges[-1]]
+        ticks = ticks or np.unique(counts[[counts.argmin(), counts.argmax()]]).tolist()
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        ax.xaxis.set_minor_formatter(NullFormatter())
         median = float(np.median(counts))
         ax.axvline(median, ymax=0.9, color=INK, linewidth=1.1, linestyle=DASHES[1])
-        left = np.log(median) > np.log(edges[-1]) / 2
+        left = median**2 > edges[0] * edges[-1]
         ax.annotate(
             f"median {median:g}",
             (median, 0.97),

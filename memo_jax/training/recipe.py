@@ -19,7 +19,8 @@ from memo_jax.training import optim
 from memo_jax.training.augment import CATEGORIES
 from memo_jax.training.front_end import training_views
 from memo_jax.training.gate import GateRule
-from memo_jax.training.step import LossWeights, Recipe, Supervision
+from memo_jax.training.step import LossWeights, Recipe
+from memo_jax.training.supervision import Supervision
 
 POSITIVE = (
     "log_every_steps",

@@ -41,13 +41,13 @@ import jax.numpy as jnp
 import optax
 
 from memo_jax.models import SPEAKER_HEAD, Branch, head_part
-from memo_jax.models.heads import SpeakerHead
 from memo_jax.training import losses
 from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule, updated_gate
-from memo_jax.training.loss_gate import passes, with_losses
+from memo_jax.training.loss_gate import with_losses
 from memo_jax.training.optim import Schedules, is_prototypes
 from memo_jax.training.state import TrainState, Variables
+from memo_jax.training.supervision import GatedBatch, Supervision, learned_labels, supervised_loss
 from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm
 
@@ -87,27 +87,6 @@ class LossWeights(NamedTuple):
     koleo: float = 0.0
     variance: float = 0.0
     covariance: float = 0.0
-
-
-class Supervision(NamedTuple):
-    """How labels enter the objective.
-
-    Attributes:
-      weight: u, the weight of AAM-softmax; 0 for training without labels.
-      scale: of the cosines.
-      gated_utterances: how many utterances the dataset has, for training with a loss gate (`loss_gate`); 0 without.
-      correct_from: number of steps after which utterances that the gate leaves out are learned with the label that the
-        student is sure of; None for never.
-      correction_temperature: of the probabilities of labels.
-      correction_probability: above which the student counts as sure.
-    """
-
-    weight: float = 0.0
-    scale: float = 30.0
-    gated_utterances: int = 0
-    correct_from: int | None = None
-    correction_temperature: float = 0.1
-    correction_probability: float = 0.5
 
 
 class Recipe(NamedTuple):
@@ -356,42 +335,6 @@ def koleo_loss(embeddings: Sequence[jax.Array], weights: LossWeights) -> jax.Arr
     return weights.koleo * losses.koleo(jnp.concatenate(embeddings))
 
 
-def supervised_loss(
-    head_params,
-    embeddings: Sequence[jax.Array],
-    labels: jax.Array,
-    margin: jax.Array,
-    *,
-    branch: Branch,
-    supervision: Supervision,
-    given: jax.Array | None = None,
-):
-    """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and what is known beside it.
-
-    Args:
-      head_params: of the speaker head.
-      embeddings: of all views.
-      labels: int32 [B], the number of each utterance's speaker, negative where it is not known.
-      margin: of this step.
-      branch: of the student.
-      supervision: of the recipe.
-      given: int32 [B], the labels before the loss gate, for training with one.
-
-    Returns:
-      (u · S, (the accuracy of the speaker head, the loss of each utterance [B] for the given labels or None)).
-    """
-    rows = jnp.concatenate([of_views.reshape(-1, of_views.shape[-1]) for of_views in embeddings])
-    views = len(rows) // len(labels)
-    of_rows = jnp.tile(labels, views)
-    cosines = SpeakerHead(branch.speakers).apply({"params": head_params}, rows)
-    loss = losses.aam_softmax(cosines, of_rows, supervision.scale, margin)
-    of_utterances = None
-    if given is not None:
-        of_given = losses.aam_softmax_rows(cosines, jnp.tile(given, views), supervision.scale, margin)
-        of_utterances = of_given.reshape(views, -1).mean(axis=0)
-    return supervision.weight * loss, (losses.accuracy(cosines, of_rows), of_utterances)
-
-
 def objective(
     students: Mapping[str, Any], state: TrainState, views: Views, recipe: Recipe, labels: jax.Array | None = None
 ) -> jax.Array:
@@ -461,58 +404,6 @@ def contrastive_gradient(
         return jnp.float32(0), jnp.zeros_like(embeddings), jnp.float32(0)
 
     return jax.lax.cond(closed, closed_gate, open_gate, embeddings, distillation_gradient)
-
-
-class GatedBatch(NamedTuple):
-    """What a step with a loss gate reads of a batch.
-
-    Attributes:
-      index: int32 [B], the numbers of the utterances.
-      clean: features [B, T, F] of a crop as it was recorded; None without label correction.
-    """
-
-    index: jax.Array
-    clean: jax.Array | None = None
-
-
-@jax.named_scope("loss_gate")
-def learned_labels(
-    state: TrainState,
-    variables: Variables,
-    labels: jax.Array,
-    gated: GatedBatch,
-    branch: Branch,
-    supervision: Supervision,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the labels int32 [B] that a branch learns in a step with a loss gate, −1 for none, and which it corrects.
-
-    An utterance keeps its label if the gate lets it pass. One that it leaves out is learned with the label that the
-    student is sure of, by a crop as it was recorded and with running statistics; without one, it is not learned.
-
-    Args:
-      state: before the step.
-      variables: of the student.
-      labels: int32 [B], as given.
-      gated: of the batch.
-      branch: of the student.
-      supervision: of the recipe.
-    """
-    left_out = ~passes(state.loss_gate, gated.index)
-    none = jnp.full_like(labels, -1)
-    if supervision.correct_from is None:
-        return jnp.where(left_out, none, labels), jnp.zeros_like(left_out)
-
-    def likeliest(clean):
-        of_backbone = {kind: variables[kind]["backbone"] for kind in ("params", "batch_stats")}
-        return losses.confident_labels(
-            branch.backbone.apply(of_backbone, clean),
-            variables["params"][SPEAKER_HEAD]["directions"],
-            supervision.correction_temperature,
-            supervision.correction_probability,
-        )
-
-    sure = jax.lax.cond(state.step >= supervision.correct_from, likeliest, lambda clean: none, gated.clean)
-    return jnp.where(left_out, sure, labels), left_out & (sure >= 0)
 
 
 class SupervisedGradient(NamedTuple):

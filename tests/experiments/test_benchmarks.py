@@ -128,19 +128,21 @@ def test_step_parts():
         "step_parts.py",
         "--batch-size=2",
         "--runs=1",
-        "--parts=ecapa, forward|KoLeo|entropy|balanced|variance",
+        "--parts=ecapa, forward|KoLeo|entropy|balanced|variance|teachers only",
         "--json",
         *SMALLEST,
         "--config.loss.targets=sinkhorn",
         "--config.loss.mean_entropy=1",
         "--config.loss.koleo=1",
         "--config.loss.variance=1",
+        "--config.positives.clusters=4",
         "--config.data.global_seconds=0.4",
         "--config.data.local_seconds=0.2",
     )
     rows = {row["part"]: row for row in printed_json(done)["parts"]}
     options = {"mean entropy", "KoLeo", "variance and covariance"}
     expected = {"ecapa, forward", "ecapa, forward and backward", "balanced targets"}
+    expected.add("front end of crops for teachers only")
     assert set(rows) == expected | {f"{option}, forward and backward" for option in options}
     assert all(row["seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
     backward, forward = rows["ecapa, forward and backward"], rows["ecapa, forward"]

@@ -19,6 +19,8 @@ CAMPAIGNS = {
     "prepare.unfinished_damage": 1,
     "training.write_errors": 1,
     "training.kills": 0.5,
+    "training.round_write_errors": 0.5,
+    "training.round_kills": 0.25,
     "damage.files": 20,
     "damage.checkpoints": 5,
     "commands.write_errors": 5,

@@ -18,7 +18,8 @@ from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.front_end import Views, clean_features
 from memo_jax.training.loss_gate import LossGate, crossing_point, fitted_mixture, gate_threshold, passes
 from memo_jax.training.state import student_params
-from memo_jax.training.step import GatedBatch, train_step_on_features
+from memo_jax.training.step import train_step_on_features
+from memo_jax.training.supervision import GatedBatch
 from memo_jax.xla import sharding
 from runs import rows_without_times
 from tiny_processes import Layer, command, patch_for_tests, start
