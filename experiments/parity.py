@@ -171,6 +171,13 @@ def pseudo_labels(config: dict, schedules: optim.Schedules, weights: LossWeights
 
 
 OPTIONS = {function.__name__: function for function in (memo, sdpn, rdino, partners, pseudo_labels)}
+STUDENT_VIEWS = {
+    "memo": ("global", "local"),
+    "sdpn": ("local",),
+    "rdino": ("global", "local"),
+    "partners": ("global",),
+    "pseudo_labels": ("global",),
+}
 
 
 def views_of(mel: np.ndarray, batch: int) -> jax.Array:
@@ -259,16 +266,17 @@ class Reference:
 
     def batch(self, step: int) -> tuple[Views, jax.Array | None, GatedBatch | None]:
         """Returns what a step learns from: views, labels, and what the loss gate reads."""
-        arrays = self.under(f"step{step}")
-        views = {
-            name.removesuffix("_mel"): views_of(mel, self.config["batch"])
-            for name, mel in arrays.items()
-            if name.endswith("_mel")
-        }
-        students = tuple(views[kind] for kind in ("global", "local") if kind in views)
-        gated = GatedBatch(jnp.asarray(arrays["index"]), views["clean"][:, 0]) if "index" in arrays else None
-        labels = jnp.asarray(arrays["label"], jnp.int32) if "label" in arrays else None
-        return Views(students, views.get("teacher")), labels, gated
+        mode = self.config.get("mode", "memo")
+
+        def views(kind):
+            return views_of(self.arrays[f"step{step}/{kind}_mel"], self.config["batch"])
+
+        students = tuple(views(kind) for kind in STUDENT_VIEWS[mode])
+        teachers = views("teacher") if mode in ("sdpn", "partners") else None
+        if not self.recipe.supervision.gated_utterances:
+            return Views(students, teachers), None, None
+        index, labels = (jnp.asarray(self.arrays[f"step{step}/{name}"], jnp.int32) for name in ("index", "label"))
+        return Views(students, teachers), labels, GatedBatch(index, views("clean")[:, 0])
 
     def run(self, students) -> Run:
         """Takes the file's steps from these students, by our train step."""
