@@ -1,6 +1,7 @@
 """What all tests share: a cache of compiled programs that outlives a run, and the folder of reference material."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -46,6 +47,8 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         os.environ.setdefault("XDG_CACHE_HOME", str(cache.mkdir("user")))  # graphs of networks for onnxruntime
+    # Tracing makes many objects that stay: looking through them for cycles every 700 objects is a sixth of its time.
+    gc.set_threshold(50_000)
     if "MEMO_JAX_TESTS_SHARE" not in os.environ:  # workers inherit it
         os.environ["MEMO_JAX_TESTS_SHARE"] = share = tempfile.mkdtemp(prefix="memo-jax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(share, ignore_errors=True))
@@ -75,6 +78,15 @@ def reference(shared):
         pytest.skip(f"needs {path.name}")
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Runs of the file's tests that have a step in common trace and compile it once."""
+    from compiled_once import compiled_once
+
+    with compiled_once():
+        yield
 
 
 @pytest.fixture
