@@ -16,14 +16,17 @@ from memo_jax.xla.flags import default_xla_flags
 SHARED = Path(__file__).parents[2] / "shared"
 # They take longest, and come first: else a worker would be left with one of them while the others are done.
 LONG = (
-    "inference/test_evaluate.py",
     "experiments/test_parity.py",
-    "test_docs.py",
-    "training/test_step.py",
-    "training/test_resume.py",
-    "experiments/test_configs.py",
-    "experiments/test_benchmarks.py",
+    "inference/test_evaluate.py",
     "training/test_processes.py",
+    "xla/test_sharding.py",
+    "experiments/test_benchmarks.py",
+    "training/test_resume.py",
+    "test_docs.py",
+    "experiments/test_configs.py",
+    "training/test_supervised.py",
+    "training/test_train.py",
+    "training/test_step.py",
     "test_buckets.py",
     "experiments/test_study.py",
     "experiments/test_demo.py",
