@@ -98,6 +98,17 @@ ROWS = {
         (*CONTRASTIVE_ALONE, "positives.clusters=540", "positives.from_epochs=40", "positives.reference_seconds=2"),
         ("contrastive-alone",),
     ),
+    "contrastive-partners-own": Row(
+        "the same, positives from the own cluster",
+        (
+            *CONTRASTIVE_ALONE,
+            "positives.clusters=360",
+            "positives.cluster=own",
+            "positives.from_epochs=40",
+            "positives.reference_seconds=2",
+        ),
+        ("contrastive-alone", "contrastive-partners"),
+    ),
     "dino-regularized": Row(
         "DINO with RDINO's regulariser",
         (*ONE_BRANCH, *DISTILLATION_ALONE, "loss.variance=2", "loss.covariance=0.2"),
@@ -168,6 +179,7 @@ MANY_EPOCHS = (
     "contrastive-margin",
     "contrastive-oracle",
     "contrastive-partners",
+    "contrastive-partners-own",
     "dino-regularized",
     "dino-centered",
     "sdpn",

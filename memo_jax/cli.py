@@ -28,7 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
     stopped because of its own numbers. 75: SIGTERM ended training after a checkpoint. 76: another process of a
     distributed run was lost. 130: interrupted by Ctrl-C. An exception's `exit_status` overrides 2.
     """
-    options = None
     try:
         with interrupts.handled():
             options = parsed(arguments)
@@ -37,7 +36,6 @@ def main(arguments: list[str] | None = None) -> int:
             with device_of(options):
                 return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
-        error = explained(error, options)
         if arguments is None and interrupts.requested():
             interrupts.end()  # a process of its own, which need not wait for threads that compile
         status = report_error(error)
@@ -73,19 +71,6 @@ def device_of(options):
     if getattr(options, "distributed", False) or getattr(options, "coordinator", None):
         raise ValueError("--device is for a single process: where several train, each has its own devices")
     return on_device(name)
-
-
-def explained(error: BaseException, options: argparse.Namespace | None) -> BaseException:
-    """Returns an error; one about a key that a config lacks, which a damaged one may, as one that names the run."""
-    if not isinstance(error, (AttributeError, KeyError)) or options is None:
-        return error
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    if not frame.f_code.co_filename.endswith("config_dict.py"):
-        return error
-    given = (getattr(options, name, None) for name in ("workdir", "model", "run", "config", "input"))
-    where = next((str(path) for path in given if path), options.command)
-    key = str(error).strip("'\"")
-    return ValueError(f"{where}: its config has no key {key!r}: it is damaged, or of another version of memo_jax")
 
 
 def report_error(error: BaseException) -> int | None:
@@ -185,10 +170,10 @@ def run_init_config(options) -> None:
 
 def run_train(options) -> None:
     """memo-jax train."""
-    from memo_jax.config import load_config
+    from memo_jax.config import load_run_config
 
     start_from = [] if options.init is None else [f"--config.init={options.init}"]
-    config = load_config(options.config, options.overrides + start_from)
+    config = load_run_config(options.config, options.overrides + start_from)
     keep_compiled_programs()
     keep_freed_memory()
     place = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
@@ -238,9 +223,9 @@ def joined(**place):
 
 def run_pseudo_label(options) -> None:
     """memo-jax pseudo-label."""
-    from memo_jax.config import load_config
+    from memo_jax.config import load_run_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_run_config(options.config, options.overrides)
     keep_compiled_programs()
     keep_freed_memory()
     from memo_jax.pseudo_label import pseudo_label, rounds_text
@@ -267,9 +252,9 @@ def run_reproduce(options) -> int:
 
 def run_plan(options) -> int:
     """memo-jax plan."""
-    from memo_jax.config import load_config
+    from memo_jax.config import load_run_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_run_config(options.config, options.overrides)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the hardware being planned for is not here
     from memo_jax.planning.plan import plan, plan_text
 

@@ -57,6 +57,24 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
     return config.lock()
 
 
+def load_run_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
+    """As `load_config`, of a run; also raises ValueError where it lacks a key of configs/base.py, which is named."""
+    return _with_all_keys(load_config(path, overrides), path)
+
+
+def _with_all_keys(config: ConfigDict, source) -> ConfigDict:
+    base = load_config(packaged_configs()["base"])
+    present = _fields(config)
+    missing = [key for key in _fields(base) if key not in present]
+    if missing:
+        others = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(
+            f"{source} has no key config.{missing[0]}{others}, which configs/base.py has: it is damaged, or of another "
+            "version of memo_jax"
+        )
+    return config
+
+
 def packaged_configs() -> dict[str, Path]:
     """Returns {name: file} of the configs that come with the package, sorted: those of the repository's configs/."""
     package = Path(__file__).parent
@@ -110,12 +128,12 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
 
 
 def workdir_config(workdir: str | os.PathLike) -> ConfigDict:
-    """Returns the locked config of a run. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
+    """Returns the locked config of a run. Raises FileNotFoundError if there is none, ValueError if a key is missing."""
     config = read_config(workdir)
     if config is None:
         hint = "; if it is a model file in a bucket, copy it to this machine first" if in_bucket(workdir) else ""
         raise FileNotFoundError(f"{workdir} is not the workdir of a run (it has no {CONFIG_FILE}){hint}")
-    return config
+    return _with_all_keys(config, as_path(workdir) / CONFIG_FILE)
 
 
 def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:

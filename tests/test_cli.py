@@ -99,7 +99,7 @@ def test_a_wrong_command_line_is_told_and_exits_2(arguments, message, tmp_path, 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"a": 1}', "run: its config has no key 'log_every_steps': it is damaged, or of another version"),
+        ('{"a": 1}', "run/config.json has no key config.augment.babble_from_batch and 1"),
         ("[" * 100_000, "config.json: not the JSON of a config: JSON that is nested too deeply"),
         ("[]", "config.json: not the JSON of a config: the outermost value is not a group"),
     ],

@@ -334,7 +334,10 @@ def _ark_name(file) -> str:
             raise ValueError("not an archive of Kaldi's")
     if name and not letter:
         raise ValueError("truncated")
-    return name.decode().lstrip("\n")
+    found = name.decode().lstrip("\n")
+    if letter and not found:
+        raise ValueError("damaged: a vector without a name")
+    return found
 
 
 def _ark_vector(file, name: str) -> np.ndarray:

@@ -105,6 +105,9 @@ def test_a_torn_archive_is_refused_wherever_it_was_torn(tmp_path):
         for name in ("e.scp",) if size in between else ("e.ark", "e.scp"):
             with pytest.raises(ValueError, match=f"{name}: not a file of embeddings, or damaged"):
                 read_embeddings(tmp_path / name)
+    (tmp_path / "e.ark").write_bytes(whole[:28] + whole[30:])  # the second without its name
+    with pytest.raises(ValueError, match="e.ark: .*a vector without a name"):
+        read_embeddings(tmp_path / "e.ark")
 
 
 def test_a_gallery_is_written_only_where_the_model_is_kept(tmp_path):
