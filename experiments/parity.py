@@ -3,13 +3,15 @@
     python experiments/parity.py FILE
 
 FILE is an npz of initial weights by PyTorch names, mel inputs of each step, and the losses, weights, statistics and
-centres that a reference implementation reached (a JSON `config` inside tells sizes and schedules). The exit status is
-1 when a deviation passes ten times the float32 noise, 2 when FILE cannot be used.
+centres that a reference implementation reached. A JSON `config` inside tells sizes and schedules, and by `mode` which
+steps are taken, if not MeMo's. The exit status is 1 when a deviation passes ten times the float32 noise, 2 when FILE
+cannot be used.
 
 Printed are `losses` (a list a step of the relative deviation of every loss column), `state` (for each step whose state
-FILE holds, the largest deviations: of parameters and centres absolute, of running statistics relative), `embeddings`
-(largest absolute deviations before the first and after the last step), `deviations` and `noise` (both by the names of
-single checks; the latter is what rounding alone does) and `passed_tolerance` (the checks that failed).
+FILE holds, the largest deviations: of parameters and centres absolute, of running statistics and the loss gate
+relative), `embeddings` (largest absolute deviations before the first and after the last step), `deviations` and `noise`
+(both by the names of single checks; the latter is what rounding alone does) and `passed_tolerance` (the checks that
+failed).
 """
 
 import argparse
@@ -22,23 +24,35 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from memo_jax import features
 from memo_jax.files import as_json
 from memo_jax.inference import interop
-from memo_jax.models import Branch, build_backbone
+from memo_jax.models import SPEAKER_HEAD, Branch, build_backbone
 from memo_jax.models.heads import DINOHead
 from memo_jax.training import optim
 from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule
+from memo_jax.training.loss_gate import gate_threshold, initial_loss_gate
 from memo_jax.training.state import TrainState, state_from_students
-from memo_jax.training.step import LossWeights, Recipe, train_step_on_features
+from memo_jax.training.step import GatedBatch, LossWeights, Recipe, Supervision, train_step_on_features
 
+SPEAKER_WEIGHT = f"{SPEAKER_HEAD}.weight"
 HEADS = ("self", "cross")
 BRANCHES = ("ecapa", "resnet")
 
-# The noise of one rounding before training amplifies it; `measured_noise` finds the rest.
-SMALLEST_NOISE = {"losses": 1e-6, "parameters": 1e-7, "statistics": 1e-6, "centers": 1e-7, "embeddings": 1e-6}
+# The noise of one rounding before training amplifies it; `measured_noise` finds the rest. That of the threshold is how
+# far from its end the fit of the two distributions stops.
+SMALLEST_NOISE = {
+    "losses": 1e-6,
+    "parameters": 1e-7,
+    "statistics": 1e-6,
+    "centers": 1e-7,
+    "gate": 1e-6,
+    "threshold": 1e-4,
+    "embeddings": 1e-6,
+}
 NOISE_MARGIN = 10
 PERTURBED_REPLAYS = 5
 REPLAY_MARGIN = 4
@@ -54,15 +68,24 @@ class Run(NamedTuple):
 
 def build_recipe(config: dict) -> Recipe:
     """Returns our recipe for a reference file's config."""
-    dtype = jnp.dtype(config.get("dtype", "float32"))
+    dtype = jnp.dtype(config.get("dtype", jnp.float32))  # by its attribute, which parity_float64.py changes
     head = DINOHead(config["prototypes"], config["head_hidden"], config["head_bottleneck"], dtype)
     backbones = {
-        "ecapa": {"channels": tuple(config["ecapa_channels"])},
-        "resnet": {"base_channels": config["resnet_base_channels"], "remat": config.get("resnet_remat", "none")},
+        "ecapa": lambda: {"channels": tuple(config["ecapa_channels"])},
+        "resnet": lambda: {
+            "base_channels": config["resnet_base_channels"],
+            "blocks": tuple(config.get("resnet_blocks", (3, 4, 6, 3))),
+            "remat": config.get("resnet_remat", "none"),
+        },
     }
     branches = {
-        name: Branch(build_backbone(name, embedding_dim=config["embed_dim"], dtype=dtype, **sizes), head, HEADS)
-        for name, sizes in backbones.items()
+        name: Branch(
+            build_backbone(name, embedding_dim=config["embed_dim"], dtype=dtype, **backbones[name]()),
+            head,
+            tuple(config.get("heads", HEADS)),
+            config.get("speakers", 0),
+        )
+        for name in config.get("branches", BRANCHES)
     }
     per_epoch = config["steps_per_epoch"]
     total = config["epochs"] * per_epoch
@@ -74,6 +97,10 @@ def build_recipe(config: dict) -> Recipe:
         optim.epoch_teacher_temp(*config["teacher_temp"], config["teacher_temp_warmup_epochs"], per_epoch),
         config["freeze_last_layer_epochs"] * per_epoch,
     )
+    weights = LossWeights(
+        student_temp=config["student_temp"], center_momentum=config["center_momentum"], contrastive=0.0, cross=0.0
+    )
+    schedules, weights, supervision = OPTIONS[config.get("mode", "memo")](config, schedules, weights)
     optimizer = optim.build_optimizer(
         "sgd",
         schedules,
@@ -81,14 +108,69 @@ def build_recipe(config: dict) -> Recipe:
         clip_norm=config["clip_per_parameter"],
         sgd_momentum=config["sgd_momentum"],
     )
-    weights = LossWeights(
-        student_temp=config["student_temp"],
-        center_momentum=config["center_momentum"],
+    return Recipe(
+        branches,
+        optimizer,
+        schedules,
+        weights,
+        GateRule("always"),
+        supervision,
+        shared_prototypes=weights.targets == "sinkhorn",
+    )
+
+
+def memo(config: dict, schedules: optim.Schedules, weights: LossWeights):
+    """Returns schedules, weights and supervision of MeMo; the following functions, those of options."""
+    weights = weights._replace(
         cross=config["cross_weight"],
         contrastive=config["contrastive_weight"] * config["contrastive_scale"],
         contrastive_temperature=config["contrastive_temperature"],
     )
-    return Recipe(branches, optimizer, schedules, weights, GateRule("always"))
+    return schedules, weights, Supervision()
+
+
+def sdpn(config: dict, schedules: optim.Schedules, weights: LossWeights):
+    """A softmax that is sharpened to a power and normalised is one of a smaller temperature."""
+    temperature = optax.constant_schedule(config["student_temp"] / config["sharpening"])
+    weights = weights._replace(
+        targets="sinkhorn", mean_entropy=config["mean_entropy_weight"], koleo=config["koleo_weight"]
+    )
+    return schedules._replace(teacher_temp=temperature), weights, Supervision()
+
+
+def rdino(config: dict, schedules: optim.Schedules, weights: LossWeights):
+    """The two weights reach λ's end, and rise from its start."""
+    start, end = config["regularizer"]
+    warmup = round(config["regularizer_warmup_epochs"] * config["steps_per_epoch"])
+    weights = weights._replace(variance=end * config["variance_weight"], covariance=end * config["covariance_weight"])
+    return (schedules._replace(regularization=optim.rising_regularization(start / end, warmup)), weights, Supervision())
+
+
+def partners(config: dict, schedules: optim.Schedules, weights: LossWeights):
+    """The factor of the logits is the inverse of a temperature."""
+    weights = weights._replace(
+        contrastive=config["contrastive_weight"],
+        contrastive_temperature=1 / config["contrastive_logit_scale"],
+        contrastive_margin=config["contrastive_margin"],
+    )
+    return schedules, weights, Supervision()
+
+
+def pseudo_labels(config: dict, schedules: optim.Schedules, weights: LossWeights):
+    """AAM-softmax with loss gate and label correction."""
+    supervision = Supervision(
+        config["supervised_weight"],
+        config["scale"],
+        config["utterances"],
+        config["correct_labels_after_epochs"] * config["steps_per_epoch"],
+        config["correction_temperature"],
+        config["correction_probability"],
+    )
+    margin = optim.rising_margin(config["margin"], config["margin_warmup_steps"])
+    return schedules._replace(margin=margin), weights, supervision
+
+
+OPTIONS = {function.__name__: function for function in (memo, sdpn, rdino, partners, pseudo_labels)}
 
 
 def views_of(mel: np.ndarray, batch: int) -> jax.Array:
@@ -99,15 +181,21 @@ def views_of(mel: np.ndarray, batch: int) -> jax.Array:
 
 def state_tensors(state: TrainState) -> dict[str, np.ndarray]:
     """Returns a state's arrays by their names in a reference file."""
-    tensors = {}
+    tensors, branches = {}, tuple(state.student)
     for role, variables in (("student", state.student), ("teacher", state.teacher)):
-        for branch in BRANCHES:
-            named = interop.branch_to_torch(variables[branch], branch)
+        for branch in branches:
+            params = dict(variables[branch]["params"])
+            if SPEAKER_HEAD in params:
+                tensors[f"{role}/{branch}/{SPEAKER_WEIGHT}"] = np.asarray(params.pop(SPEAKER_HEAD)["directions"]).T
+            named = interop.branch_to_torch(variables[branch] | {"params": params}, branch)
             tensors |= {f"{role}/{branch}/{name}": tensor for name, tensor in named.items()}
-    for branch, other in (BRANCHES, BRANCHES[::-1]):
+    for branch, other in zip(branches, branches[::-1], strict=True):
         # A reference names a centre after the student whose loss uses it, we after the teacher it follows.
-        tensors[f"center/self/{branch}"] = np.asarray(state.center[branch]["self"])[None]
-        tensors[f"center/cross/{branch}"] = np.asarray(state.center[other]["cross"])[None]
+        for head in state.center[branch]:
+            center = state.center[other if head == "cross" else branch][head]
+            tensors[f"center/{head}/{branch}"] = np.asarray(center)[None]
+    if state.loss_gate is not None:
+        tensors |= {f"gate/{name}": np.asarray(getattr(state.loss_gate, name)) for name in ("losses", "threshold")}
     return tensors
 
 
@@ -119,7 +207,10 @@ def compiled(config: str):
     def embed(variables, inputs):
         return {name: branch.apply(variables[name], inputs, method="embed") for name, branch in recipe.branches.items()}
 
-    return recipe, jax.jit(lambda state, views: train_step_on_features(state, views, recipe)), jax.jit(embed)
+    def step(state, views, labels, gated):
+        return train_step_on_features(state, views, recipe, labels, gated)
+
+    return recipe, jax.jit(step), jax.jit(embed)
 
 
 class Reference:
@@ -139,20 +230,26 @@ class Reference:
 
     def reached(self) -> Run:
         """Returns what the reference reached."""
-        embeddings = {f"before/{branch}": self.arrays[f"eval/embedding/{branch}"] for branch in BRANCHES}
+        branches = self.recipe.branches
+        embeddings = {f"before/{branch}": self.arrays[f"eval/embedding/{branch}"] for branch in branches}
         for role in ("student", "teacher"):
-            for branch in BRANCHES:
+            for branch in branches:
                 embeddings[f"after/{role}/{branch}"] = self.arrays[f"eval_after_last/{role}/embedding/{branch}"]
         states = {i: self.under(f"after{i}") for i in range(len(self.arrays["losses"]))}
         return Run(self.arrays["losses"], {i: state for i, state in states.items() if state}, embeddings)
 
     def initial_students(self) -> dict:
         """Returns the students' initial variables."""
-        mels = self.arrays["step0/global_mel"].shape[1]
+        mels = self.arrays["eval/mel"].shape[1]
         students = {}
         for name, branch in self.recipe.branches.items():
             like = jax.eval_shape(lambda b=branch: b.init(jax.random.key(0), jnp.zeros((2, 32, mels)), train=True))
-            students[name] = interop.branch_from_torch(self.under(f"init/student/{name}"), like, name)
+            tensors, speakers = self.under(f"init/student/{name}"), {}
+            if branch.speakers:
+                like["params"].pop(SPEAKER_HEAD)
+                speakers = {SPEAKER_HEAD: {"directions": tensors.pop(SPEAKER_WEIGHT).T}}
+            variables = interop.branch_from_torch(tensors, like, name)
+            students[name] = variables | {"params": variables["params"] | speakers}
         return jax.tree.map(lambda x: np.asarray(x, jnp.float32), students)
 
     def eval_embeddings(self, variables, prefix: str) -> dict[str, np.ndarray]:
@@ -160,14 +257,31 @@ class Reference:
         inputs = features.normalized_log_mel(jnp.asarray(self.arrays["eval/mel"], jnp.float32).swapaxes(1, 2))
         return {f"{prefix}/{name}": np.asarray(x) for name, x in self.embed(variables, inputs).items()}
 
+    def batch(self, step: int) -> tuple[Views, jax.Array | None, GatedBatch | None]:
+        """Returns what a step learns from: views, labels, and what the loss gate reads."""
+        arrays = self.under(f"step{step}")
+        views = {
+            name.removesuffix("_mel"): views_of(mel, self.config["batch"])
+            for name, mel in arrays.items()
+            if name.endswith("_mel")
+        }
+        students = tuple(views[kind] for kind in ("global", "local") if kind in views)
+        gated = GatedBatch(jnp.asarray(arrays["index"]), views["clean"][:, 0]) if "index" in arrays else None
+        labels = jnp.asarray(arrays["label"], jnp.int32) if "label" in arrays else None
+        return Views(students, views.get("teacher")), labels, gated
+
     def run(self, students) -> Run:
         """Takes the file's steps from these students, by our train step."""
         embeddings = self.eval_embeddings(students, "before")
         state = state_from_students(students, self.recipe.branches, self.recipe.optimizer, self.recipe.gate_rule)
+        if self.recipe.supervision.gated_utterances:
+            state = state.replace(loss_gate=initial_loss_gate(self.recipe.supervision.gated_utterances))
         losses, states, kept = [], {}, self.reached().states
         for i in range(len(self.arrays["losses"])):
-            mels = self.arrays[f"step{i}/global_mel"], self.arrays[f"step{i}/local_mel"]
-            state, metrics = self.step(state, Views(tuple(views_of(mel, self.config["batch"]) for mel in mels)))
+            state, metrics = self.step(state, *self.batch(i))
+            if state.loss_gate is not None and (i + 1) % self.config["steps_per_epoch"] == 0:
+                threshold = jnp.asarray(gate_threshold(state.loss_gate.losses), jnp.float32)
+                state = state.replace(loss_gate=state.loss_gate.replace(threshold=threshold))
             losses.append([float(metrics[f"loss/{column}"]) for column in self.config["loss_columns"]])
             if i in kept:
                 states[i] = state_tensors(state)
@@ -184,9 +298,11 @@ def perturbed(tree, seed: int):
 
 
 def kind_of(name: str) -> str:
-    """Returns whether a state's array belongs to the parameters, statistics or centers."""
+    """Returns whether a state's array belongs to the parameters, statistics, centers, or (losses of) the loss gate."""
     if name.startswith("center/"):
         return "centers"
+    if name.startswith("gate/"):
+        return "threshold" if name.endswith("/threshold") else "gate"
     return "statistics" if name.endswith(("running_mean", "running_var")) else "parameters"
 
 
@@ -196,10 +312,11 @@ def deviations(run: Run, reference: Run) -> dict[str, float]:
     Students and teachers of each architecture are checked by themselves: a ResNet amplifies rounding a thousand times
     more than an ECAPA-TDNN does.
     """
+    branches = [name.split("/")[1] for name in reference.embeddings if name.startswith("before/")]
     result = {
-        f"losses/step{i}/{branch}": float(relative[first :: len(BRANCHES)].max())
+        f"losses/step{i}/{branch}": float(relative[first :: len(branches)].max())
         for i, relative in enumerate(np.abs(run.losses / reference.losses - 1))
-        for first, branch in enumerate(BRANCHES)
+        for first, branch in enumerate(branches)
     }
 
     def keep_largest(check: str, deviation):
@@ -211,8 +328,8 @@ def deviations(run: Run, reference: Run) -> dict[str, float]:
             if name.endswith("num_batches_tracked"):
                 continue
             kind, (role, branch) = kind_of(name), name.split("/")[:2]
-            part = "" if kind == "centers" else f"/{role}/{branch}"
-            scale = np.abs(theirs).max() if kind == "statistics" else 1.0
+            part = f"/{role}/{branch}" if kind in ("parameters", "statistics") else ""
+            scale = np.abs(theirs).max() if kind in ("statistics", "gate", "threshold") else 1.0
             keep_largest(f"{kind}/after{i}{part}", np.abs(run.states[i][name] - theirs).max() / scale)
     for name, theirs in reference.embeddings.items():
         keep_largest(f"embeddings/{name}", np.abs(run.embeddings[name] - theirs).max())
@@ -246,8 +363,8 @@ def report(run: Run, reference: Run, noise: dict[str, float]) -> dict:
     return {
         "losses": np.abs(run.losses / reference.losses - 1).tolist(),
         "state": {
-            f"after{i}": {kind: largest(f"{kind}/after{i}") for kind in ("parameters", "statistics", "centers")}
-            for i in reference.states
+            f"after{i}": {kind: largest(f"{kind}/after{i}") for kind in sorted(set(map(kind_of, state)))}
+            for i, state in reference.states.items()
         },
         "embeddings": {when: largest(f"embeddings/{when}") for when in ("before", "after")},
         "deviations": found,

@@ -15,9 +15,10 @@ from speakerlab.models.resnet.ResNet import ResNet
 from torch import nn
 
 BRANCHES = ("ecapa", "resnet")
+HEADS = ("self", "cross")
 MEL_BINS = 80
 GLOBAL_VIEWS, LOCAL_VIEWS = 2, 4
-LOSS_COLUMNS = [f"{kind}/{branch}" for kind in ("self", "cross", "contrastive") for branch in BRANCHES]
+LOSS_COLUMNS = [f"{kind}/{branch}" for kind in (*HEADS, "contrastive") for branch in BRANCHES]
 TSTP_VARIANCE_FLOOR = 1e-7  # wespeaker's; speakerlab's own pooling has 1e-8
 
 
@@ -44,7 +45,7 @@ class Prototypes(nn.Module):
 class Head(nn.Module):
     """DINO head: three linear layers, L2 normalisation, prototypes."""
 
-    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int):
+    def __init__(self, inputs: int, hidden: int, bottleneck: int, prototypes: int, std: float):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(inputs, hidden),
@@ -57,7 +58,7 @@ class Head(nn.Module):
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.trunc_normal_(layer.weight, std=std)
                 nn.init.zeros_(layer.bias)
         self.last_layer = Prototypes(bottleneck, prototypes)
 
@@ -66,28 +67,32 @@ class Head(nn.Module):
 
 
 class Branch(nn.Module):
-    """A backbone with a self-head and a cross-head."""
+    """A backbone with its heads, of which a config may name others than MeMo's self-head and cross-head."""
 
     def __init__(self, name: str, config: dict):
         super().__init__()
+        mel_bins = config.get("mel_bins", MEL_BINS)
         if name == "ecapa":
-            self.backbone = ECAPA_TDNN(MEL_BINS, lin_neurons=config["embed_dim"], channels=config["ecapa_channels"])
+            self.backbone = ECAPA_TDNN(mel_bins, lin_neurons=config["embed_dim"], channels=config["ecapa_channels"])
         else:
             self.backbone = ResNet(
+                num_blocks=config.get("resnet_blocks", [3, 4, 6, 3]),
                 m_channels=config["resnet_base_channels"],
-                feat_dim=MEL_BINS,
+                feat_dim=mel_bins,
                 embedding_size=config["embed_dim"],
                 two_emb_layer=False,
             )
             self.backbone.pool = StatisticsPooling()
         sizes = config["embed_dim"], config["head_hidden"], config["head_bottleneck"], config["prototypes"]
-        self.self_head = Head(*sizes)
-        self.cross_head = Head(*sizes)
+        for head in config.get("heads", HEADS):
+            self.add_module(f"{head}_head", Head(*sizes, config.get("head_std", 0.02)))
+        if "speakers" in config:
+            self.speaker_head = nn.Linear(config["embed_dim"], config["speakers"], bias=False)
 
 
 def build_students(config: dict) -> dict[str, Branch]:
     """Returns freshly initialised students."""
-    return {name: Branch(name, config) for name in BRANCHES}
+    return {name: Branch(name, config) for name in config.get("branches", BRANCHES)}
 
 
 def normalized_log_mel(mel: np.ndarray, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
@@ -109,14 +114,14 @@ def distillation_loss(student, teacher, center, student_temp: float, teacher_tem
     return total / pairs
 
 
-def contrastive_loss(student, teacher, temperature: float):
-    """Returns NT-Xent between a teacher's and a student's embeddings [B, D] of the same utterances."""
+def contrastive_loss(student, teacher, temperature: float, margin: float = 0.0):
+    """Returns (AM-)NT-Xent between a teacher's and a student's embeddings [B, D] of the same utterances."""
     batch = len(student)
     rows = F.normalize(torch.cat([teacher.detach(), student]), dim=-1)
     itself = torch.eye(2 * batch, dtype=torch.bool, device=rows.device)
-    similarity = (rows @ rows.T / temperature).masked_fill(itself, float("-inf"))
     positives = torch.cat([torch.arange(batch, 2 * batch), torch.arange(batch)]).to(rows.device)
-    return F.cross_entropy(similarity, positives)
+    cosines = rows @ rows.T - margin * F.one_hot(positives, 2 * batch).to(rows.dtype)
+    return F.cross_entropy((cosines / temperature).masked_fill(itself, float("-inf")), positives)
 
 
 def learning_rates(config: dict) -> np.ndarray:
@@ -162,8 +167,8 @@ class Training:
         self.learning_rates, self.momenta = learning_rates(config), teacher_momenta(config)
         self.centers = {
             (kind, name): torch.zeros(1, config["prototypes"], dtype=dtype, device=device)
-            for kind in ("self", "cross")
-            for name in BRANCHES
+            for kind in config.get("heads", HEADS)
+            for name in students
         }
         trained = [p for s in self.students.values() for p in s.parameters() if p.requires_grad]
         # PyTorch's SGD adds the decay to the gradient before the momentum, and skips a parameter without gradient.
@@ -199,10 +204,10 @@ class Training:
         outputs = {"embedding": embedding, "self": branch.self_head(embedding), "cross": branch.cross_head(embedding)}
         return {key: list(value.split(self.config["batch"])) for key, value in outputs.items()}
 
-    def take_step(self, step: int, global_mel: np.ndarray, local_mel: np.ndarray) -> list[float]:
-        """Takes one step on view-major mel power [V·B, 80, T]; returns the loss columns."""
+    def take_step(self, step: int, *mels: np.ndarray, **batch: np.ndarray) -> list[float]:
+        """Takes one step on what `losses` takes, as view-major mel power [V·B, 80, T]; returns the loss columns."""
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None):
-            losses, total, targets = self.losses(step, global_mel, local_mel)
+            losses, total, targets = self.losses(step, *mels, **batch)
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.optimize(step)
@@ -211,7 +216,7 @@ class Training:
             mean = torch.cat(target).mean(dim=0, keepdim=True)
             momentum = self.config["center_momentum"]
             self.centers[key] = momentum * self.centers[key] + (1 - momentum) * mean
-        return [float(losses[column].detach()) for column in LOSS_COLUMNS]
+        return [float(losses[column].detach()) for column in self.config.get("loss_columns", LOSS_COLUMNS)]
 
     def losses(self, step: int, global_mel: np.ndarray, local_mel: np.ndarray):
         """Returns the loss columns by name, what is to be minimised, and the teachers' logits by centre."""
@@ -225,7 +230,7 @@ class Training:
         targets = {
             (kind, name): teachers[name if kind == "self" else other][kind]
             for name, other in (BRANCHES, BRANCHES[::-1])
-            for kind in ("self", "cross")
+            for kind in HEADS
         }
         losses, total = {}, 0.0
         for (kind, name), target in targets.items():
@@ -263,14 +268,14 @@ class Training:
     def freeze_prototypes(self) -> None:
         """Takes the prototypes' gradients away."""
         for student in self.students.values():
-            for head in (student.self_head, student.cross_head):
-                head.last_layer.weight_v.grad = None
+            for head in self.config.get("heads", HEADS):
+                getattr(student, f"{head}_head").last_layer.weight_v.grad = None
 
     @torch.no_grad()
     def move_teachers(self, step: int) -> None:
         """Moves the teachers' parameters towards the students'."""
         momentum = self.momenta[step]
-        for name in BRANCHES:
+        for name in self.students:
             for old, new in zip(self.teachers[name].parameters(), self.students[name].parameters(), strict=True):
                 old.mul_(momentum).add_(new, alpha=1 - momentum)
 

@@ -4,6 +4,10 @@ tests/reference_steps.npz holds steps that experiments/make_reference.py took in
 same steps taken with one mistake each. It was written by
 
     make_reference.py make reference_steps.npz --float64 --mistakes
+
+tests/reference_<mode>.npz hold the same of steps beyond MeMo's, by `--mode` (sdpn, rdino, partners, pseudo_labels):
+
+    make_reference.py make reference_sdpn.npz --mode sdpn --float64 --mistakes
 """
 
 import contextlib
@@ -226,3 +230,60 @@ def test_file_that_is_no_npz_exits_with_2(parity, tmp_path, capsys, content):
         path.write_bytes(content)
     assert parity.main([str(path)]) == 2
     assert str(path) in capsys.readouterr().err
+
+
+# Of each mode, how far apart PyTorch's own float32 and float64 steps are, as `make_reference.py replay` prints it: the
+# losses of each step (relative), and the parameters in the first state of the file.
+PYTORCH_NOISE = {
+    "sdpn": ([6.6e-7, 1.2e-6, 5.6e-6, 2.4e-6], 9.1e-8),
+    "rdino": ([4.2e-7, 6.2e-6, 1.8e-5, 2.0e-5], 8.6e-7),
+    "partners": ([2.8e-7, 8.9e-8, 5.3e-7, 2.5e-7], 1.6e-7),
+    "pseudo_labels": ([1.6e-7, 1.5e-7, 9.1e-5, 1.9e-5, 5.1e-5, 2.4e-5], 3.8e-7),
+}
+
+
+def reference_of(mode: str) -> Path:
+    return PROJECT / "tests" / f"reference_{mode}.npz"
+
+
+@pytest.fixture(scope="module", params=PYTORCH_NOISE)
+def option(parity, request):
+    """A mode, its reference, our steps, and what our comparison prints."""
+    reference = parity.Reference(reference_of(request.param))
+    students = reference.initial_students()
+    run, theirs = reference.run(students), reference.reached()
+    return request.param, reference, run, parity.report(run, theirs, parity.measured_noise(reference, students, run))
+
+
+def test_option_is_reproduced(option):
+    mode, reference, _, result = option
+    assert result["passed_tolerance"] == []
+    losses, parameters = PYTORCH_NOISE[mode]
+    assert (np.max(result["losses"], axis=1) < 10 * np.array(losses)).all()
+    assert np.shape(result["losses"])[1] == len(reference.config["loss_columns"])
+    assert result["state"][min(result["state"])]["parameters"] < 10 * parameters
+    assert result["embeddings"]["before"] < 1e-5
+
+
+def test_mistake_in_an_option_is_caught(parity, option):
+    _, reference, run, result = option
+    mistakes = {name.split("/")[1]: x for name, x in reference.arrays.items() if name.startswith("mistake/")}
+    assert len(mistakes) >= 3
+    for name, losses in mistakes.items():
+        caught = failed(parity, run, reference.reached()._replace(losses=losses), result["noise"])
+        assert caught and all(check.startswith("losses/") for check in caught), name
+
+
+def test_pseudo_labels_are_kept_left_out_and_corrected(parity):
+    """The reference would show nothing of gate and correction if all utterances passed, or none was corrected."""
+    with np.load(reference_of("pseudo_labels")) as file:
+        losses, threshold = file["after1/gate/losses"], file["after1/gate/threshold"]
+        assert 0 < (losses <= threshold).sum() < len(losses)
+        differs = {
+            name: np.abs(file[f"mistake/{name}/losses"] / file["losses"] - 1).max(axis=1) > 1e-2
+            for name in ("open_loss_gate", "correct_labels_after_epochs", "correction_probability")
+        }
+    # Two steps an epoch: the gate acts from the second on, the correction in the third.
+    assert differs["open_loss_gate"].tolist()[:3] == [False, False, True]
+    for name in ("correct_labels_after_epochs", "correction_probability"):
+        assert not differs[name][:4].any() and differs[name][4:].any()
