@@ -1,6 +1,7 @@
 """What all tests share: a cache of compiled programs that outlives a run, and the folder of reference material."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -15,14 +16,17 @@ from memo_jax.xla.flags import default_xla_flags
 SHARED = Path(__file__).parents[2] / "shared"
 # They take longest, and come first: else a worker would be left with one of them while the others are done.
 LONG = (
-    "inference/test_evaluate.py",
     "experiments/test_parity.py",
-    "test_docs.py",
-    "training/test_step.py",
-    "training/test_resume.py",
-    "experiments/test_configs.py",
-    "experiments/test_benchmarks.py",
+    "inference/test_evaluate.py",
     "training/test_processes.py",
+    "xla/test_sharding.py",
+    "experiments/test_benchmarks.py",
+    "training/test_resume.py",
+    "test_docs.py",
+    "experiments/test_configs.py",
+    "training/test_supervised.py",
+    "training/test_train.py",
+    "training/test_step.py",
     "test_buckets.py",
     "experiments/test_study.py",
     "experiments/test_demo.py",
@@ -46,6 +50,8 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         os.environ.setdefault("XDG_CACHE_HOME", str(cache.mkdir("user")))  # graphs of networks for onnxruntime
+    # Tracing makes many objects that stay: looking through them for cycles every 700 objects is a sixth of its time.
+    gc.set_threshold(50_000)
     if "MEMO_JAX_TESTS_SHARE" not in os.environ:  # workers inherit it
         os.environ["MEMO_JAX_TESTS_SHARE"] = share = tempfile.mkdtemp(prefix="memo-jax-tests-")
         config.add_cleanup(lambda: shutil.rmtree(share, ignore_errors=True))
@@ -75,6 +81,15 @@ def reference(shared):
         pytest.skip(f"needs {path.name}")
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+    """Runs of the file's tests that have a step in common trace and compile it once."""
+    from compiled_once import compiled_once
+
+    with compiled_once():
+        yield
 
 
 @pytest.fixture

@@ -1,9 +1,7 @@
 """`memo-jax pseudo-label`: rounds of clustering and training, told which is best, and gone on with after any end."""
 
 import json
-import types
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,23 +11,9 @@ from memo_jax.data.batches import Utterances
 from memo_jax.inference import cluster as clustering
 from memo_jax.inference.model_file import read_model
 from memo_jax.scoring.trials import read_table
-from memo_jax.training import monitor, program
+from memo_jax.training import monitor
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """All rounds have the same program: it is traced and compiled once."""
-    lowered, kept = program.lowered_step, []
-
-    def once(*arguments):
-        if not kept:
-            kept.append(lowered(*arguments).compile())
-        return types.SimpleNamespace(compile=lambda: kept[0])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program, "lowered_step", once)
-        patch.setattr(program, "jax", types.SimpleNamespace(**vars(jax) | {"clear_caches": lambda: None}))
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")

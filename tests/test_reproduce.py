@@ -13,7 +13,10 @@ from memo_jax.training.run_record import RUN_FILE, RunRecord, read_run
 from memo_jax.training.saved_checkpoint import saved_steps
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("compiled_once"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -106,11 +106,12 @@ def test_embed_says_what_to_install_where_the_networks_are_missing():
 
 
 SMALLEST = (
-    "--config.model.ecapa_channels=(8,8,8,8,24)",
+    "--config.model.resnet_base_channels=2",
+    "--config.model.resnet_blocks=(1,1,1,1)",
     "--config.model.embedding_dim=8",
     "--config.model.head_hidden=8",
     "--config.model.head_bottleneck=4",
-    "--config.model.branches=ecapa",
+    "--config.model.branches=resnet",
     "--config.loss.cross=0.0",
     "--config.model.prototypes=64",
 )
@@ -128,7 +129,7 @@ def test_step_parts():
         "step_parts.py",
         "--batch-size=2",
         "--runs=1",
-        "--parts=ecapa, forward|KoLeo|entropy|balanced|variance|teachers only",
+        "--parts=resnet, forward|KoLeo|entropy|balanced|variance|teachers only",
         "--json",
         *SMALLEST,
         "--config.loss.targets=sinkhorn",
@@ -141,11 +142,11 @@ def test_step_parts():
     )
     rows = {row["part"]: row for row in printed_json(done)["parts"]}
     options = {"mean entropy", "KoLeo", "variance and covariance"}
-    expected = {"ecapa, forward", "ecapa, forward and backward", "balanced targets"}
+    expected = {"resnet, forward", "resnet, forward and backward", "balanced targets"}
     expected.add("front end of crops for teachers only")
     assert set(rows) == expected | {f"{option}, forward and backward" for option in options}
     assert all(row["seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
-    backward, forward = rows["ecapa, forward and backward"], rows["ecapa, forward"]
+    backward, forward = rows["resnet, forward and backward"], rows["resnet, forward"]
     assert 2 < backward["gigaflops"] / forward["gigaflops"] < 4
 
 

@@ -27,7 +27,7 @@ import tiny
 
 def get_config():
     config = tiny.get_config()
-    config.model.branches = ("ecapa",)  # half of the programs to compile, and the branch that the demo reports
+    config.model.branches = ("resnet",)  # compiles in a quarter of the time of an ECAPA-TDNN
     return config
 """
 
@@ -43,6 +43,7 @@ def smoke_size(monkeypatch, tmp_path):
     (tmp_path / "tiny.py").write_text(tiny.CONFIG)
     (tmp_path / "smoke.py").write_text(SMOKE)
     monkeypatch.setattr(demo, "CONFIG", tmp_path / "smoke.py")
+    monkeypatch.setattr(demo, "BRANCH", "resnet")
 
 
 def printed_rates(text):
@@ -67,7 +68,7 @@ def test_the_demo_from_nothing_to_the_table_and_once_more_without_training_again
     # The table, the metrics and the scores on disk tell the same.
     rows = read_metrics(output / "run")
     assert rows[-1]["step"] == 12 and rows[-1]["gate/open"] == 0
-    by_step = {row["step"]: row["eer/ecapa"] for row in rows if "eer/ecapa" in row}
+    by_step = {row["step"]: row["eer/resnet"] for row in rows if "eer/resnet" in row}
     assert rates["network, untrained"] == pytest.approx(by_step[0], abs=0.006)
     assert rates["network, trained without labels"] == pytest.approx(by_step[12], abs=0.006)
     target = read_trials(output / "trials.txt").target

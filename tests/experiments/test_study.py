@@ -27,6 +27,7 @@ from memo_jax.scoring.trials import read_trials  # noqa: E402
 from memo_jax.training.run_record import RunRecord  # noqa: E402
 from memo_jax.training.saved_checkpoint import saved_steps  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SMALL_ROWS = {
     "dino-resnet": ablation.Row("plain", ("model.branches=resnet", "gate.rule=never"), ()),
     ablation.REFERENCE: ablation.Row("contrastive", ("model.branches=resnet",), ("dino-resnet",), True),

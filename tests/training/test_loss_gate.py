@@ -24,6 +24,7 @@ from memo_jax.xla import sharding
 from runs import rows_without_times
 from tiny_processes import Layer, command, patch_for_tests, start
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 GATED = (
     *tiny.SUPERVISED,
     "supervised.loss_gate_after_epochs=1",

@@ -10,6 +10,7 @@ from memo_jax.training import recipe
 from memo_jax.training.checkpoint import load_raw
 from runs import assert_same_state
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SDPN = (
     "data.global_crops=1",
     "data.local_crops=2",

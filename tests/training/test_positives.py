@@ -19,6 +19,7 @@ from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.positives import draw_partners
 from runs import KILLED, assert_same_state, rows_without_times
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 SETTINGS = (
     "positives.clusters=6",
     "positives.from_epochs=-1",

@@ -20,7 +20,10 @@ from memo_jax.training.saved_checkpoint import saved_steps
 from runs import KILLED, arrays, assert_same_state, files, rows_without_times
 
 # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("compiled_once"),
+]
 
 
 @pytest.fixture(scope="module")

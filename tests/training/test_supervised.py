@@ -22,6 +22,8 @@ from memo_jax.training.step import objective, train_step_on_features
 from runs import assert_same_state
 from tiny_processes import Layer
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def definition(cosines, labels, scale, margin):
     """ArcFace, row by row in float64: the angle to the true speaker grows by the margin."""

@@ -8,13 +8,18 @@ import pytest
 import soundfile
 
 import tiny
+import tiny_processes
 from memo_jax.config import read_config
 from memo_jax.data.batches import Utterances
 from memo_jax.inference.workdir import workdir_model
 from memo_jax.log import read_metrics
+from memo_jax.training import recipe as recipes
 from memo_jax.training import train as training
+from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.recipe import build_branches, build_recipe
 from runs import assert_same_state, rows_without_times
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +97,26 @@ def test_all_evaluations_of_a_run_use_the_same_programs(tmp_path):
     assert compiled == [1, 1, 1]
 
 
-def test_any_two_backbones_learn_together(tmp_path):
-    """CAM++ with another: each moves, learns from the other, and is found again in the workdir."""
-    status, text = tiny.train_here(tmp_path / "run", "model.branches=resnet,campplus", "--stop-at-step=2")
+def test_any_two_backbones_learn_together(tmp_path, monkeypatch):
+    """CAM++ with another, here of one layer, which compiles in no time: each moves, learns from the other, and is found
+    again in the workdir."""
+    build = recipes.build_backbone
+    other = lambda name, embedding_dim, **sizes: (  # noqa: E731
+        build(name, embedding_dim=embedding_dim, **sizes) if name == "campplus" else tiny_processes.Layer(embedding_dim)
+    )
+    monkeypatch.setattr(recipes, "build_backbone", other)
+    status, text = tiny.train_here(
+        tmp_path / "run", "model.branches=resnet,campplus", "checkpoint.every_steps=2", "--stop-at-step=4"
+    )
     assert status == 0, text
     losses = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     for name in ("resnet", "campplus"):
         assert losses and all(np.isfinite(row[f"loss/cross/{name}"]) for row in losses)
-        start, end = (workdir_model(tmp_path / "run", name, "student", step).variables for step in (0, 2))
+        networks = (load_raw(tmp_path / "run", step)[0]["student"][name] for step in (2, 4))
+        start, end = ({kind: parts["backbone"] for kind, parts in network.items()} for network in networks)
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), start, end)
         assert all(jax.tree.leaves(moved["batch_stats"])) and np.mean(jax.tree.leaves(moved["params"])) > 0.9
+    assert workdir_model(tmp_path / "run", "campplus", "student").dimension == 16
 
 
 def test_sizes_and_forms_of_the_config_are_those_of_the_backbones():
