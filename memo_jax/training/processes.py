@@ -89,9 +89,11 @@ def leave_at_once(status: int) -> None:
     os._exit(status)
 
 
-def is_of_lost_process(error: BaseException) -> bool:
-    """Returns whether an error of a computation means that another process is lost."""
-    return jax.process_count() > 1 and LOST.match(str(error)) is not None
+def is_of_lost_process(error: BaseException | None) -> bool:
+    """Returns whether an error of a computation, or one that caused it, means that another process is lost."""
+    if error is None or jax.process_count() == 1:
+        return False
+    return LOST.match(str(error)) is not None or is_of_lost_process(error.__cause__ or error.__context__)
 
 
 def in_first(action: Callable[[], T]) -> T | None:

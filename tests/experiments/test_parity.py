@@ -265,6 +265,14 @@ def test_option_is_reproduced(option):
     assert result["embeddings"]["before"] < 1e-5
 
 
+def test_an_option_is_reproduced_in_float64():
+    """In a process of its own, since what float64 needs is decided at import."""
+    command = [sys.executable, tiny.ROOT / "experiments" / "parity_float64.py", reference_of("partners")]
+    done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert np.max(json.loads(done.stdout)["losses"]) < 1e-7, "float32 deviates by more"
+
+
 def test_mistake_in_an_option_is_caught(parity, option):
     _, reference, run, result = option
     mistakes = {name.split("/")[1]: x for name, x in reference.arrays.items() if name.startswith("mistake/")}

@@ -20,7 +20,7 @@ from etils import epath
 from flax import struct
 
 import tiny
-from memo_jax.training import saved_checkpoint
+from memo_jax.training import processes, saved_checkpoint
 from memo_jax.training.checkpoint import Checkpointer, load_extra, load_raw
 from memo_jax.training.saved_checkpoint import CheckpointError, saved_steps
 
@@ -197,6 +197,28 @@ def damage_by_losing_the_manifest(folder):
 def damage_by_another_version(folder):
     manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
     saved_checkpoint.write_manifest(epath.Path(folder), manifest | {"format": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "blamed"),
+    [
+        ("UNAVAILABLE: a peer went away", False),
+        ("INTERNAL: writing chunk: No space left on device", True),
+        ("RESOURCE_EXHAUSTED: out of memory", True),
+    ],
+)
+def test_a_save_that_another_process_cut_short_does_not_blame_the_disk(text, blamed, tmp_path, monkeypatch):
+    def save(*_, **__):
+        raise RuntimeError(text)
+
+    with Checkpointer(tmp_path) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointer._orbax, "save", save)
+            patch.setattr(processes.jax, "process_count", lambda: 2)
+            with pytest.raises(Exception, match="cannot save the checkpoint" if blamed else text) as raised:
+                checkpointer.save(1, state_of(0))
+        assert isinstance(raised.value, OSError) == blamed
+        checkpointer.save(1, state_of(0))
 
 
 @pytest.mark.parametrize(
