@@ -166,7 +166,9 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
         if fsync:
             flush_to_disk(target.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        # Libraries in C++ give a text of their own, with the name of the temporary file.
+        text = os.strerror(error.errno) if error.errno else str(error).replace(str(partial), str(path))
+        raise OSError(error.errno, text, str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # on a failing disk the error above is the one to report
             partial.unlink(missing_ok=True)

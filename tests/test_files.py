@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, wherever an output leads."""
 
+import errno
 import os
 import threading
 
@@ -41,6 +42,17 @@ def test_a_failure_keeps_what_was_there(tmp_path):
         partial.write_text("half")
         raise ZeroDivisionError
     assert (tmp_path / "a.txt").read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, None], ids=["with its number", "without"])
+def test_an_error_names_the_output_whatever_name_a_library_gives(number, tmp_path):
+    """As Arrow, whose errors carry a number and name the file that it was told to write."""
+    with pytest.raises(OSError) as raised, replacing(tmp_path / "e.parquet") as partial:
+        text = f"Failed to open local file '{partial}'"
+        raise OSError(number, text) if number else OSError(text)
+    said = f"{raised.value}"
+    assert str(tmp_path / "e.parquet") in said and partial.name not in said
+    assert (os.strerror(errno.ENOSPC) if number else "Failed to open") in said
 
 
 @pytest.mark.parametrize("again", ["t.txt", "link.txt", "./t.txt", "hard.txt"])
