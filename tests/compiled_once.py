@@ -10,7 +10,8 @@ import pytest
 from memo_jax.training import inputs, program
 from memo_jax.training import recipe as recipes
 
-# What a step does not depend on. Paths only say where its inputs come from: their shapes are part of the key.
+# What a step does not depend on. Paths only say where its inputs come from, whose shapes are part of the key; whether
+# there is a path counts.
 IGNORED_GROUPS = ("evaluation", "checkpoint", "collapse")
 IGNORED_KEYS = {"data": ("train",), "augment": ("noise", "music", "speech", "rirs"), "supervised": ("labels",)}
 
@@ -29,7 +30,7 @@ def _settings(config) -> str:
         del values[name]
     for group, names in IGNORED_KEYS.items():
         for name in names:
-            del values[group][name]
+            values[group][name] = bool(values[group][name])
     return json.dumps(values, sort_keys=True, default=str)
 
 
