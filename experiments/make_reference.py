@@ -271,9 +271,8 @@ def open_loss_gate(training: Training) -> None:
 
 def late_loss_gate(training: Training) -> None:
     """A loss gate that first acts one epoch too late."""
-    left_out, utterances = training.left_out, training.config["utterances"]
-    first = 2 * training.config["steps_per_epoch"]
-    training.left_out = lambda index: left_out(index) & (len(training.counts) >= first) & (utterances > 0)
+    left_out, first = training.left_out, 2 * training.config["steps_per_epoch"]
+    training.left_out = lambda index: left_out(index) & (len(training.counts) >= first)
 
 
 def correction_by_cosines(training: Training) -> None:
