@@ -3,6 +3,7 @@
 import errno
 import html
 import json
+import os
 
 import numpy as np
 import pytest
@@ -160,10 +161,10 @@ def test_a_figure_is_saved_whole_or_not_at_all(tmp_path):
 
     def disk_is_full(part, **_):
         part.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "no space left")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     figure.savefig = disk_is_full
-    with pytest.raises(OSError, match="no space left.*old.png"):
+    with pytest.raises(OSError, match="No space left on device.*old.png"):
         save_figure(figure, tmp_path / "old.png")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("old.png", b"old")]
 
