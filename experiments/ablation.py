@@ -27,6 +27,7 @@ class Row(NamedTuple):
       overrides: "key=value" texts that change the study's config.
       against: the rows it is compared with: the one that lacks the idea that the title names, and the plain one.
       main: run with at least three seeds.
+      many_epochs: one of the study over many epochs, of one network.
       start: the row whose network this one starts from, of the same seed.
       clusters: learns these many clusters of that network's embeddings in place of speakers; 0: none.
     """
@@ -35,13 +36,18 @@ class Row(NamedTuple):
     overrides: tuple[str, ...]
     against: tuple[str, ...]
     main: bool = False
+    many_epochs: bool = False
     start: str = ""
     clusters: int = 0
 
 
 ROWS = {
     "dino-ecapa": Row(
-        "DINO, ECAPA-TDNN alone", ("model.branches=ecapa", "loss.cross=0", *DISTILLATION_ALONE), (), True
+        "DINO, ECAPA-TDNN alone",
+        ("model.branches=ecapa", "loss.cross=0", *DISTILLATION_ALONE),
+        (),
+        True,
+        many_epochs=True,
     ),
     "dino-resnet": Row(
         "DINO, ResNet alone", ("model.branches=resnet", "loss.cross=0", *DISTILLATION_ALONE), ("dino-ecapa",)
@@ -79,24 +85,31 @@ ROWS = {
         ("memo-plateau", "multi-head"),
     ),
     "memo-campplus": Row("MeMo with CAM++ as second branch", ("model.branches=ecapa,campplus",), ("memo-plateau",)),
-    "contrastive-alone": Row("contrastive alone (NT-Xent, ECAPA-TDNN)", CONTRASTIVE_ALONE, ("memo-plateau",), True),
+    "contrastive-alone": Row(
+        "contrastive alone (NT-Xent, ECAPA-TDNN)", CONTRASTIVE_ALONE, ("memo-plateau",), True, many_epochs=True
+    ),
     "no-augmentation": Row(
         "MeMo without augmentation",
         ("augment.noise=", "augment.music=", "augment.speech=", "augment.rirs=", "augment.babble_from_batch=false"),
         ("memo-plateau",),
     ),
     "contrastive-margin": Row(
-        "AM-NT-Xent alone, margin 0.1", (*CONTRASTIVE_ALONE, "loss.contrastive_margin=0.1"), ("contrastive-alone",)
+        "AM-NT-Xent alone, margin 0.1",
+        (*CONTRASTIVE_ALONE, "loss.contrastive_margin=0.1"),
+        ("contrastive-alone",),
+        many_epochs=True,
     ),
     "contrastive-oracle": Row(
         "NT-Xent alone, the anchor's speaker left out of its negatives (reads labels)",
         (*CONTRASTIVE_ALONE, "loss.contrastive_mask_same_speaker=true"),
         ("contrastive-alone",),
+        many_epochs=True,
     ),
     "contrastive-partners": Row(
         "NT-Xent alone, positives from other recordings in the last third (SSPS)",
         (*CONTRASTIVE_ALONE, "positives.clusters=540", "positives.from_epochs=40", "positives.reference_seconds=2"),
         ("contrastive-alone",),
+        many_epochs=True,
     ),
     "contrastive-partners-own": Row(
         "the same, positives from the own cluster",
@@ -108,11 +121,13 @@ ROWS = {
             "positives.reference_seconds=2",
         ),
         ("contrastive-alone", "contrastive-partners"),
+        many_epochs=True,
     ),
     "dino-regularized": Row(
         "DINO with RDINO's regulariser",
         (*ONE_BRANCH, *DISTILLATION_ALONE, "loss.variance=2", "loss.covariance=0.2"),
         ("dino-ecapa",),
+        many_epochs=True,
     ),
     "dino-centered": Row(
         "DINO with a centre in place of balanced targets, without mean entropy and KoLeo",
@@ -126,6 +141,7 @@ ROWS = {
             "teacher.end_temp=0.07",
         ),
         ("dino-ecapa",),
+        many_epochs=True,
     ),
     "sdpn": Row(
         "SDPN",
@@ -144,6 +160,7 @@ ROWS = {
             "optimizer.freeze_prototypes_epochs=0",
         ),
         ("dino-ecapa",),
+        many_epochs=True,
     ),
     "pseudo-labels": Row(
         "stage two: AAM-softmax on clusters of NT-Xent alone, from its network",
@@ -151,6 +168,7 @@ ROWS = {
         ("contrastive-alone",),
         start="contrastive-alone",
         clusters=360,
+        many_epochs=True,
     ),
     "pseudo-labels-gate": Row(
         "the same with loss gate and label correction",
@@ -158,6 +176,7 @@ ROWS = {
         ("pseudo-labels",),
         start="contrastive-alone",
         clusters=360,
+        many_epochs=True,
     ),
     "pseudo-labels-again": Row(
         "a second round of stage two, with clusters of the first one's embeddings",
@@ -165,29 +184,15 @@ ROWS = {
         ("pseudo-labels", "contrastive-alone"),
         start="pseudo-labels",
         clusters=360,
+        many_epochs=True,
     ),
     "supervised": Row(
         "AAM-softmax on the speakers (reads labels)",
         (*LABELS_ALONE, "supervised.margin_warmup_epochs=10"),
         ("contrastive-alone",),
+        many_epochs=True,
     ),
 }
-# The rows of one network, of the study over many epochs.
-MANY_EPOCHS = (
-    "dino-ecapa",
-    "contrastive-alone",
-    "contrastive-margin",
-    "contrastive-oracle",
-    "contrastive-partners",
-    "contrastive-partners-own",
-    "dino-regularized",
-    "dino-centered",
-    "sdpn",
-    "pseudo-labels",
-    "pseudo-labels-gate",
-    "pseudo-labels-again",
-    "supervised",
-)
 
 
 def chosen_rows(text: str) -> list[str]:
@@ -200,7 +205,7 @@ def chosen_rows(text: str) -> list[str]:
     if text == "main":
         return [name for name, row in ROWS.items() if row.main]
     if text == "many-epochs":
-        return [name for name in ROWS if name in MANY_EPOCHS]
+        return [name for name, row in ROWS.items() if row.many_epochs]
     wanted = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in wanted if name not in ROWS]
     if unknown or not wanted:
