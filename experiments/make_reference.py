@@ -499,6 +499,7 @@ SETTINGS = {
     "memo": COMMON_SETTINGS
     | {
         "ecapa_channels": [16, 16, 16, 16, 48],
+        "resnet_blocks": [1, 1, 1, 1],
         "cross_weight": 0.7,
         "contrastive_weight": 0.5,
         "contrastive_temperature": 0.2,

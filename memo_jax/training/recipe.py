@@ -149,8 +149,14 @@ def check_ranges(config) -> None:
         if config[group][name] < 0:
             raise ValueError(f"{key} is {config[group][name]}: must be at least 0")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
-    if len(channels) != 5 or min(channels) < 1 or any(width % 8 for width in channels[1:4]):
-        raise ValueError(f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of 8")
+    scale = config.model.ecapa_scale
+    if scale < 2:
+        raise ValueError(f"model.ecapa_scale is {scale}: must be at least 2")
+    if len(channels) != 5 or min(channels) < 1 or any(width % scale for width in channels[1:4]):
+        raise ValueError(
+            f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of "
+            f"model.ecapa_scale, {scale}"
+        )
     if len(blocks) != 4 or min(blocks) < 1:
         raise ValueError(f"model.resnet_blocks is {blocks}: give four numbers of blocks, each at least 1")
     layers = config.model.campplus_layers
@@ -180,6 +186,7 @@ def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
     arguments = {
         "ecapa": {
             "channels": tuple(model.ecapa_channels),
+            "scale": model.ecapa_scale,
             "stride": model.ecapa_stride,
             "form": model.ecapa_form,
             "embedding_norm": model.ecapa_embedding_norm,

@@ -1,5 +1,6 @@
 """The page in a real browser: recording, comparing, people, and bad recordings, wide and narrow, light and dark."""
 
+import importlib.util
 import json
 import os
 import re
@@ -21,7 +22,8 @@ from memo_jax.audio import speech
 from memo_jax.inference.embedder import Embedder
 from memo_jax.inference.gallery import Gallery
 
-pytest.importorskip("gradio", reason="needs the extra app")
+if importlib.util.find_spec("gradio") is None:  # importing it takes seconds, which all workers would spend
+    pytest.skip("needs the extra app", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
 
 from memo_jax.app.answers import Answers

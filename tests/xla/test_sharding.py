@@ -85,11 +85,9 @@ np.savez(out, report=json.dumps(report), **arrays)
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A report and the final students, teachers and centres of the same steps on four devices and on one."""
-    # Level 0 compiles faster.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    environment = tiny.as_users_compile() | {"XLA_FLAGS": flags}
     out = tmp_path_factory.mktemp("devices") / "both.npz"
-    subprocess.run([sys.executable, "-c", SCRIPT, str(STEPS), str(out)], cwd=ROOT, env=environment, check=True)
+    command = [sys.executable, "-c", SCRIPT, str(STEPS), str(out)]
+    subprocess.run(command, cwd=ROOT, env=tiny.environment(devices=4), check=True)
     with np.load(out) as file:
         return json.loads(str(file["report"])), {name: file[name] for name in file.files if name != "report"}
 
