@@ -135,7 +135,8 @@ def test_one_that_stands_still_or_reads_slowly_is_waited_for_and_the_end_of_the_
     assert_same_losses(paused, runs.folder / "alone")
     seconds = {row["step"]: row["seconds_per_step"] for row in read_metrics(paused)}
     assert sum(seconds[step] for step in (6, 7, 8)) > STOPPED_SECONDS
-    assert all(seconds[step] > 0.15 for step in range(2, STEPS + 1)), "each step waits for the slower input"
+    # Two batches are read ahead, so the slower input shows only once those read during the stop are used up.
+    assert sum(seconds[step] for step in (10, 11, 12)) > 0.4, seconds
     first, other = results
     assert first.status == -9 and other.status in GONE, results
     assert other.at - first.at < 60
