@@ -185,8 +185,10 @@ def _content(path: Path) -> tuple[dict[str, np.ndarray | Unusable], str | None]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" or start[:1] == b"\x80":  # a zip file or a pickle
+        start = file.read(9)
+    # The length of a safetensors header may begin as a zip file or a pickle does.
+    is_safetensors = start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+    if not is_safetensors and start.startswith((b"PK", b"\x80")):
         tensors, noted = _torch_content(path), None
     else:
         tensors, noted = _safetensors_content(path)

@@ -159,6 +159,18 @@ def test_half_precision_is_read(tmp_path):
     assert_same(found, {name: x if x.dtype == np.int64 else x.astype(np.float32) for name, x in tensors.items()})
 
 
+@pytest.mark.parametrize("start", [b"\x80", b"PK"], ids=["pickle", "zip"])
+def test_a_header_whose_length_begins_as_another_kind_of_file_is_read(start, tmp_path):
+    """One length in 32 begins as a pickle does: headers are padded to multiples of eight bytes."""
+    tensors, path = torch_tensors("wespeaker", "resnet", RESNET), tmp_path / "theirs.safetensors"
+    save_file(tensors, path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    longer = next(n for n in range(length, length + 2**17) if n.to_bytes(8, "little").startswith(start))
+    path.write_bytes(longer.to_bytes(8, "little") + content[8 : 8 + length].ljust(longer) + content[8 + length :])
+    assert_same(convert.model_to_torch(convert.torch_to_model(path), "wespeaker"), tensors)
+
+
 def test_names_of_two_toolkits_are_pointed_out(tmp_path):
     """The front end depends on the toolkit, so a user has to know which one was taken."""
     save_file(torch_tensors("speechbrain", "ecapa", ECAPA), tmp_path / "theirs.safetensors")
