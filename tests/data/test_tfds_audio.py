@@ -5,6 +5,7 @@ Making and reading one needs TensorFlow: `make test-tfds` runs this file where t
 
 import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -174,21 +175,16 @@ def test_without_tensorflow_the_extra_is_named(without_tensorflow, tmp_path):
 def test_nothing_else_imports_tensorflow(without_tensorflow, tmp_path):
     """Preparing, training and evaluating where importing TensorFlow fails: nobody tries."""
     folder, environment = without_tensorflow
-    material, workdir = tiny.material(), tmp_path / "run"
-    for command in (
-        ["prepare", f"--input={material.corpus}", f"--output={tmp_path / 'set'}", "--workers=1"],
-        tiny.train_arguments(workdir, "total_steps=2", "data.workers=1", f"data.train={tmp_path / 'set'}"),
-        [
-            "eval",
-            f"--workdir={workdir}",
-            f"--data={tmp_path / 'set'}",
-            f"--trials={material.trials}",
-            f"--output={tmp_path / 'results'}",
-            "--branch=resnet",
-        ],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "memo_jax", *map(str, command)], env=environment, text=True, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
+    material, dataset, workdir = tiny.material(), tmp_path / "set", tmp_path / "run"
+    commands = [
+        ["prepare", "--input", material.corpus, "--output", dataset, "--workers=1"],
+        tiny.train_arguments(workdir, "--stop-at-step=2", "data.workers=1", f"data.train={dataset}"),
+        ["eval", "--workdir", workdir, "--data", dataset, "--trials", material.trials]
+        + ["--output", tmp_path / "results", "--branch=resnet"],
+    ]
+    script = "import json, sys; from memo_jax import cli; sys.exit(max(map(cli.main, json.loads(sys.argv[1]))))"
+    command = [sys.executable, "-c", script, json.dumps(commands, default=str)]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "results" / "results.json").exists()
     assert not (folder / "asked").exists()

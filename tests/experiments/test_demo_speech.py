@@ -126,6 +126,7 @@ def test_noise_has_unit_power_and_no_gaps(seed, samples):
 
 
 @given(st.integers(2, 5), st.integers(2, 6), st.integers(1, 8), st.integers(0, 9))
+@settings(deadline=None)
 def test_trials_hold_every_target_pair_and_no_pair_twice(speakers, utterances, ratio, seed):
     names = {f"s{s}": [f"s{s}/{u}.wav" for u in range(utterances)] for s in range(speakers)}
     trials = [line.split(" ") for line in demo_speech.make_trials(names, nontargets_per_target=ratio, seed=seed)]
