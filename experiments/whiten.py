@@ -8,7 +8,7 @@ directions embeddings vary for other reasons. Three steps, each linear, made of 
 1. the mean is subtracted;
 2. within-class covariance normalisation (Hatch et al., Interspeech 2006), a recording being a class: times the inverse
    square root of W + floor · (mean eigenvalue of W), where W is the covariance of the halves about their mean;
-3. half-way whitening: times (T + the same floor)^(-power/2), where T is the covariance of what step 2 leaves.
+3. partial whitening: times (T + the same floor)^(-power/2), where T is the covariance of what step 2 leaves.
 
 W and T are those of unit vectors. As the last layer of an ECAPA-TDNN is affine, the product is again an ECAPA-TDNN.
 """
@@ -91,7 +91,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--step", type=int, help="of a workdir: which checkpoint, the last by default")
     parser.add_argument("--data", type=Path, required=True, help="dataset whose recordings are used, no trial's")
     parser.add_argument("--recordings", type=int, default=2000, help="how many of them, drawn by the seed")
-    parser.add_argument("--power", type=float, default=0.5, help="of the last step: 0 leaves it out, 1 whitens")
+    parser.add_argument("--power", type=float, default=0.25, help="of the last step: 0 leaves it out, 1 whitens")
     parser.add_argument("--floor", type=float, default=0.1, help="least eigenvalue, of the mean one")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of recordings")
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
