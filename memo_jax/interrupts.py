@@ -1,9 +1,10 @@
 """Ctrl-C that is never lost: it ends a command at once where that is possible, and otherwise at the next stage.
 
 Python turns SIGINT into KeyboardInterrupt in the main thread, wherever that is. Raised in a callback (of the garbage
-collector, of a C++ library), the exception is printed as "ignored" and the command runs on. So within `handled()` a
-request is remembered as well: `check()`, called between stages and by every `log.Progress`, raises it again. A second
-Ctrl-C ends the process at once, even while the main thread is in a compiler.
+collector, of a C++ library), the exception is printed as "ignored" and the command runs on; raised while a module is
+imported, it can crash the process (jaxlib, one of 70 times). So within `handled()` nothing is raised during an import,
+and a request is remembered as well: `check()`, called between stages and by every `log.Progress`, raises it again. A
+second Ctrl-C ends the process at once, even while the main thread is in a compiler.
 """
 
 import contextlib
@@ -58,12 +59,20 @@ def requested() -> bool:
     return _requested
 
 
-def _remember(*_) -> None:
+def _remember(_, frame) -> None:
     global _requested
     if _requested:
         end()
     _requested = True
-    raise KeyboardInterrupt
+    if not _is_importing(frame):
+        raise KeyboardInterrupt
+
+
+def _is_importing(frame) -> bool:
+    """Whether a module is being imported: an exception in the midst of a C library's initialisation can crash it."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_interrupt(ignored) -> bool:

@@ -62,6 +62,19 @@ def test_a_second_request_ends_the_process_whatever_it_does(code):
         assert process.wait(10) == 130
 
 
+def test_an_import_is_not_interrupted_but_what_follows_is(tmp_path, monkeypatch):
+    (tmp_path / "imported_when_interrupted.py").write_text(
+        "import signal\nsignal.raise_signal(signal.SIGINT)\nall = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with interrupts.handled():
+        import imported_when_interrupted
+
+        assert imported_when_interrupted.all == 1
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+
+
 def test_where_it_is_ignored_it_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

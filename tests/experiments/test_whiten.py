@@ -65,7 +65,7 @@ def test_the_network_it_writes_gives_whitened_embeddings(network, tmp_path, caps
     old, new, data = load_model(path), load_model(tmp_path / "w.safetensors"), Utterances(dataset)
     rows = np.sort(np.random.default_rng(0).permutation(len(data))[:15])
     halves = [apply_to_recordings(old.function, whiten.Halves(data, second), rows) for second in (False, True)]
-    mean, matrix = whiten.whitening(*halves, 0.5, 0.1)
+    mean, matrix = whiten.whitening(*halves, 0.25, 0.1)
     before, after = (apply_to_recordings(model.function, data) for model in (old, new))
     expected = (before - mean) @ matrix
     np.testing.assert_allclose(after, expected, atol=1e-3 * np.abs(expected).max())

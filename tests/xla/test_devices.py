@@ -73,4 +73,4 @@ def test_an_embedder_says_what_it_is(runtime):
         "cpu:0",
     ):
         assert part in said
-    assert "ecapa teacher, step 1600" in repr(Embedder.load())
+    assert "ecapa teacher, step 8000" in repr(Embedder.load())
