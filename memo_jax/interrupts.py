@@ -2,9 +2,9 @@
 
 Python turns SIGINT into KeyboardInterrupt in the main thread, wherever that is. Raised in a callback (of the garbage
 collector, of a C++ library), the exception is printed as "ignored" and the command runs on; raised while a module is
-imported, it can crash the process (jaxlib, one of 70 times). So within `handled()` nothing is raised during an import,
-and a request is remembered as well: `check()`, called between stages and by every `log.Progress`, raises it again. A
-second Ctrl-C ends the process at once, even while the main thread is in a compiler.
+imported, it can crash the process (jaxlib, one of 70 times). So within `handled()` it is raised behind an import, and a
+request is remembered as well: `check()`, called between stages and by every `log.Progress`, raises it again. A second
+Ctrl-C ends the process at once, even while the main thread is in a compiler.
 """
 
 import contextlib
@@ -64,15 +64,27 @@ def _remember(_, frame) -> None:
     if _requested:
         end()
     _requested = True
-    if not _is_importing(frame):
+    importer = _outermost_importer(frame)
+    if importer is None:
         raise KeyboardInterrupt
+    importer.f_trace = _raise_in
+    sys.settrace(lambda *_: None)  # without any, that of a frame is not called
 
 
-def _is_importing(frame) -> bool:
-    """Whether a module is being imported: an exception in the midst of a C library's initialisation can crash it."""
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+def _outermost_importer(frame):
+    """Returns the frame whose import statement a frame is part of, the outermost one; None for no import."""
+    importer = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            importer = frame.f_back
         frame = frame.f_back
-    return frame is not None
+    return importer
+
+
+def _raise_in(*_) -> NoReturn:
+    """The trace function of an importer: it is called at its next line, when the import is over."""
+    sys.settrace(None)
+    raise KeyboardInterrupt
 
 
 def _is_interrupt(ignored) -> bool:
