@@ -42,7 +42,7 @@ def get_config():
     config.augment.bank_seconds = 0.5
     config.model.embedding_dim = 16
     config.model.ecapa_channels = (16, 16, 16, 16, 48)
-    config.model.ecapa_scale = 2  # a third of the operations, so a third of the compilation
+    config.model.ecapa_scale = 2  # half of what there is to compile
     config.model.resnet_base_channels = 2
     config.model.resnet_blocks = (1, 1, 1, 1)
     config.model.campplus_layers = (1, 1, 1)
