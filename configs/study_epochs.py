@@ -2,8 +2,8 @@
 
     python experiments/run.py --config configs/study_epochs.py --rows … (see experiments/learning.md)
 
-A thousand recordings, an ECAPA-TDNN of 64 channels and a stride of 2. Targets are balanced, as SDPN's: with a centre,
-the teacher becomes uniform over its prototypes.
+A thousand recordings, an ECAPA-TDNN of 64 channels and a small ResNet, both with a stride of 2. Targets are balanced,
+as SDPN's: with a centre, the teacher becomes uniform over its prototypes.
 """
 
 import study
@@ -19,6 +19,8 @@ def get_config():
     config.model.embedding_dim = 64
     config.model.ecapa_channels = (64, 64, 64, 64, 192)
     config.model.ecapa_stride = 2
+    config.model.resnet_base_channels = 8
+    config.model.resnet_stride = 2
     config.model.head_hidden = 256
     config.model.head_bottleneck = 64
     config.model.prototypes = 256

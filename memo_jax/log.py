@@ -222,7 +222,7 @@ class Progress:
             parts.append(_rate_text(rate, self._unit))
             if self._total is not None and rate > 0 and self._done < self._total:
                 parts.append(f"{_clock((self._total - self._done) / rate)} left")
-        parts.append(f"{_clock(now - self._start)} gone")
+        parts.append(f"{_clock(now - self._start)} elapsed")
         parts += [f"{name} {value}" for name, value in self._postfix.items()]
         count = f"{self._done}" if self._total is None else f"{self._done}/{self._total}"
         share = f" ({self._done / self._total:.1%})" if self._total else ""

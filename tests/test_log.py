@@ -183,7 +183,7 @@ def test_plain_progress_gives_rate_and_time_left(monkeypatch, clock):
         shown.update(loss=np.float32(1.23456))
     lines = console.getvalue().splitlines()
     assert len(lines) == 10
-    assert lines[0] == "train: 10/65 step (15.4%), 2 s/step, 0:01:50 left, 0:00:10 gone, loss 1.235"
+    assert lines[0] == "train: 10/65 step (15.4%), 2 s/step, 0:01:50 left, 0:00:10 elapsed, loss 1.235"
     assert "55/65" in lines[-1] and "0:00:20 left" in lines[-1]
     shown.write("eer 5.0")
     shown.close()
@@ -200,8 +200,8 @@ def test_rate_leaves_out_a_slow_start(monkeypatch, clock):
         clock["now"] += seconds
         shown.update()
     first, second, third = console.getvalue().splitlines()
-    assert first == "1/101 step (1.0%), 0:01:00 gone"
-    assert second == "2/101 step (2.0%), 0:01:20 gone"
+    assert first == "1/101 step (1.0%), 0:01:00 elapsed"
+    assert second == "2/101 step (2.0%), 0:01:20 elapsed"
     assert "0:01:29 left" in third
 
 

@@ -61,7 +61,8 @@ class ResNet34(nn.Module):
 
     1,988,656 parameters by default, 6,634,336 at base width 32. `second_embedding` adds ReLU, batch norm without affine
     part and another linear layer, an option of wespeaker's and 3D-Speaker's ResNets; 3D-Speaker's has a
-    `pool_epsilon` of 1e-8. `lengths` [N] are valid frames, as in `ECAPATDNN`.
+    `pool_epsilon` of 1e-8. `stride` is that of the first convolution, over time and over frequency. `lengths` [N] are
+    valid frames, as in `ECAPATDNN`.
 
     The other fields change neither parameters nor, up to rounding, results: `packed` lays planes out for TPUs
     (packed.py), `scan` loops over blocks of the same shape, which are then compiled once, `remat` is one of `REMATS`.
@@ -70,6 +71,7 @@ class ResNet34(nn.Module):
     base_channels: int = 16
     embedding_dim: int = 256
     blocks: Sequence[int] = (3, 4, 6, 3)
+    stride: int = 1
     dtype: jnp.dtype = jnp.float32
     second_embedding: bool = False
     pool_epsilon: float = 1e-7
@@ -90,7 +92,7 @@ class ResNet34(nn.Module):
                 ResNet34.run_stage, stage=stage, lengths=lengths, train=train, remat="none" if by_stage else self.remat
             )
             x = run_with_remat(run, self, x, "norms" if by_stage and train else "none")
-            lengths = strided_lengths(lengths, 2 if stage else 1)
+            lengths = strided_lengths(lengths, 2 if stage else self.stride)
         pooled = TemporalStatistics(self.pool_epsilon, self.packed_channels(len(self.blocks) - 1), name="pool")(
             x, lengths
         )
@@ -109,7 +111,9 @@ class ResNet34(nn.Module):
         packed = self.packed_channels(max(stage - 1, 0))
         if stage == 0:
             of_input = 1 if self.packed else None
-            x = PlaneConv(self.base_channels, dtype=self.dtype, packed_channels=of_input, name="stem")(x)
+            strides = (self.stride, self.stride)
+            x = PlaneConv(self.base_channels, 3, strides, self.dtype, packed_channels=of_input, name="stem")(x)
+            lengths = strided_lengths(lengths, self.stride)
             x = mask_time(jax.nn.relu(BatchNorm(packed_channels=packed, name="stem_norm")(x, train)), lengths)
         names = [f"stage_{stage}_block_{i}" for i in range(self.blocks[stage])]
         width, halving = self.base_channels * 2**stage, min(stage, 1)  # how many blocks halve the plane

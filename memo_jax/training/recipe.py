@@ -26,6 +26,7 @@ POSITIVE = (
     "log_every_steps",
     "model.embedding_dim",
     "model.ecapa_stride",
+    "model.resnet_stride",
     "model.resnet_base_channels",
     "model.campplus_growth",
     "model.campplus_channels",
@@ -195,6 +196,7 @@ def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
         "resnet": {
             "base_channels": model.resnet_base_channels,
             "blocks": tuple(model.resnet_blocks),
+            "stride": model.resnet_stride,
             "packed": model.resnet_packed,
             "scan": model.resnet_scan,
             "remat": model.resnet_remat,

@@ -87,13 +87,15 @@ def test_branch_is_one_backbone_and_a_head_for_every_name():
     ("name", "levers"),
     [
         ("resnet", {"packed": True, "scan": True, "remat": "norms"}),
-        ("resnet", {"remat": "norms"}),
+        ("strided resnet", {"packed": True, "remat": "norms"}),
         ("ecapa", {"remat": "blocks"}),
     ],
 )
 def test_levers_for_speed_and_memory_change_no_number(name, levers):
     """Same parameters; same embeddings, batch statistics and gradients within float32 rounding."""
-    sizes = TINY[name] | {"resnet": {"blocks": (1, 3, 1, 1)}, "ecapa": {"scale": 2}}[name]
+    changes = {"resnet": {"blocks": (1, 3, 1, 1)}, "strided resnet": {"stride": 2}, "ecapa": {"scale": 2}}[name]
+    name = name.removeprefix("strided ")
+    sizes = TINY[name] | changes
     plain, pulled = build_backbone(name, **sizes), build_backbone(name, **sizes, **levers)
     variables = scrambled_variables(plain, 2, 32, 80)
     shapes = [
@@ -160,8 +162,15 @@ def log_mel(waves, lengths):
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("ecapa", {}), ("ecapa", WESPEAKER), ("ecapa", {"stride": 2}), ("resnet", {}), ("campplus", {})],
-    ids=["ecapa", "ecapa-wespeaker", "ecapa-strided", "resnet", "campplus"],
+    [
+        ("ecapa", {}),
+        ("ecapa", WESPEAKER),
+        ("ecapa", {"stride": 2}),
+        ("resnet", {}),
+        ("resnet", {"stride": 2}),
+        ("campplus", {}),
+    ],
+    ids=["ecapa", "ecapa-wespeaker", "ecapa-strided", "resnet", "resnet-strided", "campplus"],
 )
 def test_utterance_padded_in_a_batch_embeds_as_alone(name, changes):
     """An embedding is a function of its own utterance.
@@ -182,18 +191,22 @@ def test_utterance_padded_in_a_batch_embeds_as_alone(name, changes):
         np.testing.assert_allclose(row, alone, atol=1e-5, rtol=0)
 
 
-def test_a_strided_ecapa_has_the_same_parameters_and_half_the_frames():
-    """The first convolution gives every other one of the frames that it gives without a stride."""
-    plain, strided = (build_backbone("ecapa", **TINY["ecapa"] | {"stride": stride}) for stride in (1, 2))
-    variables = scrambled_variables(plain, 2, 32, 80)
+@pytest.mark.parametrize("name", ["ecapa", "resnet"])
+def test_a_stride_skips_outputs_of_the_first_convolution(name):
+    """Every other frame (and in a ResNet every other frequency) is what it is without a stride."""
+    plain, strided = (build_backbone(name, **TINY[name] | {"stride": stride}) for stride in (1, 2))
+    variables, of_strided = (scrambled_variables(network, 2, 32, 80) for network in (plain, strided))
     x = jnp.float32(np.random.default_rng(2).normal(size=(1, 41, 80)))
-    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, scrambled_variables(strided, 2, 32, 80))
+    if name == "ecapa":  # a ResNet also pools fewer frequencies
+        assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, of_strided)
+    of_strided["params"]["stem"] = variables["params"]["stem"]
 
-    def frames(backbone):
+    def outputs(backbone, variables):
         _, seen = backbone.apply(variables, x, capture_intermediates=lambda module, _: module.name == "stem")
         return seen["intermediates"]["stem"]["__call__"][0]
 
-    np.testing.assert_allclose(frames(strided), frames(plain)[:, ::2], atol=1e-5)
+    kept = (slice(None), slice(None, None, 2), slice(None, None, 2) if name == "resnet" else slice(None))
+    np.testing.assert_allclose(outputs(strided, of_strided), outputs(plain, variables)[kept], atol=1e-5)
 
 
 def test_too_few_frames_for_a_mirrored_end_are_refused():

@@ -30,6 +30,7 @@ import tiny
         (["model.resnet_remat=all"], "model.resnet_remat is 'all': choose one of none, norms, blocks"),
         (["model.prototypes=0"], "model.prototypes is 0"),
         (["model.ecapa_stride=0"], "model.ecapa_stride is 0"),
+        (["model.resnet_stride=0"], "model.resnet_stride is 0"),
         (["augment.masked_bins=81"], "augment.masked_bins is 81: must be 0 to 80"),
         (["loss.contrastive_margin=-0.1"], "loss.contrastive_margin is -0.1"),
         (["init=nowhere.safetensors"], "nowhere.safetensors"),
