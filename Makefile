@@ -13,11 +13,11 @@ PARITY := .venv-parity
 TFDS := .venv-tfds
 ONNX := .venv-onnx
 
-# Of PyTorch and TensorFlow few modules are imported: compiling all of them would take as long as installing them.
+# Few modules of PyTorch and TensorFlow are imported: compiling all of them would take as long as installing them.
 $(PARITY)/installed $(TFDS)/installed $(ONNX)/installed: COMPILE := --no-compile
 
 # Installs the project and its EXTRAS into the environment whose `installed` is made. The first step writes into this
-# folder, which environments that are made at the same time must not do together; the second takes long and does not.
+# folder, so environments being made at the same time must take turns; the second takes long and does not.
 define INSTALL
 	@flock Makefile $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPILE) 'memo-jax[$(EXTRAS)]'
@@ -28,7 +28,7 @@ endef
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
-	@echo "make demo OUTPUT=other         leave what it makes in another folder than demo_output"
+	@echo "make demo OUTPUT=other         write into a folder other than demo_output"
 	@echo "make test                      run the tests"
 	@echo "make soak                      kill, fill disks and damage files at random: COUNT=100 SEED=0, an hour or so"
 	@echo "make lint                      check style and formatting; make format rewrites the files"
@@ -52,7 +52,7 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Configuration in mkdocs.yml; every warning is an error. The variable silences an advertisement of the theme's authors.
+# Configuration in mkdocs.yml; every warning is an error. The variable silences an advertisement by the theme's authors.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
 	@echo "site/index.html; with search: $(VENV)/bin/python -m http.server --directory site"
@@ -60,7 +60,7 @@ docs: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
 
-# The suite has a few trials of each campaign; this has many. CAMPAIGNS="training damage" for some; see tests/soak.
+# The test suite runs a few trials of each campaign; this runs many. CAMPAIGNS="training damage" for some; see tests/soak.
 soak: $(INSTALLED)
 	JAX_PLATFORMS=cpu JAX_DISABLE_MOST_OPTIMIZATIONS=1 PYTHONPATH=.:tests \
 		$(VENV)/bin/python -m soak --count $(COUNT) --seed $(SEED) $(CAMPAIGNS)
@@ -77,7 +77,7 @@ $(TFDS)/installed: setup.cfg pyproject.toml
 	$(INSTALL)
 	@touch $@
 
-# sherpa-onnx brings a runtime of its own, so what loads a file there has an environment of its own.
+# sherpa-onnx brings a runtime of its own, so the tests that use it have an environment of their own.
 test-onnx: $(ONNX)/installed
 	$(ONNX)/bin/python -m pytest -n 0 tests/inference/test_sherpa_onnx.py
 
@@ -96,8 +96,8 @@ parity: $(PARITY)/installed
 		tests/parity/test_pretrained.py tests/parity/test_embed_benchmark.py \
 		tests/parity/test_train_step_benchmark.py tests/parity/test_torch_files.py
 
-# PyTorch comes first and by version, else the references would bring a build for CUDA of several gigabytes. They come
-# without their dependencies, which none of the networks needs; what speechbrain imports nevertheless is named.
+# PyTorch comes first and with its version, else the references would pull in a CUDA build of several gigabytes. They come
+# without their dependencies, which none of the networks needs, except for what speechbrain imports nevertheless.
 $(PARITY)/installed: EXTRAS := test
 $(PARITY)/installed: setup.cfg pyproject.toml
 	@echo "Making $(PARITY) with PyTorch and the networks to compare with; a few minutes the first time."
