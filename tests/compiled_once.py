@@ -1,4 +1,4 @@
-"""Runs in this process that have a step in common trace and compile it once, and what makes their first state."""
+"""Runs in this process that share a step trace and compile it once, and likewise what makes their first state."""
 
 import contextlib
 import json
@@ -10,8 +10,8 @@ import pytest
 from memo_jax.training import inputs, program
 from memo_jax.training import recipe as recipes
 
-# What a step does not depend on. Paths only say where its inputs come from, whose shapes are part of the key; whether
-# there is a path counts.
+# What a step does not depend on. Paths only say where its inputs come from, and the inputs' shapes are part of the key;
+# whether there is a path counts.
 IGNORED_GROUPS = ("evaluation", "checkpoint", "collapse")
 IGNORED_KEYS = {"data": ("train",), "augment": ("noise", "music", "speech", "rirs"), "supervised": ("labels",)}
 
@@ -38,9 +38,9 @@ def _settings(config) -> str:
 def compiled_once():
     """Makes `train` reuse compiled programs while the context lasts.
 
-    Recipes are the same object for configs that differ in nothing a step depends on, and for data of the same numbers
-    of steps, speakers and utterances. Steps are kept by recipe, devices and shapes of the banks. Of the function that
-    makes a state, JAX keeps the program itself. A test that replaces backbones or the front end has its own programs.
+    Recipes are the same object for configs that differ in nothing a step depends on, and for data with the same numbers
+    of steps, speakers and utterances. Steps are kept by recipe, devices and shapes of the banks. JAX itself keeps the
+    program that makes a state. A test that replaces backbones or the front end has its own programs.
     """
     build_recipe, lowered_step, state_maker = inputs.build_recipe, program.lowered_step, program.state_maker
 

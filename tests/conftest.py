@@ -1,4 +1,4 @@
-"""What all tests share: a cache of compiled programs that outlives a run, and the folder of reference material."""
+"""What all tests share: a cache of compiled programs that outlives a run of pytest, and the reference material."""
 
 import contextlib
 import gc
@@ -14,7 +14,7 @@ import pytest
 from memo_jax.xla.flags import default_xla_flags
 
 SHARED = Path(__file__).parents[2] / "shared"
-# They take longest, and come first: else a worker would be left with one of them while the others are done.
+# They take longest, so they come first: else one worker would still run one of them when the others are done.
 LONG = (
     "experiments/test_parity.py",
     "inference/test_evaluate.py",
@@ -42,7 +42,7 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Before anything imports JAX; the processes that tests start inherit it.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Small networks that take a few steps: compiling them is what takes the time. tiny.as_users_compile() undoes it.
+    # Small networks that take a few steps: compiling them takes most of the time. tiny.as_users_compile() undoes this.
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     default_xla_flags("--xla_cpu_use_fusion_emitters=false")  # jaxlib 0.11 has no such flag
     cache = getattr(config, "cache", None)  # absent under `-p no:cacheprovider`
@@ -50,7 +50,7 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         os.environ.setdefault("XDG_CACHE_HOME", str(cache.mkdir("user")))  # graphs of networks for onnxruntime
-    # Tracing makes many objects that stay: looking through them for cycles every 700 objects is a sixth of its time.
+    # Tracing makes many long-lived objects: looking for cycles every 700 objects would take a sixth of its time.
     gc.set_threshold(50_000)
     if "MEMO_JAX_TESTS_SHARE" not in os.environ:  # workers inherit it
         os.environ["MEMO_JAX_TESTS_SHARE"] = share = tempfile.mkdtemp(prefix="memo-jax-tests-")
@@ -85,7 +85,7 @@ def reference(shared):
 
 @pytest.fixture(scope="module")
 def compiled_once():
-    """Runs of the file's tests that have a step in common trace and compile it once."""
+    """Runs of the file's tests that share a step trace and compile it once."""
     from compiled_once import compiled_once
 
     with compiled_once():
@@ -107,7 +107,7 @@ def small_disk(tmp_path):
 
 @pytest.fixture(params=["read-only", "full"])
 def unwritable(request, tmp_path):
-    """(folder, message): a mounted file system that takes nothing, and what the system says of it."""
+    """(folder, message): a mounted file system that cannot be written, and the system's error message."""
     if os.geteuid() != 0 or shutil.which("mount") is None:
         pytest.skip("needs the right to mount a small file system")
     folder, options = tmp_path / "disk", {"read-only": "ro", "full": "size=8k"}[request.param]

@@ -1,6 +1,6 @@
 """A server of buckets in memory: as much of Google Cloud Storage's JSON API as gcsfs, tensorstore and orbax use.
 
-Uploads are there when all of them is, and conditions on generations hold, as in a real bucket; a list shows at once
+Uploads appear once they are complete, and conditions on generations hold, as in a real bucket; a listing shows at once
 what was written.
 """
 
@@ -13,11 +13,11 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-PAGE = 7  # most objects and folders in an answer, so that lists have several pages
+PAGE = 7  # the most objects and folders in one answer, so that listings have several pages
 
 
 class FakeBucket(ThreadingHTTPServer):
-    """One bucket: `objects` {name: (generation, bytes)}. `refuses(method, name)` tells what is answered by 403."""
+    """One bucket: `objects` {name: (generation, bytes)}. `refuses(method, name)` decides what is answered with 403."""
 
     daemon_threads = True
 
@@ -25,12 +25,12 @@ class FakeBucket(ThreadingHTTPServer):
         super().__init__(("localhost", 0), Handler)
         self.name, self.lock = name, threading.Lock()
         self.objects: dict[str, tuple[int, bytes]] = {}
-        self.uploads: dict[str, tuple[str, bytes]] = {}  # {id: (name of the object, what has come)}
+        self.uploads: dict[str, tuple[str, bytes]] = {}  # {id: (name of the object, bytes received)}
         self.refuses: Callable[[str, str], bool] = lambda method, name: False
         self.last = 1000  # generation, or id of an upload
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is no error: gcsfs asks two things at once, and goes with the first answer."""
+        """A client that hangs up is no error: gcsfs sends two requests at once, and takes the first answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -101,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = do_DELETE = handle_request
 
     def unmet(self, generation: int) -> int | None:
-        """The status for a condition of the query that does not hold."""
+        """The status for a condition in the query that does not hold."""
         if "ifGenerationMatch" in self.query and int(self.query["ifGenerationMatch"]) != generation:
             return 412
         return 304 if self.query.get("ifGenerationNotMatch") == str(generation) else None

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeHub:
-    """`repositories` is {"org/name": [{path: bytes}, …]}, one dict a commit; `requests` are those that came in."""
+    """`repositories` is {"org/name": [{path: bytes}, …]}, one dict per commit; `requests` are those received."""
 
     def __init__(self):
         self.repositories, self.requests = {}, []
@@ -118,7 +118,7 @@ class FakeHub:
 
 @contextlib.contextmanager
 def fake_hub():
-    """Runs a hub for as long as the context lasts."""
+    """Runs a hub while the context lasts."""
     hub = FakeHub()
     threading.Thread(target=hub.server.serve_forever, daemon=True).start()
     try:

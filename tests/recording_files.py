@@ -24,7 +24,7 @@ def audio_bytes(samples, kind="WAV", rate=RATE):
 
 
 def write_files(folder, names):
-    """Writes a recording, or the bytes given, under each name."""
+    """Writes a recording, or the given bytes, under each name."""
     for index, (name, content) in enumerate(names.items()):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What tests compare of training runs."""
+"""What tests compare between training runs."""
 
 import jax
 import numpy as np

@@ -92,7 +92,7 @@ def test_16_bit_samples_come_back_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
 def test_other_rates_are_converted(tmp_path, rate):
-    """A tone sampled at another rate is the same tone at 16 kHz, but for the ends, where the filter lacks input."""
+    """A tone sampled at another rate is the same tone at 16 kHz, except at the ends, where the filter lacks input."""
     read = read_audio(write(tmp_path / "a.wav", tone(rate=rate), rate, subtype="FLOAT")) / 32768
     assert abs(len(read) - RATE) <= 1
     np.testing.assert_allclose(read[800:15200], tone()[800:15200], atol=2e-3)
@@ -172,7 +172,7 @@ def test_missing_files_and_folders_are_named(tmp_path):
 @every_kind
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.6, 0.95, -300])
 def test_files_that_end_early_are_refused_whatever_they_are(options, lossless, kept):
-    """A share of the bytes, or all but the last 300."""
+    """A fraction of the bytes, or all but the last 300."""
     content = content_of(noise(2.0), **options)
     with pytest.raises(AudioError, match="a recording: (truncated|damaged)"):
         read_bytes(content[: int(kept * len(content)) if kept > 0 else kept])
@@ -217,7 +217,7 @@ def test_recordings_of_different_kinds_rates_and_channels_that_follow_one_anothe
 
 @pytest.mark.parametrize("header", [True, False])
 def test_an_mp3_of_variable_bitrate_is_read_to_its_end_without_a_header_that_tells_its_length(header):
-    """Silence first, whose bitrate is the lowest: libsndfile's estimate of the length would be another."""
+    """Silence first, whose bitrate is the lowest: libsndfile's estimate of the length would be wrong."""
     samples = np.concatenate([noise(3.0), 0.001 * noise(3.0)])
     content = content_of(samples, format="MP3", bitrate_mode="VARIABLE", compression_level=0.1)
     frames = [match.start() for match in re.finditer(b"\xff[\xf2\xf3]", content)]
@@ -250,7 +250,7 @@ def test_tags_around_a_recording_are_no_part_of_it(kind, before, behind):
 
 
 def test_much_that_follows_a_recording_and_is_unknown_is_refused():
-    """As when a header tells less than was written: it would be lost without a word."""
+    """As when a header declares less than was written: the rest would be lost silently."""
     content = bytearray(content_of(noise(2.0), format="WAV"))
     content[40:44] = (RATE).to_bytes(4, "little")
     with pytest.raises(AudioError, match="damaged: 48,000 bytes follow the end of the wav data"):
@@ -266,7 +266,7 @@ def test_a_second_chunk_of_samples_in_a_wav_is_refused():
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_ogg_whose_last_page_has_an_earlier_time_than_others_is_refused(subtype):
-    """That time is the length which decoders believe: of 20 s, they would give 2."""
+    """Decoders take that time for the length: of 20 s, they would return 2."""
     content = bytearray(content_of(noise(20.0), format="OGG", subtype=subtype))
     assert content.count(b"OggS") > 4
     last = content.rindex(b"OggS")
@@ -281,7 +281,7 @@ def test_a_header_alone_has_no_samples(tmp_path):
 
 
 def with_length(kind, length):
-    """One second of a kind with another length in its header, by its place there."""
+    """One second of a kind, with another length written into its header at a given position."""
     content = bytearray(content_of(noise(1.0), **KINDS[kind][0]))
     if kind == "flac":
         content[21:26] = ((content[21] & 0xF0) << 32 | length).to_bytes(5, "big")
@@ -312,7 +312,7 @@ def with_length(kind, length):
     ],
 )
 def test_placeholders_for_the_length_and_lengths_off_by_a_few_bytes_are_read(kind, length):
-    """As programs leave them that write to a pipe, or that count their header as samples."""
+    """As left by programs that write to a pipe, or that count their header as samples."""
     expected = read_bytes(content_of(noise(1.0), **KINDS[kind][0]))
     read = read_bytes(with_length(kind, length))
     assert abs(len(read) - RATE) <= 1
@@ -489,7 +489,7 @@ def test_a_recording_over_the_longest_is_refused(tmp_path):
     ],
 )
 def test_a_lying_header_is_refused_without_memory_for_its_lie(tmp_path, place, value, reason):
-    """In a process of its own, whose memory may grow by 300 MB only."""
+    """In a process of its own, whose memory may grow by only 300 MB."""
     content = bytearray(write(tmp_path / "a.wav", tone()).read_bytes())
     content[slice(*place)] = value.to_bytes(place[1] - place[0], "little")
     (tmp_path / "a.wav").write_bytes(content)
@@ -522,7 +522,7 @@ print(len(read_audio(sys.argv[1])), peak() - before)
     "name, seconds, rate, channels", [("a.wav", 3600, 16000, 1), ("a.flac", 600, 16000, 6), ("a.wav", 300, 48000, 2)]
 )
 def test_a_long_recording_takes_the_memory_of_its_samples(tmp_path, name, seconds, rate, channels):
-    """In a process of its own: the result, and less than 30 MB beside it."""
+    """In a process of its own: the result, and less than 30 MB besides."""
     minute = np.random.default_rng(0).integers(-999, 999, (60 * rate, 1)).astype(np.int16) * np.ones(channels, np.int16)
     with soundfile.SoundFile(tmp_path / name, "w", rate, channels) as file:
         for _ in range(seconds // 60):
@@ -558,7 +558,7 @@ def test_a_part_is_that_part_of_the_whole(tmp_path, name, options):
 
 
 def test_mutated_recordings_are_read_or_refused(tmp_path):
-    """No crash, hang or memory beyond what is allowed, and no other exception: see tests/soak/recordings.py."""
+    """No crash, hang, other exception, or memory beyond what is allowed: see tests/soak/recordings.py."""
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("no /proc to measure memory by")
     run = subprocess.run(
@@ -588,7 +588,7 @@ def test_names_of_recordings():
 
 
 def test_no_header_that_promises_nothing_is_read_for_ever():
-    """A size of zero, or a negative one, must not keep a reader at one place: every object has at least a header."""
+    """A size of zero, or a negative one, must not keep a reader in one place: every object has at least a header."""
     starts = [mark for marks in kinds.MARKS.values() for mark in marks]
     starts += [b"RIFF\0\0\0\0WAVE", b"RIFF\0\0\0\0AVI ", b"FORM\0\0\0\0AIFF", b"\0\0\0\1ftyp", b"\0\0\0\0moov"]
     starts += [b"\xff\xfb\x10\0", b"\xff\xf1\x50\x80\0\x1f\xfc", b"#!AMR\n", b"#!AMR-WB\n", b"NIST_1A\n   -16\n"]

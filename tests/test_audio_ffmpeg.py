@@ -1,4 +1,4 @@
-"""What `read_audio` lets ffmpeg decode and how, and what it never lets it see."""
+"""What `read_audio` lets ffmpeg decode and how, and what it never passes to it."""
 
 import io
 import os
@@ -24,7 +24,7 @@ M4A = struct.pack(">I4s4sI", 16, b"ftyp", b"M4A ", 0) + struct.pack(">I4s", 8, b
 
 
 def speech(seconds=3.0, channels=1):
-    """A tone, at another level in each channel, in noise."""
+    """A tone in noise, at a different level in each channel."""
     rng = np.random.default_rng(0)
     time = np.arange(round(seconds * RATE))[:, None] / RATE
     levels = np.linspace(0.3, 0.1, channels)
@@ -33,7 +33,7 @@ def speech(seconds=3.0, channels=1):
 
 
 def encoded(folder, name, samples, *options):
-    """Writes samples [L, channels] to a file of the kind that its name tells, by ffmpeg."""
+    """Writes samples [L, channels] to a file of the kind that its name says, by ffmpeg."""
     soundfile.write(folder / "source.wav", samples, RATE, subtype="FLOAT", format="WAVEX")
     subprocess.run(
         ["ffmpeg", "-v", "error", "-y", "-i", folder / "source.wav", *options, f"file:{folder / name}"], check=True
@@ -48,7 +48,7 @@ def named(content, name="in.zip/a.m4a"):
 
 
 def fake_ffmpeg(folder, monkeypatch, script):
-    """A shell script in the place of ffmpeg."""
+    """A shell script in place of ffmpeg."""
     (folder / "bin").mkdir(exist_ok=True)
     program = folder / "bin" / "ffmpeg"
     program.write_text(f"#!/bin/sh\n{script}\n")
@@ -116,14 +116,14 @@ def test_the_message_tells_what_was_found_inside(text, what):
 
 @needs_the_program
 def test_a_container_followed_by_a_playlist_is_decoded_as_that_container(tmp_path):
-    """Only what is behind it is told apart: it is refused, not opened."""
+    """What follows the container is recognised only so that it is refused; it is never opened."""
     content = encoded(tmp_path, "a.m4a", speech()).read_bytes()
     with pytest.raises(AudioError, match="damaged: 9,.* bytes follow the end of the mp4 data"):
         read_audio(named(content + (b"#EXTM3U\n#EXTINF:9,\n/etc/passwd\n" * 300)))
 
 
 def test_ffmpeg_is_told_the_container_and_limited_to_it_and_to_files(tmp_path, monkeypatch):
-    """The name is no argument, the input is an open file, there is no terminal and no standard input."""
+    """The name is not an argument, the input is an open file, there is no terminal and no standard input."""
     (tmp_path / "samples").write_bytes(au_file(speech()[:, 0]))
     fake_ffmpeg(
         tmp_path,
@@ -164,7 +164,7 @@ def test_names_that_would_be_options_protocols_or_patterns(tmp_path, monkeypatch
 
 @needs_the_program
 def test_a_film_that_refers_to_other_files_gets_nothing_of_them(tmp_path):
-    """A QuickTime film whose samples lie in a file of their own, by absolute path and by alias."""
+    """A QuickTime movie whose samples are in a separate file, by absolute path and by alias."""
     soundfile.write(tmp_path / "victim.wav", speech(), RATE, subtype="PCM_16")
     victim = str(tmp_path / "victim.wav").encode()
     content = encoded(tmp_path, "a.mov", speech(), "-c:a", "pcm_s16le").read_bytes()
@@ -184,7 +184,7 @@ def test_a_film_that_refers_to_other_files_gets_nothing_of_them(tmp_path):
             at = other.rindex(box, 0, place) - 4
             other[at : at + 4] = (int.from_bytes(other[at : at + 4], "big") + grown).to_bytes(4, "big")
         data = other.index(b"mdat") + 4
-        other[data : data + 6 * RATE] = bytes(6 * RATE)  # what the film itself holds is silence
+        other[data : data + 6 * RATE] = bytes(6 * RATE)  # the movie itself holds silence
         try:
             assert not read_audio(named(bytes(other))).any()
         except AudioError as error:
@@ -227,7 +227,7 @@ def test_an_ffmpeg_that_hangs_is_given_up_and_ended_with_its_children(tmp_path, 
 
 
 def test_a_slow_ffmpeg_is_waited_for_as_long_as_it_delivers(tmp_path, monkeypatch):
-    """Each second decoded buys a second more."""
+    """Each second decoded buys another second."""
     (tmp_path / "samples").write_bytes(au_file(np.zeros(100 * RATE)))
     monkeypatch.setattr(decode_ffmpeg, "BLOCK_SAMPLES", 10 * RATE)
     fake_ffmpeg(

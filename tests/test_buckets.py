@@ -1,4 +1,4 @@
-"""A workdir at gs://: trained, killed, resumed and used as one in the file system, against a bucket in memory."""
+"""A workdir at gs://: trained, killed, resumed and used like one in the file system, against a bucket in memory."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(scope="module")
 def bucket():
-    """The bucket of this process: what talks to it remembers its address."""
+    """The bucket of this process: its clients remember its address."""
     pytest.importorskip("gcsfs", reason="needs the extra `gcs`")
     with fake_bucket.running("bucket") as (server, variables), pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
@@ -50,7 +50,7 @@ def refusing(bucket):
 @pytest.fixture(scope="module")
 def runs(bucket, tmp_path_factory):
     """A run in the file system, and the same in the bucket: killed while or after its second checkpoint was written,
-    which then lacks its mark, and resumed. Of a network of one layer."""
+    which then lacks its mark, and resumed. The network has one layer."""
     local = tmp_path_factory.mktemp("buckets") / "run"
     with pytest.MonkeyPatch.context() as patch:
         tiny_processes.patch_for_tests(patch.setattr)
@@ -75,7 +75,7 @@ def rows_without_times(workdir):
 
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, bucket, tmp_path):
-    """A half-written checkpoint is not chosen, nor in the way; every step is logged once. A copy of it outside of the
+    """A half-written checkpoint is not chosen, nor in the way; every step is logged once. A copy of it outside the
     bucket is the same run."""
     steps, logged = runs.found
     assert steps[0] == 4 and set(steps) <= {4, 8} and logged[:8] == list(range(1, 9))
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, buc
 
 
 def test_its_networks_are_those_of_the_same_run_in_the_file_system(bucket, tmp_path):
-    """To eval, which keeps a threshold in the bucket, and to embed, verify, export and report; a run that was copied
+    """For eval, which keeps a threshold in the bucket, and embed, verify, export and report; also a run that was copied
     there."""
     local, remote = tmp_path / "trained", "gs://bucket/trained"
     config = tiny.tiny_config(f"data.train={tiny.material().dataset}", "model.branches=resnet")

@@ -140,7 +140,7 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
 
 
 def test_json_has_null_where_there_is_no_number(monkeypatch):
-    """The threshold at which a minDCF of 1 is reached is infinite, and an interval of one trial is none."""
+    """The threshold at which a minDCF of 1 is reached is infinite, and one trial has no interval."""
     found = {"eer": float("nan"), "curve": [1.0, float("inf")], "of": {"name": "Zoë", "pair": (float("-inf"), 2)}}
     monkeypatch.setattr("memo_jax.scoring.score.score", lambda *arguments, **options: found)
     status, text = tiny.here("score", "--embeddings", "e.npz", "--trials", "t.txt", "--json")
@@ -149,7 +149,7 @@ def test_json_has_null_where_there_is_no_number(monkeypatch):
 
 
 def test_prepare_as_typed(tmp_path):
-    """Two inputs, names with spaces and letters beyond ASCII; what cannot be used is told, and listed."""
+    """Two inputs, names with spaces and letters beyond ASCII; what cannot be used is reported and listed."""
     one, two = tiny.write_corpus(tmp_path / "one", speakers=1, utterances=2), tmp_path / "zwei äöü"
     (two / "Jürgen Müller").mkdir(parents=True)
     (one / "s0" / "1.wav").rename(two / "Jürgen Müller" / "grüß dich.wav")
@@ -267,7 +267,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_is_one_line_of_status_2_and_leaves_nothing(line, tmp_path, monkeypatch):
-    """What argparse finds has its usage in front; no traceback, and no file or folder is left."""
+    """Errors found by argparse follow its usage; no traceback, and no file or folder is left."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
     status, text = tiny.here(*line.split())

@@ -1,4 +1,4 @@
-"""Configs: what the command line may change, and what it is told when it may not."""
+"""Configs: what the command line may change, and the errors when it may not."""
 
 import sys
 

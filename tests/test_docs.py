@@ -1,4 +1,4 @@
-"""What README and the guides show runs as it stands: commands, Python, and the pages made from other files."""
+"""What README and the guides show runs as it stands: commands, Python, and the pages generated from other files."""
 
 import importlib.util
 import re
@@ -55,7 +55,7 @@ def shrinking(config_file):
 
 
 def weights(toolkit: str, name: str, **sizes) -> dict[str, np.ndarray]:
-    """Weights of a small backbone by the names of a toolkit."""
+    """Weights of a small backbone, with the names of a toolkit."""
     random = np.random.default_rng(0)
     shapes = interop.shapes_of(build_backbone(name, embedding_dim=16, **sizes))
     variables = jax.tree.map(lambda x: random.uniform(0.1, 0.2, x.shape).astype(np.float32), shapes)
@@ -79,7 +79,7 @@ def run(*arguments) -> str:
 
 @pytest.fixture(scope="module")
 def folder_of_a_reader(tmp_path_factory):
-    """A folder with miniatures of all that the pages name, in which the commands of README have been typed."""
+    """A folder with miniatures of all that the pages name, in which README's commands have been run."""
     folder = tmp_path_factory.mktemp("reader")
     corpus = tiny.write_corpus(folder / "recordings" / "train")
     for copy in ("recordings/test", "voxceleb2/dev/aac", "voxceleb1/wav"):
@@ -156,7 +156,7 @@ def test_other_commands_are_known():
 
 
 def test_commands_that_no_test_runs_are_understood(monkeypatch):
-    """Those for pods, those of the experiments, and the JobSet's: options, config and its keys are known."""
+    """Those for pods, the experiments and the JobSet: their options, configs and config keys exist."""
     monkeypatch.chdir(tiny.ROOT)
     yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load((tiny.ROOT / "experiments" / "jobset.yaml").read_text(encoding="utf-8"))

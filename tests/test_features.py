@@ -50,7 +50,7 @@ def all_features(waves, lengths):
 
 
 def test_padding_does_not_change_an_utterance():
-    """The reflection sits at each utterance's own end, so its frames are those it has alone, however short it is."""
+    """The reflection is at each utterance's own end, so it has the same frames as alone, however short it is."""
     lengths = np.array([4000, 2403, 150, 1], np.int32)
     waves = np.stack([speech_like(4000, seed) for seed in range(len(lengths))])  # padding is other sound, not zeros
     power, normalized, statistics = all_features(waves, lengths)
@@ -141,7 +141,7 @@ def test_kaldi_front_end_is_kaldis_also_in_a_padded_batch(front_end, options, sc
 
 @pytest.mark.parametrize("front_end", ["kaldi_fbank", "wespeaker_fbank"])
 def test_kaldi_front_end_of_silence_and_of_less_than_a_frame_is_finite(front_end):
-    """Kaldi has no frame of a recording under 25 ms; ours fills one up with zeros."""
+    """Kaldi has no frame for a recording under 25 ms; ours fills one up with zeros."""
     waves, lengths = np.zeros((2, 3200), np.float32), np.array([3200, 100], np.int32)
     waves[1] = speech_like(3200)
     ours, frames = jax.jit(features.FRONT_ENDS[front_end])(waves, lengths)

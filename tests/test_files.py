@@ -25,7 +25,7 @@ def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
 
 
 def test_a_pipe_is_written_and_not_replaced(tmp_path):
-    """As are devices: whoever has the right could otherwise make a file of /dev/null."""
+    """Likewise devices: with the permissions, a file could otherwise replace /dev/null."""
     pipe, read = tmp_path / "pipe", []
     os.mkfifo(pipe)
     thread = threading.Thread(target=lambda: read.append(pipe.read_text()))
@@ -46,7 +46,7 @@ def test_a_failure_keeps_what_was_there(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, None], ids=["with its number", "without"])
 def test_an_error_names_the_output_whatever_name_a_library_gives(number, tmp_path):
-    """As Arrow, whose errors carry a number and name the file that it was told to write."""
+    """Like Arrow, whose errors carry a number and name the file that it was given to write."""
     with pytest.raises(OSError) as raised, replacing(tmp_path / "e.parquet") as partial:
         text = f"Failed to open local file '{partial}'"
         raise OSError(number, text) if number else OSError(text)

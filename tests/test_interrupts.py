@@ -1,4 +1,4 @@
-"""Ctrl-C: it ends every command at any moment, is remembered where an exception is lost, and ends all at the second."""
+"""Ctrl-C ends every command at any moment, is remembered where an exception is lost, and at once when repeated."""
 
 import itertools
 import signal
@@ -13,7 +13,7 @@ from memo_jax import interrupts
 
 
 def test_a_request_lost_in_a_callback_is_raised_at_the_next_stage(capfd):
-    """As in a callback of JAX on the garbage collector: the exception is ignored, and nothing printed."""
+    """As in JAX's callback for the garbage collector: the exception is ignored, and nothing printed."""
 
     class Lost:
         def __del__(self):
@@ -63,7 +63,7 @@ def test_a_second_request_ends_the_process_whatever_it_does(code):
 
 
 def test_an_import_is_not_interrupted_but_the_line_after_it_is(tmp_path, monkeypatch):
-    """Also where one import is within another, and where no stage would look for a request."""
+    """Also where one import is within another, and where no stage would check for a request."""
     (tmp_path / "imports_another.py").write_text("import asks_for_the_end\nwhole = True\n")
     (tmp_path / "asks_for_the_end.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\nwhole = True\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -88,13 +88,13 @@ def test_where_it_is_ignored_it_stays_ignored():
 
 @pytest.mark.parametrize("seconds", [0.5, 4])
 def test_a_request_early_in_training_ends_it(seconds, tmp_path):
-    """While modules are imported, data are read, the step compiles, or the first steps are taken."""
+    """While modules are imported, data are read, the step compiles, or the first steps run."""
     command = [sys.executable, "-m", "memo_jax", *tiny.train_arguments(tmp_path / "run", "total_steps=100000")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=tiny.environment()) as process:
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
-        # Before the command has begun, it is Python itself that ends; a shell calls that 130, too.
+        # Before the command has begun, Python itself ends; a shell reports that as 130, too.
         assert process.returncode in (interrupts.INTERRUPTED, -signal.SIGINT), said
     if process.returncode == interrupts.INTERRUPTED:  # a library in C that was being imported may say more before
         assert said.splitlines()[-1] == "memo-jax: interrupted"
@@ -126,7 +126,7 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize("calls", [100, 3000])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_request_at_any_moment_ends_a_command_which_leaves_nothing(command, calls, places, tmp_path, monkeypatch):
-    """At a call of a function, of those that come first in the command: the arguments, the model, the first data."""
+    """At the call of a function, one of the command's first: the arguments, the model, the first data."""
     count = itertools.count()
 
     def interrupt(frame, event, argument):

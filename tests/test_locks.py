@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_no_lock_behind(tmp_path, monkeypatch, inside):
 
 
 def test_of_many_that_begin_at_once_each_goes_alone(tmp_path):
-    """Six processes count up in a file, each trying until it has the lock."""
+    """Six processes increment a count in a file, each trying until it has the lock."""
     code = """
 import sys, time
 from pathlib import Path
@@ -146,7 +146,7 @@ def test_a_lease_is_kept_while_renewed_and_removed_at_the_end(leased):
 
 
 def test_a_lease_of_a_process_that_is_gone_is_taken_over_and_its_owner_told(leased, capfd):
-    """One of another machine after it was not renewed for a while; one of a dead process here at once. An owner that
+    """Another machine's once it has not been renewed for a while; that of a dead process here at once. An owner that
     was suspended, and finds another's lease, stops."""
     file = locks.as_path(leased) / ".lock"
     with subprocess.Popen(["true"]) as process:

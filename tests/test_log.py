@@ -24,7 +24,7 @@ class Console(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that the test moves by hand: clock["now"] += seconds."""
+    """A clock that the test advances by hand: clock["now"] += seconds."""
     now = {"now": 100.0}
     monkeypatch.setattr(log.time, "monotonic", lambda: now["now"])
     return now
@@ -35,7 +35,7 @@ def rows_of(workdir):
 
 
 def tensorboard_scalars(workdir):
-    """{tag: {step: value}} as a reader sees them: a start event hides that step and what came later in files before."""
+    """{tag: {step: value}} as readers see it: a start event hides that step and later ones in earlier files."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found = {}
@@ -174,7 +174,7 @@ def test_no_heavy_import(tmp_path):
 
 
 def test_plain_progress_gives_rate_and_time_left(monkeypatch, clock):
-    """50 units in 100 s, a line every ten seconds; 5 resumed units are done but not part of the rate."""
+    """50 units in 100 s, a line every ten seconds; 5 resumed units count as done but not in the rate."""
     console = Console(tty=False)
     monkeypatch.setattr(sys, "stderr", console)
     shown = Progress(total=65, label="train", unit="step", initial=5)

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-# Distributions whose module has another name than theirs, normalised.
+# Distributions whose module has a different name, normalised.
 MODULE_NAMES = {
     "tensorflow-datasets": "tensorflow_datasets",
     "orbax-checkpoint": "orbax",
@@ -24,7 +24,7 @@ MODULE_NAMES = {
     "absl-py": "absl",
     "scikit-learn": "sklearn",
 }
-# Imported where they are needed alone, with a message for those who lack them, and the extras that they are of.
+# Imported only where they are needed, with a message for those who lack them, and the extras that they belong to.
 OPTIONAL = {
     "torch": "torch",
     "fsspec": "gcs",
@@ -80,7 +80,7 @@ def test_installed_versions_lie_in_the_ranges(setup_cfg):
 
 
 def test_the_library_imports_only_what_it_declares(setup_cfg):
-    """So an install without extras imports every module, and the GPL speech synthesis of the demo stays out of it."""
+    """Thus an install without extras imports every module, and the demo's GPL speech synthesis stays out of it."""
     declared = {requirement.name for requirement in requirements(setup_cfg["options"]["install_requires"])}
     declared = {MODULE_NAMES.get(name.replace("_", "-"), name) for name in declared} | {"memo_jax"}
     imported = modules_imported_below(ROOT / "memo_jax")
@@ -118,7 +118,7 @@ def would_install(*wanted):
 
 
 def test_accelerator_extras_resolve(setup_cfg):
-    """To the part of the same release that drives the accelerator. All that this part needs, gigabytes for CUDA, is
+    """To the same release's package for the accelerator. All that this package needs, gigabytes for CUDA, is
     resolved by the workflow."""
     texts = [setup_cfg["options.extras_require"][name].strip() for name in ACCELERATORS]
     wanted = [str(item) for text in texts for item in requirements(text)]
@@ -219,7 +219,7 @@ def test_pyproject_holds_the_build_system_alone():
 
 
 def run_make(folder, *arguments):
-    # A make that runs the tests must not hand its own flags to this one.
+    # A make that runs the tests must not pass its own flags to this one.
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     command = ["make", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)

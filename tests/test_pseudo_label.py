@@ -1,4 +1,4 @@
-"""`memo-jax pseudo-label`: rounds of clustering and training, told which is best, and gone on with after any end."""
+"""`memo-jax pseudo-label`: rounds of clustering and training, which of them is best, and resuming after any end."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_each_round_clusters_with_the_network_before_and_is_tested(whole):
 
 
 def test_interrupted_anywhere_the_same_command_ends_the_same(whole, tmp_path, monkeypatch):
-    """While it clusters, trains, writes the network and tests it."""
+    """While it clusters, trains, writes the network, or tests it."""
     workdir = tmp_path / "again"
     took = monitor.Monitor.took
 

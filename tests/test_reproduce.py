@@ -1,4 +1,4 @@
-"""A run made again: bit-identical with the same seed, told apart where anything differs; and its own record."""
+"""A reproduced run: bit-identical with the same seed, and whatever differs is reported; and the run's own record."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def again(run, tmp_path_factory):
-    """The run made again by the command, what it said, and its status."""
+    """The run reproduced by the command, what it printed, and its status."""
     output = tmp_path_factory.mktemp("again") / "again"
     status, text = tiny.here("reproduce", run, "--output", output)
     return output, text, status
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_bit_identical_metrics_parameters_and_rates(run, aga
 
 
 def changed(run, folder, again):
-    """A copy of the run to change, and a copy of the output, so that nothing need be trained once more."""
+    """A copy of the run to change, and a copy of the output, so that nothing need be trained again."""
     return shutil.copytree(run, folder / "run"), shutil.copytree(again[0], folder / "again")
 
 
@@ -78,7 +78,7 @@ def test_changed_metrics_are_told_by_name_and_size(run, again, tmp_path):
 
 
 def test_changed_parameters_and_rates_are_told(run, again, tmp_path):
-    """The parameters of an earlier step, and a report that says another rate."""
+    """The parameters of an earlier step, and a report with a different rate."""
     workdir, output = changed(run, tmp_path, again)
     shutil.rmtree(workdir / "checkpoints" / "4")
     shutil.copytree(workdir / "checkpoints" / "2", workdir / "checkpoints" / "4")

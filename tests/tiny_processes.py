@@ -23,7 +23,7 @@ from memo_jax.training.front_end import Views
 STEPS, SAVED, KILLED_AT = 12, 8, 10  # of the config: all, the last checkpoint but one
 GONE = {76, -6}  # `cli.LOST`; SIGABRT, where jax ends the process itself
 
-# A process of a training; plans are JSON: what happens in which process at which step, and the command lines to run.
+# A process of a training run; plans are JSON: what happens in which process at which step, and the commands to run.
 PROCESS = """
 import json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -80,7 +80,7 @@ def front_end(key, batch, banks):
 
 
 def patch_for_tests(set_attribute, record=None, input_seconds=0):
-    """Makes training use these, keep what it read of every batch in a file, and wait for each batch for some time."""
+    """Makes training use these, record what it reads of every batch in a file, and wait some time for each batch."""
     set_attribute(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
     set_attribute(program, "build_front_end", lambda config: front_end)
     following, kept = TrainingBatches.__next__, []
@@ -119,7 +119,7 @@ def start(count, *commands, signals=(), slow=False, record=None, stopped_seconds
       slow: steps of the last command take a fifth of a second.
       record: beginning of the names of files that keep what each process read.
       stopped_seconds: see `signals`.
-      input_seconds: that the last process waits for each batch.
+      input_seconds: how long the last process waits for each batch.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -161,6 +161,6 @@ def start(count, *commands, signals=(), slow=False, record=None, stopped_seconds
 
 
 def command(workdir, *settings):
-    """Of a run with one kind of crop, whose prototypes and momenta the processes share, as they do with large ones."""
+    """For a run with one kind of crop, whose prototypes and momenta are sharded over the processes like large ones."""
     settings = ("data.local_crops=0", "log_every_steps=1", "split_above_megabytes=0.001", *settings)
     return tiny.train_arguments(workdir, *settings)

@@ -15,7 +15,7 @@ from memo_jax.training.step import train_step
 def traced_step(config) -> tuple[TrainState, dict]:
     """The abstract state after a step of a config, augmentation banks and front end included, and its metrics.
 
-    Asserts that its arrays have the shapes of those of the state before.
+    Asserts that its arrays have the same shapes as those of the state before.
     """
     recipe = build_recipe(config, 1000, utterances=1000 * config.data.batch_size)
     state = jax.eval_shape(state_maker(recipe), jax.random.key(0))

@@ -74,7 +74,7 @@ def browser(recordings):
 
 @pytest.fixture
 def page(browser, address):
-    """The page, wide and light; any request that leaves this machine, and any error of a script, fails the test."""
+    """The page, wide and light; any request that leaves this machine, and any script error, fails the test."""
     yield from opened(browser, address, 1400, "light")
 
 
@@ -93,7 +93,7 @@ def opened(browser, address, width, scheme):
 
 
 def drop(page, element, *paths):
-    """Gives files to one of the page's fields and waits until they have arrived."""
+    """Drops files into one of the page's fields and waits until they have arrived."""
     page.set_input_files(f"#{element} input[type=file]", [str(path) for path in paths])
     page.wait_for_selector(f"#{element} button[aria-label=Clear], #{element} .file-preview")
     page.wait_for_selector(f"#{element} input[type=file]", state="detached") if element != "files" else None
@@ -125,7 +125,7 @@ def test_two_recordings_are_compared_as_verify_does(page, recordings):
 
 @needs_browser
 def test_a_voice_is_recorded_by_the_microphone(page, recordings):
-    """The fake microphone plays ada1.wav again and again, so what it records is near to it."""
+    """The fake microphone plays ada1.wav over and over, so what it records is close to it."""
     page.click("#first button[aria-label='Record audio']")
     page.click("#first .record-button")
     page.wait_for_timeout(2500)
@@ -186,7 +186,7 @@ def test_a_recording_that_cannot_be_used_is_explained_and_the_page_goes_on(page,
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_nothing_is_cut_off_and_text_is_readable(browser, address, recordings, width, scheme):
-    """No sideways scrolling, and a contrast of 4.5 between our texts and what is behind them."""
+    """No sideways scrolling, and a contrast of 4.5 between our text and its background."""
     for page in opened(browser, address, width, scheme):
         drop(page, "first", recordings / "ada1.wav")
         drop(page, "second", recordings / "bob.wav")
@@ -251,7 +251,7 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
 
 @pytest.mark.skipif(not speech.is_installed(), reason="needs the extra vad")
 def test_noise_without_speech_is_refused(tmp_path, recordings):
-    """Where it can be told; test_speech shows that speech is found."""
+    """Where this can be recognised; test_speech shows that speech is found."""
     soundfile.write(tmp_path / "noise.wav", np.random.default_rng(0).normal(0, 0.01, 32000), 16000)
     answers = Answers(Embedder.load(tiny.model_file()), check_speech=True)
     assert "First recording: no speech in its 2.00 s." in answers.compare(str(tmp_path / "noise.wav"), None, {})[0]

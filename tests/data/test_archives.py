@@ -1,4 +1,4 @@
-"""Archives: nothing in them is lost without a word, and nothing that they claim costs memory, disk or time."""
+"""Archives: nothing in them is lost silently, and nothing that they claim costs memory, disk or time."""
 
 import bz2
 import gzip
@@ -72,7 +72,7 @@ def test_every_flipped_bit_in_a_header_of_a_tar_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".tar.gz", ".tar.bz2", ".tar.xz", ".zip"])
 def test_every_flipped_bit_in_a_compressed_archive_is_noticed(tmp_path, suffix):
-    """Either the archive is refused, or all members with their content are there, or the damaged ones are named."""
+    """Either the archive is refused, or all members and their content are intact, or the damaged ones are named."""
     whole, rng = WRITERS[suffix](tmp_path / f"in{suffix}", CONTENT).read_bytes(), random.Random(0)
     path = tmp_path / f"damaged{suffix}"
     for _ in range(150):
@@ -173,7 +173,7 @@ def test_a_large_member_is_left_out_before_it_is_copied(tmp_path, monkeypatch):
 
 
 def test_what_is_copied_of_a_compressed_tar_at_a_time_is_bounded(tmp_path, monkeypatch):
-    """Eight recordings of 19 kB, of which two may be copied beside the output at a time."""
+    """Eight recordings of 19 kB, two of which may be copied beside the output at a time."""
     monkeypatch.setattr(prepare_module, "BYTES_PER_SPOOL", 45_000)
     content = {f"a/{index}.wav": audio_bytes(noise(seed=index)) for index in range(8)}
     path, sizes = write_tar(tmp_path / "in.tar.gz", content, gzip.open), []
@@ -214,7 +214,7 @@ def test_a_full_temporary_folder_is_not_a_damaged_recording(tmp_path, monkeypatc
 
 
 def test_a_zip_that_lies_about_a_size_takes_no_memory(tmp_path):
-    """A hundred megabytes of zeros that are said to be 1,000 bytes."""
+    """A hundred megabytes of zeros declared as 1,000 bytes."""
     path = write_zip(tmp_path / "in.zip", {"bomb.wav": bytes(100_000_000)})
     (member,) = members(path)
     tracemalloc.start()
@@ -238,7 +238,7 @@ def test_a_name_that_differs_between_directory_and_header_of_a_zip_is_damage(tmp
 
 
 def test_a_name_cannot_ask_for_its_content(tmp_path):
-    """Content is read of the suffix asked for only, whatever a name ends in."""
+    """Content is read only for the requested suffix, whatever a name ends in."""
     info = tarfile.TarInfo("odd")
     info.pax_headers, info.size = {"path": "odd\0"}, 7
     with tarfile.open(tmp_path / "in.tar", "w", format=tarfile.PAX_FORMAT) as tar:

@@ -62,7 +62,7 @@ def test_impulse_responses_start_with_the_direct_sound_at_unit_energy(tmp_path, 
 
 
 def test_a_limit_on_memory_chooses_by_seed(tmp_path):
-    """Room for 4 of 12 rows: the same four again for a seed, others for another, in the order of the names."""
+    """Room for 4 of 12 rows: always the same four for a seed, others for another, in the order of the names."""
     everything = np.stack([write(tmp_path / f"{index:02d}.wav", noise(1600, index)) for index in range(12)])
     place = {row.tobytes(): index for index, row in enumerate(everything)}
     chosen = []
@@ -76,7 +76,7 @@ def test_a_limit_on_memory_chooses_by_seed(tmp_path):
 
 
 def test_beyond_the_limit_every_recording_gives_rows_and_no_more_is_decoded(tmp_path, monkeypatch):
-    """Three long recordings (of 40, 30 and 2 rows) and room for 12: 5, 5 and 2 rows, each one piece of its file."""
+    """Three long recordings (of 40, 30 and 2 rows) and room for 12: 5, 5 and 2 rows, each contiguous in its file."""
     whole = [write(tmp_path / f"{index}.wav", noise(1600 * rows, index)) for index, rows in enumerate((40, 30, 2))]
     decoded, read = [], banks.read_audio
     monkeypatch.setattr(
@@ -147,14 +147,14 @@ def test_rirs_noises_gives_rooms_and_point_sources_but_no_noise_as_a_room(tmp_pa
 
 
 def test_a_folder_of_ones_own_may_have_parts_of_any_name(tmp_path):
-    """That one of them is called as in MUSAN does not make it MUSAN."""
+    """That one of them has a name from MUSAN does not make it MUSAN."""
     write(tmp_path / "sounds" / "speech" / "a.wav", noise(1600))
     write(tmp_path / "sounds" / "rain" / "a.wav", noise(1600, 1))
     assert len(load_banks(noise=tmp_path / "sounds", seconds=0.1)["noise"]) == 2
 
 
 def test_hidden_files_are_passed_over_and_counted(tmp_path, capsys):
-    """What macOS writes beside a recording has its extension, and is no sound."""
+    """What macOS writes beside a recording has its extension, but is not sound."""
     write(tmp_path / "a.wav", noise(1600))
     for name in ("._a.wav", ".trash/b.wav", "__MACOSX/a.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ CROPS = {"global_seconds": 0.05, "local_seconds": 0.02}
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Ten utterances of 0.5 to 0.77 s; sample t of utterance i is 3000·i − 15000 + t mod 2900: a crop tells which."""
+    """Ten utterances of 0.5 to 0.77 s; sample t of utterance i is 3000·i − 15000 + t mod 2900: a crop reveals both."""
     folder = tmp_path_factory.mktemp("data")
     for index in range(10):
         samples = (3000 * index - 15000 + np.arange(8000 + 480 * index) % 2900).astype(np.int16)
@@ -88,7 +88,7 @@ def test_crops_of_a_row_are_parts_of_one_utterance(dataset):
 
 
 def test_starts_are_uniform_over_all_places(tmp_path):
-    """Crops of 900 out of 902 samples: three places, each a third of the time (600 draws, standard deviation 11.5)."""
+    """Crops of 900 out of 902 samples: three positions, each a third of the time (600 draws, deviation 11.5)."""
     soundfile.write(tmp_path / "a.wav", np.arange(8000, dtype=np.int16), RATE)
     prepare(tmp_path, tmp_path / "set", workers=1)
     batches = training_batches(
@@ -99,7 +99,7 @@ def test_starts_are_uniform_over_all_places(tmp_path):
 
 
 def test_a_short_utterance_is_repeated(dataset):
-    """A crop longer than its utterance is the utterance again and again, from any place in it."""
+    """A crop longer than its utterance repeats the utterance, from any position in it."""
     utterances = Utterances(dataset)
     batch = next(training_batches(utterances, batch_size=10, seed=0, global_seconds=2.0, local_crops=0))
     for row in batch["global"]:
@@ -110,7 +110,7 @@ def test_a_short_utterance_is_repeated(dataset):
 
 
 def test_an_epoch_takes_every_utterance_at_most_once_and_epochs_differ(dataset):
-    """Batches of 3 out of 10: nine utterances an epoch, and the one dropped is not always the same."""
+    """Batches of 3 out of 10: nine utterances per epoch, and the one dropped is not always the same."""
     batches = training_batches(dataset, batch_size=3, seed=1, **CROPS)
     assert batches.steps_per_epoch == 3
     epochs = [[utterance_of(row) for batch in take(batches, 3) for row in batch["global"]] for _ in range(8)]
@@ -120,7 +120,7 @@ def test_an_epoch_takes_every_utterance_at_most_once_and_epochs_differ(dataset):
 
 
 def test_crops_differ_between_epochs(dataset):
-    """The places of the same utterance's crops, which its samples mod 3000 tell, in two epochs."""
+    """The positions of the same utterance's crops, known from its samples mod 3000, in two epochs."""
     first, second = (
         {utterance_of(row): (row[:, 0] % 3000).tolist() for row in batch["global"]}
         for batch in take(training_batches(dataset, batch_size=10, seed=1, **CROPS), 2)
@@ -167,7 +167,7 @@ def test_workers_change_nothing_and_may_change_on_resume(dataset):
 
 
 def test_speaker_labels_reach_nothing(dataset, tmp_path):
-    """The same recordings with scrambled labels give the same batches, bit by bit."""
+    """The same recordings with scrambled labels yield the same batches, bit for bit."""
     recordings = dataset.parent
     prepare(
         recordings,
@@ -229,8 +229,8 @@ def damage(shard, fault):
     ],
 )
 def test_a_fault_while_training_is_named_and_a_restart_goes_on(sharded, tmp_path, fault, workers, message):
-    """Every shard is damaged after the first batch, so that some are not open yet, also in worker processes. The batch
-    that fails fails again, until the files are back; then that very batch comes, from this iterator and in another
+    """Every shard is damaged after the first batch, when some are not open yet, in worker processes, too. The batch
+    that failed fails again until the files are back; then that very batch is returned, by this iterator and in another
     run."""
     copy = shutil.copytree(sharded, tmp_path / "copy")
     options = {"batch_size": 2, "seed": 0, **CROPS}

@@ -1,4 +1,4 @@
-"""`prepare --check`: a sound dataset passes, and whatever is damaged in another is named, there and when it is read."""
+"""`prepare --check`: an intact dataset passes, and any damage is named, by the check and on reading."""
 
 import hashlib
 import json
@@ -131,7 +131,7 @@ def edit_index(dataset, row, column, by):
 
 
 def agree(dataset):
-    """Makes the checksums those of the files, as a bug or a forger would leave them."""
+    """Makes the checksums match the files, as a bug or a forger would."""
     records._write_checksums(dataset)
 
 
@@ -191,7 +191,7 @@ def test_the_checksums_are_those_of_sha256sum(dataset):
 
 
 def test_a_shard_of_another_dataset_is_noticed_when_it_is_read(dataset, monkeypatch):
-    """A dataset of the same names and lengths, so that only the sound differs."""
+    """A dataset with the same names and lengths, so that only the sound differs."""
     other = dataset.parent / "other"
     shutil.copytree(dataset.parent / "speech", other)
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""Folders become datasets: what goes in, under which name, what is left out, and that nothing half-written stays."""
+"""Folders become datasets: what goes in, under which name, what is left out, and that nothing half-written remains."""
 
 import os
 import shutil
@@ -108,7 +108,7 @@ def test_shards_are_bounded_in_bytes(speech, tmp_path, monkeypatch):
 
 
 def test_labels_change_nothing_but_labels(speech, tmp_path, monkeypatch):
-    """Other speakers, with names of other lengths: the same order, shards, samples and fingerprint."""
+    """Other speakers, with names of different lengths: the same order, shards, samples and fingerprint."""
     monkeypatch.setattr(prepare_module, "BYTES_PER_SHARD", 60_000)
     prepare(speech, tmp_path / "true", workers=1)
     true = Utterances(tmp_path / "true")
@@ -169,7 +169,7 @@ def test_odd_names_rates_and_channels_are_taken(tmp_path):
 
 
 def test_the_manifest_and_what_was_left_out_open_in_pandas(tmp_path):
-    """Names of every kind, whatever pandas takes for a number, nothing or a quotation otherwise."""
+    """Names of every kind, including those that pandas would otherwise take for numbers, missing values or quotes."""
     names = ["007/1.wav", "NA/1.wav", 'x/"quoted.wav', "Zoë Müller/two words.wav", "x/1,2;3.wav"]
     for index, name in enumerate(names):
         write_recording(tmp_path / "in" / name, 0.5 + index / 10, index)
@@ -311,7 +311,7 @@ def test_what_a_killed_run_left_is_no_obstacle(speech, tmp_path):
 
 
 def test_a_channel_can_be_chosen(tmp_path):
-    """Of two channels that cancel in their mean, one; and a recording without that channel is left out by name."""
+    """One of two channels that cancel in their mean; a recording without that channel is listed as left out."""
     left = write_recording(tmp_path / "in" / "a" / "mono.wav", seed=1)
     soundfile.write(tmp_path / "in" / "a" / "two.wav", np.stack([left, -left], axis=1), RATE)
     status, text = tiny.here("prepare", "--input", tmp_path / "in", "--output", tmp_path / "mean", "--workers", "1")

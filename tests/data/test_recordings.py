@@ -203,7 +203,7 @@ def test_commands_of_kaldi_run_only_when_told(tmp_path):
 
 
 def test_no_line_of_a_wav_scp_is_a_command_unless_kaldi_says_so(tmp_path, monkeypatch):
-    """A kind of source is no value that a path can spell: these lines name files, which do not exist."""
+    """No path can spell a kind of source: these lines name files, which do not exist."""
     monkeypatch.chdir(tmp_path)
     lines = ["u1 |/touch ran", "u2 |touch ran", "u3 | /touch ran", "u4 tfds:x/0", "u5 tfds:librispeech:test/0"]
     for run_commands in (False, True):
@@ -216,7 +216,7 @@ def test_no_line_of_a_wav_scp_is_a_command_unless_kaldi_says_so(tmp_path, monkey
 
 
 def test_folders_and_archives_may_have_any_name(tmp_path, monkeypatch):
-    """Names that stood for something else once: those of commands, TFDS, and names like options or URLs."""
+    """Names that once meant something else: those of commands and TFDS, and names like options or URLs."""
     monkeypatch.chdir(tmp_path)
     for number, folder in enumerate(("|", "tfds:x", "-rf", "a b", "http:", "x.zip", "$(touch ran)")):
         write_files(tmp_path / folder, {f"{number}/touch ran.wav": None})
@@ -257,7 +257,7 @@ def test_a_utt2spk_of_other_utterances_is_an_error_and_gaps_are_told(tmp_path, c
 
 
 def test_forms_of_kaldi_paths(tmp_path, monkeypatch):
-    """Blanks of Unicode and bytes that are no UTF-8 are parts of a path; an offset leads into an ark."""
+    """Unicode whitespace and bytes that are not UTF-8 are parts of a path; an offset points into an ark."""
     monkeypatch.chdir(tmp_path)
     odd = os.fsdecode(b"M\xfcller.wav")
     write_files(tmp_path, {"no\u00a0break\u3000space.wav": None, odd: None, "one.wav:7": None, "a  b.wav": None})
@@ -285,7 +285,7 @@ def test_forms_of_kaldi_paths(tmp_path, monkeypatch):
 
 
 def test_channels_of_kaldi_segments(tmp_path):
-    """The fifth field counts from 0, and comes before the channel that is asked for."""
+    """The fifth field counts from 0, and takes precedence over the channel that is asked for."""
     left, right = noise(1.0, 0), noise(1.0, 1)
     write_files(tmp_path, {"two.wav": audio_bytes(np.stack([left, right], axis=1))})
     segments = ["a r 0 1 0", "b r 0.5 -1 1", "c r 0 1", "d r 0 1 2"]
@@ -315,7 +315,7 @@ HIDDEN = ("._a.wav", "s1/._1.wav", ".trash/s1/1.wav", "__MACOSX/s1/._1.wav", "s1
 
 @pytest.mark.parametrize("suffix", ["", ".zip", ".tar", ".tar.gz"])
 def test_hidden_files_are_left_out_and_listed(tmp_path, suffix):
-    """As macOS writes them beside recordings: they are called like recordings and hold none."""
+    """As macOS writes them beside recordings: they are named like recordings but hold none."""
     content = {"s1/1.wav": audio_bytes(noise()), "s2/1.wav": audio_bytes(noise())} | dict.fromkeys(HIDDEN, b"\0\5\x16")
     path = WRITERS[suffix](tmp_path / f"in{suffix}", content) if suffix else write_files(tmp_path / "in", content)
     recordings, left_out = find_recordings([path])
@@ -339,7 +339,7 @@ def test_the_archive_of_a_folder_gives_what_the_folder_gives(tmp_path, suffix):
     assert sorted(named(find_recordings([path / "corpus"])[0])) == expected
     path = WRITERS[suffix](tmp_path / f"vox{suffix}", {"id10270/v/1.wav": audio_bytes(noise())})
     assert named(find_recordings([path])[0]) == [("id10270/v/1.wav", "id10270")]
-    # A folder of recordings alone may be a speaker, of whom each has an archive.
+    # A folder with nothing but recordings may be a speaker, and each speaker has an archive.
     path = WRITERS[suffix](
         tmp_path / f"s1{suffix}", {"s1/1.wav": audio_bytes(noise()), "s1/2.wav": audio_bytes(noise())}
     )
@@ -405,7 +405,7 @@ def test_wrong_kaldi_files_are_named_with_their_line(tmp_path, files, message):
 
 
 def test_kaldi_files_in_utf_16_and_links_that_lead_nowhere_are_named(tmp_path):
-    """A utt2spk that cannot be read is not as if there were none."""
+    """A utt2spk that cannot be read is not treated as absent."""
     folder = kaldi_folder(tmp_path / "data", wav_scp=["utt a.wav"])
     (folder / "utt2spk").symlink_to("moved")
     with pytest.raises(FileNotFoundError, match="utt2spk"):

@@ -66,7 +66,7 @@ def test_tfds_reads_segments_in_order_without_tensorflow(dataset):
 @settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_the_parser_agrees_with_protobuf(data):
-    """Any example with samples, its fields in any order, with others beside: the bytes that protobuf finds."""
+    """Any example with samples, its fields in any order, among others: the bytes that protobuf finds."""
     example = tf_example_pb2.Example()
     names = data.draw(st.permutations(["samples", *data.draw(st.sets(st.text(max_size=9), max_size=4))]))
     for name in names:
@@ -82,7 +82,7 @@ def test_the_parser_agrees_with_protobuf(data):
 
 
 def test_damaged_records_are_refused_and_nothing_else_happens():
-    """Cut anywhere, or with changed bytes: a ValueError, or samples when the damage is elsewhere in the record."""
+    """Cut anywhere, or with changed bytes: a ValueError, or samples if the damage is elsewhere in the record."""
     record = serialized("0123456789abcdef", "a name", "a speaker", 5, np.arange(300, dtype=np.int16))
     rng = random.Random(0)
     assert samples_of(record).tolist() == list(range(300))
@@ -123,7 +123,7 @@ def test_a_crop_reads_only_the_segments_it_touches(dataset, monkeypatch):
 
 
 def test_segments_change_no_batch(dataset, tmp_path):
-    """The same utterances as one record each give the same batches, bit by bit; crops are longer than some of them."""
+    """The same utterances as one record each yield the same batches, bit for bit; crops exceed some of them."""
     writer = ShardWriter(tmp_path / "shard")
     for number in range(len(LENGTHS)):
         writer.write(f"name {number}", "", utterance(number))

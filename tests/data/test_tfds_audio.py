@@ -1,4 +1,4 @@
-"""Datasets of TFDS with an Audio feature become ours; and nothing else ever asks for TensorFlow.
+"""Datasets of TFDS with an Audio feature become ours; and nothing else ever imports TensorFlow.
 
 Making and reading one needs TensorFlow: `make test-tfds` runs this file where the extra `tfds` is installed.
 """
@@ -34,7 +34,7 @@ def samples_of(split, number):
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """TFDS's folder with three datasets: as librispeech is, stereo floats at 8 kHz without names, and no sound."""
+    """TFDS's folder with three datasets: one like librispeech, stereo floats at 8 kHz without names, and no sound."""
     import tensorflow_datasets as tfds
 
     def build(dataset, audio, example):
@@ -81,7 +81,7 @@ def data_dir(tmp_path_factory):
 
 @needs_tensorflow
 def test_examples_become_utterances(data_dir, tmp_path):
-    """As typed: names, speakers and samples of a split; in the order of the files, in one process or two."""
+    """From the command line: names, speakers and samples of a split; in the files' order, in one process or two."""
     for output, workers in (("one", 1), ("two", 2)):
         done = tiny.memo_jax(
             "prepare",
@@ -114,7 +114,7 @@ def test_other_rates_channels_and_types_are_converted(data_dir, tmp_path):
 
 @pytest.mark.parametrize("kind", [np.int64, np.float32])
 def test_samples_of_any_type_and_number_of_channels(monkeypatch, kind):
-    """As TFDS gives them: 16-bit samples in wider integers, or floats. Needs no TensorFlow: there is no dataset."""
+    """As TFDS returns them: 16-bit samples in wider integers, or floats. Needs no TensorFlow: there is no dataset."""
     scale = 1 if kind is np.int64 else 32768
     mono = np.random.default_rng(0).integers(-9999, 9999, 16000)
     examples = [mono, np.stack([mono, mono[::-1]], axis=1), mono[:0], np.tile(mono, 3)]
@@ -173,7 +173,7 @@ def test_without_tensorflow_the_extra_is_named(without_tensorflow, tmp_path):
 
 
 def test_nothing_else_imports_tensorflow(without_tensorflow, tmp_path):
-    """Preparing, training and evaluating where importing TensorFlow fails: nobody tries."""
+    """Preparing, training and evaluating where importing TensorFlow fails: nothing tries to."""
     folder, environment = without_tensorflow
     material, dataset, workdir = tiny.material(), tmp_path / "set", tmp_path / "run"
     commands = [

@@ -1,4 +1,4 @@
-"""`memo-jax trials`: lists that are seeded, balanced, without pairs of a session or twice, and that can be scored."""
+"""`memo-jax trials`: lists are seeded, balanced, without duplicates or pairs within a session, and can be scored."""
 
 import collections
 import json

@@ -1,4 +1,4 @@
-"""Preparing that is ended in the middle, by whatever: what is done is kept, and the end is the same bytes."""
+"""Preparing that is interrupted, however: finished work is kept, and the same command ends with the same bytes."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def parts_of(output):
 
 
 def interrupted(monkeypatch, inputs, output, after, error=KeyboardInterrupt, **options):
-    """Prepares until `after` recordings were read, and then the error comes."""
+    """Prepares until `after` recordings were read, then raises the error."""
     read, calls = prepare_module.read_recording, []
 
     def failing(*arguments, **keywords):
@@ -78,7 +78,7 @@ def read_again(monkeypatch, *arguments, **options):
 def test_killed_processes_leave_whole_parts_from_which_the_same_command_goes_on(
     speech, tmp_path, monkeypatch, victim, capfd
 ):
-    """SIGKILL, to all processes or to the parent only (whose workers must not go on), with two at work.
+    """SIGKILL, to all processes or to the parent only (whose workers must not continue), with two at work.
 
     Each recording is the output of a command that takes a while, so that the kill comes in the middle.
     """
@@ -145,7 +145,7 @@ def test_every_kind_of_input_goes_on_anywhere(speech, tmp_path, monkeypatch, suf
 
 @pytest.mark.parametrize("after", [0, 1, 5, 8])
 def test_a_kill_while_the_dataset_is_put_together_loses_nothing(speech, tmp_path, monkeypatch, after):
-    """After some shards have got their final names, or all."""
+    """After some or all shards have been given their final names."""
     prepare(speech, tmp_path / "whole", workers=1)
     rename, calls = os.rename, []
 
@@ -197,7 +197,7 @@ def test_overwriting_goes_on_too_and_the_earlier_dataset_stays_until_the_end(spe
 
 
 def test_files_that_came_or_went_between_are_told(speech, tmp_path, monkeypatch, capsys):
-    """The list of the first run holds. What vanished before it was read is left out, as is what came."""
+    """The list of the first run stands. What vanished before it was read is left out, as is what was added."""
     interrupted(monkeypatch, speech, tmp_path / "set", 10)
     shutil.copy(speech / "s0" / "0.wav", speech / "s0" / "00.wav")
     (speech / "s0" / "0.wav").unlink()  # was done
@@ -271,7 +271,7 @@ def test_a_disk_that_fills_keeps_what_is_done(speech, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_appeared_meanwhile_is_not_replaced(speech, tmp_path, monkeypatch):
-    """Whoever made it, and whatever is in it; the work is kept until it has been moved away."""
+    """Whoever made it, and whatever is in it; the work is kept until that folder has been moved away."""
     read = prepare_module.read_recording
 
     def read_and_appear(item, **options):
@@ -298,7 +298,7 @@ def test_a_folder_that_appeared_meanwhile_is_not_replaced(speech, tmp_path, monk
 def test_ended_after_the_dataset_was_in_its_place_the_same_command_is_done(
     speech, tmp_path, monkeypatch, capsys, after
 ):
-    """Killed while it removed what it had kept: that is all that is left to do, and the report is the same."""
+    """Killed while it removed its intermediate files: only that is left to do, and the report is the same."""
     whole = prepare(speech, tmp_path / "whole", workers=1)
     discard = prepare_module.Unfinished.discard
 

@@ -35,9 +35,9 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize("row", ablation.ROWS)
 def test_a_step_of_every_row_fits_together(row, monkeypatch):
-    """Traced without computing: the state it returns has the shapes of the state it takes; its losses are its idea's.
+    """Traced without computing: the state it returns has the shapes of the state it takes; its losses fit its idea.
 
-    With plain backbones; the real ones have their turn below, and the study's config as a whole in test_configs.py.
+    With plain backbones; the real ones are tested below, and the study's config as a whole in test_configs.py.
     """
     monkeypatch.setattr(
         models, "BACKBONES", dict.fromkeys(models.BACKBONES, lambda embedding_dim, **_: Plain(embedding_dim))
@@ -87,7 +87,7 @@ def test_rows_are_compared_with_rows_of_the_table_that_differ_from_them():
     for name in ("step", "plateau", "conflict"):
         (rule,) = config_differences(configs["memo-always"], configs[f"memo-{name}"])
         assert rule == f"gate.rule: 'always' → '{name}'"
-    # Two rows tell the momentum apart from the contrastive loss, which change together from Multi-Head to MeMo.
+    # Two rows separate the momentum from the contrastive loss, which change together from Multi-Head to MeMo.
     for name, other in (("multi-head-quick-teacher", "multi-head"), ("memo-slow-teacher", ablation.REFERENCE)):
         (momentum,) = config_differences(configs[name], configs[other])
         assert momentum.startswith("teacher.momentum")

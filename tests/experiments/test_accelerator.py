@@ -1,4 +1,4 @@
-"""experiments/accelerator.py at smoke size on a CPU: every part gives what its table needs, and a call goes on."""
+"""experiments/accelerator.py at smoke size on a CPU: every part returns what its table needs, and calls resume."""
 
 import json
 import subprocess
@@ -52,13 +52,13 @@ def command(output, *more):
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
-    """A network of one layer, which compiles in no time; what is tested is around it."""
+    """A network of one layer, which compiles in no time; the tests are about what surrounds it."""
     tiny_processes.patch_for_tests(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """The folder of a machine so fast that this one shows as a small share of it."""
+    """The folder of a machine so fast that this one reaches only a small share of its peak."""
     folder = tmp_path_factory.mktemp("accelerator")
     put(folder, "machine", MACHINE)
     return folder
@@ -76,7 +76,7 @@ def test_the_machine(output, tmp_path, monkeypatch):
 
 
 def test_the_step_and_what_it_is_measured_against(output):
-    """Twice the batch has twice the FLOPs, to what does not depend on the batch."""
+    """Twice the batch has twice the FLOPs, but for what does not depend on the batch."""
     each = part(output, "flops")["flops_per_utterance"]
     assert 1e6 < each < 1e9
     found = part(output, "step/float32/4")
@@ -103,7 +103,7 @@ def test_the_trace(output):
 
 
 def test_all_devices_are_compared_with_one(tmp_path):
-    """In a process with two (virtual) devices, by a ResNet: the network of one layer amplifies rounding to 1.1e-5."""
+    """In a process with two (virtual) devices, with a ResNet: the one-layer network amplifies rounding to 1.1e-5."""
     put(tmp_path, "machine", MACHINE)
     done = subprocess.run(
         [sys.executable, SCRIPT, *arguments(tmp_path, "--part=devices")],

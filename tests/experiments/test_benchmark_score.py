@@ -1,4 +1,4 @@
-"""The benchmark of scoring runs in miniature and agrees with scikit-learn."""
+"""The scoring benchmark runs in miniature and agrees with scikit-learn."""
 
 import importlib.util
 import json

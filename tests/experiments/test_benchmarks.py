@@ -1,4 +1,4 @@
-"""Every benchmark runs, at a size that measures nothing, and prints what it says it prints."""
+"""Every benchmark runs, at a size that measures nothing, and prints what it promises."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ def test_records():
     results = printed_json(run("records.py", "--utterances=4", "--long-seconds=6", "--json"))
     formats = {(row["content"], row["options"]): row for row in results["formats"]}
     plain = formats["PCM", "group_size:1,uncompressed"]
-    # 115.2 MB an hour of 16-bit samples at 16 kHz; with few utterances, the file's padding to 64 kB counts
+    # 115.2 MB per hour of 16-bit samples at 16 kHz; with few utterances, the file's padding to 64 kB counts
     assert 115.2 < plain["megabytes_per_hour"] < 140
     assert formats["FLAC", "group_size:1,uncompressed"]["megabytes_per_hour"] < plain["megabytes_per_hour"]
     rows = [*results["formats"], *(row for rows in results["segments"].values() for row in rows)]
@@ -59,7 +59,7 @@ def test_load_ours_only():
 
 
 def test_load_says_what_to_install_where_torch_is_missing(tmp_path):
-    """A finder of modules that hides PyTorch stands in for an environment without it."""
+    """A module finder that hides PyTorch stands in for an environment without it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util\nfind = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, package=None: None if name == 'torch' else find(name, package)\n"
@@ -176,7 +176,7 @@ def test_scaling_measures_a_point(scaling):
 
 
 def test_scaling_reports_growth(scaling, tmp_path, monkeypatch, capsys):
-    """Of made-up times: of the batch's square, and of nothing."""
+    """With made-up times: proportional to the batch's square, and constant."""
 
     def made_up(point, *_):
         return {"step_cpu_seconds": point["batch"] ** 2, "compile_cpu_seconds": 7, "megabytes": point["prototypes"]}

@@ -13,7 +13,7 @@ from traced import traced_step
 
 CONFIGS = sorted((tiny.ROOT / "configs").glob("*.py"))
 ECAPA, RESNET = 6_390_720, 1_988_656  # backbones at embedding 256
-# PyTorch counts 22,098,176 for a head: 65,536 of them are the gains of the prototypes, which are fixed at 1.
+# PyTorch counts 22,098,176 parameters per head: 65,536 are the gains of the prototypes, which are fixed at 1.
 HEAD = 22_098_176 - 65_536
 FULL_SIZE = {
     "memo_voxceleb2": {"ecapa": ECAPA + 2 * HEAD, "resnet": RESNET + 2 * HEAD},
@@ -60,7 +60,7 @@ def test_the_dino_config_is_memo_without_its_parts():
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "base"], ids=lambda path: path.stem)
 def test_a_config_has_no_key_that_base_lacks(path):
-    """`config.x = …` on an unlocked config would add a misspelt key without a word."""
+    """`config.x = …` on an unlocked config would silently add a misspelt key."""
 
     def keys(config, prefix=""):
         found = set()
@@ -72,7 +72,7 @@ def test_a_config_has_no_key_that_base_lacks(path):
 
 
 def test_every_key_of_base_is_explained_and_set_once():
-    """By a comment on its line, or on lines of their own above it; `X_steps` shares that of `X_epochs` above it."""
+    """By a comment on its line, or on separate lines above it; `X_steps` shares that of `X_epochs` above it."""
     source = (tiny.ROOT / "configs" / "base.py").read_text()
     lines = source.splitlines()
     seen, explained_above = set(), ""

@@ -65,7 +65,7 @@ def test_the_demo_from_nothing_to_the_table_and_once_more_without_training_again
     for picture in PICTURES:
         assert (output / picture).read_bytes().startswith(b"\x89PNG") and str(output / picture) in first
 
-    # The table, the metrics and the scores on disk tell the same.
+    # The table, the metrics and the scores on disk agree.
     rows = read_metrics(output / "run")
     assert rows[-1]["step"] == 12 and rows[-1]["gate/open"] == 0
     by_step = {row["step"]: row["eer/resnet"] for row in rows if "eer/resnet" in row}

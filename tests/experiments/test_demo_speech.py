@@ -1,4 +1,4 @@
-"""The demo's synthetic corpus, and the demo's division of one's own recordings."""
+"""The demo's synthetic corpus, and how the demo splits one's own recordings."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_trials_name_test_recordings_and_agree_with_their_folders(corpus):
 
 
 def test_the_same_seed_gives_the_same_bytes_however_many_processes(corpus, tmp_path):
-    """eSpeak NG carries state between utterances: this holds while each fresh process says a fixed list of things."""
+    """eSpeak NG carries state between utterances: this holds while each fresh process speaks a fixed list."""
     make(tmp_path / "again", processes=2)
     assert digests(tmp_path / "again") == digests(corpus)
 

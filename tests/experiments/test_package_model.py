@@ -1,4 +1,4 @@
-"""The one command that makes the package's network: its steps fit together, and are taken once."""
+"""The one command that makes the package's network: its steps fit together, and each runs once."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ def result_of(command: list[str]) -> str:
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The commands that were run; running one makes the file or folder that it is told to write."""
+    """The commands that were run; running one makes its output file or folder."""
     commands = []
 
     def run(command, check):

@@ -1,11 +1,11 @@
 """experiments/parity.py: our train step against steps of an independent PyTorch implementation.
 
 tests/reference_steps.npz holds steps that experiments/make_reference.py took in float64, and the losses of the
-same steps taken with one mistake each. It was written by
+same steps with one mistake each. It was written by
 
     make_reference.py make reference_steps.npz --float64 --mistakes
 
-tests/reference_<mode>.npz hold the same of steps beyond MeMo's, by `--mode` (sdpn, rdino, partners, pseudo_labels):
+tests/reference_<mode>.npz hold the same for steps beyond MeMo's, by `--mode` (sdpn, rdino, partners, pseudo_labels):
 
     make_reference.py make reference_sdpn.npz --mode sdpn --float64 --mistakes
 """
@@ -44,7 +44,7 @@ def run_main(parity, *arguments) -> tuple[int, str]:
 
 
 def typed(path: Path) -> tuple[int, dict]:
-    """Returns the exit status of parity.py as a user types it, its steps compiled as for training, and its result."""
+    """Returns the exit status of parity.py as a user runs it, its steps compiled as for training, and its result."""
     command = [sys.executable, PROJECT / "experiments" / "parity.py", path]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=tiny.as_users_compile())
     return done.returncode, json.loads(done.stdout)
@@ -80,14 +80,14 @@ def test_tiny_reference_is_reproduced(judged):
     assert result["passed_tolerance"] == []
     assert status == 0
     check_keys(result, TINY)
-    # Before training has amplified anything, float32 leaves room for roundings only.
+    # Before training has amplified anything, float32 leaves room for rounding only.
     assert np.max(result["losses"][0]) < 1e-5
     assert result["state"]["after0"]["parameters"] < 1e-4
     assert result["embeddings"]["before"] < 1e-5
 
 
 def test_tiny_reference_puts_every_part_of_the_step_to_the_test(parity):
-    """A setting at a neutral value (a weight of 1, a rate of 0) would hide whether the step heeds it."""
+    """A setting at a neutral value (a weight of 1, a rate of 0) would hide whether the step uses it."""
     reference = parity.Reference(TINY)
     config, arrays = reference.config, reference.arrays
     assert config["cross_weight"] != 1 and config["weight_decay"] > 0 and arrays["schedule/lr"][0] > 0
@@ -111,7 +111,7 @@ def test_shared_reference_is_reproduced():
     assert result["passed_tolerance"] == []
     assert status == 0
     check_keys(result, MEMO)
-    # Ten times the float32 noise that comes with the file.
+    # Ten times the float32 noise recorded in the file.
     for step, noise in ((0, 1e-6), (3, 2e-4), (7, 4e-3)):
         assert np.max(result["losses"][step]) < 10 * noise
     assert result["state"]["after0"]["parameters"] < 10 * 1e-7
@@ -121,7 +121,7 @@ def test_shared_reference_is_reproduced():
 
 
 def with_tensor(run, step: int, name: str, change):
-    """Returns a run, one array of whose state after a step is changed."""
+    """Returns a run with one array of its state after a step changed."""
     state = run.states[step]
     return run._replace(states=run.states | {step: state | {name: change(state[name])}})
 
@@ -141,7 +141,7 @@ def test_there_are_mistakes():
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistake_is_caught(parity, judged, our_run, mistake):
-    """Whether our step or the reference makes the mistake is the same to a comparison, so the reference makes it."""
+    """To a comparison it is all the same whether our step or the reference makes the mistake, so the reference does."""
     ours, reference = our_run
     with np.load(TINY) as file:
         mistaken = reference._replace(losses=file[f"mistake/{mistake}/losses"])
@@ -158,7 +158,7 @@ def test_mistake_is_caught(parity, judged, our_run, mistake):
             "student/ecapa/self_head.last_layer.weight_v",
             lambda v, c: v * (1 - c["base_lr_already_scaled"] * c["weight_decay"]),
         ),
-        # A running variance over n instead of n − 1 values: no training loss shows it either.
+        # A running variance over n instead of n − 1 values: no training loss shows this either.
         ("statistics", "student/resnet/self_head.mlp.1.running_var", lambda v, c: v * (1 - 0.1 / (4 * c["batch"]))),
         ("statistics", "teacher/ecapa/backbone.asp_bn.norm.running_mean", lambda v, c: 0.999 * v),
         ("parameters", "teacher/resnet/backbone.conv1.weight", lambda v, c: v[..., ::-1]),
@@ -182,7 +182,7 @@ def test_swapped_cross_centers_are_caught(parity, judged, our_run):
 
 
 def rewritten(path: Path, changes: dict) -> Path:
-    """Writes the tiny file with some arrays replaced, those that are None left out."""
+    """Writes the tiny file with some arrays replaced, or left out if None."""
     with np.load(TINY) as file:
         arrays = {name: file[name] for name in file.files} | changes
     np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
@@ -232,8 +232,8 @@ def test_file_that_is_no_npz_exits_with_2(parity, tmp_path, capsys, content):
     assert str(path) in capsys.readouterr().err
 
 
-# Of each mode, how far apart PyTorch's own float32 and float64 steps are, as `make_reference.py replay` prints it: the
-# losses of each step (relative), and the parameters in the first state of the file.
+# For each mode, how far apart PyTorch's own float32 and float64 steps are, as `make_reference.py replay` prints: the
+# losses of each step (relative), and the parameters in the file's first state.
 PYTORCH_NOISE = {
     "sdpn": ([6.6e-7, 1.2e-6, 5.6e-6, 2.4e-6], 9.1e-8),
     "rdino": ([4.2e-7, 6.2e-6, 1.8e-5, 2.0e-5], 8.6e-7),
@@ -248,7 +248,7 @@ def reference_of(mode: str) -> Path:
 
 @pytest.fixture(scope="module", params=PYTORCH_NOISE)
 def option(parity, request):
-    """A mode, its reference, our steps, and what our comparison prints."""
+    """A mode, its reference, our steps, and the output of our comparison."""
     reference = parity.Reference(reference_of(request.param))
     students = reference.initial_students()
     run, theirs = reference.run(students), reference.reached()
@@ -283,7 +283,7 @@ def test_mistake_in_an_option_is_caught(parity, option):
 
 
 def test_pseudo_labels_are_kept_left_out_and_corrected(parity):
-    """The reference would show nothing of gate and correction if all utterances passed, or none was corrected."""
+    """The reference would not test gate and correction if all utterances passed, or none was corrected."""
     with np.load(reference_of("pseudo_labels")) as file:
         losses, threshold = file["after1/gate/losses"], file["after1/gate/threshold"]
         assert 0 < (losses <= threshold).sum() < len(losses)
@@ -291,7 +291,7 @@ def test_pseudo_labels_are_kept_left_out_and_corrected(parity):
             name: np.abs(file[f"mistake/{name}/losses"] / file["losses"] - 1).max(axis=1) > 1e-2
             for name in ("open_loss_gate", "correct_labels_after_epochs", "correction_probability")
         }
-    # Two steps an epoch: the gate acts from the second on, the correction in the third.
+    # Two steps per epoch: the gate acts from the second epoch on, the correction in the third.
     assert differs["open_loss_gate"].tolist()[:3] == [False, False, True]
     for name in ("correct_labels_after_epochs", "correction_probability"):
         assert not differs[name][:4].any() and differs[name][4:].any()

@@ -1,4 +1,4 @@
-"""The study's runner: runs, claims, resumption, equal time, and the table and plots made of results."""
+"""The study's runner: runs, claims, resumption, equal time, and the table and plots made from results."""
 
 import json
 import re
@@ -62,7 +62,7 @@ def arguments(output, *more):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Runs the runner's commands in this process, and keeps them; with `stop` set, the next one stops at step 3."""
+    """Runs the runner's commands in this process, and records them; with `stop` set, the next one stops at step 3."""
     monkeypatch.setattr(ablation, "ROWS", SMALL_ROWS)
     state = types.SimpleNamespace(ran=[], stop=False)
 
@@ -79,7 +79,7 @@ def here(monkeypatch):
 
 
 def test_two_rows_are_run_resumed_tested_and_collected(here, tmp_path, capsys):
-    """The first training is stopped: its run is free again, and the same command finishes all and then has no work."""
+    """The first training is stopped: its run is free again; the same command finishes everything, then has no work."""
     output = tmp_path / "study"
     here.stop = True
     command = arguments(output, "--rows", "dino-resnet")
@@ -133,7 +133,7 @@ def test_wrong_input_is_named(tmp_path, capsys):
 
 
 def test_a_collapse_is_a_result_and_a_failure_is_told_and_left_to_others(tmp_path, monkeypatch, capsys):
-    """Training that ends with 3 is written down; with another status the run stays free and the queue goes on."""
+    """Training that ends with 3 is recorded; with another status the run stays free and the queue continues."""
     monkeypatch.setattr(ablation, "ROWS", SMALL_ROWS)
     statuses = [3, 9]
 
@@ -161,7 +161,7 @@ def test_a_collapse_is_a_result_and_a_failure_is_told_and_left_to_others(tmp_pat
 
 
 def test_a_row_of_stage_two_clusters_with_the_network_of_the_row_it_starts_from(tmp_path, monkeypatch, capsys):
-    """With the network of the same seed, and only once that is trained; clusters are made once."""
+    """With the network of the same seed, and only once it is trained; clusters are made once."""
     rows = SMALL_ROWS | {"second": ablation.Row("second", ("supervised.weight=1",), (), start="first", clusters=3)}
     monkeypatch.setattr(ablation, "ROWS", {"first": rows["dino-resnet"]} | rows)
     ran = []
@@ -256,7 +256,7 @@ SEEDS = {name: (0, 1, 2) if row.main else (0,) for name, row in ablation.ROWS.it
 
 
 def write_result(output, row, seed, quality, budget="steps", cost=1.0, trials=None):
-    """Makes up the result of a run whose error falls to about `quality` percent, and its scores; returns those."""
+    """Makes up the result of a run whose error falls to about `quality` percent, and its scores; returns the scores."""
     rng = np.random.default_rng([seed, list(ablation.ROWS).index(row)])
     overrides = dict(text.split("=") for text in ablation.ROWS[row].overrides)
     branches = overrides.get("model.branches", "ecapa,resnet").split(",")
@@ -309,7 +309,7 @@ def write_result(output, row, seed, quality, budget="steps", cost=1.0, trials=No
 
 
 def made_up_study(output):
-    """The results of every row, main rows with three seeds; returns {(budget, row, seed): scores} and the trials."""
+    """Results of every row, main rows with three seeds; returns {(budget, row, seed): scores} and the trials."""
     rng = np.random.default_rng(0)
     speakers, names = 12, [f"s{speaker}/{i}" for speaker in range(12) for i in range(6)]
     pairs = [(a, b) for a in range(len(names)) for b in range(a) if a // 6 == b // 6 or rng.random() < 0.1]
@@ -392,7 +392,7 @@ def test_plots_are_drawn_with_bands_closings_and_agreement(made_up):
 
 
 def test_equal_time_gives_each_row_the_steps_that_its_cost_allows(made_up):
-    """As many as the reference's time holds, the same for all seeds, whatever is measured later."""
+    """As many as fit into the reference's time, the same for all seeds, whatever is measured later."""
     output, *_ = made_up
     options = study.build_parser().parse_args(["--output", str(output)])
     texts = ["total_steps=200", "evaluation.every_steps=40"]

@@ -1,4 +1,4 @@
-"""The validation list: whose recordings it takes, what it leaves to train on, and that it can be made again."""
+"""The validation list: whose recordings it takes, what it leaves to train on, and that it is reproducible."""
 
 import sys
 
@@ -16,7 +16,7 @@ DAYS_APART, SAME_DAY, SINGLE = 8, 8, 6  # speakers
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Empty recordings, since none is read: of two languages; half of the speakers who have several, on two days."""
+    """Empty recordings, since none is read: in two languages; for half of the speakers with several, from two days."""
     folder, number = tmp_path / "corpus", 17_000_000
     for speaker in range(DAYS_APART + SAME_DAY + SINGLE):
         of_speaker = folder / f"cv{speaker:03}"

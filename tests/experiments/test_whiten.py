@@ -1,4 +1,4 @@
-"""Whitening without labels: what it makes of embeddings, and that the network it writes gives them."""
+"""Whitening without labels: its effect on embeddings, and that the network it writes yields whitened ones."""
 
 import sys
 

@@ -34,7 +34,7 @@ def waves_of(seconds, seed=0):
 
 
 def sums(waves, lengths):
-    """Row: sum of the samples, length; so an error of order, padding or length shows."""
+    """Row: sum of the samples, length; thus an error of order, padding or length shows."""
     return np.stack([np.sum(waves, axis=1, dtype=np.float64), lengths], axis=1)
 
 
@@ -57,7 +57,7 @@ def test_each_recording_is_read_once_and_others_not_at_all():
 
 
 def test_a_stream_is_read_as_it_is_needed_and_ends_with_every_key_once():
-    """A batch goes out as soon as it is full, so that a stream of any length fits the memory."""
+    """A batch is processed as soon as it is full, so that a stream of any length fits into memory."""
     read = []
 
     def stream():
@@ -90,7 +90,7 @@ def test_a_few_recordings_are_not_filled_up_to_a_full_batch():
 
 
 def test_a_few_recordings_of_similar_length_make_one_batch():
-    """Both recordings of a comparison, mostly, so that one program is compiled or loaded for them."""
+    """Typically both recordings of a comparison, so that one program is compiled or loaded for them."""
     shapes = []
 
     def recorded(waves, lengths):
@@ -103,7 +103,7 @@ def test_a_few_recordings_of_similar_length_make_one_batch():
 
 
 def test_batches_are_few_in_shape_bounded_in_size_and_hold_little_padding():
-    """Hundreds of lengths make some tens of shapes, and no batch holds much more padded speech than it should."""
+    """Hundreds of lengths yield some tens of shapes, and no batch holds much more padded speech than it should."""
     shapes = []
 
     def recorded(waves, lengths):
@@ -122,7 +122,7 @@ def test_batches_are_few_in_shape_bounded_in_size_and_hold_little_padding():
 
 
 def test_a_bucket_holds_its_recording_with_little_room_to_spare():
-    """Not shorter than the recording, a whole number of hops, beyond a second at most about 1.1 times as long."""
+    """Not shorter than the recording, a whole number of hops, above one second at most about 1.1 times as long."""
     for samples in [1, RATE - 1, RATE, RATE + 1, *np.random.default_rng(0).integers(1, 10**7, 500)]:
         length = bucket_length(int(samples))
         assert samples <= length and length % features.HOP == 0

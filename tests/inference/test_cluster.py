@@ -13,7 +13,7 @@ from memo_jax.scoring.trials import read_table
 
 
 def clouds(people: int = 6, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Embeddings around a direction for each person, of different lengths, and who each is of."""
+    """Embeddings of various norms around a direction for each person, and whose each is."""
     random = np.random.default_rng(0)
     directions = np.linalg.qr(random.normal(size=(8, 8)))[0][:people]
     who = np.arange(people * each) % people
@@ -23,7 +23,7 @@ def clouds(people: int = 6, each: int = 10) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture
 def embedded(tmp_path):
-    """A file of such embeddings and a utt2spk of theirs that leaves the last one out."""
+    """A file of such embeddings and their utt2spk, which lacks the last one."""
     rows, who = clouds()
     names = [f"a folder/{i:02}.wav" for i in range(len(rows))]
     (tmp_path / "utt2spk").write_text("".join(f"{n}\tp{w}\n" for n, w in list(zip(names, who))[:-1]))
@@ -98,7 +98,7 @@ def test_the_command_writes_a_table_and_reports(embedded, tmp_path):
 
 
 def test_the_command_embeds_a_dataset(tmp_path):
-    """Crops or whole utterances; labels of a dataset are its speakers; the default numbers are told."""
+    """Crops or whole utterances; labels of a dataset are its speakers; the default numbers are printed."""
     dataset = tiny.material().dataset
     tables = {}
     for crops in (0, 2):

@@ -1,6 +1,6 @@
-"""`memo-jax convert`: weights by PyTorch's names to model files and back, as a user types it; nothing here needs torch.
+"""`memo-jax convert`: weights with PyTorch's names to model files and back, as a user runs it; nothing needs torch.
 
-That the networks compute what PyTorch's do is for `make parity`.
+That the networks compute what PyTorch's do is tested by `make parity`.
 """
 
 import jax
@@ -26,7 +26,7 @@ CAMPPLUS = {
     "plane_blocks": (2, 1),
     "embedding_dim": 16,
 }
-NETWORKS = [  # kind, backbone, arguments, whether the names alone tell the kind, some name there
+NETWORKS = [  # kind, backbone, arguments, whether the names alone identify the kind, one of the names
     ("speechbrain", "ecapa", ECAPA, True, "blocks.1.res2net_block.blocks.6.conv.conv.weight"),
     ("3dspeaker", "ecapa", ECAPA, False, "asp.tdnn.norm.norm.running_var"),
     ("wespeaker", "ecapa", WESPEAKER, True, "layer4.se_res2block.1.bns.6.running_mean"),
@@ -40,7 +40,7 @@ IDS = [f"{kind}-{backbone}" for kind, backbone, *_ in NETWORKS]
 
 
 def variables_of(module, seed=0):
-    """Variables of a network's shapes, every number different; variances are positive."""
+    """Variables with a network's shapes, every number different; variances are positive."""
     random = np.random.default_rng(seed)
 
     def value(path, leaf):
@@ -51,7 +51,7 @@ def variables_of(module, seed=0):
 
 
 def torch_tensors(kind, backbone, arguments):
-    """{PyTorch name: array} of a network, counters of batch norms as PyTorch keeps them included."""
+    """{PyTorch name: array} of a network, including batch norms' counters as PyTorch keeps them."""
     variables = variables_of(build_backbone(backbone, **arguments))
     tensors = interop.backbone_to_torch(variables, kind, backbone, arguments.get("form", "speechbrain"))
     counters = [name.replace("running_var", interop.COUNTER) for name in tensors if name.endswith("running_var")]
@@ -88,7 +88,7 @@ def test_there_and_back_is_exact(kind, backbone, arguments, known, some_name, tm
 
 
 def test_the_front_end_travels_along_or_is_given(tmp_path):
-    """A network of log-mel features, by wespeaker's names and back: safetensors notes it, and --front-end wins."""
+    """A log-mel network, to wespeaker's names and back: safetensors records it, --front-end takes precedence."""
     theirs, back = tmp_path / "theirs.safetensors", tmp_path / "back.safetensors"
     status, printed = tiny.here("convert", tiny.model_file(), "--to", "wespeaker", "--output", theirs)
     assert status == 0 and "its input is log_mel" in printed and "wespeaker itself computes wespeaker_fbank" in printed
@@ -120,7 +120,7 @@ def test_prefixes_are_looked_through(prefix, tmp_path):
 
 
 def test_networks_of_a_checkpoint_are_told_apart_by_their_prefixes(tmp_path):
-    """As of a trainer of one's own: two networks in one state_dict, of which nobody can guess the wanted one."""
+    """As from a user's own trainer: two networks in one state_dict, and no way to guess which one is wanted."""
     networks = {name: torch_tensors("wespeaker", "resnet", RESNET) for name in ("online", "target")}
     networks["target"]["seg_1.bias"] = networks["target"]["seg_1.bias"] + 1
     given = {f"state_dict.model.{part}.{name}": x for part, tensors in networks.items() for name, x in tensors.items()}
@@ -142,7 +142,7 @@ def test_weights_that_are_not_finite_are_named(value, tmp_path):
 
 
 def test_a_counter_of_batches_that_is_no_number_is_no_obstacle(tmp_path):
-    """It computes nothing."""
+    """Nothing is computed from it."""
     tensors = torch_tensors("wespeaker", "resnet", RESNET)
     save_file(tensors | {"bn1.num_batches_tracked": np.array(np.inf)}, tmp_path / "theirs.safetensors")
     assert tiny.here("convert", tmp_path / "theirs.safetensors", "--output", tmp_path / "model.safetensors")[0] == 0
@@ -161,7 +161,7 @@ def test_half_precision_is_read(tmp_path):
 
 @pytest.mark.parametrize("start", [b"\x80", b"PK"], ids=["pickle", "zip"])
 def test_a_header_whose_length_begins_as_another_kind_of_file_is_read(start, tmp_path):
-    """One length in 32 begins as a pickle does: headers are padded to multiples of eight bytes."""
+    """One length in 32 begins like a pickle: headers are padded to multiples of eight bytes."""
     tensors, path = torch_tensors("wespeaker", "resnet", RESNET), tmp_path / "theirs.safetensors"
     save_file(tensors, path)
     content = path.read_bytes()
@@ -172,7 +172,7 @@ def test_a_header_whose_length_begins_as_another_kind_of_file_is_read(start, tmp
 
 
 def test_names_of_two_toolkits_are_pointed_out(tmp_path):
-    """The front end depends on the toolkit, so a user has to know which one was taken."""
+    """The front end depends on the toolkit, so a user has to know which one was chosen."""
     save_file(torch_tensors("speechbrain", "ecapa", ECAPA), tmp_path / "theirs.safetensors")
     status, printed = tiny.here("convert", tmp_path / "theirs.safetensors", "--output", tmp_path / "model.safetensors")
     assert status == 0 and "speechbrain_fbank" in printed and "3dspeaker" in printed and "--kind" in printed
@@ -275,7 +275,7 @@ def speaker_net_variables():
 
 
 def assert_branches(path, variables):
-    """The checkpoint of the authors' form at `path` holds {role: {backbone: variables}} to the bit, and no more."""
+    """The checkpoint in the authors' format at `path` holds exactly {role: {backbone: variables}}, bit for bit."""
     networks = convert.networks_in(path)
     assert networks.keys() == {f"{role}_{name}" for role, branches in variables.items() for name in branches}
     for role, branches in variables.items():
@@ -299,7 +299,7 @@ def test_checkpoint_of_the_authors_gives_students_teachers_and_heads(tmp_path):
 
 
 def test_network_of_a_workdir_by_pytorchs_names():
-    """A trained network goes to other programs: the teacher's ResNet of a run, as wespeaker would name it."""
+    """A trained network for other programs: the teacher's ResNet of a run, as wespeaker would name it."""
     workdir, _ = tiny.trained_run()
     output = tiny.temporary_folder() / "resnet.safetensors"
     status, printed = tiny.here("convert", workdir, "--to", "wespeaker", "--branch", "resnet", "--output", output)
@@ -308,7 +308,7 @@ def test_network_of_a_workdir_by_pytorchs_names():
 
 
 def test_workdir_becomes_a_checkpoint_of_the_authors():
-    """All that distillation has trained, heads included, as the authors' program saves it, and back."""
+    """All that distillation trained, heads included, as the authors' program saves it, and back."""
     workdir, _ = tiny.trained_run()
     output = tiny.temporary_folder() / "checkpoint.safetensors"
     status, printed = tiny.here("convert", workdir, "--to", "speaker-net", "--output", output)

@@ -1,4 +1,4 @@
-"""`memo-jax embed`, `verify`, `enroll` and `identify` as they are typed, above all with recordings that are none."""
+"""`memo-jax embed`, `verify`, `enroll` and `identify` as users run them, above all with unusable recordings."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def tone(seconds, rate=RATE, level=0.3):
 
 @pytest.fixture(scope="module")
 def odd_recordings(tmp_path_factory):
-    """A folder of recordings that are odd but fine, and of files that are none: {name: reason, None for fine}."""
+    """A folder of recordings that are odd but fine, and of unusable files: {name: reason, None for fine}."""
     folder = tmp_path_factory.mktemp("odd") / "mit Leerzeichen"
     folder.mkdir()
     expected = {}
@@ -153,7 +153,7 @@ def test_inputs_and_outputs_that_cannot_be_are_named(corpus, tmp_path):
 
 
 def test_a_disk_that_takes_nothing_is_named(corpus, unwritable):
-    """No half file stays."""
+    """No partial file remains."""
     folder, message = unwritable
     status, text = embed(folder / "a.npz", corpus)
     assert status == 2 and str(folder) in text and message in text, text
@@ -263,7 +263,7 @@ def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
 
 
 class Norms:
-    """An embedder without a network: the embedding tells the level of a recording, and how often it was asked for."""
+    """An embedder without a network: the embedding is the level of a recording, and calls are counted."""
 
     fingerprint, dimension, channel, vad = "levels", 2, "mean", False
 
@@ -322,7 +322,7 @@ def test_other_options_begin_anew(tmp_path):
 
 
 def test_names_that_no_list_can_hold_and_members_that_cannot_be_read_are_listed(tmp_path):
-    """One such name loses nothing else, neither in a folder or archive nor when it is given itself."""
+    """One such name costs nothing else, whether in a folder or archive or given itself."""
     folder = tmp_path / "in"
     folder.mkdir()
     soundfile.write(folder / "ok.wav", tone(1), RATE)
@@ -420,7 +420,7 @@ def test_names_that_an_archive_cannot_hold_are_told_before_the_work(tmp_path):
 
 
 def test_excerpts_of_a_recording(corpus, tmp_path, monkeypatch):
-    """For embed, verify, enroll and identify; a file that is really called so wins."""
+    """For embed, verify, enroll and identify; a file that really has such a name takes precedence."""
     monkeypatch.chdir(tmp_path)
     a, b = (soundfile.read(corpus / f"s{i}" / "0.wav")[0] for i in range(2))
     soundfile.write("both.wav", np.concatenate([a, b]), RATE)

@@ -1,4 +1,4 @@
-"""The Python API as a user has it: paths, arrays and lists in, embeddings, decisions and people out; bad input."""
+"""The Python API as users see it: paths, arrays and lists in, embeddings, decisions and people out; bad input."""
 
 import dataclasses
 import subprocess
@@ -41,7 +41,7 @@ def test_importing_the_package_imports_nothing_heavy_until_the_embedder_is_asked
 
 
 def test_a_recording_has_one_embedding_however_it_is_given(embedder, corpus):
-    """Path, text, floats, integers, stereo, alone or in a list; 1e-4 of the norm for what is 16 bit."""
+    """Path, text, floats, integers, stereo, alone or in a list; within 1e-4 of the norm for 16 bits."""
     path = corpus / "s0" / "0.wav"
     samples, rate = soundfile.read(path)
     wanted = embedder.embed(path)
@@ -195,7 +195,7 @@ def test_what_is_no_model_is_named(tmp_path):
 
 
 def test_an_hour_is_embedded_in_windows(embedder):
-    """Its embedding is the mean of the windows', each as the window has alone."""
+    """Its embedding is the mean of the windows' embeddings, each the same as the window's alone."""
     second = (3000 * np.sin(np.arange(RATE) * 0.2)).astype(np.int16)
     long = np.concatenate([np.tile(second, 100), np.tile(second[::-1] // 2, 100)])
     got = embedder.embed(long, RATE)

@@ -1,4 +1,4 @@
-"""A run with trials as a user types it, and `memo-jax eval` of it: what both write, that they agree, and bad input.
+"""A run with trials as a user starts it, and `memo-jax eval` of it: what both write, that they agree, and bad input.
 
 The tests of this file share one training run of both branches, the costliest to compile.
 """
@@ -52,7 +52,7 @@ def results_of(output):
 
 
 def test_a_run_writes_what_the_readme_promises():
-    """Rows for every step with all indicators, EER of each branch before, after every epoch and at the end,
+    """Rows for every step with all indicators, EER of each branch at the start, after every epoch and at the end,
     TensorBoard files, the latest checkpoints, the config."""
     workdir, text = tiny.trained_run()
     rows = read_metrics(workdir)
@@ -72,7 +72,7 @@ def test_a_run_writes_what_the_readme_promises():
     assert all(np.isfinite(value) for row in rows for value in row.values())
     assert rows[5]["epoch"] == 1.0
     assert rows[5]["utterances_per_second"] == pytest.approx(4 / rows[5]["seconds_per_step"])
-    # The time of a step is that of training, also where the row waited for an evaluation.
+    # The time of a step is that of training alone, even where the row waited for an evaluation.
     assert rows[5]["seconds_per_step"] > 0.1 * min(row["seconds_per_step"] for row in rows[1:5])
 
     events = list((workdir / "tensorboard").iterdir())
@@ -146,7 +146,7 @@ def test_both_forms_of_a_trial_list_give_the_same(output, tmp_path):
 
 
 def test_step_role_and_branch_choose_the_network(workdir):
-    """The student is not its average, a step not another, and step 0 is known from the config's seed alone."""
+    """Student and teacher differ, steps differ, and step 0 follows from the config's seed alone."""
     import jax
 
     def kernels(*arguments):
@@ -165,7 +165,7 @@ def test_step_role_and_branch_choose_the_network(workdir):
 
 
 def test_a_saved_threshold_stays_with_its_network(workdir, tmp_path):
-    """Tuned for the ECAPA teacher of a step: others keep the default, an export takes it along."""
+    """Tuned for the ECAPA teacher of a step: others keep the default, and an export includes it."""
     run = shutil.copytree(workdir, tmp_path / "run")
     assert Embedder.load(run).threshold == DEFAULT_THRESHOLD
     status, text = evaluate(tmp_path / "out", "--save-threshold", workdir=run)
@@ -243,7 +243,7 @@ def test_crops_are_spread_evenly_and_scored_in_pairs(workdir, tmp_path):
 
 
 def test_only_the_recordings_of_the_trials_are_read(workdir, tmp_path, monkeypatch):
-    """A list of two trials (the least there can be) evaluates, each of its recordings read once for either system."""
+    """A list of two trials (the minimum) is evaluated, and each of its recordings is read once for either system."""
     trials = tmp_path / "trials.txt"
     trials.write_text("1 s0/0.wav s0/1.wav\n0 s0/0.wav s1/0.wav\n")
     read = []
@@ -318,7 +318,7 @@ def test_an_output_that_cannot_be_written_is_named(workdir, tmp_path):
 
 
 def test_a_disk_that_takes_nothing_is_named(workdir, unwritable):
-    """No half file stays."""
+    """No partial file remains."""
     folder, message = unwritable
     status, text = evaluate(folder)
     assert status == 2 and str(folder) in text and message in text, text
@@ -354,7 +354,7 @@ def test_a_network_that_is_worse_than_the_statistics_is_told_so(output, tmp_path
 
 
 def test_a_network_that_is_worse_in_one_kind_of_error_alone_is_told_so(workdir, tmp_path, monkeypatch):
-    """One impostor above all targets: a low EER, but no threshold that false alarms do not make dear."""
+    """One impostor above all targets: a low EER, but false alarms make every threshold costly."""
     from memo_jax.inference.evaluate import TrialEvaluation
 
     def network(self, _):

@@ -1,4 +1,4 @@
-"""`memo-jax export` as it is typed; what it writes, used in a fresh process."""
+"""`memo-jax export` as users run it; what it writes, used in a fresh process."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ def test_what_cannot_be_exported_or_read_is_named(exported, tmp_path):
 
 
 def rewritten(source, target, **members):
-    """Copies a zip with other contents of some members, all checksums of the zip itself right."""
+    """Copies a zip with other contents in some members, and all checksums of the zip itself correct."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             new.writestr(name, members.get(name.split(".")[0], old.read(name)))
@@ -108,7 +108,7 @@ def rewritten(source, target, **members):
 
 
 def program_with_a_custom_call():
-    """A program of the signature of ours that calls the Python callback number 7 of whoever runs it."""
+    """A program with the signature of ours that calls Python callback number 7 in whatever process runs it."""
     import jax
     import jax.export
     from jaxlib.mlir import ir
@@ -130,7 +130,7 @@ def program_with_a_custom_call():
 
 
 def test_a_strangers_program_never_runs(exported, tmp_path):
-    """A custom call, bytes on which MLIR's parser may end the process, one without end: none is parsed, all refused."""
+    """A custom call, bytes that may crash MLIR's parser, an endless program: none is parsed, all are refused."""
     with zipfile.ZipFile(exported[1]) as file:
         program = file.read("program.jaxexport")
     cut = program[: len(program) // 2] + bytes(100) + program[len(program) // 2 + 100 :]
@@ -159,7 +159,7 @@ def test_other_members_that_make_no_sense_are_one_line(exported, tmp_path):
 
 
 def test_a_zip_whose_end_cannot_be_right_is_named(tmp_path):
-    """zipfile raises where it is asked whether this is a zip: its end record names seven more disks."""
+    """zipfile raises when asked whether this is a zip: its end record names seven more disks."""
     path = tmp_path / "odd.zip"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("a", "b")

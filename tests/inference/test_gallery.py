@@ -29,7 +29,7 @@ def test_people_who_enrol_at_the_same_time_are_all_there(name, tmp_path):
 
 
 def test_scores_are_cosines_whatever_the_norms_in_the_file(tmp_path):
-    """As a file from `memo-jax embed` has them: a stranger is not nearer for the length of his embedding."""
+    """As in a file from `memo-jax embed`: a stranger is no nearer for having an embedding of larger norm."""
     rows = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32) * 10.0 ** np.arange(-1, 4)[:, None]
     write_embeddings(tmp_path / "e.npz", Embeddings(list("abcde"), rows, "a model"))
     gallery = Gallery.load(tmp_path / "e.npz", "a model", 8)
@@ -51,7 +51,7 @@ def test_embeddings_of_another_size_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "a\tb", "a\nb", "a\0b", "M\udcfcller"])
 def test_names_that_a_gallery_cannot_have_are_refused(name):
-    """The last as the shell gives a name in another encoding."""
+    """The last one is as the shell passes a name in another encoding."""
     with pytest.raises(ValueError, match="cannot be the name of a person"):
         Gallery("m").add(name, np.ones((1, 8), np.float32))
 

@@ -1,4 +1,4 @@
-"""Models on a hub that runs on this machine: pushed as a user types it, and loaded by name."""
+"""Models on a hub that runs on this machine: pushed as a user would, and loaded by name."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def hub():
 
 
 def run(hub, folder, *command, token="hf_test"):
-    """Runs Python with the library's own variables, in a process of its own, as it reads them when it is imported."""
+    """Runs Python in a process of its own with the library's variables, which it reads when it is imported."""
     environment = tiny.environment() | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(folder / "hub-cache"),

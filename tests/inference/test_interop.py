@@ -17,7 +17,7 @@ BACKBONES = {
 
 
 def branch_and_variables(name, **changes):
-    """A branch and variables of its shapes, every number different."""
+    """A branch and variables with its shapes, every number different."""
     branch = Branch(build_backbone(name, **BACKBONES[name] | changes), DINOHead(24, 16, 8))
     shapes = jax.eval_shape(lambda: branch.init(jax.random.key(0), jnp.zeros((2, 32, 80)), train=True))
     random = np.random.default_rng(0)
@@ -31,7 +31,7 @@ def test_round_trip_returns_every_number(name):
     back = interop.branch_from_torch(tensors, variables, name)
     assert jax.tree.structure(back) == jax.tree.structure(variables)
     jax.tree.map(np.testing.assert_array_equal, back, variables)
-    # As many numbers there as here, and one gain a prototype: no tensor has been written twice.
+    # As many numbers there as here, and one gain per prototype: no tensor has been written twice.
     ours = sum(x.size for x in jax.tree.leaves(variables))
     assert sum(x.size for x in tensors.values()) == ours + 2 * 24
     np.testing.assert_array_equal(tensors["self_head.last_layer.weight_g"], np.ones((24, 1)))
@@ -55,7 +55,7 @@ def test_tensor_of_wrong_shape_is_named_with_both_shapes():
 
 
 def test_a_gain_other_than_one_is_refused():
-    """Ours are fixed at one, as in the authors' recipe; dropping another silently would change the head."""
+    """Ours are fixed at one, as in the authors' recipe; silently dropping another value would change the head."""
     _, variables = branch_and_variables("resnet")
     tensors = interop.branch_to_torch(variables, "resnet")
     tensors["self_head.last_layer.weight_g"][3] = 2

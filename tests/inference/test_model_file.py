@@ -113,7 +113,7 @@ def test_another_version_and_another_description_are_named(tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_named_when_written_and_when_read(value, tmp_path):
-    """Also where all checksums are right, as in a file of a program that does not look."""
+    """Even where all checksums are right, as in a file from a program that does not check."""
     model = tiny.untrained_model()
     variables = jax.tree.map(np.array, model.variables)
     variables["params"]["embedding"]["bias"][3] = value
@@ -169,7 +169,7 @@ def test_half_the_size_is_another_model_that_reads_back_as_written(tmp_path):
 
 
 def test_a_decision_is_replaced_and_the_tensors_stay_bit_by_bit(tmp_path):
-    """Also those of a float16 file, which would be twice as large if it were written anew."""
+    """Even those of a float16 file, which would be twice as large if it were rewritten."""
     path = write_model(tmp_path / "m.safetensors", tiny.untrained_model(), "float16")
     before, whole = load_file(path), path.read_bytes()
     decision = Decision(0.3, 5.0, -2.0, "another list")

@@ -41,7 +41,7 @@ NETWORKS = {
 
 
 def model_of(name):
-    """A network with weights and statistics that no default would give, on its front end."""
+    """A network with weights and statistics unlike any default, on its front end."""
     backbone, arguments, front_end = NETWORKS[name]
     arguments = arguments | {"embedding_dim": 16}
     shapes = jax.eval_shape(build_backbone(backbone, **arguments).init, jax.random.key(0), jnp.zeros((2, 100, 80)))

@@ -35,7 +35,7 @@ def relative(a, b):
 
 
 def test_the_embeddings_are_those_of_jax():
-    """Of recordings alone, and of a padded batch; test_onnx_file compares the graphs of other networks."""
+    """For recordings alone, and in a padded batch; test_onnx_file compares the graphs of other networks."""
     model = tiny.untrained_model()
     jax, onnx = Embedder(model, runtime="jax"), Embedder(model, runtime="onnx")
     assert (jax.runtime, onnx.runtime) == ("jax", "onnx")

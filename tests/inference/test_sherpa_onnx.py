@@ -1,4 +1,4 @@
-"""An exported network in sherpa-onnx, by its Python package and its own front end in C++: `make test-onnx`."""
+"""An exported network in sherpa-onnx, with its Python package and its own front end in C++: `make test-onnx`."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ SPEAKERS, UTTERANCES = 12, 4
 
 @pytest.fixture(scope="module")
 def embedder():
-    """An untrained network on sherpa-onnx's front end: what is compared needs no training."""
+    """An untrained network on sherpa-onnx's front end: the comparison needs no training."""
     import jax
 
     backbone, arguments = "ecapa", {"channels": (64, 64, 64, 64, 192), "embedding_dim": 32}

@@ -39,7 +39,7 @@ def count(module: nn.Module, *shape) -> int:
 
 
 def scrambled_variables(module: nn.Module, *shape, seed=0):
-    """Variables of which none is at its start: shifts of batch norms that are not zero show a mask that is missing."""
+    """Variables away from their initial values: non-zero shifts of batch norms reveal a missing mask."""
     shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), train=False))
     random = np.random.default_rng(seed)
 
@@ -120,7 +120,7 @@ def test_levers_for_speed_and_memory_change_no_number(name, levers):
 
 
 def test_what_is_made_again_is_not_kept_on_a_cpu_either():
-    """XLA's compiler for CPUs merges what is made again with what was made before, unless its barriers are kept."""
+    """XLA's CPU compiler merges recomputed values with the original ones, unless the barriers are kept."""
     temporary = {}
     for remat in ("none", "norms", "blocks"):
         backbone = build_backbone("resnet", **TINY["resnet"] | {"blocks": (3, 1, 1, 1), "remat": remat})
@@ -175,7 +175,7 @@ def log_mel(waves, lengths):
 def test_utterance_padded_in_a_batch_embeds_as_alone(name, changes):
     """An embedding is a function of its own utterance.
 
-    In a batch, behind the end of an utterance stands anything, here loud noise. Were one sample of it to reach the
+    In a batch, anything may follow the end of an utterance, here loud noise. If one sample of it reached the
     embedding, through a frame, a mean, a mirrored end or a stride, rows would differ from those computed without it.
     """
     backbone = build_backbone(name, **TINY[name] | changes)
@@ -227,7 +227,7 @@ def test_batch_norm_divides_by_biased_and_remembers_unbiased_variance():
     statistics = updated["batch_stats"]
     np.testing.assert_allclose(statistics["mean"], 0.1 * rows.mean(0), rtol=1e-5)
     np.testing.assert_allclose(statistics["var"], 0.9 + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
-    # The biased variance of six rows is a sixth smaller: the tolerance above tells them apart.
+    # The biased variance of six rows is a sixth smaller: the tolerance above distinguishes the two.
     assert np.all(np.abs(statistics["var"] - (0.9 + 0.1 * rows.var(0))) > 1e-3)
 
     evaluated = norm.apply({**variables, "batch_stats": statistics}, x, train=False).reshape(-1, 5)
@@ -237,7 +237,7 @@ def test_batch_norm_divides_by_biased_and_remembers_unbiased_variance():
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (2, 3, 4, 5)])
 def test_gradient_of_batch_norm_is_that_of_its_formula(shape):
-    """The gradient is written out by hand; here the formula is differentiated, through mean and variance, too."""
+    """The gradient is written out by hand; here the formula is differentiated, including mean and variance."""
     rng = np.random.default_rng(1)
     x, weights = (jnp.asarray(rng.normal(2, 3, shape), jnp.float32) for _ in range(2))
     params = {"scale": jnp.asarray(rng.normal(1, 0.3, 5), jnp.float32), "bias": jnp.asarray(rng.normal(0, 1, 5))}

@@ -1,4 +1,4 @@
-"""Packed planes: convolving them gives what convolving the planes gives, whatever the packing."""
+"""Packed planes: convolving them yields the same as convolving the planes, whatever the packing."""
 
 import jax
 import numpy as np
@@ -14,8 +14,8 @@ from memo_jax.models.packed import pack, packed_convolution, packing
         (16, 16, 8, 32, 3, (2, 2)),  # a halved plane
         (16, 16, 8, 32, 1, (2, 2)),  # its shortcut, a matrix product
         (16, 1, 8, 16, 3, (1, 1)),  # the first convolution
-        (15, 24, 5, 48, 3, (1, 2)),  # of an odd number of frequencies, to another packing
-        (10, 128, 1, 256, 3, (2, 2)),  # channels that fill the lanes alone
+        (15, 24, 5, 48, 3, (1, 2)),  # an odd number of frequencies, and another packing of the output
+        (10, 128, 1, 256, 3, (2, 2)),  # channels that fill the lanes by themselves
         (10, 128, 1, 256, 1, (1, 2)),
         (12, 8, 12, 8, 5, (1, 1)),  # a wider kernel
     ],

@@ -1,4 +1,4 @@
-"""The living PyTorch networks that ours are compared with, each from its own package."""
+"""The actual PyTorch networks that ours are compared with, each from its own package."""
 
 import importlib.machinery
 import importlib.util
@@ -18,7 +18,7 @@ def package_folder(name: str) -> Path:
 
 
 def speechbrain_ecapa(**arguments) -> torch.nn.Module:
-    """speechbrain's ECAPA-TDNN, which takes lists; speechbrain looks for torchaudio when it is imported."""
+    """speechbrain's ECAPA-TDNN, which takes lists; speechbrain imports torchaudio when it is imported."""
     stub_torchaudio()
     from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
 
@@ -26,7 +26,7 @@ def speechbrain_ecapa(**arguments) -> torch.nn.Module:
 
 
 def stub_torchaudio() -> None:
-    """Puts an empty module in torchaudio's place: no build of it loads beside this PyTorch, and we use none of it."""
+    """Replaces torchaudio by an empty module: no build of it loads with this PyTorch, and we use none of it."""
     if "torchaudio" not in sys.modules:
         stub = types.ModuleType("torchaudio")
         stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
@@ -36,7 +36,7 @@ def stub_torchaudio() -> None:
 
 
 def wespeaker(module: str) -> types.ModuleType:
-    """One of wespeaker's model files; its package's __init__ would import far more than is installed."""
+    """One of wespeaker's model files; the package's __init__ would import far more than is installed."""
     if "wespeaker" not in sys.modules:
         folder = package_folder("wespeaker")
         for name, path in (("wespeaker", folder), ("wespeaker.models", folder / "models")):
@@ -51,7 +51,7 @@ def wespeaker_ecapa(**arguments) -> torch.nn.Module:
 
 
 def wespeaker_resnet(**arguments) -> torch.nn.Module:
-    """wespeaker's ResNet of basic blocks."""
+    """wespeaker's ResNet with basic blocks."""
     module = wespeaker("resnet")
     return module.ResNet(module.BasicBlock, feat_dim=80, **arguments)
 
@@ -69,7 +69,7 @@ def speakerlab_resnet(**arguments) -> torch.nn.Module:
 
 
 def speakerlab_campplus(layers: tuple[int, ...] | None = None, **arguments) -> torch.nn.Module:
-    """3D-Speaker's CAM++; `layers` makes it shallower than its constructor can, out of its own layers."""
+    """3D-Speaker's CAM++; `layers` makes it shallower than its constructor can, from its own layers."""
     from speakerlab.models.campplus.DTDNN import CAMPPlus
     from speakerlab.models.campplus.layers import CAMDenseTDNNBlock, DenseLayer, TransitLayer, get_nonlinear
 
@@ -94,7 +94,7 @@ def network_bottleneck(arguments) -> int:
 
 
 def scramble(network: torch.nn.Module, seed: int = 0) -> None:
-    """Draws every number of a network anew, statistics and affine parts of batch norms included."""
+    """Randomises every number of a network, including statistics and affine parts of batch norms."""
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
@@ -110,12 +110,12 @@ def scramble(network: torch.nn.Module, seed: int = 0) -> None:
 
 
 def tensors_of(network: torch.nn.Module) -> dict[str, np.ndarray]:
-    """A network's parameters and statistics as NumPy arrays that later training leaves alone."""
+    """A network's parameters and statistics as NumPy arrays that later training does not change."""
     return {name: tensor.detach().numpy().copy() for name, tensor in network.state_dict().items()}
 
 
 def embedding_of(output) -> torch.Tensor:
-    """The embeddings [N, D] in what a network returned; wespeaker's give a tuple, speechbrain's has an axis more."""
+    """The embeddings [N, D] in what a network returned; wespeaker's return a tuple, speechbrain's an extra axis."""
     output = output[-1] if isinstance(output, tuple) else output
     return output.reshape(output.shape[0], -1)
 

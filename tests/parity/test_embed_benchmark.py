@@ -1,4 +1,4 @@
-"""The benchmark of embedding, in miniature: it compares with the living network and both give the same embeddings."""
+"""The embedding benchmark, in miniature: it compares with the actual network, and both yield the same embeddings."""
 
 import json
 import os

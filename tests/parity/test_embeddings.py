@@ -1,4 +1,4 @@
-"""Backbones at their published sizes against the living PyTorch networks, and their tensors there and back."""
+"""Backbones at their published sizes against the actual PyTorch networks, and their tensors there and back."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def test_full_size_network_embeds_alike(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_state_dict_round_trip_is_exact_and_loads(name):
-    """PyTorch → ours → PyTorch gives every tensor back bit by bit, and the network takes them under strict names."""
+    """PyTorch → ours → PyTorch returns every tensor bit for bit, and the network loads them with strict names."""
     case = CASES[name]
     network = case.build(**case.small)
     scramble(network)

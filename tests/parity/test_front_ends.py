@@ -1,4 +1,4 @@
-"""The front end of speechbrain against speechbrain itself; Kaldi's need no PyTorch: tests/test_features.py."""
+"""Our speechbrain front end against speechbrain itself; Kaldi's need no PyTorch: tests/test_features.py."""
 
 import jax
 import numpy as np

@@ -1,7 +1,7 @@
-"""Every backbone against the living PyTorch networks: forward and gradient, evaluation and training, and statistics.
+"""Every backbone against the actual PyTorch networks: forward and gradient, evaluation and training, and statistics.
 
-In float64, where a rounding never puts a ReLU's input on the other side of zero, so that a gradient is a number that
-both can be held to. Deviations are relative to the largest number of a tensor; where a true gradient is zero, as that
+In float64, where rounding never moves a ReLU's input to the other side of zero, so that both must agree on the
+gradient. Deviations are relative to the largest number of a tensor; where a true gradient is zero, like that
 of a bias before a batch norm, to a thousandth of the largest gradient in the network.
 """
 
@@ -15,7 +15,7 @@ import pytest
 if any(name.startswith("memo_jax.models") for name in sys.modules):
     raise pytest.UsageError(f"{__file__} computes in float64 and needs a process of its own: make parity")
 jax.config.update("jax_enable_x64", True)
-jnp.float32 = jnp.float64  # the layers ask for float32 by name, their defaults already when they are imported
+jnp.float32 = jnp.float64  # the layers ask for float32 by name, their defaults as soon as they are imported
 
 import torch  # noqa: E402
 from references import CASES, embedding_of, scramble, tensors_of  # noqa: E402
@@ -44,7 +44,7 @@ def test_forward_gradient_and_statistics(name, train):
     torch_x = torch.from_numpy(x).requires_grad_()
     network.train(train)
     theirs = embedding_of(network(torch_x.clone()))  # some change their input in place
-    after = tensors_of(network)  # before the backward pass, in which CAM++ computes its layers and updates them again
+    after = tensors_of(network)  # before the backward pass, in which CAM++ recomputes its layers and updates them again
     # A fixed direction for every embedding: a plain sum would vanish behind a batch norm.
     direction = np.random.default_rng(2).normal(0, 1, theirs.shape)
     (theirs * torch.from_numpy(direction)).sum().backward()

@@ -46,7 +46,7 @@ def network(weights) -> torch.nn.Module:
 
 
 def torch_embedding(network: torch.nn.Module, wave: np.ndarray) -> np.ndarray:
-    """What 3D-Speaker computes of a recording, with Kaldi's features by kaldi-native-fbank."""
+    """3D-Speaker's embedding of a recording, with Kaldi's features by kaldi-native-fbank."""
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.dither = 0.0
     options.mel_opts.num_bins = 80
@@ -59,7 +59,7 @@ def torch_embedding(network: torch.nn.Module, wave: np.ndarray) -> np.ndarray:
 
 
 def recordings() -> list[Path]:
-    """Real speech where it is there."""
+    """Real speech, where available."""
     folder = SPEECH / "librispeech" / "test"
     if not folder.is_dir():
         pytest.skip("needs the real speech beside the project")

@@ -1,4 +1,4 @@
-"""Files of torch.save to model files and back, and tensors there that no network of ours has."""
+"""Files of torch.save to model files and back, including tensors that none of our networks has."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def theirs(tmp_path_factory):
 
 
 def test_there_and_back_is_exact(theirs, tmp_path):
-    """Counters stay scalars, as PyTorch needs them; the front end is given, since such a file cannot note it."""
+    """Counters stay scalars, as PyTorch needs; the front end is given, since such a file cannot record it."""
     content = torch.load(theirs, weights_only=True)
     assert content["bn1.num_batches_tracked"].shape == () and content["bn1.num_batches_tracked"].dtype == torch.int64
     output = tmp_path / "model.safetensors"

@@ -1,4 +1,4 @@
-"""The benchmark of the training step, in miniature: both sides compute the same losses."""
+"""The training-step benchmark, in miniature: both sides compute the same losses."""
 
 import json
 import subprocess

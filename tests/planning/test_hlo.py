@@ -1,4 +1,4 @@
-"""What the text of a compiled program tells of its collectives and its time is read right."""
+"""The collectives and the time of a compiled program are read correctly from its text."""
 
 import pytest
 
@@ -45,7 +45,7 @@ ENTRY %main (x: f32[8], y: bf16[4,16]) -> f32[8] {
 
 
 def test_collectives_and_cycles_of_a_program():
-    """A collective that appears twice counts once, a loop as often as it runs, of branches the slowest."""
+    """A collective that appears twice counts once, a loop as often as it runs, and of branches the slowest."""
     assert collectives(PROGRAM) == {"all-reduce": (1, 8 * 4 + 4 * 16 * 2), "all-gather": (1, 16 * 4)}
     assert estimated_seconds(PROGRAM, V5E) == pytest.approx((7000 + 5 * 10 + 300) / 1.5e9)
     assert collective_seconds(PROGRAM, V5E, 4) == pytest.approx((2 * 160 + 64) * 3 / 4 / 200e9)
@@ -58,7 +58,7 @@ def gpu_program(*lines):
 @pytest.mark.parametrize(
     ("lines", "seconds"),
     [
-        # XLA's estimate, of several the one that knows of tiles; nothing of what is no work.
+        # XLA's estimate (of several, the one that considers tiles); operations that do no work do not count.
         (
             [
                 "%x = f32[8]{0} parameter(0)",
@@ -67,7 +67,7 @@ def gpu_program(*lines):
             ],
             2.5e-6,
         ),
-        # No estimate: bytes read and written over the bandwidth.
+        # No estimate: bytes read and written, divided by the bandwidth.
         (["%x = f32[1000,1000]{1,0} parameter(0)", "%y = f32[1000,1000]{0,1} copy(%x)"], 8e6 / 3.352e12),
         # A convolution and its two gradients have the same FLOPs: 128 × 401 outputs of 512 channels, 5 × 512 products
         # each.
@@ -116,7 +116,7 @@ def test_seconds_of_a_program_for_a_gpu(lines, seconds):
 
 
 def test_collectives_of_a_program_for_a_gpu():
-    """Those that wait as long as XLA reckons, else as their bytes over the links; none is counted as computation."""
+    """They take as long as XLA estimates, else their bytes over the links; none is counted as computation."""
     program = gpu_program(
         "%x = f32[8]{0} parameter(0)",
         '%r = f32[8]{0} all-reduce-start(%x), channel_id=1, backend_config={"reification_cost":[{"exec_time_us":26.5,'

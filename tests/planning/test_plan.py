@@ -33,8 +33,8 @@ def test_a_chip_is_one_device(topology):
 
 @needs_libtpu
 def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
-    """Twice the batch doubles what a chip computes, nearly, without NT-Xent's comparison of all with all, which it
-    quadruples; a bank is memory that every chip holds whole."""
+    """Without NT-Xent's comparison of all with all, which it quadruples, twice the batch nearly doubles what a chip
+    computes; a bank is replicated in the memory of every chip."""
 
     def with_bank(key, batch, banks):
         ((views,), _) = tiny_processes.front_end(key, batch, banks)
@@ -70,8 +70,8 @@ def test_the_train_step_is_compiled_for_a_topology(monkeypatch):
 
 
 def test_kmeans_of_positives_is_planned(monkeypatch, capsys):
-    """Twice the embeddings take about twice the time; on the devices here, which have no estimates of their own, the
-    memory alone."""
+    """Twice the embeddings take about twice the time; on the devices here, which have no estimates of their own, only
+    the memory is planned."""
     mesh, chip = sharding.data_mesh(), chips.CHIPS["h100"]
     config = tiny.tiny_config("positives.clusters=64")
     monkeypatch.setattr(type(chip), "compiler_options", {}, raising=False)
@@ -138,7 +138,7 @@ def test_machines_of_few_gpus_have_a_slow_network():
 @needs_cuda
 @pytest.mark.parametrize("gpu", ["a100", "h100", "h200", "b200"])
 def test_the_train_step_of_both_networks_is_compiled_for_gpus(gpu):
-    """Of an A100, too, of which XLA has no cost model."""
+    """For an A100, too, for which XLA has no cost model."""
     command = [
         "plan",
         f"--config={tiny.material().config}",
