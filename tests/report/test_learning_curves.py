@@ -1,4 +1,4 @@
-"""Pictures: what they show follows the data, they save whole, and bad input is named."""
+"""Pictures: what they show follows the data, they are saved whole, and bad input is named."""
 
 import errno
 import html
@@ -92,7 +92,7 @@ def test_gate_closing_step_without_a_record_of_it(states, step):
 
 
 def test_branches_keep_their_colour_and_heads_their_dashes():
-    """Colour means branch and dashes mean head, whichever of both spellings of a metric's name is used."""
+    """Colour means branch and dashes mean head, whichever of the two spellings of a metric's name is used."""
     made = [
         {"step": i, "loss/self/ecapa": 1.0, "loss/cross/ecapa": 2.0, "loss/self/resnet": 3.0, "kl/resnet/self": 4.0}
         for i in (1, 2)
@@ -176,7 +176,7 @@ def trials(separation, size=3000, seed=0):
 
 
 def test_det_curves_are_straight_for_gaussian_scores(tmp_path):
-    """Unit normal classes d apart give a line of slope -1 on normal-deviate axes: both deviates sum to -d."""
+    """Unit normal classes d apart yield a line of slope -1 on normal-deviate axes: both deviates sum to -d."""
     figure = det_figure({"only": trials(2.0, size=100_000)})
     curve = next(line for line in figure.axes[0].lines if "only" in str(line.get_label()))
     x, y = curve.get_data()
@@ -250,7 +250,7 @@ def test_names_of_thresholds_never_collide(thresholds):
 
 
 def test_a_system_looks_the_same_in_every_picture():
-    """The baseline has its own look, and others theirs, whether it stands first, last or nowhere."""
+    """The baseline keeps its own look, and others theirs, whether it comes first, last or not at all."""
     systems = ["ecapa", "resnet", "average"]
     looks = system_looks([*systems, BASELINE])
     assert len({look.color for look in looks.values()}) == 4

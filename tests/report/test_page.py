@@ -1,4 +1,4 @@
-"""`memo-jax report` as it is typed: one page that needs nothing else, and what it says."""
+"""`memo-jax report` as users run it: one page that needs nothing else, and what it says."""
 
 import base64
 import html
@@ -19,7 +19,7 @@ from memo_jax.scoring.figures import HUES
 
 
 class Page(html.parser.HTMLParser):
-    """Every address that a page refers to, and its text."""
+    """Every address that a page refers to, and the page's text."""
 
     def __init__(self, text):
         super().__init__()
@@ -71,7 +71,7 @@ def test_pictures_are_part_of_the_page_and_share_no_identifier(made):
 
 
 def test_pictures_follow_the_theme_of_the_page(made):
-    """All colours are variables with a value for each scheme, but those of the map's speakers, which suit both."""
+    """All colours are variables with a value for each scheme, except those of the map's speakers, which suit both."""
     theme = re.search(
         r":root \{ color-scheme: light dark;(.*?)\}\n@media \(prefers-color-scheme: dark\)(.*?)\} \}", made
     )

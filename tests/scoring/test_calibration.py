@@ -28,7 +28,7 @@ def test_calibration_agrees_with_scikit_learn(p_target):
 
 
 def test_calibration_recovers_true_likelihood_ratios():
-    """Gaussian classes of one variance have a linear ratio: undoing 0.2·llr − 3 takes scale 5, offset 15."""
+    """Gaussian classes of equal variance have a linear ratio: undoing 0.2·llr − 3 takes scale 5, offset 15."""
     llrs, target = gaussian_llrs(size=100_000)
     ours = fit_calibration(0.2 * llrs - 3, target)
     assert ours.scale == pytest.approx(5, rel=0.03)

@@ -23,7 +23,7 @@ def partition(numbers) -> set[frozenset[int]]:
 
 
 def merged_greedily(units, groups, count, linkage):
-    """The definition in float64: the two clusters of *utterances* that are nearest are merged, again and again."""
+    """The definition in float64: the two nearest clusters of *utterances* are merged, over and over."""
     parts = [np.flatnonzero(groups == group) for group in np.unique(groups)]
 
     def distance(a, b):

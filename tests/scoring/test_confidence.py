@@ -10,7 +10,7 @@ from memo_jax.scoring.metrics import eer, min_dcf
 
 
 def population(seed, speakers=30, recordings=3, spread=1.0):
-    """All pairs of recordings; scores carry an effect of each speaker, so trials of one speaker fail together."""
+    """All pairs of recordings; scores include an effect of each speaker, so that one speaker's trials fail together."""
     rng = np.random.default_rng(seed)
     owner = np.repeat(np.arange(speakers), recordings)
     first, second = np.array(list(itertools.combinations(range(len(owner)), 2))).T
@@ -34,7 +34,7 @@ def test_interval_holds_the_metric_and_is_reproducible():
 def test_weights_follow_the_drawn_speakers():
     """With two speakers, the only draw that keeps a nontarget trial takes both once, so every weight must be 1.
 
-    With more, target trials weigh m and nontarget trials the product of both m, whatever the labels of speakers.
+    With more, target trials weigh m and nontarget trials the product of both m's, whatever the labels of speakers.
     """
     seen = []
 
@@ -59,7 +59,7 @@ def test_weights_follow_the_drawn_speakers():
 
 @pytest.mark.parametrize("decimals", [1, 16], ids=["ties", "no ties"])
 def test_the_eer_is_that_of_the_metric_under_the_same_weights(decimals):
-    """The quick way of the equal error rate and the way that serves every metric give the same numbers, bit by bit."""
+    """The fast path for the equal error rate and the general one for every metric agree bit for bit."""
     scores, target, pairs = population(3)
     worse = scores + np.random.default_rng(0).normal(size=len(scores))
     scores, other = np.round(scores, decimals), np.round(worse, decimals)
@@ -73,7 +73,7 @@ def test_the_eer_is_that_of_the_metric_under_the_same_weights(decimals):
 
 
 def test_coverage():
-    """Over populations drawn afresh, 95 % intervals hold the true rate most of the time; trial-wise ones would not.
+    """Over freshly drawn populations, 95 % intervals cover the true rate mostly; trial-wise ones would not.
 
     60 populations at a true coverage of 0.9 fall below 75 % with probability under 1 in 1000.
     """
@@ -132,8 +132,8 @@ def test_impossible_requests_are_refused():
 
 
 def test_of_several_runs_of_a_system_the_mean_metric_counts():
-    """The interval of two seeds' mean lies where theirs do; copies of a run change nothing; a pair may have other
-    numbers of runs."""
+    """The interval of two seeds' mean lies where theirs do; copies of a run change nothing; paired systems may differ
+    in their numbers of runs."""
     rng = np.random.default_rng(0)
     pairs = rng.integers(12, size=(600, 2))
     pairs[:200, 1] = pairs[:200, 0]

@@ -1,4 +1,4 @@
-"""Files of embeddings: what is written comes back, others' npz are read, and what is neither is named."""
+"""Files of embeddings: what is written is read back, other programs' npz are read, and anything else is named."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_numpy_takes_the_matrix_and_the_names_are_beside_it(tmp_path):
 
 @pytest.mark.parametrize("ending", [".ark", ".scp"])
 def test_kaldi_tools_read_the_archive_and_so_do_we(ending, tmp_path):
-    """kaldiio is what wespeaker and ESPnet read archives with."""
+    """wespeaker and ESPnet read archives with kaldiio."""
     kaldiio = pytest.importorskip("kaldiio")
     path = write_embeddings(tmp_path / f"e{ending}", Embeddings(WINDOWS, ROWS, "f" * 32, TIMES))
     assert {file.name for file in tmp_path.iterdir()} == {"e.ark", "e.scp", "e.segments"}
@@ -97,7 +97,7 @@ def test_archives_of_kaldi_itself_are_read(tmp_path):
 
 
 def test_a_torn_archive_is_refused_wherever_it_was_torn(tmp_path):
-    """Between two vectors it is a shorter archive, as Kaldi's format has it; the scp then names the missing one."""
+    """Torn between vectors, it is a valid, shorter archive in Kaldi's format; the scp then names the missing one."""
     whole = write_embeddings(tmp_path / "e.ark", Embeddings(["x", "yy", "zzz"], ROWS)).read_bytes()
     between = {0, 28, 57, len(whole)}
     for size in range(1, len(whole)):
@@ -181,7 +181,7 @@ def test_models_that_are_known_and_differ_do_not_mix():
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_a_flipped_bit_is_noticed_or_changes_nothing(suffix, tmp_path):
-    """Each bit of a file belongs to content that a checksum covers, or to padding and hints that nobody reads."""
+    """Each bit of a file belongs to content that a checksum covers, or to padding and hints that nothing reads."""
     path = write_embeddings(tmp_path / f"e{suffix}", Embeddings(NAMES, ROWS, "f" * 32))
     whole = path.read_bytes()
     rng, noticed = np.random.default_rng(0), 0

@@ -15,7 +15,7 @@ from memo_jax.scoring.trials import read_trials, trial_pairs
 
 @st.composite
 def scored_trials(draw):
-    """Few scores of few values, so that ties are common, with both classes present."""
+    """Few scores with few values, so that ties are common, with both classes present."""
     size = draw(st.integers(2, 40))
     scores = draw(st.lists(st.integers(-6, 6), min_size=size, max_size=size))
     target = draw(st.lists(st.booleans(), min_size=size, max_size=size))
@@ -61,7 +61,7 @@ def test_error_rates_agree_with_counting(trials):
 
 @pytest.mark.parametrize("decimals", [1, 2, 16])
 def test_metrics_agree_with_scikit_learn(decimals):
-    """`roc_curve` with the linear interpolation that its users apply; few decimals make many ties."""
+    """`roc_curve` with the usual linear interpolation; few decimals make many ties."""
     scores, target = gaussian_trials()
     scores = np.round(scores, decimals)
     fpr, tpr, _ = roc_curve(target, scores, drop_intermediate=False)
@@ -102,9 +102,9 @@ def test_the_order_of_trials_does_not_count(trials, random):
 @given(scored_trials())
 @settings(max_examples=100, deadline=None)
 def test_exchanging_the_classes_exchanges_the_errors(trials):
-    """With classes and sign exchanged misses are false alarms, so the EER stays and the prior and costs swap roles.
+    """With classes and sign exchanged, misses are false alarms, so the EER stays and the prior and costs swap roles.
 
-    With the sign alone reversed, the curve is mirrored: the EER becomes its complement.
+    With only the sign reversed, the curve is mirrored: the EER becomes its complement.
     """
     scores, target = trials
     assert eer(-scores, ~target) == pytest.approx(eer(scores, target), abs=1e-12)
@@ -240,7 +240,7 @@ def test_average_of_systems():
 
 
 def test_a_large_list_scores_quickly(tmp_path):
-    """100,000 trials are a sixth of VoxCeleb1-E; the limit is generous and on processor time, not wall time."""
+    """100,000 trials are a sixth of VoxCeleb1-E; the limit is generous and on CPU time, not wall time."""
     rng = np.random.default_rng(0)
     names = [f"id{10000 + i // 20}/{i * 7919:011d}/{i % 20:05d}.wav" for i in range(20_000)]
     enrol = np.arange(100_000) // 5

@@ -1,4 +1,4 @@
-"""`memo-jax score` as it is typed, on embeddings of any program, against scikit-learn and scipy."""
+"""`memo-jax score` as users run it, on embeddings from any program, against scikit-learn and scipy."""
 
 import json
 
@@ -300,7 +300,7 @@ def test_a_comparison_has_every_error_rate_and_needs_no_bootstrap(folder):
 
 
 def test_nothing_is_imported_that_scoring_does_not_need(folder):
-    """JAX takes longer to import than a list of trials to score."""
+    """Importing JAX takes longer than scoring a list of trials."""
     import subprocess
     import sys
 

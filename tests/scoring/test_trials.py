@@ -1,4 +1,4 @@
-"""Trial lists: the published forms parse, broken ones are refused with file and line."""
+"""Trial lists: the published forms are parsed, broken ones are refused with file and line."""
 
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def test_the_extension_of_a_recording_does_not_matter_where_it_is_clear_which_is
     """As with VoxCeleb2, whose recordings are .m4a, and with Kaldi's names, which have no extension."""
     trials = read_trials(write(tmp_path, "\n".join(LINES)))
     assert trial_pairs(trials, ["b/z.m4a", "a/y", "a/x.FLAC"]).tolist() == [[2, 1], [2, 0]]
-    # the very name goes before others that are alike
+    # an exact match takes precedence over similar names
     assert trial_pairs(trials, ["b/z.wav", "b/z.m4a", "a/y.wav", "a/x.wav"]).tolist() == [[3, 2], [3, 0]]
     with pytest.raises(ValueError, match="1 of the 3 recordings .* 'b/z.wav'"):
         trial_pairs(trials, ["b/z.flac", "b/z.m4a", "a/y.wav", "a/x.wav"])

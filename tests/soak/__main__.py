@@ -10,7 +10,7 @@ import time
 from memo_jax.log import Progress
 from soak import faults
 
-# With the seconds that a trial takes, about, from which come the shares of the time.
+# With trials per unit of --count, by about how long a trial takes, so that each campaign gets its share of the time.
 CAMPAIGNS = {
     "prepare.write_errors": 2,
     "prepare.kills": 2,

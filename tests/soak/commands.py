@@ -62,7 +62,7 @@ def arguments_for(name: str, output: Path) -> list[str]:
 
 @functools.cache
 def changes_of(name: str) -> int:
-    """How many changes of files an undisturbed call makes."""
+    """How many changes to files an undisturbed call makes."""
     output = new_output(name)
     with failing(output) as changes:
         status, text = command(*arguments_for(name, output))
@@ -86,7 +86,7 @@ def write_errors(trials, rng, only=()):
             assert times > 1 or before.items() <= after.items(), (name, made.failed, list(after))
             told[name] += 1
         written = set(contents(output))
-        if status or name not in ("enroll", "remove", "init-config"):  # which a second time are refused
+        if status or name not in ("enroll", "remove", "init-config"):  # which are refused the second time
             again, text = command(*arguments_for(name, output))
             assert again == 0, (name, text)
         left = set(contents(output))

@@ -1,7 +1,7 @@
 """Damaged bytes in what commands read besides recordings and datasets: noticed, or harmless.
 
 Checkpoints, model files, exported programs, files of embeddings and galleries: random bytes change, or the file is cut
-short. What reads it must refuse it in one line that names it, or give exactly what it gives of the undamaged file.
+short. What reads it must refuse it in one line that names it, or return exactly what it returns for the undamaged file.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def same(one, other) -> bool:
 
 
 def read_or_refusal(read, path):
-    """What a reader gives, or None if it refuses as it should."""
+    """What a reader returns, or None if it refuses as it should."""
     try:
         return read(path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Faults of the file system: changes that fail or kill (faults.c), and damaged bytes."""
+"""Faults of the file system: changes that fail, or kill the process (faults.c), and damaged bytes."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from memo_jax import cli
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
-KILL = 0  # in place of an error's number
+KILL = 0  # in place of an error number
 FOR_EVER = 1 << 40
 TEMPORARY = re.compile(r"/\.[^/ ]*\d")  # a name that only this program uses
 
@@ -42,7 +42,7 @@ class Changes:
 
 @contextlib.contextmanager
 def failing(folder, at: int = -1, code: int = KILL, times: int = FOR_EVER):
-    """Within it, `times` changes below a folder fail from number `at` on with an error, or the process is killed."""
+    """While it lasts, `times` changes below a folder, from number `at` on, fail with an error or kill the process."""
     layer, changes = ctypes.CDLL(None), Changes()
     layer.faults_last.restype = ctypes.c_char_p
     layer.faults_arm(os.fsencode(folder), ctypes.c_long(at), ctypes.c_long(times), code)
@@ -53,7 +53,7 @@ def failing(folder, at: int = -1, code: int = KILL, times: int = FOR_EVER):
 
 
 def command(*arguments) -> tuple[int, str]:
-    """Runs `memo-jax ARGUMENTS` here; returns the status and all that was printed, by libraries in C, too."""
+    """Runs `memo-jax ARGUMENTS` here; returns the status and all that was printed, even by libraries in C."""
     sys.stdout.flush()
     sys.stderr.flush()
     with tempfile.TemporaryFile() as printed:

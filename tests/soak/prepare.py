@@ -1,10 +1,10 @@
 """Faults while a dataset is prepared, and damage to what was prepared.
 
 * Write errors: at a random change of the file system, the disk is full, broken or read-only, for this change alone or
-  from then on. The command must end in one line that names its output, leave there what was there before, and give the
-  same bytes when it is given again.
-* Kills: at a random change of the file system the process is killed. Given again, the command must give the same bytes,
-  whether it was killed once or twice.
+  from then on. The command must end in one line that names its output, leave there what was there before, and produce
+  the same bytes when it is run again.
+* Kills: at a random change of the file system the process is killed. Run again, the command must produce the same
+  bytes, whether it was killed once or twice.
 * Damage: random bytes of a random file of a dataset, of an archive or of an unfinished dataset change, or it is cut
   short. This must be noticed by what reads it, or be harmless: what is read is what was written.
 """
@@ -39,7 +39,7 @@ def contents(folder):
 
 
 class Material:
-    """A corpus as a folder and as a compressed tar, the datasets that come of it, and an earlier dataset."""
+    """A corpus as a folder and as a compressed tar, the dataset made from them, and an earlier dataset."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -57,14 +57,14 @@ class Material:
         return prepare(self.inputs, output, workers=1, **options)
 
     def changes(self, **options):
-        """How many changes of the file system a whole call makes."""
+        """How many changes to the file system a whole call makes."""
         with failing(self.folder / "counted") as changes:
             self.prepared(self.folder / "counted" / "set", **options)
         shutil.rmtree(self.folder / "counted")
         return changes.count
 
     def trial(self, number, overwrite):
-        """The folder of a trial and the output in it, where the earlier dataset lies if it is to be overwritten."""
+        """The output in the folder of a trial, which holds the earlier dataset if that is to be overwritten."""
         output = self.folder / f"trial{number}" / "set"
         output.parent.mkdir()
         if overwrite:
@@ -72,7 +72,7 @@ class Material:
         return output
 
     def check_again(self, output, overwrite):
-        """Gives the command again: the result is that of an undisturbed call, and nothing else is left."""
+        """Runs the command again: the result is that of an undisturbed call, and nothing else is left."""
         was_done = contents(output) == self.whole
         try:
             self.prepared(output, overwrite=overwrite)
@@ -91,7 +91,7 @@ def material() -> Material:
 
 
 def write_errors(trials, rng):
-    """Write errors of all kinds; returns how many changes of the file system a call makes, and how many were told."""
+    """Write errors of all kinds; returns how many changes to the file system a call makes, and the reported errors."""
     data = material()
     changes, told = data.changes(), 0
     for number in trials:
@@ -105,14 +105,14 @@ def write_errors(trials, rng):
                 message = str(error)
                 assert str(output) in message and os.strerror(code) in message and "\n" not in message, message
         state, before = contents(output), data.earlier if overwrite else None
-        # Where nothing can be written any more, what was moved aside to be replaced cannot be moved back.
+        # Where nothing can be written any more, what was moved aside cannot be moved back.
         assert state in (data.whole, before) or times > 1 and state is None, (made.failed, code)
         data.check_again(output, overwrite)
     return {"changes": changes, "told": told}
 
 
 def kills(trials, rng):
-    """Kills of processes of their own; returns how many changes of the file system a call makes, and the kills."""
+    """Kills in processes of their own; returns how many changes to the file system a call makes, and the kills."""
     data = material()
     changes, killed = data.changes(), 0
     for number in trials:
@@ -134,7 +134,7 @@ def kills(trials, rng):
 
 
 def content_of_dataset(folder):
-    """All that a dataset tells its readers."""
+    """All that readers get from a dataset."""
     utterances = Utterances(folder)
     return [np.concatenate(list(utterances)).tobytes(), utterances.names, utterances.speakers, utterances.fingerprint]
 
@@ -156,7 +156,7 @@ def content_of_archive(path):
 
 
 def dataset_damage(trials, rng):
-    """Damages a random file of a dataset; returns how often reading, or else only a check, noticed."""
+    """Damages a random file of a dataset; returns how often reading, or only a check, noticed it."""
     data = material()
     folder, noticed, by_check = data.folder / "damaged", 0, 0
     shutil.copytree(data.folder / "whole", folder)
@@ -182,7 +182,7 @@ def dataset_damage(trials, rng):
 
 
 def archive_damage(trials, rng):
-    """Damages archives; no member may be lost without a word, nor have another content unnoticed."""
+    """Damages archives; no member may be lost silently, nor change its content unnoticed."""
     data, noticed = material(), 0
     files = {f"s{number % 3}/{number}.wav": audio_bytes(noise(0.02, number)) for number in range(RECORDINGS)}
     for number in trials:
@@ -205,7 +205,7 @@ def archive_damage(trials, rng):
 
 
 def unfinished_damage(trials, rng):
-    """Damages what a killed run left; the command given again must end with the same bytes."""
+    """Damages what a killed run left; the command, run again, must end with the same bytes."""
     data = material()
     output = data.trial("damage", False)
     child = os.fork()

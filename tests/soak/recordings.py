@@ -1,9 +1,9 @@
 """Mutated recordings for `read_audio`, each to be read or refused with an AudioError.
 
-Within seconds, and without memory for what a lying header claims: the address space may grow by a fixed amount only. So
-they run in a process of their own, `python -m soak.recordings MUTATIONS SEED FOLDER`, where a mutation that fails in
-another way is left in FOLDER, and ends the process with its traceback (or by the signal that it caused). Kinds that
-ffmpeg decodes are among them where it is installed, for 1 mutation in 20.
+Within seconds, and without memory for what a lying header claims: the address space may grow by a fixed amount only.
+They therefore run in a process of their own, `python -m soak.recordings MUTATIONS SEED FOLDER`, where a mutation that
+fails in any other way is left in FOLDER, and ends the process with its traceback (or by the signal that it caused).
+Where ffmpeg is installed, 1 mutation in 20 is of a kind that it decodes.
 """
 
 import io
@@ -51,7 +51,7 @@ BY_FFMPEG = {
 }
 BY_FFMPEG |= {"g722.wav": ("-c:a", "g722"), "flac.oga": ("-c:a", "flac")}
 MEMORY = 300_000_000  # bytes
-SECONDS = 120  # for one mutation: on a busy machine, and more than after which ffmpeg is given up
+SECONDS = 120  # for one mutation: enough on a busy machine, and longer than ffmpeg is waited for
 EXTREMES = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff", b"\0\0\0\x80", b"\1\0\0\0"]
 
 
@@ -87,7 +87,7 @@ def seeds_by_ffmpeg() -> dict[str, list[bytes]]:
 
 
 def mutated(content: bytes, others: list[bytes], rng) -> bytes:
-    """The content with one to four changes of a random kind and place; headers are hit more often than the rest."""
+    """The content with one to four changes of random kind and position; headers are hit more often than the rest."""
     data = bytearray(content)
     for _ in range(rng.integers(1, 5)):
         size = len(data)
@@ -119,7 +119,7 @@ def mutated(content: bytes, others: list[bytes], rng) -> bytes:
 def main(mutations: int, seed: int, folder: str) -> None:
     found, by_ffmpeg = seeds(), seeds_by_ffmpeg()
     everything = [content for contents in (found | by_ffmpeg).values() for content in contents]
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # in the middle of a C function, only a signal that kills ends it
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # within a C function, only the default action ends it
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     counts, slowest = {"read": 0, "refused": 0}, 0.0

@@ -1,8 +1,8 @@
-"""Faults while `train` and `pseudo-label` run: kills and write errors, after which the same command ends as if none.
+"""Faults while `train` and `pseudo-label` run: kills and write errors, after which a rerun ends as if undisturbed.
 
 * Write errors: at a random change of a file below the workdir, made by this program or by a library in C, the disk is
-  full, broken or read-only, for this change alone or from then on. The latter is also what the disk sees of a kill at
-  this change. The command must end in one line that names the workdir, or end well where nothing was lost.
+  full, broken or read-only, for this change alone or from then on. To the disk, the latter looks like a kill at this
+  change. The command must end in one line that names the workdir, or succeed where nothing was lost.
 * Kills: SIGKILL at a random change of a file, or at a random moment.
 
 After one or two of them in a row, the same command must end with the checkpoints of an undisturbed run, bit for bit,
@@ -41,8 +41,8 @@ class Subject(NamedTuple):
     """A command that trains.
 
     Attributes:
-      arguments: of its command line, for a workdir.
-      check: asserts that a workdir ended as another one of the same command did.
+      arguments: its command line for a workdir.
+      check: asserts that a workdir ended up like another one of the same command.
     """
 
     arguments: Callable[[Path], list[str]]
@@ -95,7 +95,7 @@ def train_quickly() -> None:
 
 @functools.cache
 def reference(subject: Subject) -> tuple[Path, int]:
-    """The workdir of an undisturbed run, and how many changes of files it made."""
+    """The workdir of an undisturbed run, and how many changes to files it made."""
     train_quickly()
     workdir = new_folder() / "run"
     with failing(workdir.parent) as changes:
@@ -150,7 +150,7 @@ def _run_and_be_killed(arguments, folder, at) -> None:
 
 def _kills(subject, trials, rng):
     changes, killed = reference(subject)[1], 0
-    start = multiprocessing.get_context("forkserver")  # of processes that have all imported and no device yet
+    start = multiprocessing.get_context("forkserver")  # for processes with everything imported and no device yet
     start.set_forkserver_preload(["soak.training"])
     for number in trials:
         workdir = new_folder() / "run"
@@ -171,12 +171,12 @@ def _kills(subject, trials, rng):
 
 
 def write_errors(trials, rng):
-    """Returns how many changes of files a run of `train` makes, and how many runs ended with an error."""
+    """Returns how many changes to files a run of `train` makes, and how many runs ended with an error."""
     return _write_errors(TRAIN, trials, rng)
 
 
 def kills(trials, rng):
-    """Returns how many runs of `train` were killed, every other at a change of a file, the rest at a random moment."""
+    """Returns how many runs of `train` were killed, half of them at a change of a file, the rest at a random moment."""
     return _kills(TRAIN, trials, rng)
 
 

@@ -1,4 +1,4 @@
-"""Added sounds have the SNR asked for, rooms are convolutions, and every crop has a draw of its own."""
+"""Added sounds have the requested SNR, rooms are convolutions, and every crop has a draw of its own."""
 
 import functools
 import subprocess
@@ -60,7 +60,7 @@ def test_silence_is_safe():
 
 @pytest.mark.parametrize("samples, taps", [(1000, 100), (1024, 128), (100, 300), (100, 1)])
 def test_reverberate_is_convolution_at_the_energy_of_the_input(samples, taps):
-    """Against scipy, over several blocks, one block, a response longer than the crop and a single tap."""
+    """Against scipy, with several blocks, one block, a response longer than the crop and a single tap."""
     waves, responses = noise(2, samples), noise(2, taps, seed=1)
     out = np.asarray(reverberate(waves, responses))
     for wave, response, ours in zip(waves, responses, out):
@@ -84,7 +84,7 @@ def test_kinds_come_in_the_shares_asked_for():
 
 
 def test_categories_are_uniform_and_each_keeps_its_snr_range():
-    """A crop of its own frequency a category tells which was added; its SNR must lie in that category's range."""
+    """A frequency for each category shows which was added to a crop; its SNR must lie in that category's range."""
     time, count = np.arange(256), 600
     tone = {"noise": 40, "music": 60, "speech": 80}
     banks = {name: (9000 * np.sin(2 * np.pi * f * time / 256))[None].astype(np.int16) for name, f in tone.items()}
@@ -100,7 +100,7 @@ def test_categories_are_uniform_and_each_keeps_its_snr_range():
 
 
 def test_recordings_are_cut_or_repeated_and_scaled():
-    """Every drawn sample is the bank's over 32768, in order from a random place, going round when the bank is short."""
+    """Every drawn sample is the bank's over 32768, in order from a random position, repeated when the bank is short."""
     keys = jax.random.split(KEY, 40)
     bank = np.arange(2 * 100, dtype=np.int16).reshape(2, 100)
     cut = np.asarray(draw_recordings(keys, bank, samples=30)) * 32768
@@ -113,7 +113,7 @@ def test_recordings_are_cut_or_repeated_and_scaled():
 
 @pytest.mark.parametrize("utterances, views, voices", [(6, 2, 3), (4, 1, 3), (3, 1, 2), (2, 3, 1)])
 def test_babble_never_holds_the_utterance_itself(utterances, views, voices):
-    """Crop i is a one at place i, so the sum shows which were mixed: `voices` different others of the same view."""
+    """Crop i is a one at position i, so the sum shows which were mixed: `voices` different others of the same view."""
     waves = np.eye(utterances * views, dtype=np.float32)
     for seed in range(5):
         babble = np.asarray(mix_babble(jax.random.split(jax.random.key(seed), len(waves)), waves, views=views))
@@ -124,7 +124,7 @@ def test_babble_never_holds_the_utterance_itself(utterances, views, voices):
 
 
 def test_draws_follow_the_key_and_not_the_batch():
-    """With banks for everything a crop's result depends on the key, its place and itself: not on its neighbours."""
+    """With banks for everything, a crop's result depends on the key, its position and itself, not on its neighbours."""
     banks = {name: int16_noise(3, 600, seed=i) for i, name in enumerate(SNR_DB)} | {"rir": rooms()}
     waves, run = noise(32, 400), jax.jit(augment)
     out = np.asarray(run(KEY, waves, banks))
@@ -139,7 +139,7 @@ def test_draws_follow_the_key_and_not_the_batch():
 
 
 def test_without_banks_only_babble_remains():
-    """5 in 6 crops then get babble at 13 to 20 dB; without it, or with everything clean, nothing changes."""
+    """Then 5 in 6 crops get babble at 13 to 20 dB; without it, or with everything clean, nothing changes."""
     waves = noise(300, 200)
     out = np.asarray(jax.jit(augment)(KEY, waves, {}))
     changed = np.any(out != waves, axis=1)
@@ -183,7 +183,7 @@ np.testing.assert_allclose(sharded(key, waves, banks), jax.jit(augment)(key, wav
 
 
 def test_four_devices_draw_what_one_draws():
-    """Noise, rooms and babble of a batch split over devices are those of the batch on one: draws belong to crops."""
+    """Noise, rooms and babble of a batch sharded over devices are those of the batch on one: draws belong to crops."""
     done = subprocess.run(
         [sys.executable, "-c", FOUR_DEVICES], env=tiny.environment(devices=4), capture_output=True, text=True
     )

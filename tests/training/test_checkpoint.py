@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back exactly, whatever happens to the process, the disk or the files."""
+"""Checkpoints: what is saved is restored exactly, whatever happens to the process, the disk or the files."""
 
 import errno
 import json
@@ -88,7 +88,7 @@ def test_state_and_extra_come_back_exactly(tmp_path):
 
 
 def test_a_saved_state_may_be_donated_at_once(tmp_path):
-    """save returns before the files are written; a step that overwrites the buffers meanwhile must not show in them."""
+    """save returns before the files are written; a step that overwrites the buffers meanwhile must not affect them."""
     overwrite = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = {str(i): jnp.full(200_000, 7.0) for i in range(10)}
     with Checkpointer(tmp_path) as checkpointer:
@@ -259,7 +259,7 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path):
 
 def test_any_change_to_any_file_is_noticed_and_the_file_named(tmp_path):
     """Each file in turn is removed, cut short by a byte, made longer by one, and has single bits flipped: its first,
-    its last, and some between. All that reads a checkpoint names the file. (What orbax's mark says does not matter.)"""
+    its last, some between. All readers of a checkpoint name the file. (The content of orbax's mark is irrelevant.)"""
     save_steps(tmp_path, [1])
     folder, random_ = tmp_path / "checkpoints" / "1", random.Random(0)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "commit_success.txt"]
@@ -293,7 +293,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
 
 
 def test_what_is_removed_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
-    """As by the run that trains there, which keeps its latest checkpoints."""
+    """As by the run that trains there, which keeps only its latest checkpoints."""
     save_steps(tmp_path, [1])
     monkeypatch.setattr(saved_checkpoint, "crc32", lambda file: shutil.rmtree(tmp_path / "checkpoints" / "1") or 0)
     with pytest.raises(FileNotFoundError, match="removed while it was read"):
@@ -343,8 +343,8 @@ def run_python(code, *arguments, **environment):
 
 
 def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """A process that does nothing but save is killed at random moments, so mostly within a save, with a single
-    checkpoint kept. The next process always finds one, whole, and none older than the one before the save under way."""
+    """A process that does nothing but save is killed at random moments, thus mostly within a save, with a single
+    checkpoint kept. The next process always finds a whole one, no older than the last before the save in progress."""
     delays = random.Random(0)
     reached = 0
     for _ in range(4):

@@ -56,7 +56,7 @@ def test_plateau_stays_open_while_the_loss_falls_and_closes_on_a_rise():
 
 
 def test_plateau_judges_the_smoothed_loss():
-    """The loss falls by 22 % a window, but the last step of one window lies by chance far above the last one's."""
+    """The loss falls by 22 % per window, but the last step of one window happens to be far above the previous one's."""
     loss = 10 * 0.995 ** np.arange(400)
     loss[199] *= 1.5
     smooth = GateRule("plateau", smoothing=0.98, window=50, min_steps=0, min_improvement=0.02)
@@ -77,7 +77,7 @@ def test_conflict_closes_after_a_whole_window_below_the_threshold():
 def test_conflict_waits_for_its_minimum_of_steps_and_smooths():
     rule = GateRule("conflict", smoothing=0.0, window=5, min_steps=12)
     assert first_closed(run(rule, np.ones(30), -0.5)[0]) == 12
-    # A mean over about 20 steps of +1 takes more than 5 further steps to fall below zero at −0.5.
+    # A mean over about 20 steps at +1 takes more than 5 further steps at −0.5 to fall below zero.
     slow = rule._replace(smoothing=0.95, min_steps=0)
     alignment = np.where(np.arange(80) < 30, 1.0, -0.5)
     assert first_closed(run(slow, np.ones(80), alignment)[0]) > 40
@@ -114,7 +114,7 @@ def test_closed_gate_never_opens_and_keeps_its_step(name):
 
 
 def test_running_means_weigh_all_steps_from_the_first():
-    """With decay d, step i of n counts as dⁿ⁻ⁱ, normalised: the mean is not drawn to its start at zero."""
+    """With decay d, step i of n counts as dⁿ⁻ⁱ, normalised: the mean is not biased towards its start at zero."""
     loss, alignment = np.random.default_rng(0).uniform(1, 2, (2, 20))
     _, after = run(GateRule("always", smoothing=0.9), loss, alignment)
     for n in (1, 2, 20):
@@ -125,7 +125,7 @@ def test_running_means_weigh_all_steps_from_the_first():
 
 @pytest.mark.parametrize("name", ["plateau", "conflict", "step"])
 def test_gate_goes_on_from_its_saved_state(name):
-    """The gate's future depends on its state alone: stopped anywhere and rebuilt from arrays, it goes on the same."""
+    """The gate's future depends on its state alone: stopped anywhere and rebuilt from arrays, it continues the same."""
     rule = GateRule(name, smoothing=0.8, window=4, min_steps=10, min_improvement=0.05, stop_step=25)
     random = np.random.default_rng(3)
     loss, alignment = random.uniform(1, 9, 40), random.uniform(-1, 0.6, 40)

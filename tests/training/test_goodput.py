@@ -1,4 +1,4 @@
-"""Where the wall time of a training goes."""
+"""Where the wall time of training goes."""
 
 from types import SimpleNamespace
 

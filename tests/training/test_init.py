@@ -23,7 +23,7 @@ def model_file(tmp_path):
 
 
 def test_a_run_starts_from_the_network_of_a_model_file(model_file, tmp_path):
-    """Student and teacher of its branch begin as it; heads and the other branch begin as they would have without."""
+    """Student and teacher of its branch start from it; heads and the other branch start as they would without it."""
     path, model = model_file
     status, text = tiny.train_here(tmp_path / "run", f"--init={path}", "--stop-at-step=2")
     assert status == 0, text

@@ -16,7 +16,7 @@ def unit(x):
 
 
 def definition(embeddings, clusters, iterations, seed):
-    """Lloyd's iterations with cosines, in float64, from the same rows."""
+    """Lloyd's iterations with cosines, in float64, starting from the same rows."""
     points = unit(embeddings.astype(np.float64))
     centroids = points[np.sort(np.random.default_rng(seed).choice(len(points), clusters, replace=False))]
     for _ in range(iterations):
@@ -45,7 +45,7 @@ def test_it_is_lloyds_algorithm_with_cosines(iterations):
 
 
 def test_a_centroid_without_rows_stays():
-    """Of two equal first centroids the second never wins a row."""
+    """Of two equal initial centroids, the second never wins a row."""
     points = np.array([[1, 0], [1, 0], [0, 1]], np.float32)
     centroids, assignment = spherical_kmeans(points, 3, 4, 0, sharding.data_mesh())
     np.testing.assert_allclose(centroids, points, atol=1e-6)

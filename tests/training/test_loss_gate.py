@@ -93,7 +93,7 @@ def test_the_correction_hears_the_crop_as_it_was_recorded():
 
 
 def test_a_step_learns_what_passes_and_what_is_corrected(monkeypatch):
-    """It updates the student as a step does that is given the labels by definition, and notes the losses of all."""
+    """It updates the student like a step that is given the labels by definition, and records the losses of all."""
     monkeypatch.setattr(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
     config = tiny.tiny_config(*GATED, "model.branches=resnet,", "supervised.correction_temperature=0.5")
     gated, plain = (recipe.build_recipe(config, tiny.STEPS_PER_EPOCH, 3, count) for count in (10, 0))
@@ -137,7 +137,7 @@ def test_a_step_learns_what_passes_and_what_is_corrected(monkeypatch):
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
-    """A table in which three utterances have the speaker of others."""
+    """A table in which three utterances have a wrong speaker."""
     utterances = Utterances(tiny.material().dataset)
     speakers = list(utterances.speakers)
     speakers[2], speakers[9], speakers[17] = speakers[9], speakers[17], speakers[2]

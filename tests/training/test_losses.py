@@ -36,7 +36,7 @@ def assert_slope(loss, definition, x, atol=1e-4):
 
 
 def pairwise_distillation(student, teacher, center, xp=np, shared_views=True):
-    """The definition: one cross-entropy a pair, averaged."""
+    """The definition: one cross-entropy per pair, averaged."""
     terms = []
     for i in range(teacher.shape[0]):
         for v in range(student.shape[0]):
@@ -135,7 +135,7 @@ def nt_xent(student, teacher, temperature, margin=0.0, speakers=None):
     """The definition: every one of 2B rows is an anchor; its positive is the other row of its utterance.
 
     With a margin AM-NT-Xent: the positive's logit is (cos − m)/τ, above and below the fraction, negatives' cos/τ.
-    With speakers, other utterances of the anchor's speaker are no negatives; a negative number is no speaker.
+    With speakers, other utterances of the anchor's speaker are not negatives; a negative number means no speaker.
     """
     views, batch = student.shape[:2]
     unit = lambda x: x / np.linalg.norm(x)  # noqa: E731
@@ -213,7 +213,7 @@ def test_contrastive_sees_directions_only_and_equal_rows_leave_it_at_chance():
 
 
 def test_contrastive_without_a_margin_is_the_program_that_it_was():
-    """A margin that is off costs nothing: it is not in the traced program."""
+    """A margin that is off costs nothing: it is absent from the traced program."""
     x = jnp.ones((2, 3, 5))
     plain, off, on = (
         str(jax.make_jaxpr(lambda s, t: losses.contrastive(s, t, 0.1, *margin))(x, x))  # noqa: B023

@@ -13,7 +13,7 @@ from runs import arrays
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(tmp_path):
-    """Plain DINO at a learning rate of 1e30. Its first row is like any other's; the gate is not talked about."""
+    """Plain DINO at a learning rate of 1e30. Its first row is like any other's; the gate is not mentioned."""
     status, text = tiny.train_here(
         tmp_path,
         "gate.rule=never",

@@ -72,7 +72,7 @@ def test_schedules_are_those_of_the_reference(reference):
 
 
 def tensors(seed, scale=1.0):
-    """Parameters (or gradients) of a little network, some tensors with a norm below and some above the clip."""
+    """Parameters (or gradients) of a small network, some tensors with a norm below and some above the clip."""
     random = np.random.default_rng(seed)
     draw = lambda *shape: (scale * random.normal(0, 1, shape)).astype(np.float32)  # noqa: E731
     return {
@@ -87,7 +87,7 @@ def tensors(seed, scale=1.0):
 def torch_like_sgd(params, gradients, rates, frozen_steps=0):
     """Returns the parameters after each step of what a torch training loop does, in float64.
 
-    Each tensor's gradient is scaled by clip/(norm + 1e-6) where that is below one; the decay of tensors with more than
+    Each tensor's gradient is scaled by clip/(norm + 1e-6) if that is below one; the decay of tensors with more than
     one axis is added; buffer ← momentum·buffer + gradient (the gradient itself at first); parameter −= rate·buffer. A
     frozen tensor has no gradient: its loop body is skipped.
     """

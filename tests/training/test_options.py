@@ -1,4 +1,4 @@
-"""Options of the step as a run uses them: SDPN's, alone and with partners, on a network of one layer."""
+"""Options of the step as a run uses them: SDPN's, alone and with partners, on a one-layer network."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def train(workdir, *arguments):
 
 
 def test_sdpn_resumes_exactly_alone_and_with_partners(tmp_path):
-    """Until the first draw the losses are the same: the clean crops of a partner come from the same program."""
+    """Until the first draw the losses are the same: a partner's clean crops come from the same program."""
     train(tmp_path / "alone", *SDPN, "--stop-at-step=4")
     train(tmp_path / "whole", *SDPN, *PARTNERS, "--stop-at-step=4")
     train(tmp_path / "parts", *SDPN, *PARTNERS, "--stop-at-step=2")

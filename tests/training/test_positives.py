@@ -1,6 +1,6 @@
 """Positives from other recordings: partners against their definition, their crops in batches, and runs with them.
 
-Runs are of a network of one layer and a front end as small, since what is tested is around them.
+Runs train a one-layer network with an equally small front end, since the tests are about what surrounds them.
 """
 
 import signal
@@ -33,15 +33,15 @@ CROPS = {"global_seconds": 0.05, "local_seconds": 0.02}
 
 
 def candidates(own, chosen):
-    """The definition: of each utterance, those that it may draw; itself, if there are none."""
+    """The definition: for each utterance, those that it may draw; itself, if there are none."""
     found = [set(np.flatnonzero(own == cluster)) - {i} for i, cluster in enumerate(chosen)]
     return [others or {i} for i, others in enumerate(found)]
 
 
 def test_partners_are_drawn_from_all_other_members_of_the_chosen_cluster():
-    """Over many draws, everybody who may be drawn is, about equally often (600 draws: within five deviations)."""
+    """Over many draws, all that may be drawn are, about equally often (600 draws: within five deviations)."""
     own = np.array([2, 0, 1, 0, 2, 2, 4, 1, 2])
-    for chosen in (own, np.array([0, 2, 0, 2, 0, 3, 2, 2, 1])):  # nobody is in cluster 3, and nobody else in 4
+    for chosen in (own, np.array([0, 2, 0, 2, 0, 3, 2, 2, 1])):  # cluster 3 is empty, and 4 has a single member
         draws = np.array([draw_partners(own, chosen, 0.0, [seed]) for seed in range(600)])
         for drawn, expected in zip(draws.T, candidates(own, chosen)):
             share, counts = 1 / len(expected), np.bincount(drawn, minlength=len(own))
@@ -116,7 +116,7 @@ def partners(workdir, step=None):
 
 
 def test_until_the_first_draw_a_run_is_the_one_without_positives(run, tmp_path):
-    """Bit by bit. Then partners are drawn every three steps, and the run goes another way."""
+    """Bit for bit. Then partners are drawn every three steps, and the run takes another course."""
     workdir, text = run
     train(tmp_path, "--stop-at-step=6")
     plain, rows = rows_without_times(tmp_path), rows_without_times(workdir)
@@ -145,7 +145,7 @@ def test_a_run_stopped_before_at_or_after_a_draw_goes_on_exactly(run, tmp_path, 
 
 
 def test_a_killed_run_goes_on_exactly(run, tmp_path):
-    """Killed in the middle of the save after which partners are drawn, and of a row between two draws."""
+    """Killed in the middle of the save after which partners are drawn, and in a row between two draws."""
     arguments = tiny_processes.command(tmp_path / "run", *SETTINGS)
     small = f"import sys; sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\n"
     small += "import tiny_processes; tiny_processes.patch_for_tests(setattr)\n"
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_exactly(run, tmp_path):
 
 
 def test_two_processes_draw_what_one_draws(tmp_path):
-    """From the same teacher, that of the first step."""
+    """With the same teacher, the first step's."""
     settings = (*SETTINGS, "positives.from_steps=0", "positives.every_steps=100", "--stop-at-step=2")
     (first, second) = tiny_processes.start(2, tiny_processes.command(tmp_path / "two", *settings))
     assert (first.status, second.status) == (0, 0), first
@@ -171,7 +171,7 @@ def test_two_processes_draw_what_one_draws(tmp_path):
 
 
 def test_without_labels_nothing_is_said_of_speakers(tmp_path):
-    """And what is learned is the same: labels are for people only."""
+    """And what is learned is the same: labels only inform the user."""
     names = Utterances(tiny.material().dataset).names
     dataset = tiny.write_dataset(tmp_path / "set", tiny.material().corpus, speakers=dict.fromkeys(names, ""))
     settings = (*SETTINGS, "positives.cluster=own", "positives.keep_own=0.5", "positives.from_steps=1")

@@ -1,4 +1,4 @@
-"""Training in bfloat16 goes where training in float32 goes, and what is averaged over steps stays in float32."""
+"""Training in bfloat16 takes the same course as in float32, and what is averaged over steps stays in float32."""
 
 import functools
 
@@ -43,7 +43,7 @@ def cosine(a, b) -> float:
 
 @pytest.fixture(scope="module")
 def runs():
-    """Returns {name: (states, first one included, and metrics)} of runs from the same state."""
+    """Returns {name: (states, including the first, and metrics)} of runs from the same state."""
     found = {}
     for dtype in ("float32", "bfloat16"):
         recipe = build_recipe(tiny.tiny_config(*SETTINGS, f"model.dtype={dtype}"), tiny.STEPS_PER_EPOCH)
@@ -63,8 +63,8 @@ def runs():
 
 
 def test_losses_fall_alike(runs):
-    """The tolerance is a twenty-fifth of what the steps have learned, twice what bfloat16 was seen to need; losses on
-    other data are beyond it."""
+    """The tolerance is a twenty-fifth of what the steps learned, twice what bfloat16 was seen to need; losses on
+    other data exceed it."""
     for loss in ("loss/self/resnet", "loss/contrastive/resnet"):
         exact, coarse, other = (
             np.array([row[loss] for row in runs[name][1]]) for name in ("float32", "bfloat16", "float32, other data")
@@ -77,7 +77,7 @@ def test_losses_fall_alike(runs):
 
 
 def test_students_go_the_same_way(runs):
-    """As they do not on other data."""
+    """Unlike on other data."""
     exact, coarse, other = (
         vector(student_params(states[-1])) - vector(student_params(states[0]))
         for states, _ in (runs[name] for name in ("float32", "bfloat16", "float32, other data"))

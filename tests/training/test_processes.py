@@ -1,7 +1,7 @@
-"""Training in several real processes over gloo: as one process does it, stopped, killed, and gone on in other numbers.
+"""Training in several real processes over gloo: as in one process, stopped, killed, and resumed in other numbers.
 
-All runs are of a network of one layer and a front end as small, since what is tested is around them: `test_sharding.py`
-has the real ones on several devices.
+All runs train a one-layer network with an equally small front end, since the tests are about what surrounds them;
+`test_sharding.py` has the real ones on several devices.
 """
 
 import os
@@ -30,9 +30,9 @@ def losses(workdir):
 
 
 def assert_same_losses(one, other):
-    """Float32 noise, which training amplifies; another crop makes 1e-2 at once.
+    """Float32 noise, which training amplifies; a different crop makes 1e-2 at once.
 
-    At the first step 3e-6: processes add up in another order, which moves an embedding by a few roundings of 1.2e-7,
+    At the first step 3e-6: processes sum in a different order, which moves an embedding by a few roundings of 1.2e-7,
     and NT-Xent, most of this loss, divides by a temperature of 0.1.
     """
     one, other = losses(one), losses(other)
@@ -49,7 +49,7 @@ def state(workdir, step):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run by one process; by two; by two of which one is sent SIGTERM; and that one gone on with."""
+    """The same run by one process; by two; by two of which one is sent SIGTERM; and the last one resumed."""
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch_for_tests(patch.setattr, record=folder / "alone.npy")
@@ -65,8 +65,8 @@ def runs(tmp_path_factory):
 
 
 def test_two_processes_train_as_one_does(runs):
-    """The losses are those of one process, to float32 noise; so are the batches, of which each reads its half. One
-    process alone talks."""
+    """The losses are those of one process, to float32 noise; so are the batches, of which each reads its half. Only
+    one process prints."""
     assert [one.status for one in runs.two] == [75, 75], runs.two
     assert_same_losses(runs.folder / "two", runs.folder / "alone")
     alone = np.load(runs.folder / "alone.npy")
@@ -82,7 +82,7 @@ def test_two_processes_train_as_one_does(runs):
 
 
 def test_sigterm_to_one_process_stops_all_at_one_step_with_a_checkpoint(runs):
-    """Both say at which step and end with a status of its own; gone on with, the run ends as if it had not been
+    """Both say at which step and end with a status of its own; resumed, the run ends as if it had not been
     stopped, bit for bit."""
     assert 5 <= runs.stopped_at < STEPS
     for one in runs.two:
@@ -97,7 +97,7 @@ def test_sigterm_to_one_process_stops_all_at_one_step_with_a_checkpoint(runs):
 
 
 def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
-    """Four go on where two were; SIGKILL of one ends the others, with an error, within a minute. One process goes on
+    """Four resume the run of two; SIGKILL of one ends the others, with an error, within a minute. One process resumes
     from the last checkpoint, and the losses are those of one that did it all."""
     workdir = shutil.copytree(runs.folder / "two", runs.folder / "four")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
@@ -120,7 +120,7 @@ def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
 
 
 def test_one_that_stands_still_or_reads_slowly_is_waited_for_and_the_end_of_the_first_ends_all(runs):
-    """One of two processes is stopped for some seconds and goes on, as when its machine is moved; its input is slow,
+    """One of two processes is suspended for some seconds, as when its machine is moved, and its input is slow,
     too. The other waits, and the losses are those of one process. In a second run the first process, which
     coordinates, is killed: the other ends within a minute, with a status of its own."""
     paused, cut = runs.folder / "paused", runs.folder / "cut"
@@ -145,7 +145,7 @@ def test_one_that_stands_still_or_reads_slowly_is_waited_for_and_the_end_of_the_
 
 
 def test_sigterm_to_a_process_that_trains_alone_saves_and_ends_it(runs, monkeypatch):
-    """With the same status, and as exactly gone on with; the handler of before is back."""
+    """With the same status, and resumed as exactly; the previous signal handler is restored."""
     patch_for_tests(monkeypatch.setattr)
     reached, before = processes.StopRequest.reached, signal.getsignal(signal.SIGTERM)
 
@@ -189,7 +189,7 @@ def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
 
 
 def test_what_differs_between_processes_is_named_in_all(monkeypatch):
-    """Two processes whose config is the same and whose bank is not."""
+    """Two processes with the same config and different banks."""
     from memo_jax.training.processes import multihost_utils
 
     def gathered(mine):

@@ -1,4 +1,4 @@
-"""Profiles of a run, and the names that make them read like the method."""
+"""Profiles of a run, and the names that make them follow the method."""
 
 import contextlib
 import importlib.util
@@ -61,7 +61,7 @@ def test_operations_are_named_by_their_part_of_the_method_and_compiled_as_withou
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Trains four steps of a network of one layer; returns the workdir and what was said."""
+    """Trains a one-layer network for four steps; returns the workdir and what was printed."""
     tiny_processes.patch_for_tests(monkeypatch.setattr)
     # A program from the cache has the names of the version that compiled it.
     jax.config.update("jax_compilation_cache_include_metadata_in_key", True)

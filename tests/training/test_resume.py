@@ -33,7 +33,7 @@ def reference():
 
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(reference, tmp_path):
     """SIGKILL in the middle of the first save, in the middle of a row of metrics between two checkpoints, and during
-    the last save; each time the same command goes on. In the end checkpoints and rows are those of the uninterrupted
+    the last save; each time the same command resumes. In the end checkpoints and rows are those of the uninterrupted
     run, bit for bit, each row once."""
     workdir = tmp_path / "run"
     arguments = tiny.train_arguments(workdir)
@@ -54,7 +54,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(reference, tmp_
 
 
 def test_a_run_stopped_on_purpose_goes_on_exactly(reference, tmp_path):
-    """At a step that is no checkpoint's: one is made there. The schedules still span the whole run."""
+    """At a step without a checkpoint: one is made there. The schedules still span the whole run."""
     assert tiny.train_here(tmp_path, "--stop-at-step=9")[0] == 0
     assert saved_steps(tmp_path)[-1] == 9
     status, text = tiny.train_here(tmp_path)
@@ -93,7 +93,7 @@ def test_a_finished_run_says_so_and_changes_nothing(reference, tmp_path):
 
 
 def test_a_finished_run_is_extended_and_its_schedules_span_the_new_length(reference, tmp_path):
-    """Nothing before changes, what follows is as bit-identical as ever, and the run says that it is another one."""
+    """Nothing earlier changes, what follows is bit-identical as ever, and the run says that it is a different one."""
     straight, stopped = (shutil.copytree(reference, tmp_path / name) for name in ("straight", "stopped"))
     status, text = tiny.train_here(straight, "total_steps=15")
     assert status == 0 and "extended from 12 to 15 steps: the schedules span the new length from step 13 on" in text
@@ -104,7 +104,7 @@ def test_a_finished_run_is_extended_and_its_schedules_span_the_new_length(refere
     for row in rows[12:]:
         assert row["lr"] == pytest.approx(float(schedules.learning_rate(row["step"] - 1)), rel=1e-5)
         assert row["momentum"] == pytest.approx(float(schedules.momentum(row["step"] - 1)))
-    assert rows[12]["lr"] > rows[11]["lr"]  # back up the longer cosine
+    assert rows[12]["lr"] > rows[11]["lr"]  # back up, on the longer cosine
 
     assert tiny.train_here(stopped, "total_steps=15", "--stop-at-step=13")[0] == 0
     status, text = tiny.train_here(stopped, "total_epochs=3", "total_steps=-1")  # the same length
@@ -127,7 +127,7 @@ def test_a_workdir_belongs_to_its_config(reference, tmp_path):
     status, text = tiny.train_here(workdir, "optimizer.learning_rate=0.1", "data.batch_size=5")
     assert status == 2 and "optimizer.learning_rate: 0.2 → 0.1" in text and "data.batch_size: 4 → 5" in text
     assert "another workdir" in text and files(workdir) == before
-    # What is only watched or kept may change.
+    # Settings that only monitor or save may change.
     status, text = tiny.train_here(workdir, "log_every_steps=3", "checkpoint.keep=1", "collapse.patience_steps=9")
     assert status == 0, text
     assert read_config(workdir).log_every_steps == 3
@@ -141,7 +141,7 @@ def test_a_changed_config_is_refused_before_banks_are_loaded(reference, tmp_path
 
 
 def test_a_second_run_in_a_workdir_is_refused_and_the_first_ends_undisturbed(reference, tmp_path, monkeypatch):
-    """The second starts while the first saves its first checkpoint and while it is between two."""
+    """A second one starts while the first saves its first checkpoint, and another while it is between two."""
     workdir, write, refused = tmp_path / "run", MetricsLog.write, []
 
     def write_and_start_another(self, number, values):
@@ -160,7 +160,7 @@ def test_a_second_run_in_a_workdir_is_refused_and_the_first_ends_undisturbed(ref
 
 
 def test_a_workdir_belongs_to_its_data(reference, tmp_path):
-    """The same dataset elsewhere will do; another one will not, whatever its place."""
+    """The same dataset elsewhere will do; a different one will not, wherever it is."""
     workdir = shutil.copytree(reference, tmp_path / "run")
     moved = shutil.copytree(tiny.material().dataset, tmp_path / "moved")
     status, text = tiny.train_here(workdir, f"data.train={moved}")
@@ -174,7 +174,7 @@ def test_a_workdir_belongs_to_its_data(reference, tmp_path):
 
 
 def test_a_full_disk_is_named_and_costs_no_checkpoint(small_disk, reference):
-    """The disk fills up after step 4; with space again, the same command ends as the run that had enough."""
+    """The disk fills up after step 4; with space again, the same command ends like the run that had enough."""
     workdir = small_disk / "run"
     status, text = tiny.train_here(workdir, "--stop-at-step=4")
     assert status == 0, text

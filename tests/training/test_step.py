@@ -1,6 +1,6 @@
 """The train step: what it optimises, what it leaves alone, and in which order.
 
-None of it depends on the backbone, so these run on one that compiles in a moment.
+None of this depends on the backbone, so the tests use one that compiles in a moment.
 """
 
 import functools
@@ -36,7 +36,7 @@ ALWAYS = GateRule("always")
 
 
 class Pooling(nn.Module):
-    """Backbone: a linear of every frame, batch norm, tanh, mean over time, a linear."""
+    """Backbone: a linear layer on every frame, batch norm, tanh, mean over time, a linear layer."""
 
     width: int
     dtype: jnp.dtype = jnp.float32
@@ -80,7 +80,7 @@ def students_of(names, heads):
     def make(seed):
         recipe = recipe_of(names, heads=heads)
         student = initial_state(jax.random.key(seed), recipe.branches, MELS, recipe.optimizer, recipe.gate_rule).student
-        # Small initial linears leave the heads near uniform: grow them, so that every loss has a clear gradient.
+        # Small initial linear layers leave the heads near uniform: scale them up to give every loss a clear gradient.
         return jax.tree_util.tree_map_with_path(
             lambda path, x: 20 * x if path[2].key.endswith("head") and path[-1].key == "kernel" else x, student
         )
@@ -122,7 +122,7 @@ def losses_of(recipe, state, views):
 
 
 def run(recipe, steps, state=None):
-    """Returns the states, first one included, and the metrics of some steps."""
+    """Returns the states, including the first, and the metrics of some steps."""
     states, metrics, step = [start(recipe) if state is None else state], [], jitted(recipe)
     for i in range(steps):
         state, row = step(states[-1], views_of_step(i))
@@ -155,7 +155,7 @@ def memo():
 
 
 def forward(branch, params, batch_stats, features, passes):
-    """Returns embedding and logits [B, V, …] in train mode and the statistics, one pass for each of some features."""
+    """Returns embedding and logits [B, V, …] in train mode and the statistics, with one pass per array of features."""
     embeddings, logits = [], {head: [] for head in branch.head_names}
     apply = functools.partial(branch.apply, train=True, mutable=["batch_stats"])
     for x in features[:passes]:
@@ -208,7 +208,7 @@ def written_out(state, views, recipe, temp):
     return total
 
 
-# In step 1 teachers differ from students and centres from zero, so no term can be taken for another.
+# In step 1 teachers differ from students and centres from zero, so no term can be mistaken for another.
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_student_statistics_see_global_then_local_views_and_the_teacher_keeps_it
     for n, (of_student, other_order, of_teacher) in expected(state, views).items():
         assert_trees_close(after.student[n]["batch_stats"], of_student, 1e-6)
         assert_trees_close(after.teacher[n]["batch_stats"], of_teacher, 1e-6)
-        # The tolerance tells the orders apart.
+        # The tolerance distinguishes the two orders.
         differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), of_student, other_order)
         assert min(jax.tree.leaves(differences)) > 1e-5
 
@@ -329,10 +329,10 @@ def test_indicators_of_every_loss_and_branch_are_reported(memo):
 
 
 def test_strangers_learn_what_each_learns_alone():
-    """Two students share no parameter: without cross-distillation a common step is two separate ones.
+    """Two students share no parameters: without cross-distillation a joint step is two separate ones.
 
-    The gate must not couple them either, so it stays open. Clip, decay and momentum are on: per-tensor clip leaves
-    branches apart, a clip by global norm would not.
+    The gate must not couple them either, so it stays open. Clip, decay and momentum are on: per-tensor clipping keeps
+    branches independent, clipping by global norm would not.
     """
     settings = {"heads": ("self",), "cross": 0.0, "clip": 0.2, "decay": 1e-2, "sgd_momentum": 0.9}
     together = recipe_of(**settings)
@@ -393,7 +393,7 @@ OPTIONS = {
 
 @functools.cache
 def with_options(name):
-    """Returns a recipe of one branch with some of the options, and another that lacks them."""
+    """Returns a one-branch recipe with some of the options, and one without them."""
     rule = ALWAYS if name == "regularised" else GateRule("never")
     recipe = recipe_of(("ecapa",), rule, heads=("self",), **OPTIONS[name])
     schedules = recipe.schedules._replace(regularization=optim.rising_regularization(0.25, 4))
@@ -401,7 +401,7 @@ def with_options(name):
 
 
 def own_views(step):
-    """Views of a teacher that sees none of the students'."""
+    """Views for a teacher that sees none of the students' views."""
     views = views_of_step(step)
     return Views(views.students, views_of_step(50 + step).students[0][:, :1] + views.students[0][:, :1])
 
@@ -460,7 +460,7 @@ def test_terms_with_options_are_those_of_the_student_and_the_teachers_own_views(
         q /= q.sum(axis=1, keepdims=True)
         head, of_head = branch.head, {kind: tree["self_head"] for kind, tree in student.items()}
         variances, covariances, seen = [], [], 0
-        for count in (2, 4):  # batch norms see one crop length after the other
+        for count in (2, 4):  # batch norms see one crop length after another
             rows = embeddings[:, seen : seen + count].reshape(BATCH * count, -1)
             (z, _), new = head.apply(of_head, jnp.float32(rows), train=True, method="project", mutable=["batch_stats"])
             of_head, seen = of_head | new, seen + count
@@ -488,7 +488,7 @@ def test_shared_prototypes_are_the_students(beyond):
 
 
 def test_options_that_are_off_leave_the_program_as_it_is():
-    """Spelt out at zero, or as what they are anyway, they make the same jaxpr; each one alone makes another."""
+    """Set explicitly to zero or to their defaults, they leave the same jaxpr; each one switched on changes it."""
     plain = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
     state = jax.eval_shape(lambda: start(plain))
 
@@ -534,7 +534,7 @@ def similarity_matrices(recipe):
 
 
 def test_contrastive_term_lies_under_a_cond_and_is_absent_when_never_on():
-    """Nothing else here has the shape of the similarities [2, B, 2, B], so they show where the term is computed."""
+    """Nothing else here has the shape of the similarities, [2, B, 2, B], so they show where the term is computed."""
     outside, inside = similarity_matrices(recipe_of(rule=GateRule("plateau")))
     assert outside == 0 and inside >= 4  # two pairs of views for each branch
     assert similarity_matrices(recipe_of(rule=GateRule("never"))) == (0, 0)
@@ -544,7 +544,7 @@ def test_contrastive_term_lies_under_a_cond_and_is_absent_when_never_on():
 def test_closed_gate_does_not_run_the_term():
     """A weight that is not a number poisons the loss wherever it is multiplied in, by zero, too: NaN·0 is NaN.
 
-    So finite numbers behind a closed gate mean that the term was not computed into anything, and they must be those of
+    Thus finite numbers behind a closed gate mean that the term did not enter any result, and they must be those of
     a run that never had it.
     """
     poisoned = recipe_of(("ecapa",), GateRule("step", stop_step=1), heads=("self",), contrastive=math.nan)
@@ -573,7 +573,7 @@ def test_gate_closes_inside_the_training_state_and_says_when(stopping):
     assert [row["gate/closed_at"] for row in metrics] == [-1, 2, 2, 2]
     assert [bool(s.gate.closed) for s in states] == [False, False, True, True, True]
     assert [row["loss/contrastive/ecapa"] > 0 for row in metrics] == [True, True, False, False]
-    # What goes into the rules: the smoothed weighted loss and the alignment of the first step are those themselves.
+    # The rules' input: at the first step, the smoothed weighted loss and alignment are the unsmoothed ones.
     assert metrics[0]["gate/loss"] == pytest.approx(metrics[0]["loss/contrastive/ecapa"], rel=1e-5)
     assert metrics[0]["gate/alignment"] == pytest.approx(metrics[0]["alignment/ecapa"], rel=1e-4, abs=1e-6)
 
@@ -625,7 +625,7 @@ def test_one_head_can_serve_self_and_cross_distillation():
 
 
 def test_draws_depend_on_the_key_and_the_step_alone():
-    """A resumed run repeats the draws of an uninterrupted one, since the front end's key is of the run and the step."""
+    """A resumed run repeats the draws of an uninterrupted one, since the front end's key follows from run and step."""
     recipe = recipe_of(("ecapa",), GateRule("never"), heads=("self",))
 
     def front_end(key, batch, banks):
@@ -641,7 +641,7 @@ def test_draws_depend_on_the_key_and_the_step_alone():
 
 
 def test_step_keeps_types_and_structure_of_the_state(memo):
-    """A state of the same types goes in and comes out: nothing recompiles, and a donated buffer can be written over."""
+    """Input and output states have the same types: nothing recompiles, and a donated buffer can be overwritten."""
     _, states, _ = memo
     for before, after in itertools.pairwise(states):
         assert jax.tree.structure(before) == jax.tree.structure(after)
@@ -652,7 +652,7 @@ def test_step_keeps_types_and_structure_of_the_state(memo):
 
 def test_step_copies_no_parameters_and_holds_gradients_of_few_heads():
     """Nearly all of this donated state is prototypes and their momenta: copies of both would be twice as large as the
-    students, gradients of all four heads as large; a step needs neither, beside logits and one head's gradient."""
+    students, gradients of all four heads as large; a step needs neither, only logits and one head's gradient."""
     recipe = recipe_of(sgd_momentum=0.9, clip=3.0, decay=1e-4)
     head = DINOHead(32768, 16, 64)
     recipe = recipe._replace(branches={name: branch.copy(head=head) for name, branch in recipe.branches.items()})

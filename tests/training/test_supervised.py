@@ -72,8 +72,8 @@ def test_the_margin_rises_and_stays():
 
 
 def test_the_step_descends_the_gradient_of_the_objective(monkeypatch):
-    """With distillation and contrast as well: the gradients of all terms meet at the embedding. The backbone is one
-    layer, since none of this depends on it."""
+    """With distillation and contrastive loss, too: the gradients of all terms meet at the embedding. The backbone is
+    one layer, since none of this depends on it."""
     monkeypatch.setattr(training_recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
     plain = ("optimizer.clip_norm=0", "optimizer.weight_decay=0", "optimizer.sgd_momentum=0", "gate.rule=always")
     start = ("optimizer.warmup_steps=0", "optimizer.freeze_prototypes_steps=0", "model.branches=resnet,")
@@ -191,8 +191,8 @@ def test_a_table_gives_labels_by_name(tmp_path):
 
 
 def test_a_run_learns_the_labels_of_a_table(run, tmp_path):
-    """Those of the speakers give the run of the speakers; utterances without a label are told of; the table may move,
-    but not change."""
+    """A table of the speakers yields the run with speakers; utterances without a label are reported; the table may
+    move, but not change."""
     utterances = Utterances(tiny.material().dataset)
     same = write_table(tmp_path / "same", dict(zip(utterances.names, utterances.speakers)))
     status, text = tiny.train_here(tmp_path / "run", *tiny.SUPERVISED, f"supervised.labels={same}")
@@ -213,7 +213,7 @@ def test_a_run_learns_the_labels_of_a_table(run, tmp_path):
 
 
 def test_a_run_from_a_workdir_keeps_the_directions_of_the_same_labels(run, tmp_path):
-    """The first step, whose learning rate is zero, shows what a run begins with."""
+    """The first step, whose learning rate is zero, shows what a run starts from."""
     teacher = load_raw(run)[0]["teacher"]["resnet"]["params"]
     names = Utterances(tiny.material().dataset).names
     other = write_table(tmp_path / "other", {name: f"c{i % 5}" for i, name in enumerate(names)})

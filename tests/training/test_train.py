@@ -1,4 +1,4 @@
-"""Training as a user types it: what it writes, and that config, seed and audio alone decide a run."""
+"""Training as a user starts it: what it writes, and that config, seed and audio alone determine a run."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_another_seed_is_another_run(reference, tmp_path):
 
 
 def test_all_evaluations_of_a_run_use_the_same_programs(tmp_path):
-    """Networks come as the same kind of arrays at every step, the first one included, so nothing compiles again."""
+    """Networks are passed as the same kind of arrays at every step, including the first, so nothing recompiles."""
     program, compiled = jax.jit(lambda variables: 0), []
 
     def evaluation(recipe, backbones):
@@ -98,8 +98,8 @@ def test_all_evaluations_of_a_run_use_the_same_programs(tmp_path):
 
 
 def test_any_two_backbones_learn_together(tmp_path, monkeypatch):
-    """CAM++ with another, here of one layer, which compiles in no time: each moves, learns from the other, and is found
-    again in the workdir."""
+    """CAM++ with another, here of one layer, which compiles in no time: each changes, learns from the other, and can be
+    loaded from the workdir."""
     build = recipes.build_backbone
     other = lambda name, embedding_dim, **sizes: (  # noqa: E731
         build(name, embedding_dim=embedding_dim, **sizes) if name == "campplus" else tiny_processes.Layer(embedding_dim)
@@ -143,7 +143,7 @@ def test_durations_may_be_epochs(tmp_path):
 
 
 def test_what_a_run_reports_is_what_it_used(reference):
-    """The rows tell the schedules, and the config beside the checkpoints is the one that was typed."""
+    """The rows report the schedules, and the config beside the checkpoints is the one that was given."""
     rows = read_metrics(reference)
     config = read_config(reference)
     recipe = build_recipe(config, tiny.STEPS_PER_EPOCH)

@@ -1,4 +1,4 @@
-"""--device: what computes, by name; what is not there is told with what is."""
+"""--device: the chosen device computes; a missing one is an error that names those available."""
 
 import subprocess
 import sys

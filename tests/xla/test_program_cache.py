@@ -1,4 +1,4 @@
-"""The cache of compiled programs: entries that were cut short are replaced."""
+"""The cache of compiled programs: truncated entries are replaced."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Reductions in groups: what the plain ones give, for sizes that groups divide and others."""
+"""Reductions in groups: the same results as plain ones, for sizes that groups divide and for others."""
 
 import jax
 import jax.numpy as jnp

@@ -93,7 +93,7 @@ def both(tmp_path_factory):
 
 
 def test_batch_is_split_and_so_are_large_prototypes_and_what_the_optimiser_keeps_of_large_parameters(both):
-    """All else is held whole, and the same, by each device."""
+    """Everything else is replicated, identically, on each device."""
     report, _ = both
     assert report["devices"] == report["state_devices"] == 4
     assert report["rows"] == [[0, 2], [2, 2], [4, 2], [6, 2]]
@@ -111,16 +111,16 @@ def test_batch_is_split_and_so_are_large_prototypes_and_what_the_optimiser_keeps
 
 
 def test_each_device_augments_its_own_crops(both):
-    """With a bank of speech nothing needs other crops; XLA would gather all for Fourier transforms."""
+    """With a bank of speech no crop needs the others; XLA would gather them all for Fourier transforms."""
     report, _ = both
     assert report["moved_to_augment"] == {}
 
 
 def test_four_devices_equal_one(both):
     """Augmentation (babble is from other devices), batch norm, NT-Xent and centres are of the whole batch, and the
-    state is one state however it is held.
+    state is the same however it is sharded.
 
-    Were one of them of a device's own two utterances, statistics and losses would be other ones. Sums in another order
+    If one of them were of a device's own two utterances, statistics and losses would differ. Sums in a different order
     leave float32 noise: 1e-5 of a loss at the first step, ten times that at the third, as training amplifies it.
     """
     report, arrays = both

@@ -1,6 +1,6 @@
-"""XLA still needs each workaround of memo_jax/xla: a test fails once jaxlib does not, and says what to delete.
+"""XLA still needs each workaround in memo_jax/xla: a test fails once jaxlib no longer does, and says what to delete.
 
-That the workarounds help is tested here, too; that they change no result, where they are used.
+It is also tested here that the workarounds help; that they change no result is tested where they are used.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 import tiny
 from memo_jax.xla import compiler, flags, products
 
-# Runs in a process of its own, which compiles as users do; it has four devices to share a batch.
+# Runs in a process of its own, which compiles as users do; it has four devices that share a batch.
 SCRIPT = """
 import functools, json, re, time
 import jax, jax.numpy as jnp, numpy as np
@@ -108,14 +108,14 @@ def needless(what: str) -> str:
 
 @timed
 def test_the_library_takes_the_gradient_of_a_kernel_slowly(report):
-    """Where this was tried, a third of the speed."""
+    """When this was tried, a third of the speed."""
     ours, default = report["kernel gradient"]
     assert default > 1.5 * ours, needless("the ynn fusion type in compiler.CPU_OPTIONS")
 
 
 @timed
 def test_the_gradient_of_a_strided_pointwise_convolution_is_slow(report):
-    """Where this was tried, half the speed of the product."""
+    """When this was tried, half the speed of the product."""
     ours, convolution = report["pointwise"]
     assert convolution > 1.3 * ours, needless("products.pointwise_convolution")
 
@@ -132,7 +132,7 @@ def test_barriers_are_dropped(report):
 
 @pytest.mark.parametrize("name", ["squared_norm", "logsumexp", "sum_from_first_axis"])
 def test_what_a_long_reduction_reads_is_written_to_memory(report, name):
-    """Temporaries relative to the input: a group of rows with the workaround, all of it without."""
+    """Temporaries relative to the input: one group of rows with the workaround, all of it without."""
     ours, plain = report[name]
     assert ours < 0.25
     assert plain > 0.9, needless(f"reductions.{name}")
