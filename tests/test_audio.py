@@ -153,7 +153,7 @@ def test_names_with_spaces_and_other_letters_and_open_files(tmp_path):
         ("noise.wav", bytes(range(1, 256)) * 99, "not readable as audio: it holds nothing known"),
     ],
 )
-def test_what_is_no_recording_is_named(tmp_path, name, content, reason):
+def test_what_is_not_a_recording_is_named(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AudioError, match=f"{name}: {reason}"):
         read_audio(tmp_path / name)
@@ -179,7 +179,7 @@ def test_files_that_end_early_are_refused_whatever_they_are(options, lossless, k
 
 
 @every_kind
-def test_a_kind_is_told_by_content_whatever_the_name(options, lossless):
+def test_a_kind_is_recognised_by_content_whatever_the_name(options, lossless):
     samples = noise(1.0)
     for name in ("a.wav", "a.m4a", "a.mp3", "a.txt", "a"):
         read = read_bytes(content_of(samples, **options), name)
@@ -216,7 +216,7 @@ def test_recordings_of_different_kinds_rates_and_channels_that_follow_one_anothe
 
 
 @pytest.mark.parametrize("header", [True, False])
-def test_an_mp3_of_variable_bitrate_is_read_to_its_end_without_a_header_that_tells_its_length(header):
+def test_an_mp3_of_variable_bitrate_is_read_to_its_end_without_a_header_with_its_length(header):
     """Silence first, whose bitrate is the lowest: libsndfile's estimate of the length would be wrong."""
     samples = np.concatenate([noise(3.0), 0.001 * noise(3.0)])
     content = content_of(samples, format="MP3", bitrate_mode="VARIABLE", compression_level=0.1)
@@ -587,7 +587,7 @@ def test_names_of_recordings():
     assert not is_audio_name("wav") and not is_audio_name("a.wav.txt")
 
 
-def test_no_header_that_promises_nothing_is_read_for_ever():
+def test_no_header_of_size_zero_stalls_a_reader():
     """A size of zero, or a negative one, must not keep a reader in one place: every object has at least a header."""
     starts = [mark for marks in kinds.MARKS.values() for mark in marks]
     starts += [b"RIFF\0\0\0\0WAVE", b"RIFF\0\0\0\0AVI ", b"FORM\0\0\0\0AIFF", b"\0\0\0\1ftyp", b"\0\0\0\0moov"]

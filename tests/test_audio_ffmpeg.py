@@ -163,7 +163,7 @@ def test_names_that_would_be_options_protocols_or_patterns(tmp_path, monkeypatch
 
 
 @needs_the_program
-def test_a_film_that_refers_to_other_files_gets_nothing_of_them(tmp_path):
+def test_a_movie_that_refers_to_other_files_gets_nothing_of_them(tmp_path):
     """A QuickTime movie whose samples are in a separate file, by absolute path and by alias."""
     soundfile.write(tmp_path / "victim.wav", speech(), RATE, subtype="PCM_16")
     victim = str(tmp_path / "victim.wav").encode()
@@ -213,7 +213,7 @@ def wait_for(condition, seconds=10.0):
 @pytest.mark.parametrize(
     "script", ["sleep 1000", "head -c 40 '{samples}'; sleep 1000", "cat '{samples}'; exec >&-; sleep 99"]
 )
-def test_an_ffmpeg_that_hangs_is_given_up_and_ended_with_its_children(tmp_path, monkeypatch, script):
+def test_a_hanging_ffmpeg_is_killed_with_its_children(tmp_path, monkeypatch, script):
     (tmp_path / "samples").write_bytes(au_file(speech()[:, 0]))
     script = script.format(samples=tmp_path / "samples")
     fake_ffmpeg(tmp_path, monkeypatch, f"sleep 1000 & echo $! > '{tmp_path}/number'; {script}")
@@ -269,7 +269,7 @@ def test_a_missing_ffmpeg_is_named_with_what_needs_it(tmp_path, monkeypatch):
         read_audio(tmp_path / "a.ogg")
 
 
-def test_what_ffmpeg_says_is_told_and_nothing_is_left_open(tmp_path, monkeypatch):
+def test_what_ffmpeg_says_is_reported_and_nothing_is_left_open(tmp_path, monkeypatch):
     before = set(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else None
     (tmp_path / "samples").write_bytes(au_file(speech()[:, 0]))
     fake_ffmpeg(tmp_path, monkeypatch, f"cat '{tmp_path}/samples'")
@@ -389,7 +389,7 @@ def test_the_mean_of_all_channels_whatever_their_number_and_layout(tmp_path, nam
 
 
 @needs_the_program
-def test_a_film_gives_its_sound_and_one_without_sound_says_so(tmp_path):
+def test_a_movie_yields_its_sound_and_one_without_sound_says_so(tmp_path):
     picture = ["ffmpeg", "-v", "error", "-y", "-f", "lavfi", "-i", "color=s=32x32:d=3"]
     soundfile.write(tmp_path / "a.wav", speech(), RATE)
     subprocess.run([*picture, "-i", tmp_path / "a.wav", "-c:a", "aac", tmp_path / "a.mp4"], check=True)

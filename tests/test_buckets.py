@@ -74,7 +74,7 @@ def rows_without_times(workdir):
     return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(workdir)]
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been_killed_bit_for_bit(runs, bucket, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(runs, bucket, tmp_path):
     """A half-written checkpoint is not chosen, nor in the way; every step is logged once. A copy of it outside the
     bucket is the same run."""
     steps, logged = runs.found

@@ -50,7 +50,7 @@ print("HEAVY:", *(name for name in {HEAVY!r} if name in sys.modules))
 """
 
 
-def test_help_tells_all_commands_and_imports_nothing_heavy():
+def test_help_lists_all_commands_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", HELP], env=tiny.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "HEAVY:"
@@ -89,7 +89,7 @@ def test_the_package_is_a_command():
         ("trials a --output b --seed 1_0".split(), "--seed: '1_0' is not a whole number from 0"),
     ],
 )
-def test_a_wrong_command_line_is_told_and_exits_2(arguments, message, tmp_path, monkeypatch):
+def test_a_wrong_command_line_is_reported_and_exits_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, text = tiny.here(*arguments)
     assert status == 2 and message in text and "error: " in text
@@ -278,7 +278,7 @@ def test_a_mistake_is_one_line_of_status_2_and_leaves_nothing(line, tmp_path, mo
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_names_that_are_given_without_importing_are_those_there_are():
+def test_names_listed_without_importing_are_those_that_exist():
     from memo_jax.features import FRONT_ENDS
     from memo_jax.inference.interop import KINDS
 

@@ -323,7 +323,7 @@ def test_a_bare_name_is_a_packaged_config_unless_there_is_a_file(tmp_path, monke
     assert dict(load_config("mine.py")) == {}  # the one beside it, not the packaged one
 
 
-def test_a_config_that_cannot_be_written_is_told(tmp_path):
+def test_a_config_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "my.py").write_text("mine")
     for arguments, message in (
         (("small", "-o", tmp_path / "my.py"), "my.py exists already"),

@@ -181,7 +181,7 @@ def test_the_wheel_has_the_configs_and_the_network(wheel_folder):
         assert (wheel_folder / "memo_jax" / name).read_bytes() == file.read_bytes()
 
 
-def test_who_has_no_repository_names_a_config_and_writes_one(wheel_folder, tmp_path):
+def test_without_the_repository_a_config_can_be_named_and_written(wheel_folder, tmp_path):
     """In a folder without configs: `init-config`, `--config small`, and a config that imports a packaged one."""
     environment = os.environ | {"PYTHONPATH": str(wheel_folder)}
 
@@ -258,7 +258,7 @@ def test_make_installs_once_and_again_after_setup_cfg_changed(copy_with_makefile
     assert "pip install" in run_make(copy_with_makefile, "--dry-run", "test").stdout
 
 
-def test_make_demo_hands_on_ones_own_recordings(copy_with_makefile):
+def test_make_demo_passes_on_ones_own_recordings(copy_with_makefile):
     commands = run_make(copy_with_makefile, "--dry-run", "demo", "SPEECH=/my recordings").stdout
     assert 'experiments/demo.py --output "demo_output" --speech "/my recordings"' in commands
     assert "--speech" not in run_make(copy_with_makefile, "--dry-run", "demo").stdout

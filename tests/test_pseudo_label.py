@@ -86,7 +86,7 @@ def test_interrupted_anywhere_the_same_command_ends_the_same(whole, tmp_path, mo
     assert status == 0 and json.loads(again[again.index("{") :])["rounds"][2]["round"] == 2
 
 
-def test_rounds_are_gone_on_with_by_the_same_options_alone(whole):
+def test_rounds_resume_with_the_same_options_alone(whole):
     for more, said in (
         (("--seed=1",), "seed: 0 → 1"),
         (("--clusters=4",), "clusters: 5 → 4"),

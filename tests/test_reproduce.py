@@ -63,7 +63,7 @@ def changed(run, folder, again):
     return shutil.copytree(run, folder / "run"), shutil.copytree(again[0], folder / "again")
 
 
-def test_changed_metrics_are_told_by_name_and_size(run, again, tmp_path):
+def test_changed_metrics_are_reported_by_name_and_size(run, again, tmp_path):
     workdir, output = changed(run, tmp_path, again)
     rows = read_metrics(workdir)
     rows[1]["loss"] += 0.25
@@ -77,7 +77,7 @@ def test_changed_metrics_are_told_by_name_and_size(run, again, tmp_path):
     assert status == 1 and "1 metrics differ, loss the most, by 0.25" in text and text.endswith("different\n")
 
 
-def test_changed_parameters_and_rates_are_told(run, again, tmp_path):
+def test_changed_parameters_and_rates_are_reported(run, again, tmp_path):
     """The parameters of an earlier step, and a report with a different rate."""
     workdir, output = changed(run, tmp_path, again)
     shutil.rmtree(workdir / "checkpoints" / "4")
@@ -149,7 +149,7 @@ def test_a_run_keeps_what_it_was_made_with(run):
     assert (start["first_step"], start["last_step"]) == (1, 4)
 
 
-def test_every_start_is_kept_unless_the_run_begins_anew(tmp_path):
+def test_every_start_is_kept_unless_the_run_starts_afresh(tmp_path):
     for begin, end in ((0, 3), (3, None), (3, 8)):
         record = RunRecord(tmp_path, seed=1, data={}, begin=begin, total=9)
         if end:

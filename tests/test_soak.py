@@ -29,7 +29,7 @@ def test_faults_of_prepare_lose_nothing_and_damage_is_noticed_or_harmless():
     assert report["prepare.archive_damage"]["noticed"] >= 50
 
 
-def test_faults_of_training_and_of_what_it_leaves_lose_nothing_and_are_told():
+def test_faults_of_training_and_of_what_it_leaves_lose_nothing_and_are_reported():
     report = soak("--count", "1", "training.write_errors", "training.kills", "damage")
     assert report["training.write_errors"]["told"] + report["training.kills"]["killed"] >= 1
     assert min(report["damage.files"]["noticed"].values()) >= 2

@@ -170,7 +170,7 @@ def test_people_are_enrolled_identified_and_removed(page, recordings, gallery_fi
         (None, "record something, or drop a file"),
     ],
 )
-def test_a_recording_that_cannot_be_used_is_explained_and_the_page_goes_on(page, recordings, name, said):
+def test_a_recording_that_cannot_be_used_is_explained_and_the_page_keeps_working(page, recordings, name, said):
     drop(page, "first", recordings / "ada1.wav")
     if name:
         drop(page, "second", recordings / name)

@@ -228,7 +228,7 @@ def damage(shard, fault):
         ("changed", 2, r"record 1 cannot be read \(.*hash mismatch"),
     ],
 )
-def test_a_fault_while_training_is_named_and_a_restart_goes_on(sharded, tmp_path, fault, workers, message):
+def test_a_fault_while_training_is_named_and_a_restart_resumes(sharded, tmp_path, fault, workers, message):
     """Every shard is damaged after the first batch, when some are not open yet, in worker processes, too. The batch
     that failed fails again until the files are back; then that very batch is returned, by this iterator and in another
     run."""
@@ -284,7 +284,7 @@ if __name__ == "__main__":
 """.replace("import hashlib", "from multiprocessing import active_children\nimport hashlib")
 
 
-def test_killed_in_the_middle_of_an_epoch_it_goes_on_exactly_and_leaves_no_worker(dataset, tmp_path):
+def test_killed_in_the_middle_of_an_epoch_it_resumes_exactly_and_leaves_no_worker(dataset, tmp_path):
     """A process with two workers is killed after 4 of 5 steps of an epoch; another with two workers takes the rest."""
     options = {"batch_size": 2, "seed": 0, **CROPS}
     expected = [

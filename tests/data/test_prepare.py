@@ -189,7 +189,7 @@ def test_the_manifest_and_what_was_left_out_open_in_pandas(tmp_path):
     assert list(table["reason"]) == ["empty file", "odd name: a tab or a line break"]
 
 
-def test_a_missing_ffmpeg_is_told_before_the_work(tmp_path, monkeypatch, capsys):
+def test_a_missing_ffmpeg_is_reported_before_the_work(tmp_path, monkeypatch, capsys):
     write_recording(tmp_path / "in" / "a" / "1.wav")
     (tmp_path / "in" / "a" / "2.m4a").write_bytes(b"something")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -92,14 +92,14 @@ def test_the_command_writes_a_list_that_eval_and_score_read(form, tmp_path):
     assert status == 0 and json.loads(text)["targets"] == 5 * 6 == json.loads(text)["nontargets"]
 
 
-def test_names_with_spaces_are_parted_by_tabs(tmp_path):
+def test_names_with_spaces_are_separated_by_tabs(tmp_path):
     folder = tiny.write_corpus(tmp_path / "in", speakers=2, utterances=2)
     (folder / "s0" / "0.wav").rename(folder / "s0" / "my voice.wav")
     status, text = tiny.here("trials", folder, "-o", tmp_path / "list")
     assert status == 0 and "s0/my voice.wav" in read_trials(tmp_path / "list").recordings, text
 
 
-def test_what_cannot_be_is_told_and_nothing_is_written(tmp_path):
+def test_impossible_requests_are_reported_and_nothing_is_written(tmp_path):
     corpus = tiny.material().corpus
     (tmp_path / "bad").write_text("s0\n")
     (tmp_path / "twice").write_text("s0 f\ns0 m\n")

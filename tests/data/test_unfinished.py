@@ -75,7 +75,7 @@ def read_again(monkeypatch, *arguments, **options):
 
 
 @pytest.mark.parametrize("victim", ["group", "parent"])
-def test_killed_processes_leave_whole_parts_from_which_the_same_command_goes_on(
+def test_killed_processes_leave_whole_parts_from_which_the_same_command_resumes(
     speech, tmp_path, monkeypatch, victim, capfd
 ):
     """SIGKILL, to all processes or to the parent only (whose workers must not continue), with two at work.
@@ -130,7 +130,7 @@ def test_killed_processes_leave_whole_parts_from_which_the_same_command_goes_on(
 
 @pytest.mark.parametrize("suffix", ["", ".zip", ".tar", ".tar.gz"])
 @pytest.mark.parametrize("after", [2, 10])
-def test_every_kind_of_input_goes_on_anywhere(speech, tmp_path, monkeypatch, suffix, after):
+def test_every_kind_of_input_resumes_anywhere(speech, tmp_path, monkeypatch, suffix, after):
     inputs = speech
     if suffix:
         content = {str(path.relative_to(speech)): path.read_bytes() for path in speech.rglob("*.wav")}
@@ -163,7 +163,7 @@ def test_a_kill_while_the_dataset_is_put_together_loses_nothing(speech, tmp_path
     assert again == 0 and files_of(tmp_path / "set") == files_of(tmp_path / "whole")
 
 
-def test_a_worker_that_is_killed_is_told_and_what_is_done_is_kept(speech, tmp_path):
+def test_a_killed_worker_is_reported_and_finished_work_is_kept(speech, tmp_path):
     """One recording is a command that kills the process which runs it."""
     (tmp_path / "kaldi").mkdir()
     lines = [f"{path.stem:0>2} {path}\n" for path in speech.rglob("*.wav")] + [f"99 kill -9 $PPID; cat {speech} |\n"]
@@ -188,7 +188,7 @@ def test_another_command_is_refused_and_starts_over_when_told(speech, tmp_path, 
     assert not (tmp_path / ".set.partial").exists()
 
 
-def test_overwriting_goes_on_too_and_the_earlier_dataset_stays_until_the_end(speech, tmp_path, monkeypatch):
+def test_overwriting_resumes_too_and_the_earlier_dataset_stays_until_the_end(speech, tmp_path, monkeypatch):
     prepare(speech / "s1", tmp_path / "set", workers=1)
     interrupted(monkeypatch, speech, tmp_path / "set", 10, overwrite=True)
     assert len(Utterances(tmp_path / "set")) == 6
@@ -196,7 +196,7 @@ def test_overwriting_goes_on_too_and_the_earlier_dataset_stays_until_the_end(spe
     assert again == COUNT - 9 and len(Utterances(tmp_path / "set")) == COUNT
 
 
-def test_files_that_came_or_went_between_are_told(speech, tmp_path, monkeypatch, capsys):
+def test_files_that_came_or_went_in_between_are_reported(speech, tmp_path, monkeypatch, capsys):
     """The list of the first run stands. What vanished before it was read is left out, as is what was added."""
     interrupted(monkeypatch, speech, tmp_path / "set", 10)
     shutil.copy(speech / "s0" / "0.wav", speech / "s0" / "00.wav")

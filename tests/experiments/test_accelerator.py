@@ -154,7 +154,7 @@ def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
     assert texts["total_steps"] == "480" and texts["gate.stop_steps"] == str(480 // 12 * 7)
 
 
-def test_a_call_goes_on_where_time_was_up(tmp_path):
+def test_a_call_resumes_where_time_ran_out(tmp_path):
     put(tmp_path, "machine", MACHINE)
     only = "--parts=^(machine|devices|plan)$"
     done = command(tmp_path, only, "--minutes=0")
@@ -170,7 +170,7 @@ def test_a_call_goes_on_where_time_was_up(tmp_path):
     assert again.returncode == 0 and again.stderr == "", "nothing was left to do"
 
 
-def test_a_part_that_fails_is_told_of_and_the_others_go_on(tmp_path):
+def test_a_part_that_fails_is_reported_and_the_others_still_run(tmp_path):
     put(tmp_path, "machine", MACHINE)
     done = command(tmp_path, "--parts=^(machine|parity|plan)$", f"--reference={tmp_path / 'nowhere.npz'}")
     assert done.returncode == 1 and "parity: failed: " in done.stderr and "nowhere.npz" in done.stderr

@@ -6,7 +6,7 @@ import json
 import tiny
 
 
-def test_it_prints_its_numbers_and_both_ways_agree(capsys):
+def test_it_prints_its_numbers_and_both_methods_agree(capsys):
     spec = importlib.util.spec_from_file_location("score", tiny.ROOT / "experiments" / "benchmarks" / "score.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -122,7 +122,7 @@ def test_the_demo_reports_a_wrong_folder_in_one_line(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "ten"])
-def test_a_length_that_is_none_is_refused(minutes, monkeypatch, capsys):
+def test_an_invalid_length_is_refused(minutes, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--minutes", minutes])
     with pytest.raises(SystemExit) as stopped:
         demo.main()

@@ -55,7 +55,7 @@ def test_every_command_is_understood_and_reads_what_those_before_it_wrote(taken,
     assert "--config.total_steps=5" in train
 
 
-def test_what_is_there_is_not_made_again_and_a_failure_ends_it(taken, tmp_path, monkeypatch, capsys):
+def test_existing_outputs_are_not_remade_and_a_failure_ends_it(taken, tmp_path, monkeypatch, capsys):
     arguments = ["--speech", str(tmp_path / "speech"), "--output", str(tmp_path / "package")]
     assert package_model.main(arguments) == 0
     first = list(taken)

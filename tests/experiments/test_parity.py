@@ -224,7 +224,7 @@ def test_unusable_file_exits_with_2(parity, tmp_path, capsys, changes, named):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"plain text", TINY.read_bytes()[:5000]])
-def test_file_that_is_no_npz_exits_with_2(parity, tmp_path, capsys, content):
+def test_file_that_is_not_an_npz_exits_with_2(parity, tmp_path, capsys, content):
     path = tmp_path / "no.npz"
     if content is not None:
         path.write_bytes(content)

@@ -132,7 +132,7 @@ def test_wrong_input_is_named(tmp_path, capsys):
         study.main([*good, "--rowz=a"])
 
 
-def test_a_collapse_is_a_result_and_a_failure_is_told_and_left_to_others(tmp_path, monkeypatch, capsys):
+def test_a_collapse_is_a_result_and_a_failure_is_reported_and_left_to_others(tmp_path, monkeypatch, capsys):
     """Training that ends with 3 is recorded; with another status the run stays free and the queue continues."""
     monkeypatch.setattr(ablation, "ROWS", SMALL_ROWS)
     statuses = [3, 9]

@@ -57,7 +57,7 @@ def test_kmeans_alone_depends_on_its_seed_and_repeats():
         ({"clusters": 2, "linkage": "single"}, "choose ward or average"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused(options, said):
+def test_impossible_numbers_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         cluster(clouds()[0], **options)
 

@@ -106,7 +106,7 @@ def test_the_front_end_travels_along_or_is_given(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "resnet.", "model._orig_mod.module.", "a.b.c."])
-def test_prefixes_are_looked_through(prefix, tmp_path):
+def test_prefixes_are_ignored(prefix, tmp_path):
     tensors = torch_tensors("wespeaker", "resnet", RESNET)
     given = {f"{prefix}{name}": x for name, x in tensors.items()}
     beside = {

@@ -138,7 +138,7 @@ def test_nothing_usable_is_an_error_with_the_list(odd_recordings, tmp_path):
     assert status == 2 and f"no recordings in {tmp_path / 'folder'}" in text
 
 
-def test_inputs_and_outputs_that_cannot_be_are_named(corpus, tmp_path):
+def test_impossible_inputs_and_outputs_are_named(corpus, tmp_path):
     shutil.copytree(corpus / "s0", tmp_path / "s0")
     for inputs, output, message in (
         ((tmp_path / "gone",), "a.npz", "gone: no such file, folder or dataset"),
@@ -160,7 +160,7 @@ def test_a_disk_that_takes_nothing_is_named(corpus, unwritable):
     assert not list(folder.glob("*.npz"))
 
 
-def test_an_interrupted_run_goes_on_where_it_was(corpus, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_where_it_was(corpus, tmp_path, monkeypatch):
     """Interrupted after 8 of 20 recordings: these are not read again, and the result is the same."""
     embed(tmp_path / "whole.npz", corpus)
     embedder, read = Embedder.load(tiny.model_file()), []
@@ -314,7 +314,7 @@ def test_a_run_resumed_with_other_recordings_of_the_same_names_embeds_those(tmp_
     assert not list(tmp_path.glob(".o*"))
 
 
-def test_other_options_begin_anew(tmp_path):
+def test_other_options_start_afresh(tmp_path):
     folder = write_levels(tmp_path / "a", 0.1)
     assert interrupted_run(folder, tmp_path / "o.npz") > 0
     report = module.embed_recordings(Norms(), [folder], tmp_path / "o.npz", min_seconds=0.6, quiet=True)
@@ -385,7 +385,7 @@ def test_a_window_is_embedded_as_the_excerpt_that_it_is_called(corpus, tmp_path,
     np.testing.assert_allclose(read_embeddings("x.scp").embeddings[0], windows.embeddings[at], rtol=1e-4, atol=1e-5)
 
 
-def test_silent_windows_are_listed_and_again_by_a_run_that_goes_on(tmp_path):
+def test_silent_windows_are_listed_and_again_by_a_resumed_run(tmp_path):
     folder = write_levels(tmp_path / "a", 0.1)
     soundfile.write(folder / "00.wav", np.concatenate([tone(1), np.zeros(RATE), tone(1)]), RATE)
     with pytest.raises(KeyboardInterrupt):
@@ -405,12 +405,12 @@ def test_silent_windows_are_listed_and_again_by_a_run_that_goes_on(tmp_path):
         (["--window", 1, "--hop", 1.5], "a hop of 1.5 s"),
     ],
 )
-def test_windows_that_cannot_be_are_told(options, message, corpus, tmp_path):
+def test_impossible_windows_are_refused(options, message, corpus, tmp_path):
     status, text = tiny.here("embed", corpus, "--model", tiny.model_file(), "-o", tmp_path / "w.npz", *options)
     assert status == 2 and message in text and not list(tmp_path.iterdir()), text
 
 
-def test_names_that_an_archive_cannot_hold_are_told_before_the_work(tmp_path):
+def test_names_that_an_archive_cannot_hold_are_reported_before_the_work(tmp_path):
     folder = write_levels(tmp_path / "a", 0.1, count=2)
     (folder / "00.wav").rename(folder / "with space.wav")
     embedder = Norms()

@@ -165,7 +165,7 @@ NAN[5000] = np.nan
         (np.zeros((2, RATE)), RATE, r"wrong shape: \[2, 16000\], expected \[samples\] or \[samples, channels\]"),
     ],
 )
-def test_arrays_that_are_no_speech_are_told_with_their_place(samples, rate, message, embedder):
+def test_arrays_that_are_not_speech_are_reported_with_their_position(samples, rate, message, embedder):
     with pytest.raises(ValueError, match=f"recording 1.*{message}"):
         embedder.embed([(noise(1), RATE), samples if rate is None else (samples, rate)])
 

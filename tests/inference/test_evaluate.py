@@ -343,7 +343,7 @@ def test_a_threshold_that_accepts_nobody_is_refused_and_the_results_are_kept(wor
     assert results["eer"] == 100 and "saved_threshold" not in results and not (run / "decisions.json").exists()
 
 
-def test_a_network_that_is_worse_than_the_statistics_is_told_so(output, tmp_path, monkeypatch):
+def test_a_network_that_is_worse_than_the_statistics_is_reported(output, tmp_path, monkeypatch):
     from memo_jax.inference.evaluate import TrialEvaluation
 
     monkeypatch.setattr(TrialEvaluation, "statistics_scores", lambda self, quiet: np.where(self.target, 0.3, 0.2))
@@ -353,7 +353,7 @@ def test_a_network_that_is_worse_than_the_statistics_is_told_so(output, tmp_path
     assert "WARNING: in EER" in text and "worse than plain log-mel statistics" in text
 
 
-def test_a_network_that_is_worse_in_one_kind_of_error_alone_is_told_so(workdir, tmp_path, monkeypatch):
+def test_a_network_that_is_worse_in_one_kind_of_error_alone_is_reported(workdir, tmp_path, monkeypatch):
     """One impostor above all targets: a low EER, but false alarms make every threshold costly."""
     from memo_jax.inference.evaluate import TrialEvaluation
 

@@ -113,7 +113,7 @@ def test_verify_starts_without_jax_once_the_graph_is_cached(cache):
 @pytest.mark.parametrize(
     "damage", [lambda content: content[:-1], lambda content: content[:-9] + b"\0" * 9, lambda _: b""]
 )
-def test_a_damaged_graph_is_made_anew(cache, damage):
+def test_a_damaged_graph_is_rebuilt(cache, damage):
     path = tiny.model_file()
     wanted = Embedder.load(path, runtime="onnx").embed(waves_of(0.7)[0], 16000)
     (graph,) = cache.iterdir()

@@ -91,7 +91,7 @@ def test_branch_is_one_backbone_and_a_head_for_every_name():
         ("ecapa", {"remat": "blocks"}),
     ],
 )
-def test_levers_for_speed_and_memory_change_no_number(name, levers):
+def test_settings_for_speed_and_memory_change_no_number(name, levers):
     """Same parameters; same embeddings, batch statistics and gradients within float32 rounding."""
     changes = {"resnet": {"blocks": (1, 3, 1, 1)}, "strided resnet": {"stride": 2}, "ecapa": {"scale": 2}}[name]
     name = name.removeprefix("strided ")
@@ -119,7 +119,7 @@ def test_levers_for_speed_and_memory_change_no_number(name, levers):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(np.abs(b).max(), 1e-2))
 
 
-def test_what_is_made_again_is_not_kept_on_a_cpu_either():
+def test_recomputed_values_are_not_kept_on_a_cpu_either():
     """XLA's CPU compiler merges recomputed values with the original ones, unless the barriers are kept."""
     temporary = {}
     for remat in ("none", "norms", "blocks"):

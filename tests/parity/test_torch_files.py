@@ -46,7 +46,7 @@ def wrapped(content):
 @pytest.mark.parametrize(
     "wrap", [wrapped, lambda content: {"state_dict": {f"resnet.{n}": x for n, x in content.items()}}]
 )
-def test_what_trainers_put_around_a_network_is_looked_through(wrap, theirs, tmp_path):
+def test_what_trainers_put_around_a_network_is_ignored(wrap, theirs, tmp_path):
     torch.save(wrap(torch.load(theirs, weights_only=True)), tmp_path / "a.ckpt")
     found = convert.torch_to_model(tmp_path / "a.ckpt", front_end="log_mel")
     assert found.fingerprint == tiny.untrained_model().fingerprint

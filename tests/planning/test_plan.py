@@ -107,7 +107,7 @@ def test_a_program_that_the_compiler_refuses_for_its_memory_is_a_plan_too(monkey
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9:2x2", "v5e:2", "4x4", "h100", "h100:2x2x2", "h900:8"])
-def test_a_topology_that_is_none_is_refused(topology):
+def test_an_invalid_topology_is_refused(topology):
     status, text = tiny.here(*arguments(), f"--topology={topology}")
     assert status == 2 and "memo-jax: error: topology" in text and "v5e:4x4" in text and "h100:8" in text
 

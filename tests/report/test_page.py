@@ -107,7 +107,7 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("width", [390, 820, 1400])
-def test_nothing_sticks_out_of_the_page(made, width, tmp_path):
+def test_nothing_overflows_the_page(made, width, tmp_path):
     """As a browser lays it out: no sideways scrolling, and no picture, table or player wider than its section."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if browser is None:

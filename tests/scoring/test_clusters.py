@@ -59,7 +59,7 @@ def test_agglomeration_of_single_utterances_is_scipys(linkage):
         assert found.dtype == np.int32 and found[0] == 0
 
 
-def test_numbers_that_cannot_be_are_refused():
+def test_impossible_numbers_are_refused():
     units = unit_rows(4)
     for count, linkage, said in ((0, "ward", "0 clusters of 4"), (5, "ward", "5 clusters of 4"), (2, "x", "linkage")):
         with pytest.raises(ValueError, match=said):

@@ -124,7 +124,7 @@ def test_running_means_weigh_all_steps_from_the_first():
 
 
 @pytest.mark.parametrize("name", ["plateau", "conflict", "step"])
-def test_gate_goes_on_from_its_saved_state(name):
+def test_gate_resumes_from_its_saved_state(name):
     """The gate's future depends on its state alone: stopped anywhere and rebuilt from arrays, it continues the same."""
     rule = GateRule(name, smoothing=0.8, window=4, min_steps=10, min_improvement=0.05, stop_step=25)
     random = np.random.default_rng(3)

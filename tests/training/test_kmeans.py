@@ -87,6 +87,6 @@ def test_the_nearest_other_centroid_is_no_centroid_itself():
 
 
 @pytest.mark.parametrize("clusters, iterations", [(0, 1), (1501, 1), (3, 0)])
-def test_numbers_that_cannot_be_are_refused(clusters, iterations):
+def test_impossible_numbers_are_refused(clusters, iterations):
     with pytest.raises(ValueError, match="expected"):
         spherical_kmeans(blobs(), clusters, iterations, 0, sharding.data_mesh())

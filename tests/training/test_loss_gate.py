@@ -83,7 +83,7 @@ def test_confident_labels_are_their_definition():
     assert 0 < (np.asarray(found) >= 0).sum() < 40 and found.dtype == jnp.int32
 
 
-def test_the_correction_hears_the_crop_as_it_was_recorded():
+def test_the_correction_uses_the_crop_as_it_was_recorded():
     batch = training_batches(tiny.material().dataset, batch_size=4, seed=0, global_seconds=0.32, local_crops=0)
     crops = next(batch)["global"]
     batch.close()
@@ -187,7 +187,7 @@ def test_two_processes_gate_as_one_does(run, labels, tmp_path):
         assert [row[name] for row in read_metrics(tmp_path / "two")] == [row[name] for row in read_metrics(run[0])]
 
 
-def test_off_it_is_no_part_of_state_and_batch(monkeypatch):
+def test_when_off_it_is_not_part_of_state_and_batch(monkeypatch):
     monkeypatch.setattr(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
     config, mesh = tiny.tiny_config(*tiny.SUPERVISED, "model.branches=resnet,"), sharding.data_mesh()
     built = recipe.build_recipe(config, tiny.STEPS_PER_EPOCH, 5, 20)
@@ -213,6 +213,6 @@ def test_off_it_is_no_part_of_state_and_batch(monkeypatch):
         (("supervised.correction_probability=1.5",), "supervised.correction_probability"),
     ],
 )
-def test_settings_that_cannot_be_are_named(settings, said, tmp_path):
+def test_impossible_settings_are_named(settings, said, tmp_path):
     status, text = tiny.train_here(tmp_path / "run", *settings)
     assert status == 2 and said in text and not (tmp_path / "run").exists()

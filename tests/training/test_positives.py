@@ -136,7 +136,7 @@ def test_until_the_first_draw_a_run_is_the_one_without_positives(run, tmp_path):
 
 
 @pytest.mark.parametrize("stops", [(5,), (4, 6, 8)])
-def test_a_run_stopped_before_at_or_after_a_draw_goes_on_exactly(run, tmp_path, stops):
+def test_a_run_stopped_before_at_or_after_a_draw_resumes_exactly(run, tmp_path, stops):
     for stop in stops:
         train(tmp_path, *SETTINGS, f"--stop-at-step={stop}")
     train(tmp_path, *SETTINGS)
@@ -144,7 +144,7 @@ def test_a_run_stopped_before_at_or_after_a_draw_goes_on_exactly(run, tmp_path, 
     assert rows_without_times(tmp_path) == rows_without_times(run[0])
 
 
-def test_a_killed_run_goes_on_exactly(run, tmp_path):
+def test_a_killed_run_resumes_exactly(run, tmp_path):
     """Killed in the middle of the save after which partners are drawn, and in a row between two draws."""
     arguments = tiny_processes.command(tmp_path / "run", *SETTINGS)
     small = f"import sys; sys.path.insert(0, {str(tiny.ROOT / 'tests')!r})\n"

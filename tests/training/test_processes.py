@@ -96,7 +96,7 @@ def test_sigterm_to_one_process_stops_all_at_one_step_with_a_checkpoint(runs):
     np.testing.assert_array_equal(losses(runs.folder / "resumed"), losses(runs.folder / "two"))
 
 
-def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
+def test_another_number_of_processes_resumes_and_a_killed_one_ends_all(runs):
     """Four resume the run of two; SIGKILL of one ends the others, with an error, within a minute. One process resumes
     from the last checkpoint, and the losses are those of one that did it all."""
     workdir = shutil.copytree(runs.folder / "two", runs.folder / "four")
@@ -119,7 +119,7 @@ def test_another_number_of_processes_goes_on_and_a_killed_one_ends_all(runs):
     assert_same_losses(workdir, runs.folder / "alone")
 
 
-def test_one_that_stands_still_or_reads_slowly_is_waited_for_and_the_end_of_the_first_ends_all(runs):
+def test_a_stalled_or_slow_process_is_waited_for_and_the_end_of_the_first_ends_all(runs):
     """One of two processes is suspended for some seconds, as when its machine is moved, and its input is slow,
     too. The other waits, and the losses are those of one process. In a second run the first process, which
     coordinates, is killed: the other ends within a minute, with a status of its own."""
@@ -177,7 +177,7 @@ def test_sigterm_to_a_process_that_trains_alone_saves_and_ends_it(runs, monkeypa
         ),
     ],
 )
-def test_places_among_the_processes_that_cannot_be_are_refused(flags, message, tmp_path):
+def test_impossible_process_numbers_and_coordinators_are_refused(flags, message, tmp_path):
     status, text = tiny.here(*command(tmp_path / "run"), *flags)
     assert status == 2 and message in text and not (tmp_path / "run").exists()
 

@@ -53,7 +53,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(reference, tmp_
     assert "has closed" not in done.stderr, "the gate closed before the kill"
 
 
-def test_a_run_stopped_on_purpose_goes_on_exactly(reference, tmp_path):
+def test_a_run_stopped_on_purpose_resumes_exactly(reference, tmp_path):
     """At a step without a checkpoint: one is made there. The schedules still span the whole run."""
     assert tiny.train_here(tmp_path, "--stop-at-step=9")[0] == 0
     assert saved_steps(tmp_path)[-1] == 9

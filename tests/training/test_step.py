@@ -328,7 +328,7 @@ def test_indicators_of_every_loss_and_branch_are_reported(memo):
     assert row["gate/open"] == 1 and row["gate/closed_at"] == -1
 
 
-def test_strangers_learn_what_each_learns_alone():
+def test_uncoupled_students_learn_what_each_learns_alone():
     """Two students share no parameters: without cross-distillation a joint step is two separate ones.
 
     The gate must not couple them either, so it stays open. Clip, decay and momentum are on: per-tensor clipping keeps

@@ -243,7 +243,7 @@ def test_a_table_that_nothing_reads_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "speaker, said", [("", "20 of 20 utterances have no speaker"), ("one", "all utterances are of one speaker")]
 )
-def test_labels_that_tell_nothing_are_refused(speaker, said, tmp_path):
+def test_uninformative_labels_are_refused(speaker, said, tmp_path):
     names = Utterances(tiny.material().dataset).names
     dataset = tiny.write_dataset(tmp_path / "set", tiny.material().corpus, speakers=dict.fromkeys(names, speaker))
     status, text = tiny.train_here(tmp_path / "run", *tiny.SUPERVISED, f"data.train={dataset}")

@@ -54,7 +54,7 @@ def test_a_config_that_cannot_work_is_refused_and_leaves_nothing(settings, messa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_config_file_that_is_none_is_refused(tmp_path):
+def test_an_invalid_config_file_is_refused(tmp_path):
     wrong = (("gone.py", None, "no such config file"), ("a.py", "import nothing_of_that_name", "line 1"))
     for name, content, message in wrong:
         if content:

@@ -32,7 +32,7 @@ def test_a_chosen_device_is_the_one_that_computes():
     )
 
 
-def test_a_device_that_is_not_there_is_told_with_those_that_are():
+def test_a_missing_device_is_reported_with_those_available():
     recording = tiny.material().corpus / "s0" / "0.wav"
     command = ["verify", recording, recording, "--model", tiny.model_file(), "--device"]
     for name in ("gpu", "tpu", "cuda:1", "cpu:7"):

@@ -92,7 +92,7 @@ def both(tmp_path_factory):
         return json.loads(str(file["report"])), {name: file[name] for name in file.files if name != "report"}
 
 
-def test_batch_is_split_and_so_are_large_prototypes_and_what_the_optimiser_keeps_of_large_parameters(both):
+def test_batch_large_prototypes_and_optimiser_state_of_large_parameters_are_sharded(both):
     """Everything else is replicated, identically, on each device."""
     report, _ = both
     assert report["devices"] == report["state_devices"] == 4

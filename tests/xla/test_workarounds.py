@@ -169,7 +169,7 @@ def test_xla_flags_that_jaxlib_does_not_know_are_left_out(monkeypatch, capsys):
     assert capsys.readouterr().err == f"this jaxlib does not know the XLA flag {unknown}: going on without it\n"
 
 
-def test_xla_flags_of_the_user_stay(monkeypatch):
+def test_xla_flags_of_the_user_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
     flags.default_xla_flags("--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true")
     assert os.environ["XLA_FLAGS"] == "--xla_force_host_platform_device_count=3"
