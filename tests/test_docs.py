@@ -21,7 +21,9 @@ from memo_jax.models import build_backbone
 pytestmark = pytest.mark.usefixtures("compiled_once")
 GUIDES = sorted((tiny.ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").rglob("*.md"))]
-OTHER_PAGES = [tiny.ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md")]
+OTHER_PAGES = [
+    tiny.ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "experiments/learning.md")
+]
 
 
 def blocks(path: Path, language: str) -> list[str]:

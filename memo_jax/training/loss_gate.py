@@ -1,7 +1,7 @@
 """The loss gate of training on pseudo-labels: utterances whose loss says that their label is wrong are left out.
 
 Losses of right and of wrong labels have two modes. At the end of an epoch, a mixture of two normal distributions is
-fitted to the logarithms of the utterances' losses of that epoch. In the next one, an utterance is learned if its loss
+fitted to the logarithms of each utterance's latest loss. In the next one, an utterance is learned if its loss
 was at most the point between the two means at which the weighted densities cross (Han, Chen and Qian, "Self-Supervised
 Speaker Verification Using Dynamic Loss-Gate and Label Correction", Interspeech 2022).
 """
