@@ -187,7 +187,7 @@ class ECAPATDNN(nn.Module):
     Attributes:
       channels: of the first convolution, of the SE-Res2 blocks and of the aggregation.
       form: "speechbrain", or "wespeaker", which pads with zeros, passes the last chunk of a Res2 block, and has no
-        batch norm after the aggregation nor in the attention (6,190,720 parameters at embedding 192).
+        batch norm after the aggregation or in the attention (6,190,720 parameters at embedding 192).
       global_context: whether the attention also sees mean and standard deviation over the utterance.
       embedding_norm: whether a batch norm follows the embedding.
       stride: of the first convolution; with 2, the rest of the network computes on half the frames.
@@ -215,7 +215,7 @@ class ECAPATDNN(nn.Module):
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Log-mel [N, T, F] → embedding [N, embedding_dim] float32.
 
-        `lengths` [N], in frames, gives an utterance padded in a batch the embedding it has alone (evaluation only).
+        With `lengths` [N], in frames, an utterance padded in a batch gets the embedding it has alone (evaluation only).
         With `train`, batch norms use and update the statistics of the batch.
         """
         if self.form not in ECAPA_FORMS:

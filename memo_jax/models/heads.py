@@ -56,8 +56,8 @@ class DINOHead(nn.Module):
     def cosines(self, units: jax.Array) -> jax.Array:
         """Unit vectors [..., bottleneck] → their cosines with the prototypes, [..., prototypes]."""
         directions = parameter(self, "prototypes", prototype_uniform, (self.bottleneck, self.prototypes))
-        # The products are divided by the norms of the prototypes. Normalised prototypes would be a copy, and have a
-        # gradient, as large as they are: larger than all else here.
+        # The products are divided by the norms of the prototypes. Normalised prototypes would be a copy as large as
+        # they are, with as large a gradient: larger than all else here.
         inverse = jax.lax.rsqrt(jnp.maximum(sum_from_first_axis(jnp.square(directions), 0), LENGTH_EPSILON**2))
         return jnp.matmul(units, directions, precision="highest") * inverse
 
@@ -67,7 +67,7 @@ class DINOHead(nn.Module):
 
 
 class SpeakerHead(nn.Module):
-    """Embedding [N, D] → its cosines with one direction a speaker, float32 [N, speakers]."""
+    """Embedding [N, D] → its cosines with one direction per speaker, float32 [N, speakers]."""
 
     speakers: int
 

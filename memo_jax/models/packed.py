@@ -1,7 +1,7 @@
 """Packed planes: [N, T, F, C] laid out as [N, T, F/p, p·C], p neighbouring frequencies side by side, for TPUs.
 
 With 16 channels, most of a TPU's 128 lanes and of the columns of its matrix units would stay empty. A kernel that holds
-the given one p times, and zeros elsewhere, convolves packed planes: more multiplications, but all units are full.
+p copies of the given one, and zeros elsewhere, convolves packed planes: more multiplications, but all units are full.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: the train state, written by orbax in the background, and read again.
+"""Checkpoints of a run: the train state, written by orbax in the background, and read back.
 
-A checkpoint appears, manifest included, by renaming a finished folder: a run killed at any moment leaves whole
-checkpoints and at most a temporary folder, which nobody reads and the next `Checkpointer` removes.
+A checkpoint appears, manifest included, by renaming a finished folder: a run killed at any moment leaves complete
+checkpoints and at most a temporary folder, which nothing reads and the next `Checkpointer` removes.
 `saved_checkpoint.py` describes the files.
 
 No position in the data is saved: a batch is a function of dataset, seed and step (`data/batches.py`).
@@ -36,7 +36,7 @@ from memo_jax.training.saved_checkpoint import (
 class Checkpointer:
     """Writes and reads the checkpoints of one workdir; all processes call every method together.
 
-    `save` returns once the state is copied off the device (the caller may donate it at once); writing goes on in the
+    `save` returns once the state is copied off the device (the caller may donate it at once); writing continues in the
     background, and a failure surfaces in the next `save`, `wait` or `close`.
 
     Args:
@@ -81,7 +81,7 @@ class Checkpointer:
         latest = self.latest_step()
         if latest is not None and latest >= step:
             raise ValueError(
-                f"{self.folder} holds a checkpoint of step {latest}, not before step {step} now to be saved: "
+                f"{self.folder} holds a checkpoint of step {latest}, so step {step} cannot be saved: "
                 "resume from it, or use another workdir"
             )
         arrays = leaves_by_name(state)
@@ -106,7 +106,7 @@ class Checkpointer:
 
         Args:
           abstract_state: pytree like the saved one, of arrays or of `jax.ShapeDtypeStruct` with the shardings that the
-            result shall have.
+            result should have.
 
         Raises:
           FileNotFoundError: no checkpoint.
@@ -142,7 +142,7 @@ class Checkpointer:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns whatever a failed save raises into one OSError, and removes what it left on the disk."""
+        """Turns whatever a failed save raises into one OSError, and removes what it left on disk."""
         try:
             yield
         except Exception as error:
@@ -157,7 +157,7 @@ class Checkpointer:
                     "there is none before it" if previous is None else f"the checkpoint of step {previous} is intact"
                 )
             except Exception:  # the bucket cannot be reached
-                intact = "those before it are as they were"
+                intact = "those before it are unchanged"
             way_out = (
                 "Make sure that the bucket can be written"
                 if in_bucket(self.folder)
@@ -169,7 +169,7 @@ class Checkpointer:
             ) from error
 
     def _remove_unfinished(self, step: int | None = None) -> None:
-        """Removes what unfinished saves have left; in a bucket, only what that of `step` has."""
+        """Removes what unfinished saves have left behind; in a bucket, only what the save of `step` left."""
         if not in_bucket(self.folder):
             for leftover in self.folder.glob(f"*{UNFINISHED}*"):
                 leftover.rmtree(missing_ok=True)
@@ -238,7 +238,7 @@ def _ignore_closed_loops() -> None:
 
 
 def _quiet(record: logging.LogRecord) -> bool:
-    """Drops what orbax logs by way of absl and asyncio: its errors are raised as well, and reported in our words."""
+    """Drops what orbax logs through absl and asyncio: its errors are raised as well, and reported in our words."""
     return "orbax" not in record.pathname and "orbax" not in record.getMessage()
 
 

@@ -19,7 +19,7 @@ from memo_jax.xla import sharding
 
 
 class Feed:
-    """The batches of a run from a step on, the program that takes them, and the table of partners they are cut by.
+    """The batches of a run from a given step on, the program that takes them, and the table of partners in use.
 
     It begins to compile when it is made; call `open` before the first step. Use it as a context manager.
 
@@ -42,7 +42,7 @@ class Feed:
             self._compile(inputs.positives is not None and inputs.positives.are_on(begin))
 
     def open(self, state: TrainState, monitor: Monitor) -> None:
-        """Begins to read batches, by the partners of the state if they are in use."""
+        """Starts reading batches, with the state's partners if they are in use."""
         partners, positives = None, self._inputs.positives
         if positives and positives.are_on(self._begin) and not positives.are_due(self._begin):
             partners = np.asarray(state.partners.addressable_data(0))
@@ -55,7 +55,7 @@ class Feed:
         if positives is None or not positives.are_due(taken):
             return state
         with monitor.between_steps("positives"):
-            self._batches.close()  # it has read ahead with the partners of before
+            self._batches.close()  # it has read ahead with the previous partners
             first = taken == positives.first != self._begin
             if first and crop_numbers(self._config, True) != crop_numbers(self._config):
                 self._compile(True)
@@ -93,8 +93,8 @@ class Feed:
 
 
 def partners_text(step: int, metrics: Mapping[str, float]) -> str:
-    """Returns the message of new partners."""
+    """Returns the message about new partners."""
     same = metrics.get("positives/same_speaker")
-    return f"step {step}: drew partners; {metrics['positives/other']:.1%} have another recording than their own" + (
+    return f"step {step}: drew partners; {metrics['positives/other']:.1%} have a recording other than their own" + (
         "" if same is None else f", {same:.1%} of these of the same speaker"
     )

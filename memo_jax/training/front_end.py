@@ -58,7 +58,7 @@ def training_views(
     """
 
     def views_of(crops, augment_number, mask_number, clean=False):
-        """The numbers tell the draws of a kind from those of others."""
+        """The numbers keep the draws of one kind of crop apart from those of the others."""
         count = crops.shape[1]
         with jax.named_scope("augment"):
             waves = crops.reshape(-1, crops.shape[-1]).astype(jnp.float32) / 32768

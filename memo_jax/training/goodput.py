@@ -11,7 +11,7 @@ GOODPUT_METRICS = (*(f"goodput/{part}" for part in PARTS), "checkpoint_seconds",
 
 
 class Goodput:
-    """Adds up the wall time of this process since it began to train; time not counted elsewhere is the steps'."""
+    """Adds up the wall time of this process since it began to train; time not counted elsewhere goes to the steps."""
 
     def __init__(self):
         self._begin = time.perf_counter()
@@ -55,7 +55,7 @@ class Goodput:
         return {"steps": max(1 - sum(others.values()), 0.0)} | others
 
     def row(self) -> dict[str, float]:
-        """Returns the metrics of a row; `input_seconds` counts stalls since the row before."""
+        """Returns the metrics of a row; `input_seconds` counts stalls since the previous row."""
         row = {f"goodput/{part}": share for part, share in self.shares().items()} | {"input_seconds": self._input}
         self._input = 0.0
         return row if self._checkpoint is None else row | {"checkpoint_seconds": self._checkpoint}

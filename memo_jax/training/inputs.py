@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
 
     utterances: Utterances
     labels: np.ndarray | None  # of the utterances, −1 where unknown; None for training without labels
-    label_note: str  # what to tell about labels from a table, or ""
+    label_note: str  # what to report about labels from a table, or ""
     recipe: Recipe
     positives: Positives | None
     epoch_steps: int
@@ -79,7 +79,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
 
 
 def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
-    """Returns the utterances' labels, None for training without, and what to tell about those of a table, or ""."""
+    """Returns the utterances' labels, None for training without, and what to report about those of a table, or ""."""
     if not reads_labels(config):
         return None, ""
     table = config.supervised.labels
@@ -117,7 +117,7 @@ def batches_of(config, inputs: Inputs, start: int, partners: np.ndarray | None =
 
 
 def bank_record(rows: np.ndarray) -> dict[str, int]:
-    """Returns how many rows a bank holds, into which recordings are cut, and a checksum of them."""
+    """Returns how many rows, into which recordings are cut, a bank holds, and their checksum."""
     return {"rows": len(rows), "checksum": zlib.crc32(rows)}
 
 

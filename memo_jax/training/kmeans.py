@@ -16,7 +16,7 @@ from memo_jax.xla import sharding
 BLOCK = 1024  # rows compared with all centroids at once: 100 MB of cosines with 25,000 of them
 FIXED_POINT = 2**18  # a unit vector's numbers are summed in steps of 1 / FIXED_POINT
 HALF = 2**9  # FIXED_POINT = HALF²: each half of such a number is summed by itself
-MAX_ROWS = 2**21  # the sums of so many halves fit into 32 bits
+MAX_ROWS = 2**21  # the sums of this many halves fit into 32 bits
 
 
 class Clusters(NamedTuple):
@@ -36,14 +36,14 @@ def spherical_kmeans(embeddings: np.ndarray, clusters: int, iterations: int, see
     Rows are split over the devices of the mesh, and compared with the centroids in blocks of 1,024.
 
     Args:
-      embeddings: float [N, D], whole and the same in all processes; rows need not have unit length.
+      embeddings: float [N, D], complete and the same in all processes; rows need not have unit length.
       clusters: K, at most N.
       iterations: at least 1.
       seed: of the draw, what `numpy.random.default_rng` takes: an integer, or a list of integers.
       mesh: the devices.
 
     Raises:
-      ValueError: numbers that cannot be.
+      ValueError: impossible numbers.
     """
     embeddings = np.asarray(embeddings)
     rows = len(embeddings)
@@ -72,7 +72,7 @@ def padded_rows(rows: int, mesh: Mesh) -> int:
 def jitted_kmeans(mesh: Mesh, iterations: int):
     """Returns the jitted function (rows [N, D], first centroids [K, D], number of rows that count) → Clusters.
 
-    N is as `padded_rows` says. Both results are whole on every device.
+    N is as `padded_rows` says. Both results are replicated on every device.
     """
     rows, whole = PartitionSpec(sharding.DATA_AXIS), PartitionSpec()
     kmeans = functools.partial(_kmeans, iterations)
@@ -99,7 +99,7 @@ def _kmeans(iterations, points, centroids, rows):
         halves = jax.lax.fori_loop(0, len(blocks), add, (zeros, zeros))
         high, low = (jax.lax.psum(half, sharding.DATA_AXIS).astype(jnp.float32) for half in halves)
         sums = high * HALF + low
-        # The sum of no rows is zero, and that of opposite ones points nowhere.
+        # The sum of no rows is zero, and so is that of opposite rows: neither has a direction.
         return jnp.where((sums != 0).any(axis=1, keepdims=True), _unit(sums), centroids)
 
     centroids = jax.lax.fori_loop(0, iterations, iteration, _unit(centroids))
@@ -112,17 +112,17 @@ def _unit(x):
 
 
 def _nearest(block, centroids):
-    """Returns the number of the nearest centroid to each row; of equally near ones, the first."""
+    """Returns the number of the centroid nearest to each row; of equally near ones, the first."""
     cosines = jnp.matmul(block, centroids.T, precision="highest")
     return cosines.argmax(axis=1).astype(jnp.int32)
 
 
 def nearest_other_centroid(centroids: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Returns the number of the nearest other centroid to each, int32 [K]; with a single centroid, its own.
+    """Returns, for each centroid, the number of the nearest other one, int32 [K]; with a single centroid, its own.
 
     Args:
       centroids: unit vectors float32 [K, D].
-      mesh: the devices; every one compares all, in blocks.
+      mesh: the devices; each compares all centroids, in blocks.
     """
     count = len(centroids)
     padded = np.pad(centroids, ((0, -count % BLOCK), (0, 0)))

@@ -1,6 +1,6 @@
-"""The loss gate of training on pseudo-labels: utterances whose loss says that their label is wrong are left out.
+"""The loss gate of training on pseudo-labels: utterances whose loss suggests that their label is wrong are left out.
 
-Losses of right and of wrong labels have two modes. At the end of an epoch, a mixture of two normal distributions is
+The losses of right and of wrong labels form two modes. At the end of an epoch, a mixture of two normal distributions is
 fitted to the logarithms of each utterance's latest loss. In the next one, an utterance is learned if its loss
 was at most the point between the two means at which the weighted densities cross (Han, Chen and Qian, "Self-Supervised
 Speaker Verification Using Dynamic Loss-Gate and Label Correction", Interspeech 2022).
@@ -33,7 +33,7 @@ class LossGate:
 
 
 def initial_loss_gate(utterances: int) -> LossGate:
-    """Returns the gate of a dataset with so many utterances before the first step: all are learned."""
+    """Returns the gate before the first step, for a dataset with this many utterances: all are learned."""
     return LossGate(jnp.full(utterances, NEVER_SEEN, jnp.float32), jnp.full((), jnp.inf, jnp.float32))
 
 

@@ -33,12 +33,12 @@ def sinkhorn_distributions(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns balanced targets: the rows of softmax(logits/temperature) after Sinkhorn's iterations (Cuturi, 2013).
 
-    An iteration divides every column, a prototype's, by its sum over views and batch, then every row by its sum: all
-    prototypes come to be used about equally, without a centre. As in SwAV (Caron et al., 2020) and SDPN.
+    An iteration divides every column (a prototype) by its sum over views and batch, then every row by its sum: all
+    prototypes end up being used about equally, without a centre. As in SwAV (Caron et al., 2020) and SDPN.
 
     Args:
       teacher_logits: [W, B, K] float32; no gradient flows into them.
-      temperature: positive. A softmax that is raised to the power 4 and normalised is one of a quarter of the
+      temperature: positive. A softmax that is raised to the power 4 and normalised equals one at a quarter of the
         temperature.
       iterations: how many.
 
@@ -78,7 +78,7 @@ def distillation(
       student_logits: s [V, B, K] float32.
       probabilities: p [W, B, K] of `teacher_distributions`; no gradient flows into them.
       temperature: the student's, positive.
-      shared_views: whether the student's first W views are those of the teacher; else no view is.
+      shared_views: whether the student's first W views are those of the teacher; if not, they share none.
     """
     return _distillation_and_residuals(student_logits, probabilities, temperature, shared_views)[0]
 
@@ -138,7 +138,7 @@ def koleo(embeddings: jax.Array) -> jax.Array:
         cosines = jnp.matmul(x, x.T, precision="highest")
         nearest = jnp.where(jnp.eye(len(x), dtype=bool), -jnp.inf, cosines).argmax(axis=1)
         squares = jnp.square(x - x[nearest]).sum(axis=1)
-        # Equal embeddings have no direction to part in.
+        # Equal embeddings have no direction to move apart in.
         return -jnp.log(jnp.sqrt(jnp.maximum(squares, 1e-16)) + 1e-8).mean()
 
     return jax.vmap(of_view)(l2_normalize(embeddings.astype(jnp.float32))).sum()
@@ -188,7 +188,7 @@ def contrastive(
       margin: subtracted from the cosine of every positive pair: AM-NT-Xent (Lepage and Dehak, 2024, arXiv 2404.14913).
       speakers: int32 [B], the speaker of each utterance, negative where unknown. If given, other utterances of an
         anchor's speaker are not among its negatives.
-      shared_views: whether the views are the same, so that view i is not compared with itself; else no view is.
+      shared_views: whether the views are the same, so that view i is not compared with itself; if not, they share none.
     """
     batch = student.shape[1]
     student = l2_normalize(student.astype(jnp.float32))
@@ -221,7 +221,7 @@ def aam_softmax(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax
 
 
 def aam_softmax_rows(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax.Array | float) -> jax.Array:
-    """Returns the ArcFace loss (Deng et al., 2019, eq. 3) of each row in nats, [N]; of one without a label any number.
+    """Returns the ArcFace loss (Deng et al., 2019, eq. 3) of each row in nats, [N]; without a label, any number.
 
     The cross-entropy of softmax(scale · [cos θ_1, …, cos(θ_y + margin), …]) with the true speaker y. Where θ_y + margin
     exceeds π, so that its cosine would rise again, cos θ_y − margin · sin(margin) takes its place, as is usual.

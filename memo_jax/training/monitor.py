@@ -1,4 +1,4 @@
-"""Watches a run from beside its loop: reads and logs metrics, evaluates, and stops a run that cannot go on."""
+"""Watches a run from beside its loop: reads and logs metrics, evaluates, and stops a run that cannot continue."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ Evaluation = Callable[[Recipe, dict], dict[str, float]]
 
 
 class TrainingStopped(ValueError):
-    """The run cannot go on: its numbers are not finite, or it has collapsed."""
+    """The run cannot continue: its numbers are not finite, or it has collapsed."""
 
     exit_status = 3
 
@@ -36,7 +36,7 @@ class Monitor:
     """Follows a run step by step.
 
     The metrics of a step are read while the next step runs on the device, so that neither waits for the other: `took`
-    reads those of the step before, `settle` also those of the step just taken.
+    reads those of the previous step, `settle` also those of the step just taken.
 
     Args:
       config: of the run.
@@ -91,14 +91,14 @@ class Monitor:
         return self._pending and self._pending[1]
 
     def took(self, number: int, metrics: dict[str, jax.Array]) -> None:
-        """Notes that a step was dispatched; checks and logs the step before."""
+        """Notes that a step was dispatched; checks and logs the previous step."""
         if self._pending:
             self._log(self._read())
         self._pending = number, metrics
 
     @contextlib.contextmanager
     def between_steps(self, part: str) -> Iterator[None]:
-        """A context whose time counts for a part of the goodput, and for no step; logs the step before it."""
+        """A context whose time counts for a part of the goodput, and for no step; logs the step that precedes it."""
         if self._pending:
             self._log(self._read())
         with self.goodput.counting(part):

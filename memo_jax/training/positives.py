@@ -2,8 +2,8 @@
 
 Once an interval, a teacher embeds one crop of every utterance without augmentation, k-means clusters the embeddings,
 and each utterance draws its partner from a cluster near it, which is often of the same speaker, in another recording.
-This is the positive sampling SSPS of Lepage and Dehak, as their toolkit sslsv has it, with partners drawn once an
-interval. No label is read, but to tell people how often a partner is of the same speaker.
+This is the positive sampling SSPS of Lepage and Dehak, as in their toolkit sslsv, with partners drawn once an interval.
+Labels are read only to report how often a partner is of the same speaker.
 """
 
 import functools
@@ -34,7 +34,8 @@ class Positives:
       epoch_steps: steps in an epoch.
 
     Attributes:
-      first: steps taken when partners are first drawn; before, everybody is their own, and the step is as without them.
+      first: steps taken when partners are first drawn; until then, every utterance is its own, and the step is the same
+        as without partners.
       every: steps from one draw to the next.
 
     Raises:
@@ -62,7 +63,7 @@ class Positives:
         return self.are_on(taken) and (taken - self.first) % self.every == 0
 
     def drawn(self, state: TrainState, recipe: Recipe, mesh: Mesh, taken: int) -> np.ndarray:
-        """Returns new partners, int32 [N], by the teacher of the first branch; all processes call this together.
+        """Returns new partners, int32 [N], found by the teacher of the first branch; all processes call this together.
 
         They depend on the dataset, the seed, `taken` and that teacher alone, whatever the number of processes.
         """
@@ -73,7 +74,7 @@ class Positives:
         return draw_partners(own, chosen, settings.keep_own, [5, seed, taken])
 
     def described(self, partners: np.ndarray) -> dict[str, float]:
-        """Returns what people want to know of partners: metrics by name.
+        """Returns metrics that describe partners, by name.
 
         `positives/other` is the share of utterances with a partner other than themselves, `positives/same_speaker` the
         share of these whose partner is of the same speaker. It counts where both speakers are known, and is missing if
@@ -125,7 +126,7 @@ class Positives:
 
 
 def embed_crops(backbone, front_end, variables, crops: jax.Array) -> jax.Array:
-    """Returns the embeddings float32 [N, D], of unit length, of crops int16 [N, L] by a network as it is used."""
+    """Returns the embeddings float32 [N, D], of unit length, of crops int16 [N, L] in evaluation mode."""
     features, _ = front_end(crops.astype(jnp.float32) / 32768)
     return l2_normalize(backbone.apply(variables, features).astype(jnp.float32))
 
@@ -133,7 +134,7 @@ def embed_crops(backbone, front_end, variables, crops: jax.Array) -> jax.Array:
 def draw_partners(own: np.ndarray, chosen: np.ndarray, keep_own: float, seed) -> np.ndarray:
     """Returns the partner of every utterance, int32 [N]: drawn uniformly from the members of its chosen cluster.
 
-    Nobody draws themselves. Where the cluster has nobody else, an utterance is its own partner.
+    No utterance draws itself. Where the cluster has no other, an utterance is its own partner.
 
     Args:
       own: int [N], the cluster of each utterance.
@@ -143,7 +144,7 @@ def draw_partners(own: np.ndarray, chosen: np.ndarray, keep_own: float, seed) ->
     """
     count, random = len(own), np.random.default_rng(seed)
     keeps, fractions = random.random(count) < keep_own, random.random(count)
-    members = np.argsort(own, kind="stable")  # cluster after cluster, in each by number
+    members = np.argsort(own, kind="stable")  # by cluster, then by number
     sizes = np.bincount(own, minlength=int(chosen.max()) + 1)
     begins = np.cumsum(sizes) - sizes
     among = chosen == own
@@ -151,7 +152,7 @@ def draw_partners(own: np.ndarray, chosen: np.ndarray, keep_own: float, seed) ->
     places = (fractions * candidates).astype(np.int64)
     rank = np.empty(count, np.int64)
     rank[members] = np.arange(count)
-    places += among & (places >= rank - begins[own])  # over oneself
+    places += among & (places >= rank - begins[own])  # skips the utterance itself
     alone = keeps | (candidates == 0)
     partners = members[np.where(alone, 0, begins[chosen] + places)]
     return np.where(alone, np.arange(count), partners).astype(np.int32)

@@ -15,11 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 # A process silent for this long counts as lost, which ends the others. It sends a heartbeat after half of it, so it may
-# stand still for the other half, as when its machine is moved to another host. After a minute gRPC, which has no
-# setting for it here, gives the connection up whatever this says.
+# stall for the other half, as when its machine is moved to another host. After a minute gRPC, which has no setting for
+# it here, gives up the connection regardless of this value.
 HEARTBEAT_SECONDS = 100
 SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others
-LAST_WORDS_SECONDS = 5.0  # how long a failed first process, whose end ends all, lets the others report their errors
+LAST_WORDS_SECONDS = 5.0  # how long a failed first process, whose exit ends all, lets the others report their errors
 TEXT_BYTES = 1000  # longest error message that the first process sends to the others
 # How XLA's errors begin when a peer is lost. Others, such as RESOURCE_EXHAUSTED, come from this process itself.
 LOST = re.compile(r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
@@ -99,7 +99,7 @@ def is_of_lost_process(error: BaseException | None) -> bool:
 def in_first(action: Callable[[], T]) -> T | None:
     """Calls `action` in the first process and returns its result there, None in the others.
 
-    An OSError or ValueError of it is raised in all, so that no process waits for one that has failed.
+    An OSError or ValueError that it raises is raised in all, so that no process waits for one that has failed.
     """
     if jax.process_count() == 1:
         return action()
@@ -117,7 +117,7 @@ def in_first(action: Callable[[], T]) -> T | None:
 
 
 def from_first(value: np.ndarray) -> np.ndarray:
-    """Returns the first process's value in all of them; each gives one of the same shape and type."""
+    """Returns the first process's value in all of them; each passes one of the same shape and type."""
     if jax.process_count() == 1:
         return value
     return np.asarray(multihost_utils.broadcast_one_to_all(value))

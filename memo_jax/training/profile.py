@@ -46,7 +46,7 @@ class Profiler:
       steps: the steps to profile; None for none.
       begin: the step that this start resumes after.
       end: its last step.
-      active: whether to profile; without, only checks the arguments (every process but the first).
+      active: whether to profile; if not, only checks the arguments (every process but the first).
 
     Raises:
       ValueError: too few steps are left, or the workdir is in a bucket.

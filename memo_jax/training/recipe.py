@@ -121,7 +121,7 @@ def check_ranges(config) -> None:
     if after < 0 or correct_after < 0:
         raise ValueError(
             f"supervised.loss_gate_after_epochs is {after} and supervised.correct_labels_after_epochs {correct_after}: "
-            "must be at least 0, which is never"
+            "must be at least 0 (0 means never)"
         )
     if after and not config.supervised.weight:
         raise ValueError("supervised.loss_gate_after_epochs is set, but supervised.weight is 0: there is no such loss")
@@ -303,7 +303,7 @@ def build_front_end(config):
 def load_augmentation_banks(config) -> dict[str, np.ndarray]:
     """Returns the config's banks of recordings and room responses, {} if it names none.
 
-    Raises OSError or ValueError, naming the folder, for a folder that gives no bank.
+    Raises OSError or ValueError, naming the folder, for a folder that yields no bank.
     """
     a = config.augment
     return load_banks(

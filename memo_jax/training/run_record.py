@@ -73,7 +73,7 @@ def hardware() -> dict:
 
 
 def _processor() -> str:
-    """The kernel's name of the processor, which says more than platform.processor(), the architecture."""
+    """The kernel's name for the processor, which says more than platform.processor(), the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -93,7 +93,7 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
         run["starts"][0]["versions"], run["starts"][-1]["total_steps"]
         return run
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to do without") from None
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to go on without") from None
 
 
 class RunRecord:

@@ -1,8 +1,8 @@
-"""A checkpoint on the disk: where it is, the manifest that reveals any damage, and how it is read.
+"""A checkpoint on disk: where it is, the manifest that reveals any damage, and how it is read.
 
 Layout: `<workdir>/checkpoints/<step>/` with orbax's files and `manifest.json`: the names, shapes and types of the
-arrays, the checksum of every file, and the caller's JSON. In a bucket, where folders cannot be renamed, a checkpoint
-is whole once its folder has `commit_success.txt`, which orbax writes last.
+arrays, the checksum of every file, and the caller's JSON. In a bucket, where folders cannot be renamed, a checkpoint is
+complete once its folder has `commit_success.txt`, which orbax writes last.
 """
 
 import json
@@ -103,7 +103,7 @@ class SavedCheckpoint(NamedTuple):
             raise OSError(f"{file}: cannot be read: {reason}")
         if not self.folder.exists():
             raise FileNotFoundError(
-                f"{self.folder}: removed while it was read; the run that trains there keeps later ones"
+                f"{self.folder}: removed while it was being read; the run that trains there keeps later ones"
             )
         what = "is missing" if not file.exists() else "differs from what was written (its size or checksum)"
         raise damaged(self.folder, self.steps, f"{name} {what}")
@@ -150,7 +150,7 @@ def write_manifest(folder: epath.Path, manifest: dict) -> None:
 
 
 def remove_checkpoint(folder: epath.Path) -> None:
-    """Removes a checkpoint so that what is left does not look whole if this is interrupted."""
+    """Removes a checkpoint so that what is left does not look complete if this is interrupted."""
     if in_bucket(folder):
         (folder / COMMIT_FILE).unlink(missing_ok=True)
     else:
@@ -164,7 +164,7 @@ def descriptions(arrays: dict) -> dict[str, str]:
 
 
 def crc32(file: epath.Path) -> int:
-    """Returns the checksum of a file: 0.3 s a gigabyte; it notices any change of up to 32 bits in a row."""
+    """Returns the checksum of a file: 0.3 s a gigabyte; it detects any change within 32 consecutive bits."""
     checksum = 0
     with file.open("rb") as content:
         while part := content.read(READ_BYTES):
@@ -175,9 +175,9 @@ def crc32(file: epath.Path) -> int:
 def damaged(folder: epath.Path, steps: list[int], what: str) -> CheckpointError:
     """Returns an error that names a damaged checkpoint and the way out."""
     earlier = [step for step in steps if step < int(folder.name)]
-    way_out = "delete this folder and start again, there is no checkpoint before it"
+    way_out = "delete this folder and start again, since there is no checkpoint before it"
     if earlier:
-        way_out = f"delete this folder to go on from the checkpoint before it, {folder.parent / str(earlier[-1])}"
+        way_out = f"delete this folder to resume from the checkpoint before it, {folder.parent / str(earlier[-1])}"
     return CheckpointError(f"{folder}: the checkpoint is damaged or cut short: {what}; {way_out}")
 
 

@@ -198,8 +198,8 @@ def student_embeddings(backbone: nn.Module, params, batch_stats, views: Sequence
         if remat and i < len(views) - 1:
             embed = jax.checkpoint(embed)
         of_views, batch_stats = embed(params, batch_stats, features)
-        # One crop length after the other, in the backward pass in the reverse order: their activations are never held
-        # at the same time (0.38 GB of temporaries instead of 0.55).
+        # One crop length after the other, in reverse order in the backward pass: their activations are never held at
+        # the same time (0.38 GB of temporaries instead of 0.55).
         params, of_views = materialize_on_cpu((params, of_views))
         embeddings.append(of_views)
     return embeddings, batch_stats
@@ -347,7 +347,7 @@ def objective(
       state: supplies everything else.
       views: of the batch.
       recipe: of the run.
-      labels: int32 [B], for recipes that read labels; with a loss gate, those that it leaves.
+      labels: int32 [B], for recipes that read labels; with a loss gate, those that remain after it.
     """
     teachers, weights = all_teacher_outputs(state, views, recipe), recipe.weights
     total = jnp.float32(0)
@@ -407,7 +407,7 @@ def contrastive_gradient(
 
 
 class SupervisedGradient(NamedTuple):
-    """The supervised loss of a step, weighted, its gradients, and what is known beside it."""
+    """The supervised loss of a step, weighted, its gradients, and what else is computed with it."""
 
     loss: jax.Array
     gradient: Any  # at the parameters of the speaker head
@@ -426,7 +426,7 @@ def supervised_gradient(
 ) -> SupervisedGradient:
     """Returns the supervised loss of a branch at the student's embeddings, with its gradients.
 
-    With a loss gate, the labels are those that `learned_labels` leaves.
+    With a loss gate, the labels are those that `learned_labels` returns.
     """
     branch, student, shares, learned = recipe.branches[name], state.student[name], {}, labels
     if gated is not None:
@@ -594,7 +594,7 @@ def train_step_on_features(
 
     Args:
       state: before the step.
-      views: as `front_end.training_views` gives them.
+      views: as `front_end.training_views` returns them.
       recipe: of the run.
       labels: int32 [B], the number of each utterance's speaker; only recipes that train with labels read it.
       gated: of the same batch, for recipes with a loss gate.
@@ -661,7 +661,7 @@ def train_step(
     """Takes one step on a batch of `training_batches`: the front end, then `train_step_on_features`.
 
     Every random draw comes from `key` and the state's step, so that a resumed run needs no saved generator. For recipes
-    with label correction, `clean` gives the features that labels are corrected by (`front_end.clean_features`).
+    with label correction, `clean` computes the features by which labels are corrected (`front_end.clean_features`).
     """
     views, gated = front_end(jax.random.fold_in(key, state.step), batch, banks), None
     if recipe.supervision.gated_utterances:

@@ -44,7 +44,7 @@ def supervised_loss(
     supervision: Supervision,
     given: jax.Array | None = None,
 ):
-    """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and what is known beside it.
+    """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and what else is computed with it.
 
     Args:
       head_params: of the speaker head.

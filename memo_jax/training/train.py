@@ -148,7 +148,7 @@ def train(
 
 
 def with_new_loss_gate(config, inputs: Inputs, state: TrainState, number: int, shown: Progress) -> TrainState:
-    """Returns the state with which the step after `number` begins: after an epoch, the loss gate is set anew."""
+    """Returns the state with which the step after `number` begins: after an epoch, with a new loss-gate threshold."""
     epoch, left = divmod(number, inputs.epoch_steps)
     if left or not has_loss_gate(config) or epoch < config.supervised.loss_gate_after_epochs:
         return state
@@ -165,22 +165,22 @@ def with_new_loss_gate(config, inputs: Inputs, state: TrainState, number: int, s
 
 
 def first_state(config, inputs: Inputs, mesh: Mesh, start: Mapping[str, Variables]) -> tuple[TrainState, str]:
-    """Returns the state before the first step, with what is used of the parts to start from, and what to tell of it."""
+    """Returns the state before the first step, with the parts to start from that it can use, and a note about them."""
     start, note = with_known_speakers(config, inputs, start)
     return create_state(config, inputs.recipe, mesh, start), note
 
 
 def with_known_speakers(config, inputs: Inputs, start: Mapping[str, Variables]) -> tuple[Mapping[str, Variables], str]:
-    """Returns the parts to start from, with speaker heads only for the labels that they are of, and what to tell."""
+    """Returns the parts to start from, with speaker heads only if they are of the same labels, and a note."""
     if inputs.labels is None or not any(SPEAKER_HEAD in parts["params"] for parts in start.values()):
         return start, ""
     if load_extra(config.init)["labels"] == data_identity(inputs)["labels"]:
-        return start, f"the labels are those of {config.init}: their directions go on"
+        return start, f"the labels are those of {config.init}: their directions are kept"
     without = {
         branch: parts | {"params": {part: tree for part, tree in parts["params"].items() if part != SPEAKER_HEAD}}
         for branch, parts in start.items()
     }
-    return without, f"the labels are not those of {config.init}: their directions start anew"
+    return without, f"the labels are not those of {config.init}: their directions start afresh"
 
 
 def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:
@@ -232,7 +232,7 @@ def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
 def teacher_backbones(state: TrainState) -> dict:
     """Returns {branch: variables} of the teachers' backbones, copied to this host: the next step donates its state.
 
-    Host arrays at every step: arrays that lie on devices in different ways would each get programs of their own.
+    Host arrays at every step: each way in which arrays can be placed on devices would need programs of its own.
     """
     backbones = {name: backbone_variables(of) for name, of in state.teacher.items()}
     return jax.tree.map(np.array, sharding.on_one_device(backbones))
@@ -243,7 +243,7 @@ def announcement(
 ) -> str:
     """Returns what a run says when it starts."""
     devices = chosen_devices()
-    # Recordings are cut into rows of a bank, so these are no numbers of recordings.
+    # Recordings are cut into rows of a bank, so these are not numbers of recordings.
     cut = f" × {config.augment.bank_seconds:g} s"
     bank_text = ", ".join(
         plural(len(rows), "room response") if name == "rir" else f"{name} {len(rows)}{cut}"

@@ -296,7 +296,7 @@ def test_what_is_removed_while_it_is_read_is_not_called_damaged(tmp_path, monkey
     """As by the run that trains there, which keeps only its latest checkpoints."""
     save_steps(tmp_path, [1])
     monkeypatch.setattr(saved_checkpoint, "crc32", lambda file: shutil.rmtree(tmp_path / "checkpoints" / "1") or 0)
-    with pytest.raises(FileNotFoundError, match="removed while it was read"):
+    with pytest.raises(FileNotFoundError, match="removed while it was being read"):
         load_raw(tmp_path)
 
 

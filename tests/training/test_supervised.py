@@ -218,8 +218,8 @@ def test_a_run_from_a_workdir_keeps_the_directions_of_the_same_labels(run, tmp_p
     names = Utterances(tiny.material().dataset).names
     other = write_table(tmp_path / "other", {name: f"c{i % 5}" for i, name in enumerate(names)})
     for settings, same, said in (
-        (("supervised.margin=0.5",), True, f"the labels are those of {run}: their directions go on\n"),
-        ((f"supervised.labels={other}",), False, f"the labels are not those of {run}: their directions start anew\n"),
+        (("supervised.margin=0.5",), True, f"the labels are those of {run}: their directions are kept\n"),
+        ((f"supervised.labels={other}",), False, f"the labels are not those of {run}: their directions start afresh\n"),
     ):
         workdir = tmp_path / str(same)
         status, text = tiny.train_here(workdir, *tiny.SUPERVISED, *settings, f"--init={run}", "--stop-at-step=1")
