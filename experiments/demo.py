@@ -1,7 +1,7 @@
 """The demo: learn to tell speakers apart without labels, on speech made here or on your own.
 
     make demo                                    # or: python experiments/demo.py
-    make demo SPEECH=/path/to/recordings         # one folder a speaker, any depth below it
+    make demo SPEECH=/path/to/recordings         # one folder per speaker, any depth below it
 
 Makes a corpus, prepares two datasets, trains configs/demo.py on the first (which never sees a speaker label), and
 compares on the speakers of the second: the trained network, the same network untrained, and plain statistics of the
@@ -41,7 +41,7 @@ def main():
 def parse_arguments():
     """The command line's arguments, checked."""
     parser = argparse.ArgumentParser(description="Train a small MeMo system and show what it learned.")
-    parser.add_argument("--speech", type=Path, help="your own recordings, one folder a speaker (default: synthetic)")
+    parser.add_argument("--speech", type=Path, help="your own recordings, one folder per speaker (default: synthetic)")
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     parser.add_argument("--minutes", type=float, help=f"about how long to train (default: {CONFIG_MINUTES} on 2 cores)")
     parser.add_argument("--seed", type=int, default=0, help="of the corpus and the training")

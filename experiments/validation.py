@@ -115,7 +115,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--input", type=Path, required=True, help="folder with one folder a speaker")
+    parser.add_argument("--input", type=Path, required=True, help="folder with one folder per speaker")
     parser.add_argument("--output", type=Path, required=True, help="folder for the lists")
     parser.add_argument("--speakers", type=int, default=200, help="how many validate")
     parser.add_argument("--most", type=int, default=16, help="speakers with more recordings stay in training")

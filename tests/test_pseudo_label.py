@@ -104,7 +104,7 @@ def test_rounds_resume_with_the_same_options_alone(whole):
         (("evaluation.trials=",), "evaluation.trials is ''"),
         (("--labels=missing",), "missing"),
         (("--rounds=0",), "0"),
-        (("model.resnet_base_channels=4",), "which is no branch of this config"),
+        (("model.resnet_base_channels=4",), "which is not a branch of this config"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_work(more, said, tmp_path):

@@ -1,8 +1,8 @@
 """Zip and tar archives, read in place: which files they hold, where their bytes are, and those bytes.
 
-An archive is read to its end or refused. Headers of tars must match their checksums, an end mark must come, and only
-zeros may follow it; a zip must begin with its first file. Otherwise damage, a download that was cut short, or several
-archives joined into one file would lose recordings without a word.
+An archive is read to its end or refused. Headers of tars must match their checksums, an end mark must be there, and
+only zeros may follow it; a zip must begin with its first file. Otherwise damage, a download that was cut short, or
+several archives joined into one file would silently lose recordings.
 
 What a header claims costs nothing by itself: sizes are compared with what is there before anything is allocated or
 copied, and headers, decompressed members and temporary copies are all bounded.
@@ -29,10 +29,10 @@ ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by the first bytes
 LARGEST_MEMBER = 2 << 30  # bytes of a recording
-LARGEST_SKIPPED = 1 << 40  # bytes of any other file in a tar; to get past it in a compressed one takes time
+LARGEST_SKIPPED = 1 << 40  # bytes of any other file in a tar; skipping it in a compressed one takes time
 IN_MEMORY = 64 << 20  # bytes; a larger member is decoded from a temporary file
 LARGEST_HEADER = 1 << 20  # bytes of all headers of a file in a tar, long names and the like included
-MOST_FILLING = 1 << 20  # bytes of zeros after the end mark of a tar, which is filled up to a whole record
+MOST_FILLING = 1 << 20  # bytes of zeros after the end mark of a tar, which is padded to a full record
 UNIX = 3  # in a zip, the system whose attributes a file has
 ZIP_END = (1 << 16) + 256  # most bytes that the records at the end of a zip and its comment take
 XZ_MEMORY = 1 << 29  # bytes; xz -9 needs an eighth of it
@@ -41,7 +41,7 @@ SPEAKER_BYTES = 1 << 12  # most that is read of a member whose content is asked 
 
 
 class Extent(NamedTuple):
-    """Where a member's bytes are in its archive: `stored` bytes from `offset` on give `size` bytes.
+    """Where a member's bytes are in its archive: `stored` bytes from `offset` on yield `size` bytes.
 
     In a zip, `offset` is that of the member's local header, and `crc` (of the content) and `name_crc` (of the name in
     UTF-8) are set. In a tar, `number` says which file of the archive it is; in a compressed one the offset means
@@ -96,7 +96,7 @@ def open_member(path: str | os.PathLike, extent: Extent) -> BinaryIO:
     """Opens the content of a member as a seekable file: in memory, or a temporary file if it is large.
 
     Raises:
-      ValueError: the reason why its content cannot be had: too large, damaged, the archive cannot be read.
+      ValueError: the reason why its content is unavailable: too large, damaged, the archive cannot be read.
       OSError: a temporary file cannot be written.
     """
     if max(extent.size, extent.stored) > LARGEST_MEMBER:
@@ -131,7 +131,7 @@ class TarStream:
         """Copies the content of a member, which comes after all that were copied before, to `file`.
 
         Raises:
-          ValueError: the archive is damaged, or not the one that the extent is of.
+          ValueError: the archive is damaged, or not the one that the extent belongs to.
         """
         with _damage_named(self.path):
             while self._tar.number < extent.number:
@@ -163,7 +163,7 @@ class _Tar:
         self._offset = -1
 
     def next(self) -> tarfile.TarInfo | None:
-        """The next file that is no folder; None at the end mark, behind which only filling may come."""
+        """The next member that is not a folder; None at the end mark, after which only padding may follow."""
         while True:
             self._headers.allowed = LARGEST_HEADER
             info = self._tar.next()
@@ -186,11 +186,11 @@ class _Tar:
     def _check_end(self):
         rest = self.file.read(MOST_FILLING + 1)  # to the end, where the checksum of a gzip is
         if len(rest) > MOST_FILLING or rest.strip(b"\0"):
-            raise tarfile.ReadError(f"its end mark is at byte {self._tar.offset:,}, but more follows: are they two?")
+            raise tarfile.ReadError(f"its end mark is at byte {self._tar.offset:,}, but more follows: two archives?")
 
 
 class _Decompressed:
-    """The content of a bzip2 or xz file, read forwards; unlike bz2.open, it does not ignore what is no stream."""
+    """The content of a bzip2 or xz file, read forwards; unlike bz2.open, it does not ignore what is not a stream."""
 
     def __init__(self, path, make):
         self._file, self._make, self._stream = open(path, "rb"), make, make()
@@ -291,7 +291,7 @@ def _zip_members(path):
 
 
 def _check_zip(file, infos):
-    """Raises BadZipFile for what zipfile accepts: several archives in a file, entries lost, files within each other."""
+    """Raises BadZipFile for what zipfile accepts: several archives in a file, lost entries, overlapping files."""
     places = sorted((info.header_offset, info.compress_size) for info in infos)
     file.seek(0)
     if places and places[0][0] > 0 and file.read(4) == b"PK\3\4":
@@ -303,12 +303,12 @@ def _check_zip(file, infos):
     record = end.rindex(b"PK\5\6")
     count, comment = (int.from_bytes(end[record + at : record + at + 2], "little") for at in (10, 20))
     if end[record + 22 + comment :].strip(b"\0"):
-        raise zipfile.BadZipFile("more follows its end: are they two?")
+        raise zipfile.BadZipFile("more follows its end: two archives?")
     large = end.rfind(b"PK\6\6", 0, record)  # of Zip64, for which the other count is filled with ones
     if count == 0xFFFF and large >= 0:
         count = int.from_bytes(end[large + 32 : large + 40], "little")
     if count not in (len(infos), len(infos) % 65536):  # some writers count modulo 2^16
-        raise zipfile.BadZipFile(f"its directory has {len(infos):,} entries of {count:,}")
+        raise zipfile.BadZipFile(f"its directory has {len(infos):,} of {count:,} entries")
 
 
 def _zip_problem(info):
@@ -361,14 +361,14 @@ def _inflated(chunks):
 
 
 def _skip_zip_header(file, name_crc):
-    """Goes from the local header of a member in a zip to its data; the header repeats the name of the directory."""
+    """Skips from the local header of a member in a zip to its data; the header repeats the name in the directory."""
     header = file.read(30)
     if len(header) < 30 or not header.startswith(b"PK\3\4"):
         raise ValueError("damaged in its archive: no header")
     flags, name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (6, 26, 28))
     name = file.read(name_bytes).decode("utf-8" if flags & 0x800 else "cp437", errors="replace")
     if zlib.crc32(name.encode()) != name_crc:
-        raise ValueError("damaged in its archive: another name in its header")
+        raise ValueError("damaged in its archive: a different name in its header")
     file.seek(extra_bytes, os.SEEK_CUR)
 
 

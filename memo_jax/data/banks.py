@@ -29,14 +29,13 @@ def load_banks(
     """Reads augmentation recordings into memory, one bank for each kind.
 
     Folders are read with all their subfolders; files without the extension of a recording (licences, lists) are passed
-    over, and so are hidden files, whose number is printed. Of the whole MUSAN or RIRS_NOISES, the part that is of the
+    over, and so are hidden files, whose number is printed. Of a complete MUSAN or RIRS_NOISES, the part of the right
     kind is taken: noise, music, speech; for rooms the simulated and the real ones, for noise the point sources.
 
-    A recording gives rows of `seconds`, one after another; a shorter one is repeated to fill its row, and the remainder
-    of a longer one is dropped, as are rows of silence. A room impulse response is its first channel (the mean of
-    several would be no room) from the direct sound (the largest sample) on, cut or zero-padded to `rir_seconds`, scaled
-    to unit energy. Convolution with it thus does not delay speech and, were its spectrum flat, would not change its
-    level.
+    A recording yields consecutive rows of `seconds`; a shorter one is repeated to fill its row, and the remainder of a
+    longer one is dropped, as are rows of silence. A room impulse response is its first channel (the mean of several
+    would not be a room) from the direct sound (the largest sample) on, cut or zero-padded to `rir_seconds`, scaled to
+    unit energy. Convolution with it thus does not delay speech and, were its spectrum flat, would not change its level.
 
     Args:
       noise: folder of noise; "" for none.
@@ -45,8 +44,8 @@ def load_banks(
       rirs: the same of room impulse responses.
       seconds: length S of a row; longer than a crop, so that a random part of it can be taken.
       rir_seconds: length R of an impulse response.
-      max_megabytes: of each bank (10⁶ bytes). If there is more, each recording gives the same number of rows, from a
-        random place; if there are more recordings than rows, a random choice of them gives one each. Nothing else is
+      max_megabytes: of each bank (10⁶ bytes). If there is more, each recording yields the same number of rows, from a
+        random place; if there are more recordings than rows, a random choice of them yields one each. Nothing else is
         decoded.
       seed: of that choice, and of nothing else.
 
@@ -120,7 +119,7 @@ def _announced(kind, folder):
 
 
 def _recordings(kind, folder):
-    """The sorted paths of the recordings of a kind in a folder, and of the hidden files that are called like some."""
+    """The sorted paths of the recordings of a kind in a folder, and of the hidden files with names like theirs."""
     paths, hidden = [], []
     for part in _folders_of_kind(kind, os.fspath(folder)):
         for path in _of_kind(kind, part):
@@ -148,7 +147,7 @@ def _folders_of_kind(kind, folder):
     found = [os.path.join(folder, part) for part in parts.get(kind, ()) if part in there]
     if not found:
         has = [key for key, names in parts.items() if there & set(names)]
-        raise ValueError(f"{folder}: nothing for the {kind} bank here; as {corpus} it has {' and '.join(has)}")
+        raise ValueError(f"{folder}: nothing for the {kind} bank here; of {corpus} it has {' and '.join(has)}")
     return found
 
 
@@ -170,7 +169,7 @@ def _chosen(paths, most, rng):
 
 
 def _fair_limit(counts, most):
-    """The most rows that a recording may give for all together to give at most `most`; at least 1."""
+    """The largest number of rows per recording with which all together yield at most `most`; at least 1."""
     limit = int(counts.max())
     if counts.sum() > most:
         low = 1

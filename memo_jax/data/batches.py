@@ -115,7 +115,7 @@ def speaker_numbers(utterances: Utterances) -> np.ndarray:
     if unknown:
         raise ValueError(
             f"{utterances.path}: {unknown} of {len(utterances)} utterances have no speaker, which training with labels "
-            "needs: prepare recordings in one folder a speaker, or with a utt2spk"
+            "needs: prepare recordings in one folder per speaker, or with a utt2spk"
         )
     if len(names) < 2:
         raise ValueError(f"{utterances.path}: all utterances are of one speaker: there is nothing to tell apart")
@@ -178,8 +178,8 @@ def training_batches(
     """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
 
     Batch number s is a function of the dataset, the seed and s alone. A run therefore resumes exactly at any step, with
-    any number of workers; and P processes, each taking its rows, together see the very batch that a single process
-    sees. No labels are read but those given.
+    any number of workers; and P processes, each taking its rows, together see exactly the batch that a single process
+    sees. No labels are read except those given.
 
     A crop starts anywhere in its utterance with equal probability; an utterance shorter than the crop is repeated.
 
@@ -199,7 +199,7 @@ def training_batches(
       workers: processes that read ahead; with 0 a thread of this process does.
       prefetch: batches read ahead (by each worker).
       labels: of all utterances, int32 [len(utterances)], for training with labels.
-      numbered: give the numbers of the utterances, too.
+      numbered: return the numbers of the utterances, too.
 
     Returns:
       an iterator of {"global": int16 [B/P, global_crops, L], "local": int16 [B/P, local_crops, l], "teacher": int16
@@ -374,12 +374,12 @@ class TrainingBatches:
             self._reader = iter(self._read_ahead())
         try:
             batch = next(self._reader)
-        except Exception as error:  # the reader would go on after the batch that it could not read; we retry that one
+        except Exception as error:  # the reader would continue after the batch it could not read; we retry that one
             self._close_reader()
             if isinstance(error, RuntimeError) and self._workers:  # as grain reports a worker that ended by itself
                 raise OSError(
-                    f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps for want "
-                    f"of memory: try fewer workers ({error})"
+                    f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps because "
+                    f"memory ran out: try fewer workers ({error})"
                 ) from error
             raise
         self._step += 1

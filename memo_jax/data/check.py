@@ -108,7 +108,7 @@ def _opened(folder):
 
 
 def _manifest_rows(file) -> Iterator[tuple[str, ...]]:
-    """Yields the rows of an open manifest; ValueError for a line that is none."""
+    """Yields the rows of an open manifest; ValueError for a line that is not one."""
     for number, line in enumerate(file):
         row = tuple(line.rstrip("\n").split("\t"))
         if len(row) != len(MANIFEST_COLUMNS) or (number == 0 and row != MANIFEST_COLUMNS):

@@ -46,7 +46,7 @@ def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> I
 
     A path in wav.scp is relative to the current folder, as in Kaldi, or else to the Kaldi folder. If utt2spk does not
     have an utterance of segments, the speaker is that of its recording, and otherwise "". A byte-order mark, as Windows
-    writes it, is no part of the first identifier. The channels in segments count from 0, as in Kaldi.
+    writes it, is not part of the first identifier. The channels in segments count from 0, as in Kaldi.
 
     Raises:
       ValueError: a line that is not as Kaldi writes it, an identifier given twice, a segment of an unknown recording, a
@@ -59,7 +59,7 @@ def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> I
         if source.endswith("|") and not run_commands:
             raise ValueError(
                 f"{os.path.join(folder, 'wav.scp')}: {name} is the output of a command, {source!r}. "
-                "Commands run with your rights: read them, and allow them with --run-commands"
+                "Commands run with your permissions: read them, and allow them with --run-commands"
             )
     segments = dict(_segments(folder, recordings)) if _has(folder, "segments") else None
     if segments == {}:
@@ -90,7 +90,7 @@ def _segments(folder, recordings):
 
 
 def _speakers(folder, utterances):
-    """The speakers of {utterance: recording} that utt2spk has; tells how many it lacks, and refuses one of others."""
+    """The speakers of {utterance: recording} that utt2spk has; reports how many it lacks, and refuses one of others."""
     if not _has(folder, "utt2spk"):
         return {}
     table = {name: rest for name, rest, _ in _table(folder, "utt2spk")}
@@ -101,7 +101,7 @@ def _speakers(folder, utterances):
         other = f"it has {next(iter(table))!r}" if table else "it is empty"
         raise ValueError(
             f"{path}: no speaker for any of the {plural(len(utterances), 'utterance')}, the first being {missing[0]!r} "
-            f"({other}): it is of another folder; remove it if speakers are unknown"
+            f"({other}): it belongs to another folder; remove it if speakers are unknown"
         )
     if missing:
         say(
@@ -143,7 +143,7 @@ def _table(folder, file):
             if not rest:
                 raise _line_error(folder, file, number, "one field only")
             if name in seen:
-                raise _line_error(folder, file, number, f"{name!r} is there twice")
+                raise _line_error(folder, file, number, f"{name!r} appears twice")
             if not is_text(name if file == "wav.scp" else line):  # a path may be any bytes
                 raise _line_error(folder, file, number, "not UTF-8 text")
             seen.add(name)

@@ -27,10 +27,10 @@ def planned(
 
     Args:
       unfinished: the folder, locked.
-      command: JSON, all that decides what becomes of the inputs: the plan of another command is refused.
+      command: JSON, everything that decides what becomes of the inputs: the plan of another command is refused.
       inputs: paths, and datasets of TFDS.
       find: the function inputs → recordings and what was left out.
-      overwrite: whether the plan of another command is thrown away.
+      overwrite: whether the plan of another command is discarded.
       output: the dataset, for messages.
 
     Raises:
@@ -96,7 +96,7 @@ def _state(path):
 
 
 def _check_ffmpeg(recordings):
-    """Says before hours of work, not after, that recordings need ffmpeg, which is not there."""
+    """Reports before hours of work, not after, that recordings need ffmpeg, which is missing."""
     if shutil.which("ffmpeg"):
         return
     needing = [item for item in recordings if item.kind is not Kind.COMMAND and needs_ffmpeg(item.path)]

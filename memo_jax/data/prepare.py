@@ -46,8 +46,8 @@ def prepare(
     Every file of the inputs is either in the dataset or in its report of what was left out. Names, speakers and order
     are those of `recordings.find_recordings`, whatever the number of workers. The output appears whole or not at all,
     and replaces nothing but, with `overwrite`, a dataset. At most one process at a time prepares an output. What a run
-    did before it was ended, by whatever, is kept beside the output; the same call goes on from there, with the list of
-    recordings that the first run found, and ends with the bytes that it would have written.
+    did before it was ended, by whatever, is kept beside the output; the same call resumes from there, with the list of
+    recordings that the first run found, and writes the same bytes that it would have written.
 
     Writes, beside the TFDS files: manifest.tsv (name, speaker, seconds, checksum of the samples, source), left_out.tsv
     (source, reason) and checksums.txt (of all files but the shards, as sha256sum writes and checks them).
@@ -58,10 +58,10 @@ def prepare(
       output: folder to create.
       min_seconds: shorter recordings are left out.
       max_seconds: longer recordings are left out.
-      channel: of recordings with several: "mean", or the number of one, from 1. One that the fifth field of a Kaldi
-        folder's segments names comes first.
-      vad: keep only the parts that are speech (`audio.speech`), joined; a recording without is left out. What is left
-        counts for `min_seconds`. Needs the extra `vad`.
+      channel: of recordings with several: "mean", or the number of one, from 1. One named in the fifth field of a Kaldi
+        folder's segments takes precedence.
+      vad: keep only the parts that are speech (`audio.speech`), joined; a recording without speech is left out.
+        `min_seconds` applies to what is left. Needs the extra `vad`.
       workers: processes; all processors if None. 1 works in this process.
       overwrite: whether an earlier dataset at `output`, or the unfinished one of another call, is replaced.
       run_commands: whether commands in a Kaldi folder's wav.scp are run.
@@ -74,9 +74,9 @@ def prepare(
     Raises:
       ValueError: no recordings, none usable, two would have the same name, an input is damaged, has changed or is
         missing, or output and inputs overlap.
-      FileExistsError: `output` exists (without `overwrite`), or is no dataset (with it), or is unfinished, of another
-        call.
-      LockedError: another process prepares this output. OSError: it cannot be written: read-only, disk full.
+      FileExistsError: `output` exists (without `overwrite`), or is not a dataset (with it), or was left unfinished by
+        another call.
+      LockedError: another process is preparing this output. OSError: it cannot be written: read-only, disk full.
     """
     inputs = [inputs] if isinstance(inputs, (str, os.PathLike, TfdsInput)) else list(inputs)
     inputs = [given if isinstance(given, TfdsInput) else os.fspath(given) for given in inputs]
@@ -145,7 +145,7 @@ def preparation_text(report: dict) -> str:
 
 
 def fingerprint_of(rows: Iterable[Sequence[str]]) -> str:
-    """Returns a digest of the names and audio of a manifest's rows, in their order; speakers are no part of it."""
+    """Returns a digest of the names and audio of a manifest's rows, in their order; speakers are not part of it."""
     digest = hashlib.blake2b(digest_size=16)
     for name, _, seconds, checksum, *_ in rows:
         digest.update(json.dumps([name, seconds, checksum]).encode())
@@ -254,7 +254,7 @@ def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds
 
 
 def _check_inputs(inputs):
-    """A single file that cannot be read is left out; a disk that is not there any more is another matter."""
+    """A single file that cannot be read is left out; a disk that is no longer there is another matter."""
     for path in inputs:
         if not os.path.exists(path):
             raise ValueError(f"{path} is no longer there: make it available and repeat the command")
@@ -296,11 +296,11 @@ def _written(path, header, rows):
 
 
 def _check_output(inputs, output, overwrite):
-    """Refuses an output that would destroy something that is no earlier dataset."""
+    """Refuses an output that would destroy something that is not an earlier dataset."""
     real = os.path.realpath(output)
     for path in inputs:
         if not isinstance(path, TfdsInput) and os.path.commonpath([real, os.path.realpath(path)]) == real:
-            raise ValueError(f"the output {output} is or holds the input {path}: choose another output")
+            raise ValueError(f"the output {output} is or contains the input {path}: choose another output")
     if not os.path.lexists(output) or is_empty_folder(output):
         return
     if not overwrite:

@@ -49,7 +49,7 @@ class Kind(enum.StrEnum):
 
 
 class Recording(NamedTuple):
-    """An utterance to be: its `name` in the dataset, its `speaker` ("" if unknown), and where it is.
+    """An utterance of the dataset to be made: its `name` there, its `speaker` ("" if unknown), and where it is.
 
     Of the source, `span` is the part in seconds (None: all; its end None: to the end) and `channel` the number of the
     channel from 1 (None: the caller's choice).
@@ -90,18 +90,18 @@ def find_recordings(
     after another, come last, input by input in their order there. A name is the path relative to the input, with "/";
     the speaker is its first part, or "" if it has one part only. In an archive, paths begin at the archive
     (`ARCHIVE/FOLDER` as input: at that folder in it), or below its top folder if all its recordings lie in one and some
-    in folders of it: the archive of a folder gives what the folder gives. A path as VoxCeleb has it,
-    …/idXXXXX/video/utterance, gives these three parts as the name whatever the input, and the speaker idXXXXX. In Kaldi
-    folders and wespeaker's shards, names and speakers are those given there.
+    in folders of it: the archive of a folder yields what the folder yields. A path as in VoxCeleb,
+    …/idXXXXX/video/utterance, yields these three parts as the name, whatever the input, and the speaker idXXXXX. In
+    Kaldi folders and wespeaker's shards, names and speakers are those given there.
 
     Args:
       inputs: paths and datasets of TFDS, see `input_kind`.
-      exclude: the output of `prepare`, which is no input, nor is what `prepare` keeps beside it.
+      exclude: the output of `prepare`, which is not an input, nor is what `prepare` keeps beside it.
       run_commands: whether commands in a wav.scp may be run.
 
     Raises:
       FileNotFoundError: no such input. OSError: a folder or file cannot be read.
-      ValueError: two recordings would have the same name, an input is of no known kind, an archive is damaged or cut
+      ValueError: two recordings would have the same name, an input is of an unknown kind, an archive is damaged or cut
         short, or a Kaldi file is wrong.
     """
     found, left_out = [], []
@@ -126,7 +126,7 @@ def find_recordings(
     for first, second in zip(found, found[1:]):
         if first.name == second.name:
             if first.source == second.source:
-                raise ValueError(f"{first.source} is there twice: remove one")
+                raise ValueError(f"{first.source} appears twice: remove one")
             raise ValueError(
                 f"{first.source} and {second.source} would both be called {first.name}: prepare them into "
                 "two datasets, or give a folder above both"
@@ -153,12 +153,12 @@ def input_kind(given: str | os.PathLike | TfdsInput) -> str:
     if _split_archive(path):
         return "archive"
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such folder of recordings, nor archive")
+        raise FileNotFoundError(f"{path}: no such folder of recordings or archive")
     raise ValueError(f"{path}: expected a folder, a zip, a tar (also compressed) or a {SHARD_LIST} of shards")
 
 
 def _place(recording):
-    """The number of a recording that is best read after the one before it, None of others."""
+    """The number of a recording that is best read after its predecessor, None for others."""
     if recording.kind is Kind.EXAMPLE:
         return int(recording.path)
     return recording.extent.number if recording.kind is Kind.STREAMED else None
@@ -176,7 +176,7 @@ def read_recording(
     Args:
       recording: from `find_recordings`.
       max_seconds: the longest accepted.
-      channel: "mean", or the number of a channel from 1; a channel that the recording names itself comes first.
+      channel: "mean", or the number of a channel from 1; a channel that the recording itself names takes precedence.
       spool: file, and offset in it, to which a recording of kind STREAMED was copied; required for those.
 
     Raises:
@@ -199,7 +199,7 @@ def read_recording(
 
 
 def _opened(recording, spool) -> BinaryIO:
-    """The bytes of a recording that is no file of its own; ValueError with the reason if they cannot be had."""
+    """The bytes of a recording that is not a file of its own; ValueError with the reason if they are unavailable."""
     if recording.kind is Kind.COMMAND:
         return io.BytesIO(_output(recording.path))
     if recording.kind is Kind.ARK:
@@ -358,7 +358,7 @@ def _split_archive(path):
 
 
 def _voxceleb_part(path):
-    """The part idXXXXX/video/ of …/idXXXXX/video/utterance, None of any other path."""
+    """The part idXXXXX/video/ of …/idXXXXX/video/utterance, None for any other path."""
     *_, speaker, video, _ = ("", "", *path.split("/"))
     return f"{speaker}/{video}/" if VOXCELEB_SPEAKER.fullmatch(speaker) else None
 
@@ -368,7 +368,7 @@ def _speaker(name):
 
 
 def _name_problem(name):
-    """Why a file is no recording, by its path relative to the input; None if it may be one."""
+    """Why a file is not a recording, by its path relative to the input; None if it may be one."""
     if is_hidden(name):
         return "hidden file"
     if not is_audio_name(name):

@@ -5,10 +5,10 @@ first sample is sample number `start` of the utterance. Segments have the same l
 an utterance is consecutive records of one shard. Thus a crop costs the segments that it touches, however long the
 recording is. The index says, for each utterance, which record is its first, how many samples it has and their checksum.
 
-Damage is noticed wherever it is. Every file but the shards is compared with its line in checksums.txt before it is
-parsed; array_record verifies the bytes of each record; and each record says of which utterance it is a part (by the
-checksum of all its samples) and of which part, which must be what the index says: a shard of another dataset is noticed
-when the first record is read.
+Damage is detected wherever it is. Every file but the shards is compared with its line in checksums.txt before it is
+parsed; array_record verifies the bytes of each record; and each record says which utterance it belongs to (by the
+checksum of all its samples) and which part of it this is, which must be what the index says: a shard of another dataset
+is noticed when the first record is read.
 """
 
 import bisect
@@ -37,7 +37,7 @@ SEGMENT_SAMPLES = 12 * SAMPLE_RATE
 # Groups are read whole, so one record each. PCM, uncompressed: zstd saves a fifth of the disk and reads at a fifth of
 # the speed; FLAC saves half, at a twentieth (the same benchmark).
 SHARD_OPTIONS = "group_size:1,uncompressed"
-# No reading ahead and no threads of its own: what is read is spread over the whole file.
+# No reading ahead and no threads of its own: what is read is scattered over the entire file.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -71,7 +71,7 @@ class ShardWriter:
             self._writer.close()
         except RuntimeError as error:
             raise _write_error(error) from None
-        if not os.path.exists(self.path):  # the writer does not say that it could not create its file
+        if not os.path.exists(self.path):  # the writer does not report that it could not create its file
             raise OSError(f"{self.path} could not be created")
         return {
             "path": self.path,
@@ -86,7 +86,7 @@ def write_metadata(folder: str | os.PathLike, shards: list[dict], metadata: dict
 
     Args:
       folder: holds the shards and all other files of the dataset.
-      shards: what `ShardWriter.close` returned, in the order that the dataset shall have.
+      shards: what `ShardWriter.close` returned, in the order that the dataset should have.
       metadata: JSON, with "fingerprint".
 
     Raises:
@@ -96,7 +96,7 @@ def write_metadata(folder: str | os.PathLike, shards: list[dict], metadata: dict
 
     folder, sizes = Path(folder), {shard["segment_samples"] for shard in shards}
     if len(sizes) != 1:
-        raise ValueError(f"the shards in {folder} have segments of {sorted(sizes)} samples: prepare the dataset anew")
+        raise ValueError(f"the shards in {folder} have segments of {sorted(sizes)} samples: prepare the dataset again")
     (size,) = sizes
     records = [[-(-length // size) for length in shard["lengths"]] for shard in shards]
     lengths = [length for shard in shards for length in shard["lengths"]]
@@ -134,18 +134,18 @@ def checksum_of(samples: np.ndarray) -> str:
 def serialized(checksum: str, name: str, speaker: str, start: int, samples: np.ndarray) -> bytes:
     """Returns the record of a segment; `checksum` is that of the whole utterance."""
     example = {"checksum": checksum, "name": name, "speaker": speaker, "start": start, "samples": samples}
-    # deterministic: the fields of a protobuf map come in an order that differs between processes otherwise
+    # deterministic: otherwise, the fields of a protobuf map come in an order that differs between processes
     return _serializer().get_tf_example(_features().encode_example(example)).SerializeToString(deterministic=True)
 
 
 def samples_of(record: bytes) -> np.ndarray:
-    """Returns the samples in a record, int16 [L], read-only and without a copy; ValueError if it is no such record."""
+    """Returns the samples in a record, int16 [L], read-only and without a copy; ValueError if it is not a record."""
     begin, end = _values(record, (b"samples",))[b"samples"]
     return np.frombuffer(record, "<i2", (end - begin) // 2, begin)
 
 
 def segment_of(record: bytes) -> tuple[str, int, np.ndarray]:
-    """Returns the checksum (of the utterance), start and samples in a record; ValueError if it is no such record."""
+    """Returns the checksum (of the utterance), start and samples in a record; ValueError if it is not a record."""
     places = _values(record, (b"checksum", b"samples", b"start"))
     start = 0
     for byte in reversed(record[slice(*places[b"start"])]):  # a varint
@@ -158,7 +158,7 @@ def segment_of(record: bytes) -> tuple[str, int, np.ndarray]:
 def _values(record, names):
     """Where in a record the values of these features begin and end.
 
-    The wire format of tf.train.Example is read by hand: a protobuf parser copies all bytes, and takes longer than
+    The wire format of tf.train.Example is parsed by hand: a protobuf parser copies all bytes, and takes longer than
     reading them.
     """
     found = {}
@@ -173,12 +173,12 @@ def _values(record, names):
                     if len(found) == len(names):
                         return found
     except (IndexError, KeyError):
-        raise ValueError("it is no tf.train.Example") from None
+        raise ValueError("it is not a tf.train.Example") from None
     raise ValueError("it has no samples" if record else "the file ends before it")
 
 
 def read_small_file(folder: str | os.PathLike, name: str) -> bytes:
-    """Returns the content of a file of a dataset that is no shard, once it is known to be what `prepare` wrote.
+    """Returns the content of a file of a dataset that is not a shard, once it is known to be what `prepare` wrote.
 
     Raises:
       FileNotFoundError: `folder` holds no dataset, or the file is missing.
@@ -195,7 +195,7 @@ def read_small_file(folder: str | os.PathLike, name: str) -> bytes:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, list[str]]:
-    """Returns the columns of a dataset's manifest, by name; raises as `read_small_file`."""
+    """Returns the columns of a dataset's manifest, by name; raises like `read_small_file`."""
     header, *rows = (line.split("\t") for line in read_small_file(folder, MANIFEST).decode().split("\n")[:-1])
     return dict(zip(header, map(list, zip(*rows))))
 
@@ -318,7 +318,7 @@ class Shards:
         """Reads record by record, to raise the error of the first that cannot be read."""
         segments = []
         for position in positions:
-            self._readers.pop(shard, None)  # open the file again: it may have been cut, or be another one by now
+            self._readers.pop(shard, None)  # open the file again: it may have been truncated or replaced
             _check_there(self._files[shard])
             try:
                 segments += self._read(shard, [position])
@@ -355,11 +355,11 @@ def _serializer():
 
 
 def _fields(record, begin, end):
-    """Yields (number, begin, end) of the fields of a protobuf message; those of an Example all tell their length."""
+    """Yields (number, begin, end) of the fields of a protobuf message; those of an Example all state their length."""
     while begin < end:
         tag, size, shift = record[begin], 0, 0
         if tag & 7 != 2:
-            raise ValueError("it is no tf.train.Example")
+            raise ValueError("it is not a tf.train.Example")
         while True:
             begin += 1
             size |= (record[begin] & 127) << shift
@@ -384,7 +384,7 @@ def _check_there(file):
 
 
 def _as_integer(checksum):
-    """The int64 that stands for a checksum in the index."""
+    """The int64 that represents a checksum in the index."""
     return int.from_bytes(bytes.fromhex(checksum), "big", signed=True)
 
 
@@ -393,7 +393,7 @@ def _as_digest(integer):
 
 
 def parsed_index(content: bytes) -> np.ndarray | None:
-    """Returns the index, int64 [utterances, 3], of the bytes of its file; None if they are no index.
+    """Returns the index, int64 [utterances, 3], of the bytes of its file; None if they are not an index.
 
     The shape is compared with the number of bytes first: numpy would allocate whatever the header claims.
     """
@@ -410,7 +410,7 @@ def parsed_index(content: bytes) -> np.ndarray | None:
 
 
 def index_accounts_for(index: np.ndarray, segment_samples: int, records: int) -> bool:
-    """Returns whether an index says of exactly so many records to which utterance they belong, in order."""
+    """Returns whether an index assigns exactly this many records to utterances, in order."""
     counts = -(-index[:, 1] // segment_samples)
     return bool((counts > 0).all() and (np.cumsum(counts) - counts == index[:, 0]).all() and counts.sum() == records)
 

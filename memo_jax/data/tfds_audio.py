@@ -1,6 +1,6 @@
 """Datasets of TFDS made by others, with an Audio feature (librispeech, …) → names, speakers and samples.
 
-Reading them needs TensorFlow, which the extra `tfds` brings and nothing else in the package imports.
+Reading them needs TensorFlow, which the extra `tfds` installs and nothing else in the package imports.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ NAME_FEATURES, SPEAKER_FEATURES = ("id", "utterance_id"), ("speaker_id", "speake
 
 
 class TfdsInput(NamedTuple):
-    """An input of `prepare` that is no path: a dataset of TFDS.
+    """An input of `prepare` that is not a path: a dataset of TFDS.
 
     Attributes:
       name: NAME[/CONFIG][:SPLIT].
@@ -40,7 +40,7 @@ class TfdsInput(NamedTuple):
 def utterance_names(text: str) -> Iterator[tuple[str, str]]:
     """Yields (name, speaker) of every example of an input (`TfdsInput.text`), in the order of the files.
 
-    A name is the feature "id" if there is one, and else SPLIT/number; a speaker is "speaker_id", or "" if unknown.
+    A name is the feature "id" if there is one, otherwise SPLIT/number; a speaker is "speaker_id", or "" if unknown.
 
     Raises:
       ImportError: TensorFlow is missing. ValueError: no such dataset, not built, no or several Audio features, or the

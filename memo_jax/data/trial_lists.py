@@ -25,7 +25,7 @@ Pair = tuple[str, str]
 def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
     """Returns {recording: speaker} of a dataset, or of anything that `memo-jax prepare` reads.
 
-    Recordings of unknown speakers, and files that cannot be recordings, are left out, and how many is said.
+    Recordings of unknown speakers, and files that cannot be recordings, are left out, and their numbers are printed.
 
     Raises:
       FileNotFoundError: no such dataset or input.
@@ -41,8 +41,7 @@ def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
     known = {name: speaker for name, speaker in speakers.items() if speaker}
     if not known:
         raise ValueError(
-            f"{path}: no speaker is known of any recording: give each speaker a folder, or give a Kaldi folder "
-            "with utt2spk"
+            f"{path}: no recording has a known speaker: give each speaker a folder, or give a Kaldi folder with utt2spk"
         )
     if len(known) < len(speakers):
         say(f"{path}: left out {plural(len(speakers) - len(known), 'recording')} of unknown speakers")
@@ -71,7 +70,7 @@ def make_trials(
 ) -> list[Trial]:
     """Returns trials in random order, no pair twice.
 
-    Target trials are shared out evenly over the speakers, as far as each has pairs. Each speaker is on the enrol side
+    Target trials are distributed evenly over the speakers, as far as each has pairs. Each speaker is on the enrol side
     of as many nontarget trials as the others. The speakers on the test side are drawn at random, whatever their number
     of recordings.
 
@@ -84,7 +83,7 @@ def make_trials(
       seed: of everything random; the list depends on it and on the other arguments alone.
 
     Raises:
-      ValueError: fewer than two speakers, a speaker without gender, or not so many pairs.
+      ValueError: fewer than two speakers, a speaker without gender, or too few pairs.
     """
     rng = np.random.default_rng(seed)
     of_speaker = collections.defaultdict(list)

@@ -1,8 +1,8 @@
 """A dataset that is being prepared: the plan, and the parts that are done, in a folder beside it until all are.
 
 The folder `.NAME.partial` holds `plan.jsonl`, the shards in `dataset/` and, once the shards of a part are complete on
-the disk, `part-N.json` with what is in them. Each of these files appears whole or not at all and ends with its
-checksum. Thus whatever ends a run, the parts that it finished are there for the next, and nothing else is.
+disk, `part-N.json` with what is in them. Each of these files appears whole or not at all and ends with its checksum.
+Thus whatever ends a run, the parts that it finished are there for the next, and nothing else is.
 
 The finished `dataset/` is renamed to the output in one step, after `finished.json`, which tells a run that is started
 again after that step that nothing is left to do. An earlier dataset that is overwritten is kept in `replaced/` until
@@ -42,7 +42,7 @@ class Unfinished:
             self.folder.rmdir()  # empty, where a process was killed just before it removed the folder itself
 
     def begin(self, header: dict, recordings: list[Recording], left_out: list[tuple[str, str]]) -> None:
-        """Makes the folder and writes the plan: all that a later process needs to go on."""
+        """Makes the folder and writes the plan: all that a later process needs to resume."""
         self.dataset.mkdir(parents=True, exist_ok=True)
         lines = (line for lines in ([header], recordings, left_out) for line in lines)
         _write_checked(self.folder / PLAN, (json.dumps(line, separators=(",", ":")) for line in lines))
@@ -87,10 +87,10 @@ class Unfinished:
         return any(self.folder.glob("part-*.json"))
 
     def publish(self, command: dict, report: dict, overwrite: bool) -> None:
-        """Puts the dataset in its place, once it is safe on the disk.
+        """Puts the dataset in its place, once it is safely on disk.
 
         Args:
-          command: JSON that the command which is running is known by.
+          command: JSON that identifies the running command.
           report: JSON that `finished` returns.
           overwrite: whether a dataset that is there is replaced.
 
@@ -118,7 +118,7 @@ class Unfinished:
         flush_to_disk(self._output.parent)
 
     def finished(self, command: dict) -> dict | None:
-        """Returns the report if the same command has put the dataset in its place and was ended only then."""
+        """Returns the report if the same command has put the dataset in its place and was interrupted only then."""
         if self.dataset.exists():
             return None
         try:
@@ -145,7 +145,7 @@ class Unfinished:
             os.rename(self._replaced, self._output)
 
     def _undo_names(self, shards):
-        """Gives shards the names of their parts again, if a process was ended while it gave them the final ones."""
+        """Gives shards the names of their parts again, if a process was killed while giving them the final ones."""
         for number, shard in enumerate(shards):
             for named in self.dataset.glob(f"*.array_record-{number:05d}-of-*"):
                 os.rename(named, self.dataset / shard["path"])
@@ -160,7 +160,7 @@ def finish_part(folder: Path, number: int, part: dict) -> None:
 
 @contextlib.contextmanager
 def explained_write_errors(unfinished: Unfinished, output: Path) -> Iterator[None]:
-    """Turns any error of the disk into one that names the output; recordings that cannot be read do not come here."""
+    """Turns any error of the disk into one that names the output; unreadable recordings are not handled here."""
     try:
         yield
     except FileExistsError:
@@ -216,7 +216,7 @@ def _write_checked(path: Path, lines: Iterable[str]) -> None:
 
 
 def _checked_lines(path: Path) -> Iterator[str]:
-    """Yields the lines that `_write_checked` wrote; at their end ValueError if they are not those."""
+    """Yields the lines that `_write_checked` wrote; at their end, ValueError if they are not what was written."""
     digest, line = hashlib.blake2b(digest_size=16), None
     with open(path, encoding="utf-8", newline="\n") as file:
         for following in file:

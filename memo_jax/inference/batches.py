@@ -73,7 +73,7 @@ def apply_to_stream(
 
     Recordings wait in buckets of similar length until a batch is full, so memory is bounded however many there are.
     Frequent lengths get finer buckets; what is left at the end shares a few batches. A recording longer than
-    LONGEST_SECONDS gives the mean of its windows' rows.
+    LONGEST_SECONDS yields the mean of its windows' rows.
     """
     if isinstance(function, StreamFunction):
         yield from function.stream(waves)

@@ -1,4 +1,4 @@
-"""Clusters of utterances by their embeddings: k-means, then agglomeration, to a table that training takes as labels."""
+"""Clusters of utterances by their embeddings: k-means, then agglomeration, to a table of labels for training."""
 
 import os
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ from memo_jax.training.kmeans import spherical_kmeans
 from memo_jax.xla import sharding
 
 ITERATIONS = 20  # of k-means
-# Without numbers given: as many utterances in a group and in a cluster as in the recipe for VoxCeleb2, 50,000 and 7,500
-# of 1,092,009 (theolepage/wavlm_ssl_sv).
+# Defaults: as many utterances in a group and in a cluster as in the recipe for VoxCeleb2, 50,000 and 7,500 of 1,092,009
+# (theolepage/wavlm_ssl_sv).
 GROUP_UTTERANCES, CLUSTER_UTTERANCES = 22, 146
 MOST_GROUPS_BY_DEFAULT = 50_000
-MOST_WITHOUT_KMEANS = 5_000  # utterances that are agglomerated without k-means before, by default
+MOST_WITHOUT_KMEANS = 5_000  # most utterances that are agglomerated without k-means first, by default
 
 
 def default_numbers(utterances: int) -> tuple[int, int]:
-    """Returns the groups of k-means, 0 for no k-means, and the clusters that so many utterances get by default."""
+    """Returns the groups of k-means, 0 for no k-means, and the clusters that this many utterances get by default."""
     clusters = max(round(utterances / CLUSTER_UTTERANCES), min(2, utterances))
     if utterances <= MOST_WITHOUT_KMEANS:
         return 0, clusters
@@ -48,7 +48,7 @@ def cluster(
 ) -> np.ndarray:
     """Clusters embeddings by their directions.
 
-    Spherical k-means makes groups, and agglomeration of the groups clusters. Either can be left out: without k-means
+    Spherical k-means makes groups, and agglomeration merges them into clusters. Either can be left out: without k-means
     the embeddings themselves are agglomerated, without agglomeration the groups are the clusters.
 
     Args:
@@ -64,7 +64,7 @@ def cluster(
       than asked for, since groups can be empty.
 
     Raises:
-      ValueError: numbers that cannot be, or an embedding that is zero or not finite.
+      ValueError: impossible numbers, or an embedding that is zero or not finite.
     """
     units = unit_norm(embeddings)
     count = len(units)
@@ -77,7 +77,7 @@ def cluster(
         raise ValueError(f"--clusters {clusters:,} is more than --kmeans {kmeans:,}, the groups to merge: give fewer")
     if not kmeans and clusters and count > scoring.MOST_GROUPS:
         raise ValueError(
-            f"{count:,} embeddings are too many to agglomerate without k-means before: give --kmeans, at most "
+            f"{count:,} embeddings are too many to agglomerate without k-means first: give --kmeans, at most "
             f"{scoring.MOST_GROUPS:,}"
         )
     groups = np.arange(count)
@@ -136,7 +136,7 @@ def embeddings_of(
 
 
 def known_labels(path: str | os.PathLike) -> Mapping[str, str]:
-    """Returns {name: speaker} of a dataset's utterances with a known speaker, or of a table `name speaker` a line.
+    """Returns {name: speaker} of a dataset's utterances with a known speaker, or of a table with lines `name speaker`.
 
     Raises:
       ValueError: the table is malformed, or no speaker of the dataset is known. OSError: it cannot be read.
@@ -151,7 +151,7 @@ def known_labels(path: str | os.PathLike) -> Mapping[str, str]:
 
 
 def write_clusters(path: str | os.PathLike, names: list[str], assignment: np.ndarray) -> None:
-    """Writes lines `name<tab>cluster`, whole or not at all; what reads a utt2spk reads it, too."""
+    """Writes lines `name<tab>cluster`, whole or not at all; whatever reads a utt2spk reads it, too."""
     write_text(path, "".join(f"{name}\t{number}\n" for name, number in zip(names, assignment.tolist(), strict=True)))
 
 
@@ -175,13 +175,13 @@ def cluster_to_table(
       kmeans: groups of k-means. Without it and without `clusters`, both are those of `default_numbers`.
       clusters: clusters after agglomeration.
       linkage, iterations, seed: as for `cluster`.
-      labels: the known speakers, for the report only: a dataset, or a table `name speaker` a line.
+      labels: the known speakers, for the report only: a dataset, or a table with lines `name speaker`.
       figure: file for a histogram of the sizes of clusters.
 
     Returns:
       {"output", "utterances", "kmeans" (0 without), "linkage" (None without agglomeration), "default_numbers" (whether
-      they were), "model", and the fields of `Sizes`}, with labels also {"purity", "nmi", "labelled": how many of the
-      utterances have a label, "speakers": how many labels there are}.
+      they were used), "model", and the fields of `Sizes`}, with labels also {"purity", "nmi", "labelled": how many of
+      the utterances have a label, "speakers": how many labels there are}.
 
     Raises:
       ValueError: as `cluster`, or no utterance has a label. OSError: a file cannot be read or written.
@@ -232,7 +232,7 @@ def cluster_text(report: dict) -> str:
     """Returns the report of `cluster_to_table` as text for people."""
     steps = [f"k-means to {plural(report['kmeans'], 'group')}"] if report["kmeans"] else []
     steps += [f"{report['linkage']} linkage"] if report["linkage"] else []
-    chosen = ", numbers chosen by that of the utterances" if report["default_numbers"] else ""
+    chosen = ", defaults for this many utterances" if report["default_numbers"] else ""
     lines = [
         f"{plural(report['utterances'], 'utterance')} in {plural(report['clusters'], 'cluster')} "
         f"({', then '.join(steps)}{chosen})",

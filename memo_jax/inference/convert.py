@@ -21,7 +21,7 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 LEFT_OUT = {"wespeaker": ("projection.",), "speaker-net": ("self_head.", "cross_head.", "head.")}
 PREFERRED_PARTS = ("teacher_ecapa", "teacher", "teacher_resnet", "teacher_campplus")
 # Names that wrappers put before a network's own: DataParallel, torch.compile, Lightning and most trainers. They do not
-# tell the networks of a checkpoint apart, so the names of parts go without them.
+# distinguish the networks of a checkpoint, so the names of parts omit them.
 WRAPPERS = frozenset({"module", "_orig_mod", "model", "state_dict", "model_state_dict", "network", "net", "encoder"})
 FRONT_END_KEY = "memo_jax_front_end"  # in the metadata of safetensors that we write
 
@@ -141,7 +141,7 @@ def networks_of(tensors: Mapping[str, np.ndarray | Unusable]) -> dict[str, Tenso
     """Returns {part: {name: array}} of the networks that are recognised among a checkpoint's tensors.
 
     A network is recognised after any prefix ("module.", "_orig_mod.", "model.", "resnet.", "state_dict.teacher.", …),
-    which is taken off; its part is named by the prefix without `WRAPPERS`, "" if nothing is left. Whatever lies beside
+    which is stripped; its part is named by the prefix without `WRAPPERS`, "" if nothing is left. Whatever lies beside
     the networks (optimisers, "n_averaged", criteria) is passed over.
     """
     prefixes = {name[: match.end()] for name in tensors for match in re.finditer(r"\.", name)}
@@ -207,7 +207,7 @@ def _safetensors_content(path):
             for name in file.keys():
                 try:
                     tensor = file.get_tensor(name)
-                    # bfloat16 and the like, which are no numbers of NumPy's own
+                    # bfloat16 and the like, which are not types of NumPy
                     tensors[name] = tensor if tensor.dtype.kind in "fiub" else tensor.astype(np.float32)
                 except (TypeError, KeyError, AttributeError, ValueError) as error:
                     tensors[name] = Unusable(f"is of a type that cannot be read ({one_line(error)})")
@@ -221,7 +221,7 @@ def _safetensors_content(path):
 def _torch_content(path) -> dict[str, np.ndarray | Unusable]:
     import pickle
 
-    if is_zip(path):  # torch itself does not look at the checksums
+    if is_zip(path):  # torch itself does not check the checksums
         try:
             with zipfile.ZipFile(path) as file:
                 wrong = file.testzip()
@@ -256,7 +256,7 @@ def _torch_content(path) -> dict[str, np.ndarray | Unusable]:
 
 
 def _array(torch, tensor) -> np.ndarray | Unusable:
-    """A tensor as an array. Kinds of which the content or the size is not what the file holds are not read."""
+    """A tensor as an array. Kinds whose content or size is not what the file holds are not read."""
     try:
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             return Unusable(f"is not a plain array but {tensor.layout}, {tensor.device.type}")
@@ -292,7 +292,7 @@ def check_tensors_output(path: str | os.PathLike) -> Path:
 def write_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes {name: array}, or {network: {name: array}}, whole or not at all; shapes stay as they are, also [].
+    """Writes {name: array}, or {network: {name: array}}, whole or not at all; shapes stay as they are, even [].
 
     A name that ends in .pt, .pth, .ckpt or .bin is written by torch.save, nested as given; .safetensors without torch,
     with the name of a network before those of its tensors, and with the metadata.
@@ -334,7 +334,7 @@ def convert(
     part: str | None = None,
     front_end: str | None = None,
 ) -> str:
-    """Converts a PyTorch checkpoint to a model file; returns what a user wants to know about it.
+    """Converts a PyTorch checkpoint to a model file; returns a summary for the user.
 
     Arguments and errors as `torch_to_model`; OSError if the output cannot be written.
     """
@@ -349,7 +349,7 @@ def convert(
     ]
     if "also_names_of" in about and kind is None and model.front_end == interop.FRONT_END_OF_KIND[about["kind"]]:
         others = " and ".join(about["also_names_of"])
-        lines.insert(1, f"{others} would give the same names but another front end: if it is from there, say --kind")
+        lines.insert(1, f"{others} would have the same names but another front end: if it is from there, give --kind")
     if part is None and "part" in about:
         lines.insert(1, f"this is the part {about['part']} of the checkpoint; choose another with --part")
     if about["left_out"]:
@@ -365,10 +365,10 @@ def convert_back(
     role: str | None = None,
     step: int | None = None,
 ) -> str:
-    """Converts the network of a model file or a workdir to PyTorch's names; returns what a user wants to know about it.
+    """Converts the network of a model file or a workdir to PyTorch's names; returns a summary for the user.
 
     From a workdir, speaker-net gets students and teachers with their heads, unless a branch or role is chosen. A
-    safetensors file notes the front end that the weights need, for the way back.
+    safetensors file notes the front end that the weights need, for converting it back.
 
     Raises:
       ValueError: an unknown kind, or a network that the toolkit lacks. Others as `Embedder.load` and `write_tensors`.

@@ -82,7 +82,7 @@ class Windows(NamedTuple):
 def windows_of(seconds: float | None, hop: float | None, least: float) -> Windows | None:
     """Returns the windows that options ask for, None for whole recordings; half a window is the default hop.
 
-    Raises ValueError for a hop without a window, or for windows that cannot be.
+    Raises ValueError for a hop without a window, or for impossible windows.
     """
     if seconds is None:
         if hop is not None:
@@ -99,10 +99,10 @@ def windows_of(seconds: float | None, hop: float | None, least: float) -> Window
 def find_sources(
     inputs: Sequence[str | os.PathLike], channel: str | int = "mean"
 ) -> tuple[list[Source], list[tuple[str, str]]]:
-    """Returns the recordings of files, folders (with all below), archives and datasets, and what cannot be one.
+    """Returns the recordings of files, folders (recursively), archives and datasets, and what cannot be used.
 
     A recording's name is its path relative to the folder or in the archive, or the file's path as given; a dataset has
-    names of its own. `file.wav:12.5-20` is an excerpt in seconds, unless a file is really called so. Hidden files, and
+    names of its own. `file.wav:12.5-20` is an excerpt in seconds, unless a file really has that name. Hidden files, and
     files without the extension of a recording, are passed over.
 
     Args:
@@ -110,8 +110,8 @@ def find_sources(
       channel: "mean", or a number from 1.
 
     Returns:
-      The sources, and (path, reason) of recordings that cannot be listed, by their names, or cannot be read from their
-      archive.
+      The sources, and (path, reason) of recordings that cannot be listed, because of their names, or cannot be read
+      from their archive.
 
     Raises:
       FileNotFoundError: no such input.
@@ -217,19 +217,19 @@ def embed_recordings(
 
     Args:
       embedder: the network; its `channel` says which channel of the recordings is embedded, its `vad` whether only
-        their speech, which counts for `min_seconds`.
+        their speech, to which `min_seconds` then applies.
       inputs: files, folders, archives, datasets; see `find_sources`.
       output: a name with an ending of `embedding_file.KINDS`.
       min_seconds: shorter recordings are left out.
-      window: embed windows of that many seconds instead of whole recordings, see `Windows`. Each is called as an
+      window: embed windows of that many seconds instead of whole recordings, see `Windows`. Each is named like an
         excerpt, `file.wav:1.5-4.5`, and its times are in the output. Silent ones are left out and listed.
       hop: seconds from the beginning of a window to that of the next; half a window by default.
       quiet: show no progress.
 
     Returns:
       {"output", "recordings": how many have embeddings, "embeddings": how many there are, "left_out": [[name, reason],
-      …], "seconds" of audio, "dimension", "model"}. What UTF-8 or a line cannot hold of a name is escaped there and in
-      the list, see `escaped`.
+      …], "seconds" of audio, "dimension", "model"}. Characters of a name that UTF-8 or a line cannot hold are escaped
+      there and in the list, see `escaped`.
 
     Raises:
       ValueError: no recordings at all, none that can be used, or an embedding that is not finite (names the recording).
@@ -284,7 +284,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
                 kept = np.array([begin not in silent for begin, _ in spans])
                 for window in times[~kept]:
                     leave_out(sources[i].window_name(window), "silence: all samples are equal")
-                    begun.stamps[sources[i].name] = ""  # a run that goes on must list it again
+                    begun.stamps[sources[i].name] = ""  # a resumed run must list it again
                 unfinished[i] = Rows(times[kept])
                 for k, (begin, end) in enumerate(span for span, keep in zip(spans, kept) if keep):
                     yield (i, k), wave[begin:end]
@@ -370,7 +370,7 @@ class Begun:
 
     Args:
       path: of the file.
-      options: all that the embeddings depend on beside the recordings; what was begun with others is not used.
+      options: everything else that the embeddings depend on; what was begun with other options is not used.
 
     Attributes:
       found: {name: its rows, complete}.

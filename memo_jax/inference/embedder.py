@@ -55,7 +55,7 @@ class Embedder:
 
     A recording is the path of a file that `memo_jax.audio.read_audio` reads (wav, flac, ogg, opus, mp3, …), or an array
     [L] or [L, channels] (floating point in [-1, 1], or int16) with its rate in Hz. All are converted to 16 kHz mono.
-    "a.wav:12.5-20" is the excerpt from second 12.5 to second 20, unless a file is really called so.
+    "a.wav:12.5-20" is the excerpt from second 12.5 to second 20, unless a file really has that name.
 
         embedder = Embedder.load("runs/small")
         embedder.embed("a.wav")                      # float32 [D]
@@ -187,7 +187,7 @@ class Embedder:
         Raises:
           AudioError: (a ValueError) a recording that is missing, damaged, silent, under half a second, or holds NaN, or
             with `vad` has less than half a second of speech; the message names the file, or the place in the list.
-          ValueError: the network gives numbers that are not finite for a recording, which is named likewise.
+          ValueError: the network returns numbers that are not finite for a recording, which is named likewise.
         """
         if _is_one(recordings):
             return self.embed([recordings], rate)[0]
@@ -221,23 +221,23 @@ class Embedder:
     def probability(self, score: float, prior: float = 0.5) -> float | None:
         """Returns the probability that recordings of this score are of the same speaker, None without a calibration.
 
-        It is that of two recordings like those of the calibration's trial list. Of a person enrolled by several, scores
-        are higher, so it is a little too sure.
+        It is that of two recordings like those of the calibration's trial list. For a person enrolled with several,
+        scores are higher, so it is slightly overconfident.
 
         Args:
           score: cosine, as `verify` and `identify` return it.
-          prior: probability that they are before the score is known, strictly between 0 and 1.
+          prior: the probability before the score is known, strictly between 0 and 1.
 
         Raises:
-          ValueError: the prior is not.
+          ValueError: the prior is out of that range.
         """
         return None if self.decision is None else self.decision.probability(score, prior)
 
     def enroll(self, name: str, recordings, rate: int | None = None) -> None:
-        """Adds a person to the gallery by one recording or several.
+        """Adds a person to the gallery with one recording or several.
 
         If the gallery has a file, the person is added to what the file holds by then, in a single locked step: others
-        who enrol at the same time lose nothing. If that fails, the gallery in memory is what it was.
+        who enrol at the same time lose nothing. If that fails, the gallery in memory is unchanged.
 
         Raises:
           ValueError: the name is taken or not possible, there is no recording, or one cannot be used (see `embed`).
@@ -348,6 +348,6 @@ def load_model(
 
 
 def check_embedding(name: str, embedding: np.ndarray) -> None:
-    """Raises ValueError, naming the recording, if the network gave an embedding [D] that is not finite."""
+    """Raises ValueError, naming the recording, if the network returned an embedding [D] that is not finite."""
     if not np.isfinite(embedding).all():
         raise ValueError(f"{name}: its embedding is not finite: the network overflows or is damaged")

@@ -91,7 +91,7 @@ class TrialEvaluation:
         return embeddings
 
     def scores(self, embeddings: np.ndarray) -> np.ndarray:
-        """Returns the cosine score of every trial, [N], rounded as in scores.txt so that both give the same errors."""
+        """Returns the cosine score of every trial, [N], rounded as in scores.txt so that both yield the same errors."""
         sides = self.trials.side_embeddings(embeddings[self._positions])
         return np.round(metrics.cosine_scores(sides, self.trials.pairs), DECIMALS)
 
@@ -108,7 +108,7 @@ class TrialEvaluation:
         return self.scores(statistics)
 
     def row_speakers(self) -> list[str]:
-        """Returns the speaker of each of `rows`, "" where nobody knows.
+        """Returns the speaker of each of `rows`, "" where unknown.
 
         They are the dataset's or, if the dataset does not know all of them, the first folders of the names.
         """
@@ -125,7 +125,7 @@ class TrialEvaluation:
 
 
 def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, float]] | None:
-    """Returns what `train` evaluates by: a function (recipe, {branch: backbone variables}) → {"RATE/BRANCH": value}.
+    """Returns what `train` evaluates with: a function (recipe, {branch: backbone variables}) → {"RATE/BRANCH": value}.
 
     The rates are RATES: "eer" in percent, "min_dcf_0.01", "min_dcf_0.05".
     None if the config names no trial list. Raises ValueError if only one of evaluation.data and evaluation.trials is
@@ -194,13 +194,13 @@ def evaluate(
     Args:
       model: workdir of a training run, a model file, or an exported program.
       data: dataset with the recordings of the trials.
-      trials: trial list, see `read_trials`; of one without labels, scores are written and no error rates.
+      trials: trial list, see `read_trials`; for one without labels, only scores are written, no error rates.
       output: folder for the results; created if missing.
       branch: which network of a workdir, as the next two; see `Embedder.load`.
       role: "teacher" or "student".
       step: of the checkpoint.
-      crops: take so many crops of a recording, spread evenly, and the mean score of all pairs of them, instead of full
-        recordings; 0 for full recordings.
+      crops: take this many crops of a recording, spread evenly, and the mean score of all pairs of them, instead of
+        full recordings; 0 for full recordings.
       crop_seconds: length of a crop.
       save_threshold: one of CRITERIA: save the threshold at this criterion, and a calibration, with the model.
       save_calibration: file for the same, for models that cannot be written; the criterion is `save_threshold` or EER.
@@ -210,7 +210,8 @@ def evaluate(
 
     Returns:
       What results.json holds: `eer` (percent), `eer_interval`, `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`,
-      the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these are of.
+      the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these belong
+      to.
     """
     network = load_model(model, branch=branch, role=role, step=step)
     if save_threshold is not None and (is_hub_name(model) or not in_bucket(model) and is_zip(model)):
@@ -262,7 +263,7 @@ def evaluate(
             results["calibration"] = {"scale": decision.scale, "offset": decision.offset}
             places = {"the model": save_threshold, str(save_calibration): save_calibration}
             results["saved_in"] = [place for place, given in places.items() if given is not None]
-    finally:  # results are worth having although they hold no threshold
+    finally:  # results are worth having even without a threshold
         write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     if save_calibration is not None:
         write_decision(save_calibration, decision, network.fingerprint)
@@ -276,7 +277,7 @@ def evaluate(
 def tuned_decision(scores, target, criterion: str, trials) -> Decision:
     """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration.
 
-    Raises ValueError where the criterion is best met by accepting nobody: that is no threshold.
+    Raises ValueError where the criterion is best met by accepting nobody: that is not a threshold.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")

@@ -31,10 +31,10 @@ SHORTEST = 8000  # samples of a batch: half a second
 
 
 def check_outputs(outputs: Iterable[str | os.PathLike]) -> None:
-    """Raises ValueError for a name whose ending is no format, OSError for a file that cannot be written."""
+    """Raises ValueError for a name whose ending is not a known format, OSError for a file that cannot be written."""
     for output in map(Path, outputs):
         if output.suffix.lower() not in WRITERS:
-            raise ValueError(f"{output}: the ending of the name is no known format: choose one of {', '.join(WRITERS)}")
+            raise ValueError(f"{output}: the name's ending is not a known format: choose one of {', '.join(WRITERS)}")
         check_writable(output)
 
 
@@ -46,7 +46,8 @@ def export(model: Model, outputs: Iterable[str | os.PathLike], weights: str = "f
     them.
 
     Raises:
-      ValueError: an ending that is no known format, weights that are not finite, or options that `write_onnx` refuses.
+      ValueError: an ending that is not a known format, weights that are not finite, or options that `write_onnx`
+        refuses.
       ImportError: an ONNX file without the extra `onnx`.
       OSError: naming the file, if it cannot be written.
     """
@@ -68,7 +69,7 @@ def write_program(path: str | os.PathLike, model: Model) -> Path:
     The member "program.jaxexport" is for `jax.export.deserialize`: (waves float32 [N, L] in [-1, 1] at 16 kHz, zeros
     after lengths int32 [N]) → embeddings float32 [N, D], for any N and any L from 8,000 up; the weights are inside.
     "model.json" describes it as a model file does (`model_file`), with the SHA-256 of the program, and
-    "weights.safetensors" has the weights once more, for `read_program`.
+    "weights.safetensors" has the weights again, for `read_program`.
 
     Raises:
       ValueError: weights that are not those of the backbone, or not finite. OSError: naming the file, if it cannot be
@@ -98,10 +99,10 @@ WRITERS = {".safetensors": write_model, ".zip": write_program, ".onnx": write_on
 def read_program(path: str | os.PathLike) -> Model:
     """Returns the model that `write_program` wrote.
 
-    It is built from the description and the weights, and the program is left alone: to run a program of a stranger, or
-    only to parse it, is to let it crash the process or worse (custom calls reach into the process, and MLIR's parser
-    ends on some damaged ones). So nothing in the file is executed, and the model is as fast as the one that was
-    exported. All members have checksums, and a program that is not the one that was written is refused.
+    It is built from the description and the weights, and the program is left alone: running, or merely parsing, a
+    stranger's program lets it crash the process or worse (custom calls reach into the process, and MLIR's parser aborts
+    on some damaged ones). So nothing in the file is executed, and the model is as fast as the one that was exported.
+    All members have checksums, and a program that is not the one that was written is refused.
 
     Raises:
       OSError: naming the file, if it cannot be read.

@@ -34,7 +34,7 @@ class Gallery:
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: str = "", dimension: int | None = None) -> "Gallery":
-        """Reads a gallery: what `save` wrote, or any file of embeddings, whose lengths are set to one.
+        """Reads a gallery: what `save` wrote, or any file of embeddings, which are scaled to unit length.
 
         Args:
           path: npz or parquet.
@@ -115,8 +115,8 @@ class Gallery:
 def changing_gallery(path: str | os.PathLike, model: str = "", dimension: int | None = None) -> Iterator[Gallery]:
     """Yields the gallery in a file, an empty one if there is none, and saves it if the block succeeds.
 
-    Reading, changing and writing are a single locked step, so changes by several processes at once all last: each waits
-    for the others, up to LOCK_SECONDS.
+    Reading, changing and writing are a single locked step, so changes by several processes at once all persist: each
+    waits for the others, up to LOCK_SECONDS.
 
     Raises:
       LockedError: another process holds the gallery for longer. Others as `Gallery.load` and `Gallery.save`.

@@ -1,7 +1,7 @@
 """Networks on the Hugging Face Hub: `hf:org/name@revision` is read as a model file, and `memo-jax push` uploads one.
 
 Needs the extra `hub`. Of a repository only `model.safetensors` is read, which runs no code; huggingface_hub puts a
-file into its cache once it is downloaded whole. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE work as in every
+file into its cache once it is downloaded completely. HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE work as in every
 program that uses it.
 """
 
@@ -22,7 +22,7 @@ NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", 
 
 
 def is_hub_name(path: str | os.PathLike) -> bool:
-    """Tells whether a path names a repository on the Hub."""
+    """Returns whether a path names a repository on the Hub."""
     return os.fspath(path).startswith(PREFIX)
 
 
@@ -71,8 +71,8 @@ def push(
 
     Args:
       model: network, weights and front end.
-      repository: "org/name"; made where it is missing.
-      results: what `memo-jax eval` wrote as results.json, one a trial list.
+      repository: "org/name"; created where it is missing.
+      results: what `memo-jax eval` wrote as results.json, one per trial list.
       license: as the Hub names licences.
       datasets: what the model was trained on, as the Hub names datasets.
       private: make a new repository private.

@@ -1,4 +1,4 @@
-"""Weights from and to PyTorch: which of the tensors there is which of ours.
+"""Weights from and to PyTorch: which tensor there is which of ours.
 
 A *kind* is a toolkit: speechbrain, wespeaker, 3dspeaker, or speaker-net, the MeMo authors' program. 3D-Speaker names an
 ECAPA-TDNN as speechbrain does, and a ResNet and a CAM++ as wespeaker does. Speaker-net names all of them as 3D-Speaker
@@ -149,7 +149,7 @@ def _numberless(text: str) -> str:
 def recognised(names: Iterable[str]) -> list[tuple[str, str]]:
     """Returns every (kind, backbone) that has tensors of these names, the toolkit that introduced the network first.
 
-    Empty for names that no toolkit here gives.
+    Empty for names that no toolkit here uses.
     """
     found = []
     for kind in KINDS:
@@ -171,7 +171,7 @@ def backbone_of(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> 
         return shape[axis] if len(shape) > axis else usual
 
     def count(pattern: str) -> int:
-        """How many different numbers names of this pattern have in the place of its group."""
+        """How many different numbers stand in the place of the pattern's group, among names that match it."""
         matches = (re.match(re.escape(prefix) + pattern, name) for name in tensors)
         return len({match[1] for match in matches if match})
 
@@ -244,7 +244,7 @@ def torch_tensors(
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         ours = tuple(entry.key for entry in path)
         shape = np.shape(leaf)
-        # PyTorch's [out, in, (frequency,) time] is ours backwards.
+        # PyTorch's [out, in, (frequency,) time] is ours in reverse.
         if ours[-1] in ("kernel", "prototypes"):
             shape = shape[::-1]
             if timeless and ours[-2] in TIMELESS:
@@ -283,7 +283,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
     ]
     if wrong:
         raise ValueError(_some(wrong, "; "))
-    with np.errstate(over="ignore"):  # of doubles beyond float32: told in the next lines
+    with np.errstate(over="ignore"):  # of doubles beyond float32: reported in the next lines
         values = {ours: np.asarray(tensors[theirs], np.float32) for theirs, (ours, _) in places.items()}
     for theirs, (ours, _) in places.items():
         bad = values[ours].size - int(np.isfinite(values[ours]).sum())

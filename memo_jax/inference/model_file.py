@@ -69,10 +69,10 @@ class Decision:
 
         Args:
           score: cosine in [-1, 1].
-          prior: probability before the score is known, strictly between 0 and 1.
+          prior: the probability before the score is known, strictly between 0 and 1.
 
         Raises:
-          ValueError: the prior is not.
+          ValueError: the prior is out of that range.
         """
         if not 0 < prior < 1:
             raise ValueError(f"the prior is {prior:g}: it must be a probability strictly between 0 and 1")
@@ -88,7 +88,7 @@ def check_threshold(threshold: float) -> float:
 
 
 def write_decision(path: str | os.PathLike, decision: Decision, fingerprint: str) -> None:
-    """Writes a decision to a file of its own, JSON, with the fingerprint of the model that it is of."""
+    """Writes a decision to a file of its own, JSON, with the fingerprint of the model that it belongs to."""
     write_text(path, json.dumps(dataclasses.asdict(decision) | {"model": fingerprint}, indent=2) + "\n")
 
 
@@ -228,8 +228,8 @@ def write_model(path: str | os.PathLike, model: Model, weights: str = "float32")
     Args:
       path: of the file.
       model: the network.
-      weights: "float32", or "float16" for half the size. Weights are rounded then, which makes another model: its
-        fingerprint is another one. Reading gives float32 in either case.
+      weights: "float32", or "float16" for half the size. Weights are rounded then, which makes it another model, with
+        another fingerprint. Reading yields float32 in either case.
 
     Raises:
       ValueError: the variables are not those of the backbone or are not finite (names the tensor), or the backbone or
@@ -254,7 +254,7 @@ def write_model(path: str | os.PathLike, model: Model, weights: str = "float32")
 
 
 def save_decision_in_file(path: str | os.PathLike, decision: Decision) -> None:
-    """Replaces the decision in a model file, whole or not at all; its tensors stay bit for bit.
+    """Replaces the decision in a model file, whole or not at all; its tensors stay the same, bit for bit.
 
     Raises:
       OSError, ModelFileError: as `read_model`.
@@ -312,8 +312,8 @@ def read_model(path: str | os.PathLike, is_known: Callable[[str], bool] = is_nev
 
     Args:
       path: of the file.
-      is_known: tells of a fingerprint whether a model with it has been checked before. Such a model is read without
-        building its network, which needs JAX.
+      is_known: says whether a model with a fingerprint has been checked before. Such a model is read without building
+        its network, which needs JAX.
 
     Raises:
       FileNotFoundError: no such file.
@@ -350,7 +350,7 @@ def damage_named(path: str | os.PathLike, kind: str) -> Iterator[None]:
 def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], checked: bool = False) -> Model:
     """Returns the model of a description (`parsed_header`) and its tensors {"params/…/kernel": array}.
 
-    `checked` says that a model with this fingerprint has passed all checks before: enough that it is the same.
+    `checked` says that a model with this fingerprint has passed all checks before: it is enough that it is the same.
 
     Raises:
       ValueError: an unknown backbone, front end or argument, tensors that are not those that were described, or weights
@@ -374,7 +374,7 @@ def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
     model = Model(
         header["backbone"], arguments, variables, header["front_end"], dict(header["provenance"]), header["decision"]
     )
-    # The variables were checked against the network when they were written: enough that they are still the same.
+    # The variables were checked against the network when they were written: it is enough that they are still the same.
     if model.fingerprint != header["fingerprint"]:
         raise ValueError("its weights are not those that were written")
     if not checked:
@@ -383,7 +383,7 @@ def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 
 
 def _check_arguments(backbone, arguments) -> None:
-    """Raises ValueError for arguments that no program of ours has written: a network of them could be without end."""
+    """Raises ValueError for arguments that no program of ours has written: a network of them could be of any size."""
     from memo_jax.models import BACKBONES, EXECUTION_FIELDS
 
     defaults = {field.name: field.default for field in dataclasses.fields(BACKBONES[backbone])}
@@ -444,7 +444,7 @@ def flattened(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json_ready(arguments):
-    """Arguments as JSON gives them back, lists instead of tuples, so that equal arguments give equal text."""
+    """Arguments as JSON returns them, lists instead of tuples, so that equal arguments give equal text."""
     return json.loads(json.dumps(dict(arguments)))
 
 

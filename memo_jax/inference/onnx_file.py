@@ -52,15 +52,15 @@ def write_onnx(
       weights: "float32"; "float16": kept as float16 and computed in float32; "int8": quantised dynamically, for matrix
         products and convolutions of the network.
       runtime: of "feats": "sherpa-onnx" or "wespeaker", whose metadata the file gets.
-      other_front_end: let a runtime compute other features than the model was trained with; prints the cosine that it
-        costs.
+      other_front_end: let a runtime compute other features than the model was trained with; prints the cosine that
+        results.
 
     Raises:
       ImportError: the extra `onnx` is not installed.
       ValueError: an unknown form, or a runtime that does not compute the model's front end.
     """
     if inputs not in INPUTS or weights not in WEIGHTS:
-        raise ValueError(f"inputs {inputs!r} with weights {weights!r}: choose of {INPUTS} and of {WEIGHTS}")
+        raise ValueError(f"inputs {inputs!r} with weights {weights!r}: choose from {INPUTS} and {WEIGHTS}")
     if runtime is not None and (runtime not in RUNTIMES or inputs != "feats"):
         raise ValueError(f"runtime {runtime!r} with inputs {inputs!r}: choose one of {tuple(RUNTIMES)}, with feats")
     needed, metadata = RUNTIMES.get(runtime, (model.front_end, {}))
@@ -179,9 +179,9 @@ def _embed_with_features(model: Model):
 
 
 def front_end_cosine(model: Model, front_end: str, seed: int = 0) -> float:
-    """Returns the mean cosine between a model's embeddings by its own front end and by another.
+    """Returns the mean cosine between a model's embeddings with its own front end and with another.
 
-    Of ten synthetic recordings of three seconds: voiced pulses through moving resonances, with a little noise.
+    Over ten synthetic recordings of three seconds: voiced pulses through moving resonances, with a little noise.
     """
     waves = np.stack([_speech_like(3 * SAMPLE_RATE, np.random.default_rng((seed, i))) for i in range(10)])
     lengths = np.full(len(waves), waves.shape[1], np.int32)
@@ -238,10 +238,10 @@ def _front_end_nodes(graph) -> list[str]:
 
 
 def _quantized(graph, keep: list[str]):
-    """Returns the graph with int8 weights in matrix products and convolutions, their inputs quantised when it runs.
+    """Returns the graph with int8 weights in matrix products and convolutions, their inputs quantised at run time.
 
     Nodes to `keep` stay in float32: eight bits cannot hold the range of a power spectrum, and a front end of eight bits
-    leaves embeddings of no use.
+    makes the embeddings useless.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -4,7 +4,7 @@ Each function mirrors one module of `memo_jax.models` or one front end of `memo_
 Sequences are [B, C, T] here and planes [B, C, T, F], ONNX's layouts.
 
 The graph is built with spox: operators are typed Python functions, and spox infers types and shapes while the graph is
-built, so that a wrong axis is an error here and not in somebody's telephone. (onnxscript would do as well; jax2onnx
+built, so that a wrong axis is an error here and not on somebody's phone. (onnxscript would do as well; jax2onnx
 converts JAX programs but cannot be installed beside orbax-checkpoint.)
 """
 
@@ -21,7 +21,7 @@ from memo_jax.models.campplus import SEGMENT, CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN, padding_of
 from memo_jax.models.resnet import ResNet34
 
-OPSET = 17  # of 2022, which runtimes on phones have; a file states the lowest opset that its operators need
+OPSET = 17  # from 2022, which runtimes on phones support; a file states the lowest opset that its operators need
 
 Variables = Mapping[str, Any]  # {"params": …, "batch_stats": …} of a module
 
@@ -63,7 +63,7 @@ def plane_conv(x: Var, variables: Variables, strides: tuple[int, int] = (1, 1)) 
 
 
 def norm(x: Var, variables: Variables) -> Var:
-    """`layers.BatchNorm` by its running statistics, over axis 1, as the scale and the offset that runtimes fuse."""
+    """`layers.BatchNorm` with its running statistics, over axis 1, as the scale and the offset that runtimes fuse."""
     statistics, params = variables["batch_stats"], variables["params"]
     gain = np.asarray(params.get("scale", 1.0)) / np.sqrt(np.asarray(statistics["var"]) + 1e-5)
     offset = params.get("bias", 0.0) - statistics["mean"] * gain

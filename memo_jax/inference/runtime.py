@@ -49,7 +49,7 @@ def chosen_runtime(runtime: str = "auto") -> str:
 
 
 def _has_accelerator() -> bool:
-    """Whether JAX would compute on something else than a CPU; JAX is imported only where it could."""
+    """Whether JAX would compute on something other than a CPU; JAX is imported only where it could."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     plugins = importlib.util.find_spec("jax_plugins") or importlib.util.find_spec("libtpu")
     if "jax" not in sys.modules and (platforms == "cpu" or not (platforms or plugins)):
@@ -84,7 +84,7 @@ class OnnxFunction:
     def stream(self, waves: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (key, embedding [D]) for every (key, int16 wave [L]), in their order.
 
-        A recording of several windows (`batches.windows`) gives the mean of theirs.
+        A recording of several windows (`batches.windows`) yields the mean of their embeddings.
         """
         waiting: collections.deque[tuple[int, list]] = collections.deque()
 
@@ -109,7 +109,7 @@ class OnnxFunction:
 
 
 def onnx_function(model: Model) -> OnnxFunction:
-    """Returns a model's function for onnxruntime, by its graph in the cache, which is made if it is missing.
+    """Returns a model's function for onnxruntime, with its graph from the cache, which is made if it is missing.
 
     Raises:
       ValueError: the network does not compute in float32, as onnxruntime would.
@@ -151,7 +151,7 @@ def cached_graph(fingerprint: str) -> bytes | None:
 
 
 def graph_path(fingerprint: str) -> Path:
-    """Returns where the graph of a model is kept; another version of the code that makes graphs has another place."""
+    """Returns where the graph of a model is kept; another version of the code that makes graphs uses another place."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     digest = hashlib.sha256(memo_jax.__version__.encode())
     for name in SOURCES:

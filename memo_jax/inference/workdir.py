@@ -23,9 +23,9 @@ def workdir_model(
 ) -> Model:
     """Returns a network of a training workdir, without its heads, as a model.
 
-    Step 0 is the network before training, which the config's seed and `init` decide. The branch is "ecapa" by
-    default, or the first. Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the
-    run does not have.
+    Step 0 is the network before training, which the config's seed and `init` determine. The branch is "ecapa" by
+    default, or the first. Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the run
+    does not have.
     """
     from memo_jax.training.program import create_state
     from memo_jax.training.recipe import build_branches, build_recipe
@@ -48,7 +48,7 @@ def workdir_model(
         variables = state[role][branch]
     model = model_of_backbone(
         branches[branch].backbone,
-        # Host arrays, as training evaluates them, so that programs which training has compiled are found again.
+        # Host arrays, as training evaluates them, so that programs which training has compiled are reused.
         jax.device_get(backbone_variables(variables)),
         front_end=config.features.front_end,
         provenance={
@@ -67,7 +67,7 @@ def starting_parts(config) -> dict[str, Variables]:
 
     Of a model file it is the backbone of its branch, of a workdir the teachers' backbones and speaker heads.
 
-    Raises ValueError naming the file or workdir where the config has no branch of just that network.
+    Raises ValueError naming the file or workdir where the config has no branch with exactly that network.
     """
     if not config.init:
         return {}
@@ -96,14 +96,14 @@ def starting_parts(config) -> dict[str, Variables]:
 
 
 def _check_fits(config, model: Model) -> None:
-    """Raises ValueError where a config has no branch of just a model's backbone, or another front end."""
+    """Raises ValueError where a config has no branch with exactly a model's backbone, or another front end."""
     from memo_jax.training.recipe import build_branches
 
     branches = build_branches(config)
     wanted = {name: dict(model_of_backbone(branch.backbone, {}).arguments) for name, branch in branches.items()}
     if wanted.get(model.backbone) != dict(model.arguments):
         raise ValueError(
-            f"init: {config.init} holds {model.backbone} {dict(model.arguments)}, which is no branch of this config "
+            f"init: {config.init} holds {model.backbone} {dict(model.arguments)}, which is not a branch of this config "
             f"({'; '.join(f'{name} {arguments}' for name, arguments in wanted.items())}): change one of them"
         )
     if model.front_end != config.features.front_end:

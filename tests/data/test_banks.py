@@ -106,11 +106,11 @@ def test_musan_gives_each_kind_its_part(tmp_path):
         np.testing.assert_array_equal(found[kind], [noise(1600, index)])
         np.testing.assert_array_equal(load_banks(noise=root / kind, seconds=0.1)["noise"], [noise(1600, index)])
     with pytest.raises(
-        ValueError, match="musan: nothing for the rir bank here; as MUSAN it has noise and music and spee"
+        ValueError, match="musan: nothing for the rir bank here; of MUSAN it has noise and music and spee"
     ):
         load_banks(rirs=root)
     shutil.rmtree(root / "music")
-    with pytest.raises(ValueError, match="nothing for the music bank here; as MUSAN it has noise and speech"):
+    with pytest.raises(ValueError, match="nothing for the music bank here; of MUSAN it has noise and speech"):
         load_banks(music=root)
 
 
@@ -142,7 +142,7 @@ def test_rirs_noises_gives_rooms_and_point_sources_but_no_noise_as_a_room(tmp_pa
     assert [np.flatnonzero(row).tolist() for row in found["rir"]] == [[0, 20], [0, 30], [0, 10]]  # the first channel
     assert len(load_banks(rirs=root / "simulated_rirs")["rir"]) == 1 and len(load_banks(rirs=root / real)["rir"]) == 2
     np.testing.assert_array_equal(load_banks(noise=root / real, seconds=0.1)["noise"], [noise(1600, 1)])
-    with pytest.raises(ValueError, match="nothing for the music bank here; as RIRS_NOISES it has noise and rir"):
+    with pytest.raises(ValueError, match="nothing for the music bank here; of RIRS_NOISES it has noise and rir"):
         load_banks(music=root)
 
 

@@ -263,7 +263,7 @@ def test_only_datasets_are_ever_replaced(speech, tmp_path):
     with pytest.raises(FileExistsError, match="not a dataset"):
         prepare(speech, tmp_path / "thesis", workers=1, overwrite=True)
     for output in (speech, tmp_path):
-        with pytest.raises(ValueError, match="is or holds the input"):
+        with pytest.raises(ValueError, match="is or contains the input"):
             prepare(speech, output, workers=1, overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").exists() and (speech / "a" / "0.wav").exists()
 

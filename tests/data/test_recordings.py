@@ -82,7 +82,7 @@ def test_a_folder_in_an_archive_can_be_the_input_and_voxceleb_is_recognised(tmp_
     assert named(find_recordings([path / "LibriSpeech/train"])[0]) == [("19/198/0.wav", "19"), ("26/495/0.wav", "26")]
     path = WRITERS[suffix](tmp_path / f"vox{suffix}", {f"dev/aac/{name}": audio_bytes(noise()) for name in VOXCELEB})
     assert named(find_recordings([path])[0]) == [(name, name[:7]) for name in VOXCELEB]
-    with pytest.raises(FileNotFoundError, match="no such folder of recordings, nor archive"):
+    with pytest.raises(FileNotFoundError, match="no such folder of recordings or archive"):
         find_recordings([tmp_path / "out.zip" / "folder"])
 
 
@@ -380,8 +380,8 @@ def test_members_of_a_zip_that_cannot_be_read_are_listed(tmp_path):
     "files, message",
     [
         ({"wav_scp": ["utt"]}, "wav.scp, line 1: one field only"),
-        ({"wav_scp": ["utt a.wav", "utt b.wav"]}, "wav.scp, line 2: 'utt' is there twice"),
-        ({"wav_scp": ["utt a.wav"], "utt2spk": ["utt anna", "utt anna"]}, "utt2spk, line 2: 'utt' is there twice"),
+        ({"wav_scp": ["utt a.wav", "utt b.wav"]}, "wav.scp, line 2: 'utt' appears twice"),
+        ({"wav_scp": ["utt a.wav"], "utt2spk": ["utt anna", "utt anna"]}, "utt2spk, line 2: 'utt' appears twice"),
         (
             {"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1", "utt2 other 0 1"]},
             "segments, line 2: .*no recording 'other'",
@@ -463,7 +463,7 @@ def test_a_member_that_is_there_twice_is_an_error_that_says_so(tmp_path):
         for _ in range(2):
             info = tarfile.TarInfo("a/1.wav")
             tar.addfile(info)
-    with pytest.raises(ValueError, match="in.tar/a/1.wav is there twice"):
+    with pytest.raises(ValueError, match="in.tar/a/1.wav appears twice"):
         find_recordings([tmp_path / "in.tar"])
 
 

@@ -108,7 +108,7 @@ def test_the_command_embeds_a_dataset(tmp_path):
             *(f"--crops={crops}", "--crop-seconds=0.5"),
         )
         assert status == 0, text
-        assert "20 utterances in 2 clusters (ward linkage, numbers chosen by that of the utterances)" in text
+        assert "20 utterances in 2 clusters (ward linkage, defaults for this many utterances)" in text
         assert "against 5 speakers of 20 utterances" in text
         tables[crops] = read_table(table, "name", "cluster")
         assert list(tables[crops]) == Utterances(dataset).names and set(tables[crops].values()) == {"0", "1"}

@@ -83,7 +83,7 @@ def test_a_program_can_be_exported_again(exported, tmp_path):
 
 def test_what_cannot_be_exported_or_read_is_named(exported, tmp_path):
     for model, output, message in (
-        (tiny.model_file(), "a.tflite", "is no known format: choose one of .safetensors, .zip, .onnx"),
+        (tiny.model_file(), "a.tflite", "is not a known format: choose one of .safetensors, .zip, .onnx"),
         (tmp_path / "gone", "a.zip", "no such workdir or model file"),
     ):
         status, text = tiny.here("export", "--model", model, "--output", tmp_path / output)
