@@ -5,7 +5,7 @@ __all__ = ["Embedder"]
 
 
 def __getattr__(name):
-    if name == "Embedder":  # imported when asked for: it brings JAX, for which `memo-jax --help` must not wait
+    if name == "Embedder":  # imported when asked for: it imports JAX, which `memo-jax --help` must not wait for
         from memo_jax.inference.embedder import Embedder
 
         return Embedder

@@ -97,7 +97,7 @@ def check_paths(options: argparse.Namespace) -> None:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raises ValueError if the file to be written is one that is to be read, which would be lost."""
+    """Raises ValueError if the file to be written is also one to be read, which would be lost."""
     given = vars(options)
     read = [(name, path) for name, value in given.items() for path in (value if isinstance(value, list) else [value])]
     for name in ("output", "scores", "figure"):
@@ -106,7 +106,7 @@ def check_outputs(options: argparse.Namespace) -> None:
             continue
         for other, path in read:
             if other != name and isinstance(path, (str, Path)) and os.path.isfile(path) and written.samefile(path):
-                raise ValueError(f"--{name} {written} is also what is read ({other}): choose another name")
+                raise ValueError(f"--{name} {written} is also an input ({other}): choose another name")
 
 
 def run_prepare(options) -> int:
@@ -367,7 +367,7 @@ def run_cluster(options) -> None:
     of_network = [name for name in ("model", "branch", "role", "step") if getattr(options, name) is not None]
     of_network += [name for name in ("crops",) if options.crops]
     if options.embeddings is not None and of_network:
-        raise ValueError(f"--{of_network[0]} is for --data: these embeddings are there already")
+        raise ValueError(f"--{of_network[0]} is for --data: these embeddings exist already")
     for path in filter(None, (options.output, options.figure)):
         check_writable(path)
     keep_compiled_programs()
@@ -548,8 +548,8 @@ def run_score(options) -> None:
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory for the next step or batch instead of returning it to the system.
 
-    XLA on a CPU allocates its temporary memory anew for each call. If that was returned in between, every 4 KiB cost a
-    page fault: up to a fifth of the time of a small step.
+    XLA on a CPU allocates its temporary memory anew for each call. If it were returned in between, every 4 KiB would
+    cost a page fault: up to a fifth of the time of a small step.
     """
     import ctypes
 

@@ -58,7 +58,7 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
 
 
 def load_run_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
-    """As `load_config`, of a run; also raises ValueError where it lacks a key of configs/base.py, which is named."""
+    """Like `load_config`, for a run; also raises ValueError, naming the key, if one of configs/base.py is missing."""
     return _with_all_keys(load_config(path, overrides), path)
 
 
@@ -151,9 +151,9 @@ def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int, total
     """Returns a duration in steps, whatever unit the config gives it in (after big_vision's `steps`).
 
     Exactly one of the keys `<name>_epochs`, `<name>_steps` and `<name>_percent` (of `total`) must be set, to a number
-    ≥ 0. None, a negative number and an absent key mean unset. Epochs and percents may be fractions; give them a float
-    or `placeholder(float)` as the default, so that overrides may be fractions, too. A duration above 0 is at least 1
-    step.
+    ≥ 0. None, a negative number and an absent key mean unset. Epochs and percentages may be fractions; give them a
+    float or `placeholder(float)` as the default, so that overrides may be fractions, too. A duration above 0 is at
+    least 1 step.
 
     Args:
         config: the config, or the group of it that holds the keys.
@@ -191,10 +191,10 @@ def _file_and_argument(text: str) -> tuple[Path, str | None]:
         path = packaged.get(str(path), path)
     if not path.is_file():
         if path.parent == Path() and not path.suffix:
-            raise FileNotFoundError(f"no packaged config is called {path}; there is {', '.join(packaged)}")
+            raise FileNotFoundError(f"no packaged config is called {path}; choose one of {', '.join(packaged)}")
         others = sorted(str(other) for other in path.parent.glob("*.py")) if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(str(path), others, 1, 0.5) or others[:10]
-        there_is = f"; there is {', '.join(nearest)}" if nearest else ""
+        there_is = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise FileNotFoundError(f"{path}: no such config file{there_is}")
     return path.resolve(), argument
 

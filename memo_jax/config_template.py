@@ -1,4 +1,4 @@
-"""A config file to begin with: every key with its comment, and the values of a packaged config."""
+"""A config file to start from: every key with its comment, and the values of a packaged config."""
 
 import difflib
 import os
@@ -35,7 +35,7 @@ def commented_config(name: str) -> str:
     if name not in files:
         nearest = difflib.get_close_matches(name, files, 1)
         hint = f": did you mean {nearest[0]}?" if nearest else ""
-        raise ValueError(f"no packaged config is called {name!r}{hint} (there is {', '.join(files)})")
+        raise ValueError(f"no packaged config is called {name!r}{hint} (choose one of {', '.join(files)})")
     wanted, base = load_config(files[name]), load_config(files["base"])
     groups, lines = {"config": ""}, []
     source = files["base"].read_text(encoding="utf-8")

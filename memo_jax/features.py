@@ -62,7 +62,7 @@ def normalized_log_mel(mel_power, frame_lengths=None):
       frame_lengths: int [N], valid frames of each utterance; statistics are taken over these and the rest is zero.
 
     Returns:
-      float32 [N, T, 80]. The variance carries an epsilon of 1e-5, so a constant bin gives zeros.
+      float32 [N, T, 80]. The variance includes an epsilon of 1e-5, so a constant bin yields zeros.
     """
     log_mel = jnp.log(mel_power.astype(jnp.float32) + LOG_FLOOR)
     mean, variance, valid = _moments_over_time(log_mel, frame_lengths)
@@ -70,7 +70,7 @@ def normalized_log_mel(mel_power, frame_lengths=None):
 
 
 def log_mel_statistics(mel_power, frame_lengths=None):
-    """Returns mean and standard deviation over time of the log-mel bins, [N, 160]: what the channel alone gives away.
+    """Returns mean and standard deviation over time of the log-mel bins, [N, 160]: what the channel alone reveals.
 
     The baseline to print beside any equal error rate. Takes the arguments of `normalized_log_mel`.
     """
@@ -116,8 +116,8 @@ def _reflected_index(index, lengths):
 def _power_spectrum(padded, basis):
     """Power spectrum [N, T, B] of windows of 400 samples every 160, from padded waves [N, L + 400].
 
-    A strided convolution over blocks of 80 samples with the windowed Fourier basis [400, 2B] (cosines, then sines): the
-    framing costs no gather and nothing is complex. As fast as a real FFT on CPU (within a tenth), and made of matrix
+    A strided convolution over blocks of 80 samples with the windowed Fourier basis [400, 2B] (cosines, then sines):
+    framing needs no gather, and nothing is complex. As fast as a real FFT on CPU (within a tenth), and made of matrix
     products on TPU.
     """
     block_count = padded.shape[1] // _BLOCK

@@ -33,7 +33,7 @@ def as_json(value, indent: int = 2) -> str:
 
 
 def parse_json(text: str | bytes):
-    """Returns the value of JSON text; raises ValueError for any other text, also for one that is nested too deeply."""
+    """Returns the value of JSON text; raises ValueError for any other text, and for one that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -41,7 +41,7 @@ def parse_json(text: str | bytes):
 
 
 def is_text(name: str) -> bool:
-    """Returns whether a name is text, and not bytes that are not UTF-8, for which Python has surrogates."""
+    """Returns whether a name is text, without the surrogates that Python uses for bytes that are not UTF-8."""
     try:
         name.encode()
         return True
@@ -166,7 +166,7 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
         if fsync:
             flush_to_disk(target.parent)
     except OSError as error:
-        # Libraries in C++ give a text of their own, with the name of the temporary file.
+        # C++ libraries have messages of their own, with the name of the temporary file.
         text = os.strerror(error.errno) if error.errno else str(error).replace(str(partial), str(path))
         raise OSError(error.errno, text, str(path)) from error
     finally:
@@ -231,8 +231,8 @@ def one_line(error: BaseException, longest: int | None = LONGEST_REASON) -> str:
     """Returns what an exception says as one line, without Python's decoration and the full stop.
 
     Args:
-      error: an exception; one without a message gives the name of its class.
-      longest: characters after which to cut; None for the whole text.
+      error: an exception; one without a message yields the name of its class.
+      longest: number of characters after which to cut; None for the entire text.
     """
     if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{os.fsdecode(error.filename)}: {error.strerror}"

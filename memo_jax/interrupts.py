@@ -1,8 +1,8 @@
 """Ctrl-C that is never lost: it ends a command at once where that is possible, and otherwise at the next stage.
 
 Python turns SIGINT into KeyboardInterrupt in the main thread, wherever that is. Raised in a callback (of the garbage
-collector, of a C++ library), the exception is printed as "ignored" and the command runs on; raised while a module is
-imported, it can crash the process (jaxlib, one of 70 times). So within `handled()` it is raised behind an import, and a
+collector, of a C++ library), the exception is printed as "ignored" and the command continues; raised while a module is
+imported, it can crash the process (jaxlib, one time in 70). So within `handled()` it is raised after an import, and a
 request is remembered as well: `check()`, called between stages and by every `log.Progress`, raises it again. A second
 Ctrl-C ends the process at once, even while the main thread is in a compiler.
 """
@@ -68,7 +68,7 @@ def _remember(_, frame) -> None:
     if importer is None:
         raise KeyboardInterrupt
     importer.f_trace = _raise_in
-    sys.settrace(lambda *_: None)  # without any, that of a frame is not called
+    sys.settrace(lambda *_: None)  # without a global one, that of a frame is not called
 
 
 def _outermost_importer(frame):
@@ -92,7 +92,7 @@ def _is_interrupt(ignored) -> bool:
 
 
 def _end_at_second(watched: int) -> None:
-    """Reads the numbers of signals, which come even while the main thread runs no Python, until the pipe closes."""
+    """Reads the numbers of signals, which arrive even while the main thread runs no Python, until the pipe closes."""
     with open(watched, "rb", buffering=0) as pipe:
         count = 0
         while numbers := pipe.read(1):
@@ -102,7 +102,7 @@ def _end_at_second(watched: int) -> None:
 
 
 def end() -> NoReturn:
-    """Ends the process at once: neither threads nor what is registered for the exit are waited for."""
+    """Ends the process at once: waits neither for threads nor for exit handlers."""
     sys.stdout.flush()
     print("memo-jax: interrupted", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

@@ -3,12 +3,12 @@
 What a lock can promise depends on where the output is:
 
 * A local file system: `flock`. The kernel releases it when the process ends, however it ends.
-* NFS: Linux passes `flock` on to the server, so the lock holds between machines and goes when the client is gone. A
-  mount with `nolock` or `local_lock=flock` has it between the processes of a single machine only.
-* A bucket, or a file system without `flock` (Lustre without the option, some FUSE mounts): a lease. The owner renews a
-  small object every few seconds. An object that nobody renewed for `STALE_SECONDS` belongs to nobody, so that after a
-  kill the next process waits so long at most; on the owner's own machine it does not wait at all. A process that was
-  suspended for longer may have lost its lease: `Lock.check` tells.
+* NFS: Linux passes `flock` on to the server, so the lock holds across machines and is released when the client is gone.
+A mount with `nolock` or `local_lock=flock` locks only between the processes of a single machine. * A bucket, or a file
+system without `flock` (Lustre without the option, some FUSE mounts): a lease. The owner renews a
+  small object every few seconds. An object that has not been renewed for `STALE_SECONDS` belongs to nobody, so after a
+  kill the next process waits at most that long; on the owner's own machine it does not wait at all. A process that was
+  suspended for longer may have lost its lease: `Lock.check` finds out.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # from file systems w
 
 
 class LockedError(OSError):
-    """Another process works on this output; the message names it."""
+    """Another process is working on this output; the message names it."""
 
 
 class Lock:
@@ -107,7 +107,7 @@ def _flocked(path: Path, file: Path) -> int:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LockedError(_taken(path, os.read(descriptor, 10_000))) from None
-            # The holder before removes the file when it ends: this may be the removed one.
+            # The previous holder removes the file when it ends: this may be the removed one.
             if os.path.exists(file) and os.path.samestat(os.fstat(descriptor), os.stat(file)):
                 try:
                     os.ftruncate(descriptor, 0)
@@ -144,7 +144,7 @@ class _Lease(Lock):
                 seen, deadline = None, time.monotonic() + STALE_SECONDS
                 continue
             if not told:
-                print(f"{_taken(self._path, content)} (waiting to see whether it lives)", file=sys.stderr, flush=True)
+                print(f"{_taken(self._path, content)} (waiting to see if it is alive)", file=sys.stderr, flush=True)
                 told = True
             time.sleep(POLL_SECONDS)
         if told:
@@ -211,7 +211,7 @@ class _Lease(Lock):
 
 
 def _owner(token: str = "") -> bytes:
-    """What a lock file says of its owner; `renewed` differs each time."""
+    """What a lock file says about its owner; `renewed` differs each time."""
     owner = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -253,7 +253,7 @@ def _is_dead(content: bytes) -> bool:
 
 
 def _machine() -> list[str]:
-    """What tells machines apart. Containers may share a name and a kernel, but not a namespace of processes."""
+    """What distinguishes machines. Containers may share a name and a kernel, but not a namespace of processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip())

@@ -22,8 +22,7 @@ class MetricsLog:
     Every row is on its way to the disk when `write` returns. A last line that a killed run left half-written is dropped
     on opening. With `active=False` (every process but the first) nothing is created or written.
 
-    In a bucket, where nothing can be appended to, the files are as `upload`, `close` and, once a minute, `write` left
-    them.
+    In a bucket, where nothing can be appended to, `upload`, `close` and, once a minute, `write` update the files.
 
     Raises:
         ValueError: the existing file holds a line that is not a row of metrics.
@@ -58,7 +57,7 @@ class MetricsLog:
         self._folder.upload(only_when_due=True)
 
     def upload(self) -> None:
-        """Brings the files in a bucket up to date; elsewhere they are. Raises OSError."""
+        """Brings the files in a bucket up to date; elsewhere they always are. Raises OSError."""
         if self._active:
             self._folder.upload()
 
@@ -74,7 +73,7 @@ class MetricsLog:
             self._hide_events_from(step + 1)
 
     def close(self) -> None:
-        """Closes the files. The log cannot be written after."""
+        """Closes the files. The log cannot be written afterwards."""
         active, self._active = self._active, False
         with self._failure_named():
             if self._file:
@@ -99,7 +98,7 @@ class MetricsLog:
             raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self.path)) from error
 
     def _events_writer(self):
-        # Not SummaryWriter: its thread dies of a full disk unseen, and the tenth row after that waits for ever.
+        # Not SummaryWriter: its thread dies unnoticed of a full disk, and the tenth row after that waits for ever.
         if self._events is None:
             from tensorboardX.event_file_writer import EventsWriter
 
@@ -179,7 +178,7 @@ class Progress:
             )
 
     def update(self, n: int = 1, **postfix) -> None:
-        """Counts `n` more units done; keyword arguments are shown beside (numbers with four digits)."""
+        """Counts `n` more units done; keyword arguments are shown beside them (numbers with four digits)."""
         self._done += n
         self._postfix = {name: _short(value) for name, value in postfix.items()} or self._postfix
         if self._bar is not None:
@@ -203,7 +202,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._active and (self._done > self._printed_done or self._printed_time == self._start):
-            self._printed_done, self._printed_time = self._initial, self._start  # the rate of the whole
+            self._printed_done, self._printed_time = self._initial, self._start  # the overall rate
             self._print_line()
         self._bar, self._active = None, False
 
@@ -215,7 +214,7 @@ class Progress:
 
     def _print_line(self) -> None:
         now, parts = time.monotonic(), []
-        # The rate since the line before, but none of the first two units alone: a training compiles its first step, and
+        # The rate since the previous line, but none of the first two units alone: training compiles its first step, and
         # evaluates the untrained network before the second.
         if self._done > self._initial + 2 or self._done == self._total:
             rate = (self._done - self._printed_done) / max(now - self._printed_time, 1e-9)

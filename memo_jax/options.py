@@ -117,7 +117,7 @@ def threshold_options() -> argparse.ArgumentParser:
         type=probability,
         default=0.5,
         metavar="P",
-        help="probability of the same speaker before the score is known, for the one after it (default: %(default)s)",
+        help="prior probability of the same speaker, from which the one given the score follows (default: %(default)s)",
     )
     options.add_argument(
         "--calibration",
@@ -129,7 +129,7 @@ def threshold_options() -> argparse.ArgumentParser:
 
 
 def replicates_options() -> argparse.ArgumentParser:
-    """Options of commands that give an interval of the error rate."""
+    """Options of commands that report an interval of the error rate."""
     options = shared_by_commands()
     options.add_argument(
         "--replicates",
@@ -250,7 +250,7 @@ def add_trials(command: Command) -> None:
         "--targets",
         type=positive,
         metavar="N",
-        help="trials of one speaker, shared out evenly (default: up to 10 of each speaker)",
+        help="trials of one speaker, spread evenly (default: up to 10 of each speaker)",
     )
     added.add_argument(
         "--nontargets", type=positive, metavar="N", help="trials of different speakers (default: as many as targets)"
@@ -283,7 +283,7 @@ def add_init_config(command: Command) -> None:
         nargs="?",
         default="small",
         metavar="NAME",
-        help="packaged config whose values it has: small, base (the authors'), … (default: %(default)s)",
+        help="packaged config whose values to use: small, base (the authors'), … (default: %(default)s)",
     )
     added.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: NAME.py")
 
@@ -332,7 +332,7 @@ def add_pseudo_label(command: Command) -> None:
     )
     added.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for the rounds and the best network")
     added.add_argument(
-        "--model", required=True, type=Path, metavar="MODEL", help="network to begin with: a workdir or a model file"
+        "--model", required=True, type=Path, metavar="MODEL", help="network to start from: a workdir or a model file"
     )
     added.add_argument("--rounds", type=positive, default=3, metavar="R", help="default: %(default)s")
     added.add_argument(
@@ -469,13 +469,13 @@ def clustering_options() -> argparse.ArgumentParser:
     """Options of commands that cluster embeddings."""
     options = shared_by_commands()
     options.add_argument(
-        "--kmeans", type=positive, metavar="K1", help="make so many groups by k-means (default: N/22 of N utterances)"
+        "--kmeans", type=positive, metavar="K1", help="make this many groups by k-means (default: N/22 of N utterances)"
     )
     options.add_argument(
         "--clusters",
         type=positive,
         metavar="K2",
-        help="merge groups, or without --kmeans utterances, into so many clusters (default: N/146)",
+        help="merge groups, or without --kmeans utterances, into this many clusters (default: N/146)",
     )
     options.add_argument(
         "--linkage",
@@ -634,7 +634,7 @@ def add_push(command: Command) -> None:
     """memo-jax push."""
     added = command("push", "upload a model to the Hugging Face Hub", network_options())
     added.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
-    added.add_argument("repository", metavar="ORG/NAME", help="made where it is missing")
+    added.add_argument("repository", metavar="ORG/NAME", help="created if it is missing")
     added.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
     added.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
     added.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
@@ -724,7 +724,7 @@ MOST_REPLICATES = 1_000_000  # of the bootstrap, whose error rates stay in memor
 
 
 def number(text: str) -> float:
-    """Returns a finite number of the command line; argparse reports the error."""
+    """Returns a finite number from the command line; argparse reports the error."""
     try:
         value = float(text)
     except ValueError:
@@ -735,7 +735,7 @@ def number(text: str) -> float:
 
 
 def cosine(text: str) -> float:
-    """Returns a cosine score of the command line; argparse reports the error."""
+    """Returns a cosine score from the command line; argparse reports the error."""
     value = number(text)
     if not -1 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [-1, 1], as cosines are")
@@ -743,7 +743,7 @@ def cosine(text: str) -> float:
 
 
 def seconds(text: str) -> float:
-    """Returns a duration of the command line, from 0; argparse reports the error."""
+    """Returns a duration of at least 0 from the command line; argparse reports the error."""
     value = number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0 seconds")
@@ -751,17 +751,17 @@ def seconds(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """Returns a whole number from 0 of the command line; argparse reports the error."""
+    """Returns a whole number of at least 0 from the command line; argparse reports the error."""
     return _whole(text, 0)
 
 
 def positive(text: str) -> int:
-    """Returns a whole number from 1 of the command line; argparse reports the error."""
+    """Returns a whole number of at least 1 from the command line; argparse reports the error."""
     return _whole(text, 1)
 
 
 def replicates(text: str) -> int:
-    """Returns a number of bootstrap replicates of the command line, 0 for none; argparse reports the error."""
+    """Returns a number of bootstrap replicates from the command line, 0 for none; argparse reports the error."""
     if _whole(text, 0) > MOST_REPLICATES:
         raise argparse.ArgumentTypeError(f"{text} is more than {MOST_REPLICATES:,}")
     return int(text)
@@ -769,19 +769,19 @@ def replicates(text: str) -> int:
 
 def _whole(text, lowest):
     if not text.isascii() or not text.isdigit() or len(text) > 18 or int(text) < lowest:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
     return int(text)
 
 
 def port(text: str) -> int:
-    """Returns a port of the command line; argparse reports the error."""
+    """Returns a port from the command line; argparse reports the error."""
     if not 1 <= (value := _whole(text, 0)) <= 65535:
         raise argparse.ArgumentTypeError(f"{value} is not in [1, 65535]")
     return value
 
 
 def device_choice(text: str) -> str:
-    """Returns the name of a device of the command line; argparse reports the error."""
+    """Returns the name of a device from the command line; argparse reports the error."""
     from memo_jax.xla.devices import check_device_name
 
     try:
@@ -791,7 +791,7 @@ def device_choice(text: str) -> str:
 
 
 def probability(text: str) -> float:
-    """Returns a probability of the command line, neither 0 nor 1; argparse reports the error."""
+    """Returns a probability from the command line, neither 0 nor 1; argparse reports the error."""
     value = number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not strictly between 0 and 1, as this probability must be")
@@ -799,7 +799,7 @@ def probability(text: str) -> float:
 
 
 def channel_choice(text: str) -> str | int:
-    """Returns a channel of the command line; argparse reports the error."""
+    """Returns a channel from the command line; argparse reports the error."""
     from memo_jax.audio import parse_channel
 
     try:

@@ -1,4 +1,4 @@
-"""Rounds of pseudo-labels: cluster with the current network, train on the clusters, test, and again."""
+"""Rounds of pseudo-labels: cluster with the current network, train on the clusters, test, and repeat."""
 
 import json
 import os
@@ -41,17 +41,17 @@ def pseudo_label(
     labels: str | os.PathLike | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Trains a network on clusters that the network before it has made, so many times, and keeps the best.
+    """Trains networks in rounds, each on clusters made by the network before it, and keeps the best.
 
     Round r clusters the training data with the network of round r − 1, trains on the clusters, and measures the error
-    rates on the validation list, `evaluation.trials`. Round 0 is the network to begin with. If it is interrupted,
-    calling it again goes on where it was and ends the same. More rounds may be asked for later.
+    rates on the validation list, `evaluation.trials`. Round 0 is the network to start from. If it is interrupted,
+    calling it again resumes where it was and ends the same. More rounds may be asked for later.
 
     Args:
       config: of the training of a round, with `supervised.weight` above 0 and a validation list.
       workdir: folder, with a workdir of training `round_R` for every round. Gets rounds.tsv, and best.safetensors: the
         network with the lowest EER, which may be that of round 0.
-      model: the network to begin with: a workdir or a model file.
+      model: the network to start from: a workdir or a model file.
       rounds: at least 1.
       from_scratch: a round's training starts from random weights, not from the network that made its clusters.
       kmeans, clusters, linkage, iterations, seed: as for `cluster_to_table`.
@@ -72,9 +72,9 @@ def pseudo_label(
     for key, wrong, wanted in (
         ("supervised.weight", not config.supervised.weight, "set it above 0, as configs/pseudo_labels.py does"),
         ("supervised.labels", config.supervised.labels, "leave it out: the rounds make the labels"),
-        ("init", config.init, "leave it out: --model is the network to begin with"),
+        ("init", config.init, "leave it out: --model is the network to start from"),
         ("data.train", not config.data.train, "give a dataset made by `memo-jax prepare`"),
-        ("evaluation.trials", not config.evaluation.trials, "give a validation list, which tells the best round"),
+        ("evaluation.trials", not config.evaluation.trials, "give a validation list, to choose the best round by"),
     ):
         if wrong:
             group, _, name = key.rpartition(".")
@@ -88,7 +88,7 @@ def pseudo_label(
     utterances = Utterances(config.data.train)
     start = load_model(model)
     if not isinstance(start, Model):
-        raise ValueError(f"{model} is an exported program: give the workdir or model file that it is of")
+        raise ValueError(f"{model} is an exported program: give the workdir or model file that it comes from")
     options = {
         "model": start.fingerprint,
         "dataset": utterances.fingerprint,
@@ -145,13 +145,13 @@ def check_same_options(workdir: Path, options: dict) -> None:
     changed = [f"{key}: {old.get(key)} → {value}" for key, value in options.items() if old.get(key) != value]
     if changed:
         raise ValueError(
-            f"the rounds in {workdir} were begun with other options ({'; '.join(changed)}): give the same ones to go "
-            "on, or use another workdir"
+            f"the rounds in {workdir} were begun with other options ({'; '.join(changed)}): give the same ones "
+            "to resume, or use another workdir"
         )
 
 
 def clusters_of_round(folder: Path, utterances: Utterances, options: dict, labels, quiet: bool) -> dict:
-    """Clusters the dataset with the network of the round before, unless that is done; returns the report."""
+    """Clusters the dataset with the network of the previous round, unless that is done; returns the report."""
     report = folder / "clusters.json"
     if (text := read_text(report)) is None:
         before = read_model(previous(folder) / MODEL)
@@ -171,7 +171,7 @@ def clusters_of_round(folder: Path, utterances: Utterances, options: dict, label
 
 
 def train_round(config, folder: Path, from_scratch: bool, backbone: str, quiet: bool) -> None:
-    """Trains on the clusters of a round, or goes on with it, and writes the teacher as its model."""
+    """Trains on the clusters of a round, or resumes it, and writes the teacher as its model."""
     changes = [f"--config.supervised.labels={folder / CLUSTERS}"]
     if not from_scratch:
         changes.append(f"--config.init={previous(folder) / MODEL}")
@@ -182,12 +182,12 @@ def train_round(config, folder: Path, from_scratch: bool, backbone: str, quiet: 
 
 
 def previous(folder: Path) -> Path:
-    """Returns the folder of the round before."""
+    """Returns the folder of the previous round."""
     return folder.with_name(f"round_{int(folder.name.removeprefix('round_')) - 1}")
 
 
 def best_round(rows: list[dict]) -> int:
-    """Returns the number of the round with the lowest EER; of equal ones, by minDCF, then the first."""
+    """Returns the number of the round with the lowest EER; of equal ones, with the lowest minDCF, then the first."""
     return min(rows, key=lambda row: tuple(row[key] for key in RATES))["round"]
 
 
@@ -195,7 +195,7 @@ def judge(rows: list[dict]) -> None:
     """Adds to the last round how it compares with those before."""
     *before, last = rows
     if not before:
-        last["verdict"] = "the network to begin with"
+        last["verdict"] = "the network to start from"
         return
     best = rows[best_round(before)]
     if best_round(rows) == last["round"]:
@@ -226,7 +226,7 @@ def rounds_text(result: dict) -> str:
     """Returns the result of `pseudo_label` as text for people."""
     text = table_text(result["rounds"])
     if result["best"] == 0:
-        text += "no round has a lower EER than the network to begin with, which is kept\n"
+        text += "no round has a lower EER than the network to start from, which is kept\n"
     else:
         text += f"the best is round {result['best']}\n"
     return text + result["output"]

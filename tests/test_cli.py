@@ -74,7 +74,10 @@ def test_the_package_is_a_command():
         (["train", "--config", "c.py", "--workdir", "w"], "c.py: no such config file"),
         (["train", "--conf", "c.py", "--workdir", "w"], "--config"),
         (["prepare", "--input", "a", "--output", "b", "--config.seed=3"], "unknown argument '--config.seed=3'"),
-        (["prepare", "--input", "a", "--output", "b", "--workers", "many"], "'many' is not a whole number from 1"),
+        (
+            ["prepare", "--input", "a", "--output", "b", "--workers", "many"],
+            "'many' is not a whole number of at least 1",
+        ),
         (["prepare", "--input", "no folder", "--output", "b"], "no folder: no such folder"),
         ("eval --workdir w --data d --trials t --output o --step x".split(), "--step: 'x' is not a whole number"),
         ("score --embeddings e --trials t --replicates -1".split(), "--replicates: '-1' is not a whole number"),
@@ -86,7 +89,7 @@ def test_the_package_is_a_command():
         ("eval --model m --data d --trials t --output o --crops -2".split(), "--crops: '-2' is not a whole number"),
         ("prepare --input a --output b --min-seconds nan".split(), "--min-seconds: 'nan' is not a finite number"),
         ("verify a b --threshold ١".split(), "--threshold: '١' is not a finite number"),
-        ("trials a --output b --seed 1_0".split(), "--seed: '1_0' is not a whole number from 0"),
+        ("trials a --output b --seed 1_0".split(), "--seed: '1_0' is not a whole number of at least 0"),
     ],
 )
 def test_a_wrong_command_line_is_reported_and_exits_2(arguments, message, tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_bad_file_is_named(configs, code, message):
 
 
 def test_missing_file_names_a_near_one(configs):
-    with pytest.raises(FileNotFoundError, match="dervied.py: no such config file; there is .*derived.py"):
+    with pytest.raises(FileNotFoundError, match="dervied.py: no such config file; nearest: .*derived.py"):
         load_config(configs / "dervied.py")
 
 
@@ -316,7 +316,7 @@ def test_a_bare_name_is_a_packaged_config_unless_there_is_a_file(tmp_path, monke
     assert load_config("small", ["--config.seed=3"]).seed == 3
     (tmp_path / "small").write_text("from ml_collections import ConfigDict\n\nget_config = ConfigDict\n")
     assert dict(load_config("small")) == {}
-    with pytest.raises(FileNotFoundError, match="no packaged config is called tiny; there is base, "):
+    with pytest.raises(FileNotFoundError, match="no packaged config is called tiny; choose one of base, "):
         load_config("tiny")
     (tmp_path / "base.py").write_text("from ml_collections import ConfigDict\n\nget_config = ConfigDict\n")
     (tmp_path / "mine.py").write_text("import base\nfrom base import get_config\n")

@@ -63,9 +63,9 @@ def test_an_output_that_is_an_input_is_refused(again, tmp_path, monkeypatch):
     (tmp_path / "hard.txt").hardlink_to("t.txt")
     (tmp_path / "e.npz").touch()
     status, text = tiny.here("score", "--embeddings", "e.npz", "--trials", "t.txt", "--scores", again)
-    assert status == 2 and "is also what is read (trials): choose another name" in text
+    assert status == 2 and "is also an input (trials): choose another name" in text
     status, text = tiny.here("convert", "t.txt", "--output", again)
-    assert status == 2 and "is also what is read (input)" in text
+    assert status == 2 and "is also an input (input)" in text
     assert (tmp_path / "t.txt").read_text() == "1 a b\n"
 
 

@@ -33,7 +33,7 @@ def test_each_round_clusters_with_the_network_before_and_is_tested(whole):
     lines = [line.split("\t") for line in (workdir / "rounds.tsv").read_text().splitlines()]
     assert lines[0] == ["round", "eer", "min_dcf_0.01", "min_dcf_0.05", "clusters", "purity", "nmi", "verdict"]
     assert [line[0] for line in lines[1:]] == ["0", "1", "2"]
-    assert lines[1][4:] == ["", "", "", "the network to begin with"]
+    assert lines[1][4:] == ["", "", "", "the network to start from"]
     assert [line[4] for line in lines[2:]] == ["5", "5"] and all(0 < float(line[5]) <= 1 for line in lines[2:])
     found = fingerprints(workdir)
     assert found[0] == tiny.untrained_model().fingerprint and len(set(found)) == 3
@@ -120,7 +120,7 @@ def test_a_round_that_is_worse_is_called_worse():
         rows.append({"round": number, "eer": eer, "min_dcf_0.01": 0.5, "min_dcf_0.05": 0.4})
         rounds.judge(rows)
     assert [row["verdict"] for row in rows] == [
-        "the network to begin with",
+        "the network to start from",
         "the best so far (round 0: 10.00 %)",
         "WORSE than round 1 (8.00 %)",
         "WORSE than round 2 (9.00 %) and than round 1 (8.00 %), which is kept",

@@ -11,7 +11,7 @@ from memo_jax.audio.kinds import ASF_HEADER, kind_at
 from memo_jax.audio.part import Part, truncated, unreadable
 from memo_jax.audio.window import Window
 
-SLACK = 256  # bytes that a header may promise too much: some writers count the header itself as data
+SLACK = 256  # bytes that a header may promise in excess: some writers count the header itself as data
 ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 
@@ -206,7 +206,7 @@ def walk_sph(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_avi(window: Window, start: int) -> tuple[list[Part], int]:
-    """AVI, also of several RIFF chunks."""
+    """AVI, including several RIFF chunks."""
     place = start
     while len(head := window.read(place, 12)) == 12 and head[:4] == b"RIFF":
         if place > start and head[8:12] != b"AVIX":
@@ -227,7 +227,7 @@ def _checked(window, promised, available):
 
 
 def walk_mp4(window: Window, start: int) -> tuple[list[Part], int]:
-    """MP4, M4A and QuickTime, made of boxes; also fragmented."""
+    """MP4, M4A and QuickTime, made of boxes; may be fragmented."""
     place, seen = start, set()
     while len(head := window.read(place, 16)) >= 8:
         size, name = int.from_bytes(head[:4], "big"), head[4:8]

@@ -49,7 +49,7 @@ def find_parts(window: Window) -> list[Part]:
             raise unreadable(window, described(window))
         found, behind = WALKERS[kind](window, place)
         if behind <= place:
-            raise unreadable(window, f"a damaged {kind} header, by which it ends where it begins")
+            raise unreadable(window, f"a damaged {kind} header, in which it ends where it begins")
         parts += found
         place = behind
         if len(parts) > MAX_PARTS:

@@ -3,8 +3,8 @@
 Recordings come from anywhere, so ffmpeg gets as little freedom as possible:
 
 * The container is identified by `containers.find_parts` and forced with `-f`. ffmpeg never guesses, so it never opens a
-  playlist, list of images, subtitle or script, whatever the file is called. Whitelists hold everything that a container
-  might nest to that one demuxer, and to files.
+  playlist, list of images, subtitle or script, whatever the file is called. Whitelists limit everything that a
+  container might nest to that one demuxer, and to files.
 * It gets an open file (`/dev/fd/N`) and no name. So a name cannot act as an option, protocol or pattern, and the file
   that was checked is the file that is decoded.
 * It has no terminal, no standard input, and a process group of its own. It is killed when its reader ends (on Linux)
@@ -199,7 +199,7 @@ class FfmpegDecoder:
             raise AudioError(self._name, f"ffmpeg failed: {reason} (decoding {self._kind})")
 
     def _end(self):
-        if self._process.returncode is None:  # else its number may be another's by now
+        if self._process.returncode is None:  # else its number may be another process's by now
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.stdout.close()
@@ -212,7 +212,7 @@ def _system_file(window, part, is_alone):
     begins = part.start == 0 or window.read(0, 3) == b"ID3"
     if is_alone and begins and not part.patches and not part.prefix and file_number(window.file) is not None:
         return contextlib.nullcontext(window.file)
-    copy = tempfile.TemporaryFile()  # not a pipe: the table of an m4a mostly stands at its end
+    copy = tempfile.TemporaryFile()  # not a pipe: the table of an m4a is mostly at its end
     shutil.copyfileobj(View(window.file, part.start, part.end, part.prefix, part.patches), copy, 1 << 20)
     copy.flush()
     return copy

@@ -45,8 +45,8 @@ class SoundFileDecoder:
         except (soundfile.SoundFileError, TypeError, ValueError) as error:
             raise NotReadable(_reason(error)) from None
         # soundfile seeks after each block, to where it is, unless the file says that it cannot seek. That costs Ogg and
-        # Opus a seventh of the time. In an MP3, libsndfile may land beside that place, and then decodes frames without
-        # those that they build on: up to a quarter of a second is lost.
+        # Opus a seventh of the time. In an MP3, libsndfile may land next to that place, and then decodes frames without
+        # those that they depend on: up to a quarter of a second is lost.
         self._file.seekable = lambda: False
         self.rate, self.channels = self._file.samplerate, self._file.channels
         unknown = not 0 <= self._file.frames < 2**62

@@ -51,7 +51,7 @@ def walk_ogg(window: Window, start: int) -> tuple[list[Part], int]:
     if not all(ends for _, _, ends, _ in streams.values()):
         raise truncated(
             window,
-            "its last page is not marked as the last (if nothing is missing, mend it with: ffmpeg -i IN -c copy OUT)",
+            "its last page is not marked as the last (if nothing is missing, fix it with: ffmpeg -i IN -c copy OUT)",
         )
     codecs = [codec for codec, *_ in streams.values()]
     return [Part("ogg", start, place, libsndfile=len(codecs) == 1 and codecs[0] in LIBSNDFILE)], place

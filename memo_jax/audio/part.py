@@ -15,7 +15,8 @@ class Part(NamedTuple):
       frames: samples per channel, None if only the decoder knows.
       prefix: bytes to insert before it.
       patches: (position in the file, bytes) that replace what is there, such as a placeholder for the length.
-      libsndfile: whether to try libsndfile. ffmpeg decodes the rest, and what libsndfile turns out not to read.
+      libsndfile: whether to try libsndfile. ffmpeg decodes the rest, and whatever libsndfile turns out to be unable to
+        read.
     """
 
     kind: str

@@ -60,8 +60,8 @@ def read_audio(
 
     The content of a file decides how it is decoded; its name does not matter. libsndfile decodes wav (also RF64, W64
     and MPEG in wav), flac, ogg and opus, mp3, aiff, au, caf and sph. ffmpeg, where installed, decodes m4a and mp4,
-    webm and mkv, wma, avi, amr, aac, and the rare codecs of the others; of a film, the first audio track. No other kind
-    of file is decoded, so playlists and the like, which name other files, are refused.
+    webm and mkv, wma, avi, amr, aac, and the rare codecs of the others; from a film, the first audio track. No other
+    kind of file is decoded, so playlists and the like, which name other files, are refused.
 
     * Channels: the mean of all, whatever their number and layout, or a single one.
     * Rate: converted by soxr (high quality). A constant recording stays constant.
@@ -69,9 +69,9 @@ def read_audio(
       would not hold exactly is amplified by a power of two, to a peak between -12 and -6 dB.
     * Recordings that follow one another in a file (`cat 1.mp3 2.mp3`, chained Ogg) are read one after the other.
     * A truncated file is refused, whatever its kind; `containers` states the rule and its limits. A placeholder for the
-      length, as programs leave it that write to a pipe, is accepted.
-    * Memory: blocks of a few MB beside the result, whatever the length, rate and channels, and whatever the header
-      claims. Of a recording that is quiet throughout, three times the result.
+    length, as left by programs that write to a pipe, is accepted. * Memory: blocks of a few MB beside the result,
+    whatever the length, rate and channels, and whatever the header
+      claims. For a recording that is quiet throughout, three times the result.
 
     Args:
       path_or_file: a path, or an open binary file. Its attribute `name`, if any, is used in messages.
@@ -106,7 +106,7 @@ class Excerpt(NamedTuple):
 def parse_excerpt(name: str | os.PathLike) -> Excerpt:
     """Returns which part of which file a name means: `file.wav`, `file.wav:12.5-20` (seconds) or `file.wav:12.5-`.
 
-    A file that is really called so is meant as a whole.
+    If a file really has that name, all of it is meant.
 
     Raises:
       AudioError: the excerpt ends before it begins.

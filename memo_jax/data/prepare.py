@@ -46,8 +46,8 @@ def prepare(
     Every file of the inputs is either in the dataset or in its report of what was left out. Names, speakers and order
     are those of `recordings.find_recordings`, whatever the number of workers. The output appears whole or not at all,
     and replaces nothing but, with `overwrite`, a dataset. At most one process at a time prepares an output. What a run
-    did before it was ended, by whatever, is kept beside the output; the same call resumes from there, with the list of
-    recordings that the first run found, and writes the same bytes that it would have written.
+    did before it ended, for whatever reason, is kept beside the output; the same call resumes from there, with the list
+    of recordings that the first run found, and writes the same bytes that it would have written.
 
     Writes, beside the TFDS files: manifest.tsv (name, speaker, seconds, checksum of the samples, source), left_out.tsv
     (source, reason) and checksums.txt (of all files but the shards, as sha256sum writes and checks them).

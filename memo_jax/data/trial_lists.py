@@ -25,7 +25,7 @@ Pair = tuple[str, str]
 def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
     """Returns {recording: speaker} of a dataset, or of anything that `memo-jax prepare` reads.
 
-    Recordings of unknown speakers, and files that cannot be recordings, are left out, and their numbers are printed.
+    Recordings of unknown speakers, and files that cannot be recordings, are left out, and how many is printed.
 
     Raises:
       FileNotFoundError: no such dataset or input.

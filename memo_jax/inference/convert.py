@@ -168,7 +168,7 @@ def _chosen_part(
     names = ", ".join(name or "(the file itself)" for name in networks) or "no network known here"
     if part is not None:
         if part not in networks:
-            raise ValueError(f"{path}: has no part {part!r}; there is {names}")
+            raise ValueError(f"{path}: has no part {part!r}; choose one of {names}")
         return part, networks[part]
     if not networks:
         return "", dict(content)

@@ -80,7 +80,7 @@ def act_dcf(llrs, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1
 
 
 def cllr(llrs, target, weights=None) -> float:
-    """Cost of the log-likelihood ratios (natural logs) over all operating points, in bits: 0 perfect, 1 knows nothing.
+    """Cost of the log-likelihood ratios (natural logs) over all operating points, in bits: 0 perfect, 1 uninformative.
 
     Half the sum of the mean over targets of log2(1+e^-llr) and the mean over nontargets of log2(1+e^llr).
     Source: Brümmer and du Preez 2006, as above.

@@ -42,7 +42,7 @@ def numbered_by_size(assignment: np.ndarray) -> np.ndarray:
 
 
 def agglomerate(means: np.ndarray, weights: np.ndarray, clusters: int, linkage: str = "ward") -> np.ndarray:
-    """Merges the nearest groups of utterances until so many clusters are left.
+    """Merges the nearest groups of utterances until this many clusters are left.
 
     The distances are those of the utterances in the groups, so a large group counts for more than a small one: with
     "ward", the growth of the sum of squared distances to the means (Ward, 1963), with "average", the mean cosine
@@ -51,7 +51,7 @@ def agglomerate(means: np.ndarray, weights: np.ndarray, clusters: int, linkage: 
     is the same, and the distances are updated by Lance and Williams' formula. They take 4·n² bytes.
 
     Args:
-      means: float [n, D], the mean of the *unit* embeddings of each group: for "average", its length counts.
+      means: float [n, D], the mean of the *unit* embeddings of each group: for "average", its length matters.
       weights: [n], the number of utterances in each group, above 0.
       clusters: 1 to n.
       linkage: of LINKAGES.
@@ -60,7 +60,7 @@ def agglomerate(means: np.ndarray, weights: np.ndarray, clusters: int, linkage: 
       the number of each group's cluster, int32 [n], from 0 in the order of their first groups.
 
     Raises:
-      ValueError: numbers that cannot be.
+      ValueError: impossible numbers.
     """
     if linkage not in LINKAGES:
         raise ValueError(f"linkage {linkage!r}: choose {' or '.join(LINKAGES)}")
@@ -70,7 +70,7 @@ def agglomerate(means: np.ndarray, weights: np.ndarray, clusters: int, linkage: 
     if count > MOST_GROUPS:
         raise ValueError(
             f"{count:,} groups are too many to agglomerate, {4e-9 * count**2:.0f} GB of distances: make at most "
-            f"{MOST_GROUPS:,} by k-means before"
+            f"{MOST_GROUPS:,} by k-means first"
         )
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -99,7 +99,7 @@ def _distances(means, weights, linkage):
 
 
 def _merges(distances, sizes, linkage):
-    """Returns the heights [n−1] of all merges and the groups [n−1, 2] that stand for their sides."""
+    """Returns the heights [n−1] of all merges and the groups [n−1, 2] that represent their sides."""
     count = len(sizes)
     alive = np.ones(count, bool)
     heights, pairs, chain = np.empty(count - 1, np.float32), np.empty((count - 1, 2), np.int64), []
@@ -129,7 +129,7 @@ def _merges(distances, sizes, linkage):
 
 
 def purity(assignment: np.ndarray, labels: Sequence) -> float:
-    """Returns the share of utterances that are of the most frequent label of their cluster, in [0, 1].
+    """Returns the share of utterances that have the most frequent label of their cluster, in [0, 1].
 
     It is 1 for clusters of single utterances: compare it for equal numbers of clusters only.
     """

@@ -1,4 +1,4 @@
-"""How sure a metric is: bootstrap over speakers, for one system and for the difference of two."""
+"""How certain a metric is: bootstrap over speakers, for one system and for the difference of two."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,19 +30,19 @@ def bootstrap_interval(
 ) -> Interval:
     """Confidence interval of a metric by the bootstrap over speakers (percentile interval).
 
-    Trials are not independent: one difficult speaker spoils all trials it takes part in, so resampling trials gives
-    intervals far too narrow. The independent units are speakers. A replicate draws as many speakers as there are,
-    with replacement; m_s is how often speaker s was drawn, and stands for m_s different people with the same
-    recordings. A nontarget trial between s and t then occurs once for every pair of such people, weight m_s·m_t. A
-    target trial compares a person with himself, so it occurs once a person, weight m_s: not m_s², since trials between
-    two copies of one speaker are neither target trials (different people) nor honest nontarget trials. The expected
-    weight of every target trial is 1 and of every nontarget trial 1 - 1/S, so each class keeps its proportions. A draw
-    without any target or nontarget trial has no error rates and is drawn again.
+    Trials are not independent: one difficult speaker spoils all trials it takes part in, so resampling trials yields
+    intervals far too narrow. The independent units are speakers. A replicate draws as many speakers as there are, with
+    replacement; m_s is how often speaker s was drawn, and stands for m_s different people with the same recordings. A
+    nontarget trial between s and t then occurs once for every pair of such people, weight m_s·m_t. A target trial
+    compares a person with themselves, so it occurs once per person, weight m_s: not m_s², since trials between two
+    copies of one speaker are neither target trials (different people) nor honest nontarget trials. The expected weight
+    of every target trial is 1 and of every nontarget trial 1 - 1/S, so each class keeps its proportions. A draw without
+    any target or nontarget trial has no error rates and is drawn again.
 
     Args:
       metric: (scores, target, weights) -> number: `eer`, `cllr`, `lambda s, t, w: min_dcf(s, t, 0.01, weights=w)`, ….
       scores: [N], or [R, N] of R runs of one system (its seeds): then the interval of their mean metric, which says how
-        sure it is for other speakers and not for other seeds.
+        certain it is for other speakers and not for other seeds.
       target: bool [N].
       speaker_pairs: int [N, 2], the two speakers of each trial (`scoring.speaker_pairs`).
 
@@ -110,7 +110,7 @@ def _replicates(metric, systems, target, speaker_pairs, replicates, seed) -> np.
 
 def _evaluator(metric, scores, target, first, second) -> Callable[[np.ndarray], float]:
     """The metric as a function of how often each speaker was drawn; trials are sorted once for all draws."""
-    if metric is eer:  # ten times as fast as by the metric itself, and equal
+    if metric is eer:  # ten times as fast as the metric itself, and equal
         rate = WeightedEer(scores, target)
         (a, b), (c, d) = ((first[rows], second[rows]) for rows in (rate.targets, rate.nontargets))
         return lambda drawn: rate(drawn[a] * drawn[b], drawn[c] * drawn[d])

@@ -16,7 +16,7 @@ import numpy as np
 
 from memo_jax.files import one_line, replacing
 
-LONGEST_ARK_NAME = 4096  # bytes; what has no space for longer is no archive
+LONGEST_ARK_NAME = 4096  # bytes; a file without a space for longer is not an archive
 MOST_NUMBERS = 1 << 20  # of an embedding in an archive: a damaged header must not claim all memory
 KALDI_BLANKS = frozenset(" \t\r\n\f\v")  # what separates Kaldi's fields
 LINE_PARTS = frozenset("\t\r\n")
@@ -29,7 +29,7 @@ class Embeddings:
     Attributes:
       names: of the recordings (or enrolled speakers), N different ones.
       embeddings: float32 [N, D].
-      model: fingerprint of the model that they are of (`Model.fingerprint`), "" if unknown.
+      model: fingerprint of the model that they come from (`Model.fingerprint`), "" if unknown.
       times: float64 [N, 2], the seconds of its recording at which each begins and ends; None for whole recordings.
     """
 
@@ -50,7 +50,7 @@ def check_same_model(one: str, one_name, other: str, other_name) -> None:
     """Raises OtherModelError when two fingerprints are known and differ; the names say whose they are."""
     if one and other and one != other:
         raise OtherModelError(
-            f"{one_name} and {other_name} are of different models ({one} and {other}), so their embeddings cannot be "
+            f"{one_name} and {other_name} are from different models ({one} and {other}), so their embeddings cannot be "
             "compared: embed the recordings of both with one model"
         )
 
@@ -65,10 +65,10 @@ def kind_of(path: str | os.PathLike) -> "Kind":
 
 
 def check_output_name(path: str | os.PathLike, *, gallery: bool = False) -> Path:
-    """Returns the path; raises ValueError for an ending that is no kind, or for a gallery none that keeps the model."""
+    """Returns the path; raises ValueError for an unknown ending, or for a gallery one that does not keep the model."""
     if gallery and not kind_of(path).keeps_model:
         endings = " or ".join(ending for ending, kind in KINDS.items() if kind.keeps_model)
-        raise ValueError(f"{path}: a gallery that is written to ends in {endings}, which keep the model that it is of")
+        raise ValueError(f"{path}: a gallery that is written to ends in {endings}, which keep its model")
     kind_of(path)
     return Path(path)
 
@@ -91,8 +91,8 @@ def write_embeddings(path: str | os.PathLike, content: Embeddings) -> Path:
       and `end` (float64 [N]).
     * parquet: columns `name` and `embedding` (a list of D float32), with times `start` and `end`; "model" and
       "checksum" in the metadata of the schema.
-    * npy: the array, and beside it x.names.txt with a name a line; with times `name<tab>start<tab>end`.
-    * ark or scp: x.ark with Kaldi's binary vectors and x.scp, which says where in it each is; with times also
+    * npy: the array, and beside it x.names.txt with a name on each line; with times `name<tab>start<tab>end`. * ark or
+    scp: x.ark with Kaldi's binary vectors and x.scp, which says where each is in it; with times also
       x.segments, lines `name recording start end`.
 
     Raises:
@@ -187,7 +187,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
     """Reads what `write_embeddings` wrote, or files of other programs.
 
     These may be any npz with `names` [N] and `embeddings` [N, D], any npy [N, D] with its file of names, and any
-    archive or scp of Kaldi with binary vectors. npy and ark do not say of which model they are; ark and scp give no
+    archive or scp of Kaldi with binary vectors. npy and ark do not say which model they come from; ark and scp have no
     times.
 
     Raises:
@@ -228,7 +228,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 
 def _read_npz(path):
     with np.load(path, allow_pickle=False) as file:
-        # zipfile does not compare its directory with the number of entries, so a torn one could hide `checksum`.
+        # zipfile does not compare its directory with the number of entries, so a truncated one could hide `checksum`.
         with open(path, "rb") as raw:
             raw.seek(-22, os.SEEK_END)
             end = raw.read()
@@ -331,7 +331,7 @@ def _ark_name(file) -> str:
     while (letter := file.read(1)) not in (b"", b" "):
         name += letter
         if len(name) > LONGEST_ARK_NAME:
-            raise ValueError("not an archive of Kaldi's")
+            raise ValueError("not a Kaldi archive")
     if name and not letter:
         raise ValueError("truncated")
     found = name.decode().lstrip("\n")

@@ -213,7 +213,7 @@ def name_step(ax: Axes, step: float, text: str, end: float, height: float = 0.97
 
 
 def _name_curves(figure: Figure, ax: Axes, title: str, p_target: float) -> None:
-    """Gives a DET picture its title, its legend and what the markers mean, above the axes where no curve can come."""
+    """Gives a DET picture its title, its legend and what the markers mean, above the axes where no curve can be."""
     add_title(ax, title, f"● equal error    ◆ least cost at a prior of {p_target:g}", size=13)
     legend = figure.legend(
         loc="outside right upper",

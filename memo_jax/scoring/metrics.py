@@ -47,7 +47,7 @@ def cosine_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Cosine of every trial, in [-1, 1], float64 [N].
 
     Args:
-      embeddings: [M, D], or [M, R, D] for R crops a recording: then the mean over all R x R pairs of crops.
+      embeddings: [M, D], or [M, R, D] for R crops per recording: then the mean over all R x R pairs of crops.
       pairs: int [N, 2], rows of the two recordings (`trial_pairs`).
     """
     directions = _directions(embeddings)
@@ -204,7 +204,7 @@ def _meeting_point(fnr_before, fpr_before, fnr_after, fpr_after) -> tuple[float,
 
 
 class WeightedEer:
-    """`eer` of the same trials under ever new weights: sorted once, and the rates are computed where they are needed.
+    """`eer` of the same trials under changing weights: sorted once, and the rates are computed where they are needed.
 
     For weights that are whole numbers, whose sums are exact, it equals `eer` bit by bit. Errors as `error_rates`.
 

@@ -76,9 +76,9 @@ def trial_scores(
     """Returns the scores [N] of pairs [N, 2] of rows of embeddings [M, D] (or [M, R, D]).
 
     Args:
-      cohort: embeddings [C, D] of other recordings, of which nobody knows the speakers.
+      cohort: embeddings [C, D] of other recordings, whose speakers are unknown.
       mean_subtraction: subtract the cohort's mean from every embedding, the cohort's too.
-      as_norm: normalise by that many nearest cohort utterances; 0 for none.
+      as_norm: normalise by this many nearest cohort utterances; 0 for none.
     """
     if cohort is None and (mean_subtraction or as_norm):
         raise ValueError("mean subtraction and AS-norm need a cohort: embeddings of recordings that are in no trial")
@@ -105,13 +105,14 @@ def score(
     """Scores a trial list by files of embeddings; the scores of several files (both branches) are averaged.
 
     Args:
-      embeddings: files with the recordings of the trials, one a system.
-      trials: trial list, see `read_trials`; of one without labels, only `scores_file` is written.
+      embeddings: files with the recordings of the trials, one per system.
+      trials: trial list, see `read_trials`; for one without labels, only `scores_file` is written.
       cohorts: files of embeddings of other recordings, one for each of `embeddings`, in their order.
       mean_subtraction, as_norm: see `trial_scores`.
       calibration_trials: another list of recordings in `embeddings`, to calibrate on.
       compare: files of embeddings of another system: is the first better? Scored by plain cosine.
-      speakers: table `name speaker` a line (Kaldi's utt2spk) for the bootstrap; the first folder of names by default.
+      speakers: table with lines `name speaker` (Kaldi's utt2spk) for the bootstrap; the first folder of names by
+        default.
       enrollments: table of speakers enrolled by several recordings, see `read_trials`.
       replicates: of the bootstrap; 0 leaves it out.
       scores_file: where to write `score enrol test` lines.
@@ -119,19 +120,20 @@ def score(
     Returns:
       {"eer": percent, "eer_interval": [low, high] or None, "eer_threshold", "min_dcf_0.01", "min_dcf_0.05", "trials",
       "targets"}, with calibration also "act_dcf_0.01", "act_dcf_0.05", "cllr", "min_cllr", with a comparison
-      "comparison": {"eer", "min_dcf_…", "difference", "interval", "p_value"}. What makes error rates come out too low
-      is counted: "self_trials" (of a recording with itself), with a cohort "cohort_in_trials" (its recordings that are
+      "comparison": {"eer", "min_dcf_…", "difference", "interval", "p_value"}. Whatever makes error rates come out too
+      low is counted: "self_trials" (of a recording with itself), with a cohort "cohort_in_trials" (its recordings that
+      are
       in the trials), with calibration "calibration_trials_in_both" (trials that it was fitted on). Without labels,
       rates are missing.
 
     Raises:
-      ValueError: bad input, named; also when cohort and embeddings are of different models.
+      ValueError: bad input, named; also when cohort and embeddings are from different models.
     """
     if cohorts and len(cohorts) != len(embeddings):
         raise ValueError(f"{len(cohorts)} cohorts for {len(embeddings)} files of embeddings: give one for each")
     listed = read_trials(trials, enrollments)
     if listed.target is None and scores_file is None:
-        raise ValueError(f"{trials} has no labels, so only scores can be written: say where with --scores FILE")
+        raise ValueError(f"{trials} has no labels, so only scores can be written: give --scores FILE")
     if listed.target is not None:
         listed.require_both_kinds()
     systems = [read_embeddings(path) for path in embeddings]
@@ -178,11 +180,11 @@ def score(
 def _labelled_results(
     scores, trials: Trials, treated_scores, speakers, replicates, calibration_trials, enrollments, compare
 ) -> dict[str, Any]:
-    """What `score` returns of a list with labels."""
+    """What `score` returns for a list with labels."""
     table = speaker_folder
     if speakers is not None:
         table = read_table(speakers, "name", "speaker")
-        speaker_pairs(trials, table)  # a table that does not fit is an error, names that tell nothing are none
+        speaker_pairs(trials, table)  # a table that does not fit is an error, uninformative names are not
     results = {"targets": int(trials.target.sum())} | error_report(scores, trials.target)
     results |= eer_interval(scores, trials, table, replicates)
     if calibration_trials is not None:
@@ -282,7 +284,7 @@ def warnings_of(results: Mapping) -> list[str]:
 
 
 def score_text(results: Mapping) -> str:
-    """Returns what `score` found in the form that a person reads."""
+    """Returns what `score` found as text for people."""
     lines = [plural(results["trials"], "trial"), *warnings_of(results)]
     if "eer" not in results:
         return "\n".join([*lines, "  the list has no labels: scores are written, error rates are unknown"])

@@ -22,7 +22,7 @@ class Trials:
     Attributes:
       enrol, test: the two sides of every trial, lists of N: names of recordings or, where `enrollments` has the name of
         the enrol side, of a speaker enrolled by several recordings.
-      target: bool [N], true for one speaker; None for a list without labels.
+      target: bool [N], true for the same speaker; None for a list without labels.
       enrollments: {speaker: recordings}, {} where every side is a recording.
       path: of the list, for messages.
     """
@@ -84,7 +84,7 @@ class Trials:
 
     @functools.cached_property
     def _numbered(self) -> tuple[list[str], np.ndarray]:
-        # Names are looked up once for all purposes: half a million trials spend most of their time on it.
+        # Names are looked up once for all purposes: with half a million trials, that takes most of the time.
         numbers = collections.defaultdict()
         numbers.default_factory = numbers.__len__
         sides = map(numbers.__getitem__, itertools.chain(self.enrol, self.test))
@@ -101,7 +101,7 @@ def read_trials(path: str | os.PathLike, enrollments: str | os.PathLike | None =
 
     Args:
       path: of the list.
-      enrollments: table with `speaker recording recording …` a line: the enrol sides are such speakers.
+      enrollments: table with lines `speaker recording recording …`: the enrol sides are such speakers.
 
     Raises:
       ValueError: naming file and line, for an empty list, a line of another form, an unknown label, bytes that are not
@@ -145,7 +145,7 @@ def read_trials(path: str | os.PathLike, enrollments: str | os.PathLike | None =
 
 
 def read_enrollments(path: str | os.PathLike) -> dict[str, list[str]]:
-    """Reads a table of enrolled speakers, `speaker recording recording …` a line; a speaker may have several lines.
+    """Reads a table of enrolled speakers, lines `speaker recording recording …`; a speaker may have several lines.
 
     Raises:
       ValueError: naming file and line, for a speaker without recordings or an empty table. OSError: cannot be read.
@@ -162,7 +162,7 @@ def read_enrollments(path: str | os.PathLike) -> dict[str, list[str]]:
 
 
 def read_table(path: str | os.PathLike, key: str, value: str) -> dict[str, str]:
-    """Returns {key: value} of a table with `key value` a line, divided at the line's last tab, or else its last space.
+    """Returns {key: value} of a table with lines `key value`, split at the line's last tab, or else its last space.
 
     Args:
       path: of the file, such as Kaldi's utt2spk or spk2gender.
@@ -246,7 +246,7 @@ def recording_rows(trials: Trials, names: Sequence[str]) -> np.ndarray:
     """Returns the rows in `names` of the recordings that trials need: int [R], in the order of `trials.recordings`.
 
     A recording of a trial is the one of that name or, where there is none, the only one whose name is the same but for
-    the extension of an audio file: VoxCeleb's lists say .wav of recordings that come as .m4a.
+    the extension of an audio file: VoxCeleb's lists say .wav for recordings that come as .m4a.
 
     Raises:
       ValueError: when a recording of a trial is missing from `names` (says which, and how many), or a name that a
@@ -265,7 +265,7 @@ def recording_rows(trials: Trials, names: Sequence[str]) -> np.ndarray:
 
 
 def trial_pairs(trials: Trials, names: Sequence[str]) -> np.ndarray:
-    """Returns the two recordings of every trial, int [N, 2] into `names`; of an enrolled speaker, the first one.
+    """Returns the two recordings of every trial, int [N, 2] into `names`; for an enrolled speaker, the first one.
 
     Raises ValueError as `recording_rows`.
     """

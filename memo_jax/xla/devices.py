@@ -50,7 +50,7 @@ def on_device(name: str | None) -> Iterator[None]:
 
     devices = _devices(platform)
     if int(number or 0) >= len(devices):
-        raise ValueError(f"there is no device {name} here; there is {', '.join(device_names())}")
+        raise ValueError(f"there is no device {name} here; choose one of {', '.join(device_names())}")
     with jax.default_device(devices[int(number or 0)]):
         yield
 

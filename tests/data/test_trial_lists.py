@@ -107,7 +107,7 @@ def test_impossible_requests_are_reported_and_nothing_is_written(tmp_path):
     for arguments, message in (
         ((tmp_path / "gone",), "gone: no such folder of recordings"),
         ((flat,), "no recording has a known speaker"),
-        ((corpus, "--targets", "0"), "'0' is not a whole number from 1"),
+        ((corpus, "--targets", "0"), "'0' is not a whole number of at least 1"),
         ((corpus, "--targets", "99"), "99 target trials are wanted and there are 30 pairs"),
         ((corpus, "--same-gender", tmp_path / "bad"), "bad, line 1: expected `speaker gender`"),
         ((corpus, "--same-gender", tmp_path / "twice"), "twice, line 2: the gender of 's0' is 'm' here and 'f' before"),

@@ -137,7 +137,7 @@ def test_a_gallery_of_another_model_is_refused(corpus, tmp_path):
     model = tiny.untrained_model()
     other = dataclasses.replace(model, variables=jax.tree.map(lambda leaf: leaf * np.float32(1.5), model.variables))
     path = write_model(tmp_path / "other", other)
-    with pytest.raises(OtherModelError, match="people.npz and the model in use are of different models"):
+    with pytest.raises(OtherModelError, match="people.npz and the model in use are from different models"):
         Embedder.load(path, gallery=gallery)
 
 

@@ -175,7 +175,7 @@ def test_damaged_and_missing_files_are_named(tmp_path):
 def test_models_that_are_known_and_differ_do_not_mix():
     check_same_model("a", "one", "a", "other")
     check_same_model("", "one", "a", "other")
-    with pytest.raises(OtherModelError, match="one and other are of different models"):
+    with pytest.raises(OtherModelError, match="one and other are from different models"):
         check_same_model("a", "one", "b", "other")
 
 

@@ -173,7 +173,7 @@ def test_speakers_come_from_a_table_or_from_folders_or_not_at_all(folder, tmp_pa
 
 def test_what_does_not_belong_together_is_refused(folder, tmp_path):
     for arguments, message in (
-        (("--cohort", folder / "two cohort.npz", "--mean-subtraction"), "are of different models (one and two)"),
+        (("--cohort", folder / "two cohort.npz", "--mean-subtraction"), "are from different models (one and two)"),
         (("--mean-subtraction",), "need a cohort"),
         (("--as-norm", "10"), "need a cohort"),
         (("--cohort", folder / "one cohort.npz", "--as-norm", "41"), "41 nearest of a cohort of 40 recordings"),
@@ -188,7 +188,7 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
     for content, message in (
         ("", "the trial list is empty"),
         ("1 id00/0.wav id00/1.wav\n1 id00/0.wav\n", "2 fields"),
-        ("id00/0.wav id00/1.wav\n", "has no labels, so only scores can be written: say where with --scores"),
+        ("id00/0.wav id00/1.wav\n", "has no labels, so only scores can be written: give --scores"),
         ("1 id00/0.wav id00/1.wav\n0 id00/1.wav id00/0.wav\n", "once as target and once as nontarget"),
         ("1 id00/0.wav id00/1.wav\n", "no nontarget trial"),
     ):

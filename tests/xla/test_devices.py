@@ -37,7 +37,7 @@ def test_a_missing_device_is_reported_with_those_available():
     command = ["verify", recording, recording, "--model", tiny.model_file(), "--device"]
     for name in ("gpu", "tpu", "cuda:1", "cpu:7"):
         status, text = tiny.here(*command, name)
-        assert status == 2 and f"there is no device {name} here; there is cpu:0" in text, text
+        assert status == 2 and f"there is no device {name} here; choose one of cpu:0" in text, text
     status, text = tiny.here(*command, "cpu", "--runtime", "jax")
     assert status == 0 and "same speaker" in text, text
     status, text = tiny.here(*command, "nvidia")
