@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     model.resnet_scan = False  # ResNet on TPUs: loop over like blocks, which compiles sooner
     model.ecapa_stride = 1  # ECAPA-TDNN: stride of its first convolution; 2 halves a step's time
     model.ecapa_form = "speechbrain"  # variant of the ECAPA-TDNN: speechbrain (the authors') or wespeaker
-    model.ecapa_embedding_norm = False  # ECAPA-TDNN: batch norm after the embedding, as wespeaker's DINO
+    model.ecapa_embedding_norm = False  # ECAPA-TDNN: batch norm after the embedding, as in wespeaker's DINO
     model.campplus_layers = (12, 24, 16)  # CAM++: layers of each dense block
     model.campplus_growth = 32  # CAM++: channels that a layer adds
     model.campplus_channels = 128  # CAM++: channels of the first convolution over time
@@ -86,14 +86,14 @@ def get_config() -> ConfigDict:
     # For studies, reads labels: leave other utterances of an anchor's speaker out of its negatives.
     loss.contrastive_mask_same_speaker = False
 
-    # What teachers' logits become: centered (softmax with a centre, as DINO), or sinkhorn (balanced over the batch).
+    # What teachers' logits become: centered (softmax with a centre, as in DINO), or sinkhorn (balanced over the batch).
     loss.targets = "centered"
     loss.mean_entropy = 0.0  # weight of ln K minus the entropy of the mean student distribution, for each head
     loss.koleo = 0.0  # weight of KoLeo, which spreads embeddings, summed over views
     loss.variance = 0.0  # weight of VICReg's variance term on each head's projections
     loss.covariance = 0.0  # weight of VICReg's covariance term, likewise
     loss.regularizer_start = 0.25  # share of these two weights at the first step
-    loss.regularizer_warmup_epochs = 10.0  # time over which they rise to the whole
+    loss.regularizer_warmup_epochs = 10.0  # time over which they rise to their full values
     loss.regularizer_warmup_steps = -1
 
     supervised = config.supervised = ConfigDict()
@@ -137,7 +137,7 @@ def get_config() -> ConfigDict:
     teacher = config.teacher = ConfigDict()
     teacher.momentum = 0.996  # momentum of the moving average at the first step
     teacher.end_momentum = 1.0  # momentum at the last step, reached along a cosine
-    # What teachers see: global (the students' global crops), or clean (one has global crops for teachers only, without
+    # What teachers see: global (the students' global crops), or clean (global crops are for teachers only, without
     # augmentation, and students see local crops only).
     teacher.view = "global"
     teacher.temp = 0.04  # temperature of the teacher softmax in the first epoch

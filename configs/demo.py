@@ -3,7 +3,7 @@
     make demo
 
 Both branches, both heads and the contrastive term are there; only sizes, crops and the length of the run are small.
-experiments/demo.py fills in the data. On other data than the demo's, begin with configs/small.py.
+experiments/demo.py fills in the data. On other data than the demo's, start with configs/small.py.
 """
 
 import base

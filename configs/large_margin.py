@@ -3,7 +3,7 @@
     memo-jax train --config configs/large_margin.py --workdir runs/large_margin --init runs/stage2 \
         --config.data.train=DATASET --config.supervised.labels=clusters.tsv …
 
-From the workdir of `configs/pseudo_labels.py` with the same labels, also the directions of the labels go on. Margin,
+From the workdir of `configs/pseudo_labels.py` with the same labels, the directions of the labels are kept, too. Margin,
 crops and duration are those of the recipe for VoxCeleb2 in theolepage/wavlm_ssl_sv.
 """
 
@@ -11,7 +11,7 @@ import pseudo_labels
 
 
 def get_config():
-    """Returns the config of the runs that it goes on from, with a margin of 0.5 and crops of 6 s."""
+    """Returns the config of the runs that it continues, with a margin of 0.5 and crops of 6 s."""
     config = pseudo_labels.get_config()
     config.total_epochs = 5.0
     config.data.global_seconds = 6.0

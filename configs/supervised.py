@@ -2,7 +2,7 @@
 
     memo-jax train --config configs/supervised.py --workdir runs/supervised --config.data.train=DATASET …
 
-Large-margin fine-tuning goes on from a run with a wider margin and longer crops: `--init WORKDIR
+Large-margin fine-tuning continues from a run with a wider margin and longer crops: `--init WORKDIR
 --config.supervised.margin=0.5 --config.data.global_seconds=6`.
 """
 

@@ -29,7 +29,7 @@ class Row(NamedTuple):
       main: run with at least three seeds.
       many_epochs: one of the study over many epochs, of one network.
       start: the row whose network this one starts from, of the same seed.
-      clusters: learns these many clusters of that network's embeddings in place of speakers; 0: none.
+      clusters: learns this many clusters of that network's embeddings in place of speakers; 0: none.
     """
 
     title: str

@@ -3,8 +3,8 @@ r"""The first hour on a machine with GPUs or TPUs, in one command: is it right, 
     python experiments/accelerator.py --output OUTPUT [--data DATA] [--config FILE] [--config.KEY=VALUE …]
 
 Needs nothing but this repository and an installed memo-jax. It does its parts one after the other, each in a process of
-its own, and ends with 75 once `--minutes` are over: the same command goes on. Each part leaves OUTPUT/parts/PART.json,
-which is all that counts as done: delete it to have the part again. OUTPUT/results.md and results.json show all of them.
+its own, and ends with 75 once `--minutes` are over: the same command resumes. Each part leaves OUTPUT/parts/PART.json,
+which alone marks it as done: delete it to run the part again. OUTPUT/results.md and results.json show all of them.
 
     machine                  devices, best rate of a matrix product and of a copy
     parity                   reference steps of a PyTorch program, replayed in float32, within that file's tolerances
@@ -24,7 +24,7 @@ DATA holds `train` and `test`, both made by `memo-jax prepare`, `trials.txt` (of
 folders `noise`, `music` and `rirs`. Without it, the synthetic speech of `make demo` is made where the package
 espeakng-loader is installed.
 
-The exit status is 0 when all parts are done, 1 when numbers are wrong or a part failed in another way than for lack of
+The exit status is 0 when all parts are done, 1 when numbers are wrong or a part failed for another reason than lack of
 memory, 75 when time is up, 2 for bad arguments.
 """
 
@@ -73,7 +73,7 @@ SLICES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of TPUs on a host
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OutOfMemory|Ran out of memory")
 # A rounding of bfloat16 is 2^-9 of a number; all roundings of a step together moved no loss by more.
 BFLOAT16_TOLERANCE = 0.02
-# Devices add up in another order, and training amplifies it.
+# Devices sum in another order, and training amplifies it.
 DEVICES_TOLERANCE = {"first": 1e-5, "last": 1e-3}
 STEPS = 3  # of the checks
 TRACED = 3  # steps
@@ -342,7 +342,7 @@ class Program:
         self.state, self.metrics = self.compiled(self.state, self.batch, self.banks, self.key)
 
     def wait(self) -> None:
-        """Waits for all that was asked for."""
+        """Waits for everything that was asked for."""
         import jax
 
         jax.block_until_ready((self.state, self.metrics))
@@ -431,7 +431,7 @@ def part_file(options, name: str) -> Path:
 
 
 def result_of(options, name: str) -> dict:
-    """Result of a part that came before."""
+    """Result of an earlier part."""
     file = part_file(options, name)
     return json.loads(file.read_text()) if file.is_file() else {}
 
@@ -559,7 +559,7 @@ def run_all(options, arguments: list[str]) -> int:
                 start_new_session=True,
             )
         if not ended(child, remaining):
-            if number or name == "training":  # it had less than the whole time, or goes on where it was
+            if number or name == "training":  # it had less than the full time, or resumes where it was
                 break
             failure = {"error": f"did not end within {options.minutes:g} minutes"}
             write_text(part_file(options, name), json.dumps(failure))
@@ -575,7 +575,7 @@ def run_all(options, arguments: list[str]) -> int:
     results = write_results(options)
     print(f"{options.output / 'results.md'}: {len(results)} of {len(parts_of(options))} parts done")
     if left:
-        say(f"{options.minutes:g} minutes are over: the same command goes on with {parts[number]}")
+        say(f"{options.minutes:g} minutes are over: the same command continues with {parts[number]}")
         return GO_ON
     wrong = [
         name
@@ -704,7 +704,7 @@ def build_parser() -> argparse.ArgumentParser:
     batches = "32,64,128,256,512,1024"
     parser.add_argument("--batches", default=batches, help="utterances a device (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="between two looks at the clock (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="of so many steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="of that many steps (default: %(default)s)")
     parser.add_argument("--reference", type=Path, default=ROOT / "tests" / "reference_steps.npz", metavar="NPZ")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "memo_voxceleb2.py", metavar="FILE")
     parser.add_argument("--training-config", type=Path, default=ROOT / "configs" / "study_full.py", metavar="FILE")

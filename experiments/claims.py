@@ -1,6 +1,6 @@
 """Claims on runs, in a folder that processes on several machines share: who does which run.
 
-A claim is a file claim-N in the folder of a run; the highest N counts. A hard link makes the file appear whole, and
+A claim is a file claim-N in the folder of a run; the highest N counts. A hard link makes the file appear complete, and
 only where there is none of its name. When several processes want a run, exactly one gets it, without a lock service.
 Taking over a run means adding the next number.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Claim:
-    """A run that is this process's, until released."""
+    """A run that belongs to this process until released."""
 
     def __init__(self, folder: Path, number: int):
         self._folder, self._number = folder, number
@@ -25,7 +25,7 @@ class Claim:
 
 
 def take(folder: Path, take_over: bool = False) -> Claim | None:
-    """Returns the claim of a run, None where it is another process's.
+    """Returns the claim of a run, None where it belongs to another process.
 
     Only on its own machine can a process be shown to have ended without a release; `take_over` also takes the runs of
     other machines.
@@ -58,7 +58,7 @@ def _add(folder: Path, number: int, content: dict) -> bool:
 
 
 def write_once(path: Path, text: str) -> bool:
-    """Writes a file whole, if there is none of its name; False where somebody else was first."""
+    """Writes a complete file, if there is none of its name; False where somebody else was first."""
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     try:

@@ -71,7 +71,7 @@ def run(speech, output, minutes, seed):
 
 
 def say(text):
-    """Prints at once, also into a pipe."""
+    """Prints at once, even into a pipe."""
     print(text, flush=True)
 
 
@@ -150,9 +150,7 @@ def split_by_speaker(recordings, seed):
 
     several = [speaker for speaker, items in sorted(by_speaker.items()) if len(items) > 1]
     if len(several) < MIN_SPEAKERS:
-        raise ValueError(
-            f"found {len(several)} speakers with two or more recordings, and {MIN_SPEAKERS} are the least: {layout}"
-        )
+        raise ValueError(f"found {len(several)} speakers with two or more recordings, need {MIN_SPEAKERS}: {layout}")
     rng = np.random.default_rng([seed, 6])
     rng.shuffle(several)
     test_speakers = several[: min(max(len(several) // 5, 2), 40)]

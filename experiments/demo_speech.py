@@ -4,9 +4,9 @@
 
 eSpeak NG (package espeakng-loader, GPL-3.0-or-later, the extra `demo`) speaks sentences with voices drawn at random:
 vocal tract length, formants, pitch, breathiness, roughness, rate and accent. Every *recording* then gets its own room,
-noise, microphone and level, because with one channel a speaker the spectrum's mean and deviation already tell speakers
-apart. About 1,400 recordings (90 minutes) take half a minute on 2 quiet cores. Good for showing that learning works,
-never a stand-in for real speech in a result.
+noise, microphone and level, because with one channel per speaker the spectrum's mean and deviation already tell
+speakers apart. About 1,400 recordings (90 minutes) take half a minute on 2 quiet cores. Good for showing that learning
+works, never a stand-in for real speech in a result.
 
     OUTPUT/train/SPEAKER/UTTERANCE.wav
     OUTPUT/test/SPEAKER/UTTERANCE.wav (other voices)    OUTPUT/trials.txt (of test)
@@ -357,7 +357,7 @@ def make_corpus(
     """Makes the whole corpus (see the module's docstring) and returns the content of its corpus.json.
 
     The folder appears complete or not at all; one made before with the same arguments is kept as it is. The same
-    arguments give the same bytes, however many processes work. Raises FileExistsError when `output_dir` holds anything
+    arguments yield the same bytes, however many processes work. Raises FileExistsError when `output_dir` holds anything
     else.
     """
     output_dir = Path(output_dir)

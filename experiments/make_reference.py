@@ -99,7 +99,7 @@ class Batches:
             self.speakers, self.order = speakers, []
 
     def mel(self, views: int, frames: int, voices=None) -> np.ndarray:
-        """Returns view-major mel power of a batch, or of the utterances that `voices` is of."""
+        """Returns view-major mel power of a batch, or of the utterances that `voices` belongs to."""
         utterances = self.config["batch"] if voices is None else len(voices)
         return random_mel(self.random, utterances, views, frames, self.config.get("mel_bins", MEL_BINS), voices)
 
@@ -132,7 +132,8 @@ class Batches:
             tensor.copy_(tensor.half())
 
 
-# Steps taken with one mistake, each a plausible one in a port; a check of a port must tell them from the right steps.
+# Steps taken with one mistake, each a plausible one in a port; a check of a port must distinguish them from the right
+# steps.
 
 
 def tanh_gelu(training: Training) -> None:

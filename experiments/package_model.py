@@ -3,8 +3,8 @@
     python experiments/package_model.py --speech speech --output package
 
 Runs, in order, the commands that experiments/learning.md explains: the validation list, the datasets, training,
-whitening, threshold and calibration by the validation list, float16, and the tests. What is there already is not made
-again, and training goes on where it stopped. `--config.KEY=VALUE` reaches the training.
+whitening, threshold and calibration by the validation list, float16, and the tests. What is there already is not
+remade, and training resumes where it stopped. `--config.KEY=VALUE` reaches the training.
 
 The folder of speech has speechocean762/, librispeech/ and commonvoice/ with train/ and test/, commonvoice/unlabelled/,
 commands/, noise/esc10/, noise/music/, rirs/, and trials/ with a list for each test set.
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"$ {' '.join(command)}", flush=True)
         status = subprocess.run(command, check=False).returncode
         if status:
-            print(f"package_model.py: this command ended with status {status}; run the same again to go on")
+            print(f"package_model.py: this command ended with status {status}; run the same command again to resume")
             return status
     return 0
 

@@ -3,15 +3,15 @@
     python experiments/parity.py FILE
 
 FILE is an npz of initial weights by PyTorch names, mel inputs of each step, and the losses, weights, statistics and
-centres that a reference implementation reached. A JSON `config` inside tells sizes and schedules, and by `mode` which
+centres that a reference implementation reached. A JSON `config` inside states sizes and schedules, and by `mode` which
 steps are taken, if not MeMo's. The exit status is 1 when a deviation passes ten times the float32 noise, 2 when FILE
 cannot be used.
 
-Printed are `losses` (a list a step of the relative deviation of every loss column), `state` (for each step whose state
-FILE holds, the largest deviations: of parameters and centres absolute, of running statistics and the loss gate
-relative), `embeddings` (largest absolute deviations before the first and after the last step), `deviations` and `noise`
-(both by the names of single checks; the latter is what rounding alone does) and `passed_tolerance` (the checks that
-failed).
+Printed are `losses` (for each step, a list of the relative deviations of the loss columns), `state` (for each step
+whose state FILE holds, the largest deviations: of parameters and centres absolute, of running statistics and the loss
+gate relative), `embeddings` (largest absolute deviations before the first and after the last step), `deviations` and
+`noise` (both by the names of single checks; the latter is what rounding alone causes) and `passed_tolerance` (the
+checks that failed).
 """
 
 import argparse
@@ -43,7 +43,7 @@ HEADS = ("self", "cross")
 BRANCHES = ("ecapa", "resnet")
 
 # The noise of one rounding before training amplifies it; `measured_noise` finds the rest. That of the threshold is how
-# far from its end the fit of the two distributions stops.
+# far from convergence the fit of the two distributions stops.
 SMALLEST_NOISE = {
     "losses": 1e-6,
     "parameters": 1e-7,
@@ -130,7 +130,7 @@ def memo(config: dict, schedules: optim.Schedules, weights: LossWeights):
 
 
 def sdpn(config: dict, schedules: optim.Schedules, weights: LossWeights):
-    """A softmax that is sharpened to a power and normalised is one of a smaller temperature."""
+    """A softmax that is sharpened to a power and normalised equals one at a smaller temperature."""
     temperature = optax.constant_schedule(config["student_temp"] / config["sharpening"])
     weights = weights._replace(
         targets="sinkhorn", mean_entropy=config["mean_entropy_weight"], koleo=config["koleo_weight"]

@@ -118,9 +118,9 @@ def test_of(text: str) -> tuple[str, tuple[Path, Path]]:
     if not (name and equals and colon) or "/" in name:
         raise ValueError(f"--test {text}: expected NAME=DATASET:TRIALS")
     if not Path(dataset).is_dir():
-        raise FileNotFoundError(f"--test {text}: {dataset} is no folder")
+        raise FileNotFoundError(f"--test {text}: {dataset} is not a folder")
     if not Path(trials).is_file():
-        raise FileNotFoundError(f"--test {text}: {trials} is no file")
+        raise FileNotFoundError(f"--test {text}: {trials} is not a file")
     return name, (Path(dataset), Path(trials))
 
 

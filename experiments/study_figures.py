@@ -26,7 +26,7 @@ from memo_jax.scoring.figures import (
 
 Rows = Mapping[str, Sequence[dict]]  # {row: results of its seeds}
 
-# What belongs into one picture; the reference is in each of them, to compare with.
+# What belongs in one picture; the reference is in each of them, to compare with.
 PANELS = (
     ("What each part adds", ("dino-ecapa", "dino-resnet", "two-branches", "shared-head", "multi-head", "memo-always")),
     (
@@ -208,7 +208,7 @@ def closing_point(result: dict) -> int:
 def alignment_figure(rows: Rows, source: str = "memo-always") -> Figure | None:
     """The cosine between the two losses' gradients at the embedding while both are on, above the contrastive loss.
 
-    Both of the row whose gate never closes; marks tell where the rules closed it in the other rows.
+    Both are from the row whose gate never closes; marks tell where the rules closed it in the other rows.
     """
     results = rows.get(source, [])
     panels = (

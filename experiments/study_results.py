@@ -41,7 +41,7 @@ def read_results(output: Path) -> list[Run]:
 
 
 def runs_by_row(runs: list[Run], budget: str) -> dict[str, list[Run]]:
-    """Returns {row: its runs, one a seed}. At equal time, the reference has those at equal steps, which set it."""
+    """Returns {row: its runs, one per seed}. At equal time, the reference has those at equal steps, which set it."""
     of_budget = {}
     for run in runs:
         borrowed = budget == "time" and run.result["row"] == ablation.REFERENCE
@@ -169,7 +169,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def rate_cells(budget: str, rows: dict[str, list[Run]], row: str, scores: Scores, replicates: int) -> list[str]:
-    """Returns what the table says of a row on one trial list: its EER, and how that compares with other rows."""
+    """Returns what the table says about a row on one trial list: its EER, and how that compares with other rows."""
     runs = tested_runs(rows, row, scores.name)
     if not runs:
         return ["collapsed" if rows[row][0].result["status"] == "collapsed" else "–", "–"]

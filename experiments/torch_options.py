@@ -181,7 +181,7 @@ class PseudoLabels(SingleBranch):
         cosines = F.normalize(embeddings, dim=1) @ F.normalize(self.student.speaker_head.weight, dim=1).T
         own = cosines[torch.arange(len(labels)), labels]
         angle = torch.acos(own)
-        # Beyond π the cosine would rise again; the usual replacement falls on.
+        # Beyond π the cosine would rise again; the usual replacement keeps falling.
         shifted = torch.where(angle + margin <= math.pi, torch.cos(angle + margin), own - margin * math.sin(margin))
         is_own = F.one_hot(labels, cosines.shape[1]).bool()
         logits = self.config["scale"] * torch.where(is_own, shifted[:, None], cosines)

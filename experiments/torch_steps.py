@@ -139,7 +139,7 @@ def teacher_momenta(config: dict) -> np.ndarray:
 
 
 def teacher_temperature(config: dict, step: int) -> float:
-    """Returns τ_t of a step: one value an epoch."""
+    """Returns τ_t of a step: one value per epoch."""
     warm = np.linspace(*config["teacher_temp"], config["teacher_temp_warmup_epochs"])
     epoch = step // config["steps_per_epoch"]
     return float(warm[epoch]) if epoch < len(warm) else config["teacher_temp"][1]

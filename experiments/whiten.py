@@ -3,7 +3,7 @@
     python experiments/whiten.py --model runs/contrastive --data data/train --output whitened.safetensors
 
 The halves of a recording are of one speaker, whoever it is, so their differences tell, without labels, in which
-directions embeddings vary for other reasons. Three steps, each linear, made of the embeddings of both halves:
+directions embeddings vary for other reasons. Three steps, each linear, computed from the embeddings of both halves:
 
 1. the mean is subtracted;
 2. within-class covariance normalisation (Hatch et al., Interspeech 2006), a recording being a class: times the inverse
@@ -50,7 +50,7 @@ def whitening(first: np.ndarray, second: np.ndarray, power: float, floor: float)
       first: embeddings [N, D] of the first halves of N recordings.
       second: those of the second halves.
       power: of step 3; 0 leaves it out, 1 whitens.
-      floor: how far eigenvalues are kept from zero, of their mean.
+      floor: how far eigenvalues are kept from zero, as a share of their mean.
     """
     halves = np.stack([first, second]).astype(np.float64)
     mean = halves.mean(axis=(0, 1))
@@ -89,10 +89,10 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", required=True, help="workdir of a run, or a model file")
     parser.add_argument("--role", choices=("teacher", "student"), help="of a workdir: which network")
     parser.add_argument("--step", type=int, help="of a workdir: which checkpoint, the last by default")
-    parser.add_argument("--data", type=Path, required=True, help="dataset whose recordings are used, no trial's")
+    parser.add_argument("--data", type=Path, required=True, help="dataset whose recordings are used, none of a trial")
     parser.add_argument("--recordings", type=int, default=2000, help="how many of them, drawn by the seed")
     parser.add_argument("--power", type=float, default=0.25, help="of the last step: 0 leaves it out, 1 whitens")
-    parser.add_argument("--floor", type=float, default=0.1, help="least eigenvalue, of the mean one")
+    parser.add_argument("--floor", type=float, default=0.1, help="least eigenvalue, as a share of the mean one")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of recordings")
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
     options = parser.parse_args(arguments)
@@ -104,7 +104,7 @@ def main(arguments=None) -> int:
 
     try:
         model, data = load_model(options.model, role=options.role, step=options.step), Utterances(options.data)
-        folded(model, np.zeros(model.dimension), np.eye(model.dimension))  # fails before the work, not behind it
+        folded(model, np.zeros(model.dimension), np.eye(model.dimension))  # fails before the work, not after it
         rows = np.sort(np.random.default_rng(options.seed).permutation(len(data))[: options.recordings])
         if len(rows) <= model.dimension:
             raise ValueError(f"{len(rows)} recordings are too few for embeddings of {model.dimension} numbers")

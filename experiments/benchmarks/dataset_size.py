@@ -2,7 +2,7 @@
 
     python experiments/benchmarks/dataset_size.py [--json]
 
-The records are small, since their number is in question. A fresh process opens each dataset, takes a first batch, and
+The records are small, since only their number matters. A fresh process opens each dataset, takes a first batch, and
 then batches until every shard has been open. Memory is what that process holds (resident set), less what it holds
 before it opens the dataset.
 """
@@ -27,7 +27,7 @@ SAMPLES = 320  # 20 ms
 
 
 def write_small_dataset(folder: Path, utterances: int, shards: int) -> None:
-    """Writes a dataset of so many equal utterances: the bytes of one record, repeated."""
+    """Writes a dataset of this many equal utterances: the bytes of one record, repeated."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     samples = np.arange(SAMPLES, dtype=np.int16)

@@ -5,10 +5,9 @@
 The others have the same weights:
 
 * `pytorch`: 3D-Speaker's ECAPA-TDNN (speakerlab-slim, in speechbrain's form) after log-mel features by torch.stft.
-* `onnxruntime`: the file that `memo-jax export name.onnx` writes, front end inside, with all graph optimisations and a
-  thread a core.
-* `sherpa_onnx`: its SpeakerEmbeddingExtractor with the file for it, whose features are sherpa-onnx's own in C++, so its
-  embeddings are other ones; a thread a core.
+* `onnxruntime`: the file that `memo-jax export name.onnx` writes, front end inside, with all graph optimisations and
+one thread per core. * `sherpa_onnx`: its SpeakerEmbeddingExtractor with the file for it, whose features are
+sherpa-onnx's own in C++, so its embeddings differ; one thread per core.
 
 They read recordings by soundfile and run one at a time, as their own examples do; the first two also in batches: sorted
 by length and padded, which changes embeddings at the padded ends. Each side has a process of its own, and they take
@@ -16,8 +15,8 @@ turns.
 
 Prints for each of them `ratio` (theirs ÷ ours in time, median of the runs), `spread` from the smallest to the largest,
 `min_cosine` and `max_relative_difference` between their embeddings and ours; `audio_seconds_per_second` of all; and
-`fraction_of_peak`: what the network alone must compute for the frames that there are, in the time of the whole, of the
-rate of one big matrix product here.
+`fraction_of_peak`: the FLOP of the network alone for these frames, over the total time, over the rate of one big matrix
+product here.
 """
 
 import argparse

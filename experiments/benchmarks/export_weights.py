@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/export_weights.py --test speechocean762=DATASET,TRIALS --test … --json
 
-Without --model, of the package's network. Every form embeds the same recordings: a model file with JAX
-in batches, ONNX files with onnxruntime, one recording at a time. Needs the extra `onnx`.
+Without --model, those of the package's network. Every form embeds the same recordings: a model file with JAX in
+batches, ONNX files with onnxruntime, one recording at a time. Needs the extra `onnx`.
 
 Prints for every list and form the EER in percent, minDCF at priors 0.01 and 0.05, the smallest and mean cosine between
 its embeddings and the float32 model's, and the size of its file.

@@ -2,8 +2,9 @@
 
     python experiments/benchmarks/listing.py [--recordings 1092009] [--json]
 
-Makes so many empty files in a folder, and as many members of a zip, a tar and a compressed tar, in a temporary folder;
-lists each in a process of its own; then writes the plan that a resumed run reads, and reads it. Nothing is decoded.
+Makes that many empty files in a folder, and as many members of a zip, a tar and a compressed tar, in a temporary
+folder; lists each in a process of its own; then writes the plan that a resumed run reads, and reads it. Nothing is
+decoded.
 """
 
 import argparse

@@ -1,17 +1,16 @@
-"""Utterances per second and core that reach training: ours, beside a PyTorch DataLoader that works as is usual.
+"""Utterances per second and core that reach training: ours, beside a PyTorch DataLoader of the usual kind.
 
     python experiments/benchmarks/load.py [--data DATASET] [--json]
 
-Ours reads array_record shards and gives batches of int16 crops; augmentation and log-mel are left to the device. Theirs
-does on the host what the authors of MeMo do: reads wav files with scipy, cuts crops, adds noise at a signal-to-noise
-ratio, convolves with room impulse responses, and takes the log-mel in PyTorch. A third line is theirs without
-augmentation and log-mel: the same work as ours.
+Ours reads array_record shards and yields batches of int16 crops; augmentation and log-mel are left to the device.
+Theirs does on the host what the authors of MeMo do: reads wav files with scipy, cuts crops, adds noise at a
+signal-to-noise ratio, convolves with room impulse responses, and takes the log-mel in PyTorch. A third line is theirs
+without augmentation and log-mel: the same work as ours.
 
-An utterance gives 2 crops of 4 s and 4 of 2 s. Every library has one thread. Rates are per CPU-second of all processes
+An utterance yields 2 crops of 4 s and 4 of 2 s. Every library has one thread. Rates are per CPU-second of all processes
 of a loader, so that other work on the machine changes them little; wall time is beside them. Each loader is compared at
-the number of workers that suits it best. Files are in the operating system's
-memory: a disk must deliver about 32 kB for each second of an utterance. Needs torch (`pip install 'memo-jax[torch]'`)
-but for --ours-only.
+the number of workers that suits it best. Files are in the operating system's cache: a disk must deliver about 32 kB for
+each second of an utterance. Needs torch (`pip install 'memo-jax[torch]'`), except with --ours-only.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What a record should hold: PCM or FLAC, compressed or not, how many records a group, how long a segment.
+"""What a record should hold: PCM or FLAC, compressed or not, how many records per group, how long a segment.
 
     python experiments/benchmarks/records.py [--data RECORDINGS] [--json]
 
-Size decides by the hour what a disk must hold, speed by the core what a training run can read. Times are CPU time of
-this process, from files that the operating system has in memory; each is the best of three rounds.
+Size per hour decides what a disk must hold, speed per core what a training run can read. Times are CPU time of this
+process, from files that the operating system has in memory; each is the best of three rounds.
 """
 
 import argparse

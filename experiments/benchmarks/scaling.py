@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", default=",".join(AXES), help=f"of {', '.join(AXES)} (default: all)")
-    parser.add_argument("--points", type=int, default=4, help="at most so many of each axis (default: 4, all)")
+    parser.add_argument("--points", type=int, default=4, help="at most this many of each axis (default: 4, all)")
     parser.add_argument("--steps", type=int, default=3, help="that are timed, after one that is not (default: 3)")
     parser.add_argument("--output", type=Path, help="folder for scaling.json and scaling.png")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -152,7 +152,7 @@ def main(arguments=None) -> dict | None:
 
     axes = options.axes.split(",")
     if unknown := set(axes) - set(AXES):
-        raise SystemExit(f"scaling.py: no axis {', '.join(sorted(unknown))}: choose of {', '.join(AXES)}")
+        raise SystemExit(f"scaling.py: no axis {', '.join(sorted(unknown))}: choose from {', '.join(AXES)}")
     points = [BASE | {axis: size} for axis in axes for size in AXES[axis][: options.points]]
     points = [dict(items) for items in dict.fromkeys(tuple(point.items()) for point in points)]
     found = [

@@ -190,7 +190,7 @@ def option_parts(config, logits, distributions, embeddings):
 
 
 def machine_limits(dtype):
-    """Returns FLOP and bytes that a second has at best: of a matrix product, and of a copy, read and written."""
+    """Returns the FLOP and bytes of a second at best: of a matrix product, and of a copy, read and written."""
     size, megabytes = (2048, 256) if PLATFORM == "cpu" else (8192, 1024)
     square, product = jnp.ones((size, size), dtype), jax.jit(lambda x: x @ x)
     if PLATFORM == "cpu":

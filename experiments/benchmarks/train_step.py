@@ -6,9 +6,9 @@
 Sizes are the authors' (ECAPA-512, ResNet34 with 16 channels, four heads of 65,536 prototypes, 2 crops of 4 s and 4 of
 2 s), at a batch of 4, from mel power to updated students, teachers and centres. Theirs is experiments/torch_steps.py:
 backbones of the package speakerlab-slim, heads and losses written as the public DINO recipes write them, pair by pair.
-Ours makes the norms of its ResNet again in the backward pass (`model.resnet_remat=norms`), which costs no time here.
+Ours recomputes the norms of its ResNet in the backward pass (`model.resnet_remat=norms`), which costs no time here.
 Both begin with the same weights and see the same input, in two processes on the same cores that take turns, so that
-whatever else the machine does meets both. With `--platform cuda` both take their steps on the first GPU, in
+whatever else the machine does affects both. With `--platform cuda` both take their steps on the first GPU, in
 TensorFloat-32 or (theirs by autocast) in bfloat16, and the memory is the most that each has had allocated there.
 
 Prints, for each, the median and the extremes of a step's wall time, its CPU time, utterances a second and the peak
@@ -86,7 +86,7 @@ def mel_power(options) -> list[np.ndarray]:
 
 
 class TorchSteps:
-    """Their steps; writes the initial weights for ours to begin with."""
+    """Their steps; writes the initial weights for ours to start from."""
 
     def __init__(self, options, weights: Path):
         import torch
@@ -228,7 +228,7 @@ def memory_peak() -> int:
 
 
 def forget_peak() -> None:
-    """Gives freed memory back and begins the peak anew, so that setting up and compiling do not count."""
+    """Returns freed memory and resets the peak, so that setting up and compiling do not count."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 

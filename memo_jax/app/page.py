@@ -42,7 +42,7 @@ def served(
       ImportError: the extra `app` is not installed.
       OSError: the port is taken.
     """
-    # gradio reads the first of them when it is imported, the Hub's library, which it imports, the second.
+    # gradio reads the first when it is imported; the Hub's library, which it imports, reads the second.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:

@@ -9,7 +9,7 @@ import numpy as np
 from memo_jax.scoring.metrics import unit_norm
 
 MARGIN = 12.0  # percent of the map that stays free at each edge
-# Sizes for labels, percent of a map of 320 points, a telephone's: half a dot, a letter, a line, the widest label.
+# Sizes for labels, percent of a map of 320 points, a phone's: half a dot, a letter, a line, the widest label.
 DOT, LETTER, LINE, WIDEST = 2.0, 2.2, 5.5, 45.0
 
 
@@ -72,7 +72,7 @@ class Box(NamedTuple):
 
 
 def label_places(spots: np.ndarray, names: Sequence[str]) -> list[tuple[str, float]]:
-    """Returns ("right" or "left" of its point, height in percent) of every label, where it covers least of the others.
+    """Returns ("right" or "left" of its point, height in percent) of every label, where it overlaps the others least.
 
     Args:
       spots: positions of the points [N, 2], percent of the map.

@@ -60,7 +60,7 @@ def _collectives(text: str) -> Iterator[tuple[str, int, float | None]]:
 def estimated_seconds(text: str, chip: Tpu | Gpu) -> float:
     """Returns how long a compiled program takes without its collectives, in seconds.
 
-    A loop counts as often as it runs; of a conditional, the slowest branch counts. XLA's cost model writes an estimate
+    A loop counts as often as it runs; for a conditional, the slowest branch counts. XLA's cost model writes an estimate
     beside each operation. It has none for convolutions, copies and Fourier transforms on GPUs, and none at all for some
     GPUs: these operations count by FLOPs at the peak or bytes at the memory's bandwidth, whichever takes longer.
     """

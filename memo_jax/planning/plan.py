@@ -211,7 +211,7 @@ def _measured(compiled, chip: Tpu | Gpu, chips: int, batch: int, steps: int, flo
 
 
 def advice(result: dict, config, chip: Tpu | Gpu) -> list[str]:
-    """Returns what to change in a config, given its plan; empty when nothing."""
+    """Returns what to change in a config, given its plan; empty for nothing."""
     chips, per_chip, lines = result["chips"], result["batch_size"] // result["chips"], []
     if not result["fits"]:
         most = int(per_chip * chip.memory / result["hbm_bytes"])

@@ -141,7 +141,7 @@ def learning_curve_panels(
 
 
 def _panels_with_series(rows) -> tuple[list[tuple[Panel, list[Series]]], list[str]]:
-    """The panels that rows have metrics for, with these, and the names of the branches."""
+    """The panels that rows have metrics for, with their series, and the names of the branches."""
     series = _series_by_name(rows)
     panels = [(panel, found) for panel in _panels(series) if (found := _panel_series(panel, series))]
     if not panels:
@@ -165,7 +165,7 @@ def progress_texts(rows: Sequence[Mapping]) -> list[str]:
 
 
 def gate_closing_step(rows: Sequence[Mapping]) -> int | None:
-    """The step at which the gate closed, or None while it is open, and where it never was open."""
+    """The step at which the gate closed, or None while it is open, and where it was never open."""
     was_open = False
     for row in rows:
         is_open = row.get("gate/open")

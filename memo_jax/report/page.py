@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that holds its pictures and sounds and needs no other file, nor the internet."""
+"""The report of a run: one HTML page that holds its pictures and sounds and needs no other file and no internet."""
 
 import base64
 import dataclasses
@@ -31,12 +31,12 @@ from memo_jax.training.run_record import read_run
 
 HARDEST = 6  # trials of each kind
 CLIP_SECONDS = 8.0  # of a recording that can be listened to
-MAP_SPEAKERS, MAP_RECORDINGS = 60, 1500  # most on the map: more would be no map
+MAP_SPEAKERS, MAP_RECORDINGS = 60, 1500  # most on the map: more would be unreadable
 
 
 @dataclasses.dataclass
 class Tested:
-    """What the trials say of a run: scores and error rates by system, the embeddings of the best branch."""
+    """What the trials say about a run: scores and error rates by system, the embeddings of the best branch."""
 
     evaluation: TrialEvaluation
     scores: dict[str, np.ndarray]
@@ -59,8 +59,8 @@ def write_report(
     Args:
       workdir: of a training run.
       output: the page; report.html in the workdir by default.
-      data, trials: dataset and trial list to test on; those of the run's config by default. Without any, the page has
-        the training alone, and says so.
+      data, trials: dataset and trial list to test on; those of the run's config by default. Without any, the page
+        covers the training alone, and says so.
       step: which checkpoint to test; the latest by default.
       quiet: show no progress.
 
@@ -115,7 +115,7 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
     ]
     if tested is None:
         note = (
-            "<p class=note>This run has no trial list, so nothing is said here about telling speakers apart. Give "
+            "<p class=note>This run has no trial list, so this page says nothing about telling speakers apart. Give "
             "one: <code>memo-jax report WORKDIR --data DATASET --trials FILE</code>.</p>"
         )
         sections.append(("test", "Telling speakers apart", note))
@@ -144,7 +144,7 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
 
 
 def headline(rows, tested: Tested | None) -> list[str]:
-    """Yields the few numbers that somebody looks for first, as cards."""
+    """Yields the few numbers that a reader looks for first, as cards."""
     if tested is not None:
         for name, look in system_looks(tested.rates).items():
             rates = tested.rates[name]
@@ -207,7 +207,7 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
 
 
 def time_facts(row) -> dict[str, str]:
-    """Returns what a row of metrics tells of the time since the last start."""
+    """Returns what a row of metrics says about the time since the last start."""
     facts = {}
     shares = {part: row[f"goodput/{part}"] for part in PARTS if row.get(f"goodput/{part}") is not None}
     if shares:
@@ -227,9 +227,9 @@ def _dataset_text(path, recorded: Mapping) -> str:
     try:
         utterances = Utterances(path)
     except FileNotFoundError:
-        return f"{text} (not there any more)"
+        return f"{text} (no longer there)"
     except (OSError, ValueError):
-        return f"{text} (cannot be read any more)"
+        return f"{text} (can no longer be read)"
     if recorded.get("fingerprint", utterances.fingerprint) != utterances.fingerprint:
         return f"{text} (another dataset is there now)"
     return f"{text}; {utterances.seconds.sum() / 3600:.2f} h"
@@ -243,7 +243,7 @@ def labels_text(config) -> str:
 
 
 def curves_section(rows, branches, tested: Tested | None) -> str:
-    """Returns the learning curves, one picture a panel."""
+    """Returns the learning curves, one picture per panel."""
     references = {BASELINE: tested.rates[BASELINE]["eer"]} if tested else {}
     said = f"{', '.join(progress_texts(rows))}. Thick lines are running means, faint ones the values."
     closed_at = gate_closing_step(rows)
@@ -323,8 +323,8 @@ def map_section(tested: Tested) -> str:
     shown_text = plural(shown, "speaker") + (f" of {every}" if every > shown else "")
     said = (
         f"<p>{plural(len(chosen), 'recording')} of {shown_text}, brought from {tested.embeddings.shape[1]} dimensions "
-        "to two by t-SNE of the cosine distances: who is near in the map is near in the embedding, but distances "
-        "between groups mean little. The network has not seen the speakers' names; they colour the map only, and stand "
+        "to two by t-SNE of the cosine distances: voices near in the map are near in the embedding, but distances "
+        "between groups mean little. The network has not seen the speakers' names; they only colour the map, and stand "
         "where there is room.</p>"
     )
     description = "Two-dimensional map of the embeddings, coloured by speaker"
@@ -337,7 +337,7 @@ def map_section(tested: Tested) -> str:
 
 
 def _chosen_for_map(speakers: np.ndarray) -> np.ndarray:
-    """Rows of evenly chosen speakers, and of each about as many recordings."""
+    """Rows of evenly chosen speakers, with about equally many recordings of each."""
     kinds = np.unique(speakers)
     kinds = kinds[np.linspace(0, len(kinds) - 1, min(len(kinds), MAP_SPEAKERS)).round().astype(int)]
     most = max(MAP_RECORDINGS // len(kinds), 1)
@@ -391,7 +391,7 @@ def _clip_cell(evaluation: TrialEvaluation, position: int, clips: dict[int, str]
 
 
 def _sound(utterances: Utterances, row: int) -> str:
-    """The beginning of a recording as an address that holds it: MP3, which every browser plays."""
+    """The beginning of a recording as a data URL: MP3, which every browser plays."""
     import soundfile
 
     samples = utterances[row][: round(CLIP_SECONDS * SAMPLE_RATE)]

@@ -39,7 +39,7 @@ def run_once_options(platform: str) -> dict[str, Any] | None:
 
 
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that the installed jaxlib knows; names those that it does not, once."""
+    """Returns the options that the installed jaxlib knows; reports those that it does not, once."""
     return dict(_known_options(tuple(options.items())))
 
 
@@ -50,7 +50,7 @@ def _known_options(options: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any
     known = tuple((name, value) for name, value in options if _compiles_with({name: value}))
     for name, _ in options:
         if name not in dict(known):
-            say(f"this jaxlib does not know the compiler option {name}: going on without it")
+            say(f"this jaxlib does not know the compiler option {name}: continuing without it")
     return known
 
 

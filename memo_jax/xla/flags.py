@@ -24,7 +24,7 @@ def default_xla_flags(*flags: str) -> None:
     known = flags if _accepted(flags) else tuple(flag for flag in flags if _accepted((flag,)))
     for flag in flags:
         if flag not in known:
-            say(f"this jaxlib does not know the XLA flag {flag}: going on without it")
+            say(f"this jaxlib does not know the XLA flag {flag}: continuing without it")
     os.environ[FLAGS] = " ".join(known)
 
 

@@ -1,4 +1,4 @@
-"""The cache of compiled programs on the disk: where it is, and how a damaged entry is replaced."""
+"""The cache of compiled programs on disk: where it is, and how a damaged entry is replaced."""
 
 import glob
 import os
@@ -8,7 +8,7 @@ import warnings
 from memo_jax.files import as_path
 from memo_jax.log import say
 
-# JAX warns, compiles again, and never writes an entry that exists.
+# JAX warns, recompiles, and never overwrites an existing entry.
 UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(.+?)'")
 
 
@@ -40,7 +40,7 @@ def _remove_unreadable_entries(folder: str) -> None:
             return show(message, *arguments, **options)
         for entry in as_path(folder).glob(f"{glob.escape(unreadable[1])}*"):
             entry.unlink(missing_ok=True)
-        say(f"the compiled program {unreadable[1]} in {folder} was damaged: it is compiled and kept anew")
+        say(f"the compiled program {unreadable[1]} in {folder} was damaged: it is recompiled and cached again")
 
     remove_or_show.removes_from = folder
     warnings.showwarning = remove_or_show

@@ -23,7 +23,7 @@ def data_mesh(devices=None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole: the banks, and most of the train state."""
+    """Returns the sharding of what every device holds in full: the banks, and most of the train state."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -48,7 +48,7 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def replicate(mesh: Mesh, tree):
-    """Returns a pytree of host arrays held whole by every device."""
+    """Returns a pytree of host arrays, replicated on every device."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x)), tree)
 
 

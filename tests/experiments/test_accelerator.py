@@ -158,7 +158,7 @@ def test_a_call_resumes_where_time_ran_out(tmp_path):
     put(tmp_path, "machine", MACHINE)
     only = "--parts=^(machine|devices|plan)$"
     done = command(tmp_path, only, "--minutes=0")
-    assert done.returncode == 75 and "the same command goes on with devices" in done.stderr
+    assert done.returncode == 75 and "the same command continues with devices" in done.stderr
     done = command(tmp_path, only)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())

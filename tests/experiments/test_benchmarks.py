@@ -195,7 +195,7 @@ def test_scaling_reports_growth(scaling, tmp_path, monkeypatch, capsys):
 
 def test_scaling_names_an_axis_that_it_does_not_have():
     done = run("scaling.py", "--axes=batch,views")
-    assert done.returncode == 1 and "no axis views: choose of batch, prototypes" in done.stderr
+    assert done.returncode == 1 and "no axis views: choose from batch, prototypes" in done.stderr
 
 
 def test_train_step_says_what_it_needs():

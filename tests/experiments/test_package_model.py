@@ -63,7 +63,7 @@ def test_existing_outputs_are_not_remade_and_a_failure_ends_it(taken, tmp_path, 
     assert package_model.main(arguments) == 0
     assert taken == [command for command in first if "train" in command[3:4]], "training finds out by itself"
     monkeypatch.setattr(package_model.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 7))
-    assert package_model.main(arguments) == 7 and "run the same again" in capsys.readouterr().out
+    assert package_model.main(arguments) == 7 and "run the same command again" in capsys.readouterr().out
 
 
 def test_an_unknown_argument_is_refused(tmp_path):

@@ -119,8 +119,8 @@ def test_wrong_input_is_named(tmp_path, capsys):
     for wrong, said in (
         (["--rows", "memo"], "no row memo: choose from dino-ecapa"),
         (["--test", "a"], "--test a: expected NAME=DATASET"),
-        (["--test", f"a={data.dataset}:nowhere.txt"], "nowhere.txt is no file"),
-        (["--test", f"a=nowhere:{data.trials}"], "nowhere is no folder"),
+        (["--test", f"a={data.dataset}:nowhere.txt"], "nowhere.txt is not a file"),
+        (["--test", f"a=nowhere:{data.trials}"], "nowhere is not a folder"),
         (["--seeds", "a"], "invalid literal"),
         (["--budget", "time"], "no result at equal steps of dino-ecapa, memo-plateau"),
     ):

@@ -194,7 +194,7 @@ def test_the_dataset_is_the_one_of_the_run_wherever_the_report_is_made(tmp_path,
         assert status == 0, text
         return re.search(f"{fact}</th><td>(.*?)</td>", (run / "report.html").read_text())[1]
 
-    assert "20 utterances, fingerprint" in said() and "not there any more" in said()
+    assert "20 utterances, fingerprint" in said() and "no longer there" in said()
     corpus = tiny.write_corpus(tmp_path / "corpus", speakers=2, utterances=2)
     assert tiny.here("prepare", "--input", corpus, "--output", tmp_path / "ds")[0] == 0
     assert "20 utterances, fingerprint" in said() and "another dataset is there now" in said()

@@ -153,7 +153,7 @@ def test_compiler_options_that_jaxlib_does_not_know_are_left_out_and_named_once(
     for _ in range(2):
         assert compiler.known_options(known | {"xla_cpu_option_of_another_version": "1"}) == known
     assert capsys.readouterr().err == (
-        "this jaxlib does not know the compiler option xla_cpu_option_of_another_version: going on without it\n"
+        "this jaxlib does not know the compiler option xla_cpu_option_of_another_version: continuing without it\n"
     )
     doubled = jax.jit(lambda x: 2 * x, compiler_options=known)(np.float32(3))
     assert doubled == 6
@@ -166,7 +166,7 @@ def test_xla_flags_that_jaxlib_does_not_know_are_left_out(monkeypatch, capsys):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     flags.default_xla_flags(unknown, known)
     assert os.environ["XLA_FLAGS"] == known
-    assert capsys.readouterr().err == f"this jaxlib does not know the XLA flag {unknown}: going on without it\n"
+    assert capsys.readouterr().err == f"this jaxlib does not know the XLA flag {unknown}: continuing without it\n"
 
 
 def test_xla_flags_of_the_user_are_kept(monkeypatch):
