@@ -309,7 +309,7 @@ def _parsed(text: str, kind: type, old, optional: bool):
         return text
     if kind in (tuple, list):
         return kind(_parsed_elements(text, old))
-    return ast.literal_eval(text)  # the old value is None, which gives no type
+    return ast.literal_eval(text)  # the old value is None, which implies no type
 
 
 def _parsed_elements(text: str, old) -> list:

@@ -230,7 +230,7 @@ def _mel_basis():
     """Returns mel filters, float32 [256, 80]: triangles in hertz, peak 1, evenly spaced on the HTK mel scale.
 
     Bit by bit those of `librosa.filters.mel(sr=16000, n_fft=512, n_mels=80, htk=True, norm=None)`, as a test shows.
-    Importing librosa itself takes two seconds, as long as all the rest of a first embedding.
+    Importing librosa itself takes two seconds, as long as the rest of a first embedding.
     """
     mel = np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), MEL_BINS + 2)
     edges = 700 * (10 ** (mel / 2595) - 1)

@@ -4,8 +4,8 @@ What a lock can promise depends on where the output is:
 
 * A local file system: `flock`. The kernel releases it when the process ends, however it ends.
 * NFS: Linux passes `flock` on to the server, so the lock holds across machines and is released when the client is gone.
-A mount with `nolock` or `local_lock=flock` locks only between the processes of a single machine. * A bucket, or a file
-system without `flock` (Lustre without the option, some FUSE mounts): a lease. The owner renews a
+  A mount with `nolock` or `local_lock=flock` locks only between the processes of a single machine.
+* A bucket, or a file system without `flock` (Lustre without the option, some FUSE mounts): a lease. The owner renews a
   small object every few seconds. An object that has not been renewed for `STALE_SECONDS` belongs to nobody, so after a
   kill the next process waits at most that long; on the owner's own machine it does not wait at all. A process that was
   suspended for longer may have lost its lease: `Lock.check` finds out.

@@ -6,8 +6,9 @@ The others have the same weights:
 
 * `pytorch`: 3D-Speaker's ECAPA-TDNN (speakerlab-slim, in speechbrain's form) after log-mel features by torch.stft.
 * `onnxruntime`: the file that `memo-jax export name.onnx` writes, front end inside, with all graph optimisations and
-one thread per core. * `sherpa_onnx`: its SpeakerEmbeddingExtractor with the file for it, whose features are
-sherpa-onnx's own in C++, so its embeddings differ; one thread per core.
+  one thread per core.
+* `sherpa_onnx`: its SpeakerEmbeddingExtractor with the file for it, whose features are sherpa-onnx's own in C++, so its
+  embeddings differ; one thread per core.
 
 They read recordings by soundfile and run one at a time, as their own examples do; the first two also in batches: sorted
 by length and padded, which changes embeddings at the padded ends. Each side has a process of its own, and they take

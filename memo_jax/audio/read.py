@@ -69,8 +69,8 @@ def read_audio(
       would not hold exactly is amplified by a power of two, to a peak between -12 and -6 dB.
     * Recordings that follow one another in a file (`cat 1.mp3 2.mp3`, chained Ogg) are read one after the other.
     * A truncated file is refused, whatever its kind; `containers` states the rule and its limits. A placeholder for the
-    length, as left by programs that write to a pipe, is accepted. * Memory: blocks of a few MB beside the result,
-    whatever the length, rate and channels, and whatever the header
+      length, as left by programs that write to a pipe, is accepted.
+    * Memory: blocks of a few MB beside the result, whatever the length, rate and channels, and whatever the header
       claims. For a recording that is quiet throughout, three times the result.
 
     Args:

@@ -42,8 +42,8 @@ def export(model: Model, outputs: Iterable[str | os.PathLike], weights: str = "f
     """Writes a model to files, each in the format that its ending names; returns their paths.
 
     name.safetensors is a model file (`model_file`), name.zip an exported program (`write_program`), name.onnx an
-    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`). `weights` is how model files and ONNX files hold
-    them.
+    ONNX file (`onnx_file.write_onnx`, which takes `onnx_options`). `weights` says how model files and ONNX files store
+    the weights.
 
     Raises:
       ValueError: an ending that is not a known format, weights that are not finite, or options that `write_onnx`

@@ -213,7 +213,7 @@ def _panel_series(panel: Panel, series: Mapping[str, Series]) -> list[Series]:
     found = [one for name, one in series.items() if re.fullmatch(panel.pattern, name)]
     if len(found) == 2:  # with a single branch, the sum over branches says nothing new
         found = [one for one in found if one.name != "loss"]
-    # the gate's running mean says something beside the losses it watches, and nothing alone
+    # the gate's running mean is informative beside the losses it watches, but not alone
     return [] if all(one.name.startswith("gate/") for one in found) else found
 
 

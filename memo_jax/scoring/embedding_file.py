@@ -91,8 +91,8 @@ def write_embeddings(path: str | os.PathLike, content: Embeddings) -> Path:
       and `end` (float64 [N]).
     * parquet: columns `name` and `embedding` (a list of D float32), with times `start` and `end`; "model" and
       "checksum" in the metadata of the schema.
-    * npy: the array, and beside it x.names.txt with a name on each line; with times `name<tab>start<tab>end`. * ark or
-    scp: x.ark with Kaldi's binary vectors and x.scp, which says where each is in it; with times also
+    * npy: the array, and beside it x.names.txt with a name on each line; with times `name<tab>start<tab>end`.
+    * ark or scp: x.ark with Kaldi's binary vectors and x.scp, which says where each is in it; with times also
       x.segments, lines `name recording start end`.
 
     Raises:
@@ -145,7 +145,7 @@ def _write_npy(path, content):
         partial_names.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
         with open(partial, "wb") as file:
             np.save(file, content.embeddings)
-        companion.unlink(missing_ok=True)  # the names of other embeddings must never stand beside these
+        companion.unlink(missing_ok=True)  # the names of other embeddings must never lie beside these
 
 
 def _names_file(path: Path) -> Path:
@@ -164,7 +164,7 @@ def _write_ark(path, content):
                 places.append(f"{name} {ark.absolute()}:{file.tell()}\n")
                 file.write(b"\0B" + vector + row.astype("<f4").tobytes())
         partial_scp.write_text("".join(places), encoding="utf-8", newline="\n")
-        scp.unlink(missing_ok=True)  # places in another archive must never stand beside this one
+        scp.unlink(missing_ok=True)  # places in another archive must never lie beside this one
         segments.unlink(missing_ok=True)
     if content.times is not None:
         rows = zip(content.names, content.times.tolist(), strict=True)

@@ -228,7 +228,7 @@ def _check_contradictions(trials: Trials) -> None:
 
 
 def _tabbed_fields(line: str) -> list[str]:
-    """The fields of a line: between tabs when that gives two or three, between white space otherwise."""
+    """The fields of a line: between tabs when that yields two or three, between white space otherwise."""
     fields = [field.strip() for field in line.split("\t")]
     return fields if len(fields) in (2, 3) and all(fields) else line.split()
 

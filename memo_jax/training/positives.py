@@ -22,7 +22,7 @@ from memo_jax.training.state import TrainState, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
 
-ROWS = 32  # utterances that a device embeds at once, whatever their number: the same program gives the same bits
+ROWS = 32  # utterances that a device embeds at once, whatever their number: the same program yields the same bits
 
 
 class Positives:

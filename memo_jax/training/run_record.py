@@ -93,7 +93,7 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
         run["starts"][0]["versions"], run["starts"][-1]["total_steps"]
         return run
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to go on without") from None
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to continue without") from None
 
 
 class RunRecord:
