@@ -65,7 +65,7 @@ def pseudo_label(
 
     Raises:
       ValueError: a config or network that cannot work, or a workdir of other rounds.
-      TrainingStopped, StopRequested, OSError: as `train`.
+      TrainingStopped, StopRequested, OSError: as for `train`.
     """
     check_local(workdir)
     workdir = Path(workdir)
@@ -223,7 +223,7 @@ def table_text(rows: list[dict], separator: str | None = None) -> str:
 
 
 def rounds_text(result: dict) -> str:
-    """Returns the result of `pseudo_label` as text for people."""
+    """Returns the result of `pseudo_label` as human-readable text."""
     text = table_text(result["rounds"])
     if result["best"] == 0:
         text += "no round has a lower EER than the network to start from, which is kept\n"

@@ -90,7 +90,7 @@ def _recordings_in_a_temporary_folder() -> Iterator[None]:
 
 
 def serve(embedder: Embedder, port: int | None, open_browser: bool, prior: float, as_json: bool) -> None:
-    """Serves the page until Ctrl-C and prints its address; arguments and errors as those of `served`."""
+    """Serves the page until Ctrl-C and prints its address; arguments and errors as for `served`."""
     with served(embedder, port, open_browser, prior, speech.is_installed()) as address:
         told = json.dumps({"address": address, "model": embedder.fingerprint})
         print(told if as_json else f"{address} (Ctrl-C ends it)", flush=True)

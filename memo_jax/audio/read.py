@@ -127,7 +127,7 @@ def excerpt_name(path: str, start: float, end: float) -> str:
 
 
 def read_excerpt(name: str | os.PathLike, *, channel: str | int = "mean") -> np.ndarray:
-    """Decodes what `parse_excerpt` finds in a name: int16 [L] at 16 kHz; errors as `read_audio`."""
+    """Decodes what `parse_excerpt` finds in a name: int16 [L] at 16 kHz; errors as for `read_audio`."""
     path, start, end = parse_excerpt(name)
     return read_audio(path, channel=channel, start=start, end=end)
 
@@ -140,7 +140,7 @@ def read_float_audio(
 
 
 def audio_seconds(path) -> float:
-    """Length of a recording in seconds, without decoding it where possible; raises AudioError as `read_audio`."""
+    """Length of a recording in seconds, without decoding it where possible; raises AudioError like `read_audio`."""
     with _opened(path) as window:
         parts, seconds = find_parts(window), 0.0
         for part in parts:

@@ -80,7 +80,7 @@ def check(dataset: str | os.PathLike, *, workers: int | None = None) -> dict:
 
 
 def check_text(dataset: str | os.PathLike, report: dict, most: int = 20) -> str:
-    """Returns the report of `check` as text for people."""
+    """Returns the report of `check` as human-readable text."""
     problems = [f"  {file}: {problem}" for file, problem in report["problems"][:most]]
     if len(report["problems"]) > most:
         problems.append(f"  … and {len(report['problems']) - most:,} more")

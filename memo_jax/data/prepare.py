@@ -130,7 +130,7 @@ def prepare(
 
 
 def preparation_text(report: dict) -> str:
-    """Returns the report of `prepare` as text for people: counts, hours, and why files were left out."""
+    """Returns the report of `prepare` as human-readable text: counts, hours, and why files were left out."""
     counts = [plural(report["utterances"], "utterance")]
     if report["speakers"]:
         counts.append(plural(report["speakers"], "speaker"))

@@ -2,8 +2,9 @@
 
 A record is a tf.train.Example of {"checksum", "name", "samples", "speaker", "start"}: a segment of an utterance, whose
 first sample is sample number `start` of the utterance. Segments have the same length, except for an utterance's last;
-an utterance is consecutive records of one shard. Thus a crop costs the segments that it touches, however long the
-recording is. The index says, for each utterance, which record is its first, how many samples it has and their checksum.
+an utterance is consecutive records of one shard. A crop therefore costs only the segments that it touches, however long
+the recording is. The index says, for each utterance, which record is its first, how many samples it has and their
+checksum.
 
 Damage is detected wherever it is. Every file but the shards is compared with its line in checksums.txt before it is
 parsed; array_record verifies the bytes of each record; and each record says which utterance it belongs to (by the

@@ -61,7 +61,7 @@ def read_example(text: str, number: int, *, max_seconds: float, channel: str | i
     """Returns the samples of an example, int16 [L] at 16 kHz; fast for examples that follow one another.
 
     Raises:
-      AudioError: as `audio.as_audio`, naming INPUT/number; or longer than `max_seconds`.
+      AudioError: as for `audio.as_audio`, naming INPUT/number; or longer than `max_seconds`.
     """
     _, builder, _, audio = _opened(text)
     source, rate = f"{text}/{number}", builder.info.features[audio].sample_rate or SAMPLE_RATE

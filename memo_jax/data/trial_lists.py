@@ -210,10 +210,10 @@ def trials_of(
     form: str = "voxceleb",
     **options,
 ) -> dict:
-    """Makes a trial list of labelled recordings and writes it; options as `make_trials`.
+    """Makes a trial list of labelled recordings and writes it; options as for `make_trials`.
 
     Returns {"output", "targets", "nontargets", "speakers", "recordings", "seed"}, the last two counted in the list.
-    Raises as `labelled_recordings`, `read_table` and `make_trials`.
+    Raises like `labelled_recordings`, `read_table` and `make_trials`.
     """
     table = None if genders is None else read_table(genders, "speaker", "gender")
     speakers = labelled_recordings(path)
@@ -231,7 +231,7 @@ def trials_of(
 
 
 def trials_text(report: Mapping) -> str:
-    """Returns the report of `trials_of` as text for people."""
+    """Returns the report of `trials_of` as human-readable text."""
     return (
         f"{plural(report['targets'], 'target trial')} and {report['nontargets']:,} nontarget ones of "
         f"{plural(report['speakers'], 'speaker')} and {plural(report['recordings'], 'recording')}, "

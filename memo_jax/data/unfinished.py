@@ -2,7 +2,7 @@
 
 The folder `.NAME.partial` holds `plan.jsonl`, the shards in `dataset/` and, once the shards of a part are complete on
 disk, `part-N.json` with what is in them. Each of these files appears whole or not at all and ends with its checksum.
-Thus whatever ends a run, the parts that it finished are there for the next, and nothing else is.
+Whatever ends a run, the parts that it finished are therefore there for the next, and nothing else is.
 
 The finished `dataset/` is renamed to the output in one step, after `finished.json`, which tells a run that is started
 again after that step that nothing is left to do. An earlier dataset that is overwritten is kept in `replaced/` until

@@ -184,7 +184,7 @@ def cluster_to_table(
       the utterances have a label, "speakers": how many labels there are}.
 
     Raises:
-      ValueError: as `cluster`, or no utterance has a label. OSError: a file cannot be read or written.
+      ValueError: as for `cluster`, or no utterance has a label. OSError: a file cannot be read or written.
     """
     for path in filter(None, (output, figure)):
         check_writable(path)
@@ -229,7 +229,7 @@ def cluster_to_table(
 
 
 def cluster_text(report: dict) -> str:
-    """Returns the report of `cluster_to_table` as text for people."""
+    """Returns the report of `cluster_to_table` as human-readable text."""
     steps = [f"k-means to {plural(report['kmeans'], 'group')}"] if report["kmeans"] else []
     steps += [f"{report['linkage']} linkage"] if report["linkage"] else []
     chosen = ", defaults for this many utterances" if report["default_numbers"] else ""

@@ -133,7 +133,7 @@ def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[
 
 
 def networks_in(path: str | os.PathLike) -> dict[str, Tensors]:
-    """Returns {part: {name: array}} of the networks in a checkpoint; raises as `torch_to_model`."""
+    """Returns {part: {name: array}} of the networks in a checkpoint; raises like `torch_to_model`."""
     return networks_of(_content(Path(path))[0])
 
 
@@ -336,7 +336,7 @@ def convert(
 ) -> str:
     """Converts a PyTorch checkpoint to a model file; returns a summary for the user.
 
-    Arguments and errors as `torch_to_model`; OSError if the output cannot be written.
+    Arguments and errors as for `torch_to_model`; OSError if the output cannot be written.
     """
     check_writable(output)
     model = torch_to_model(source, kind, part, front_end)
@@ -371,7 +371,7 @@ def convert_back(
     safetensors file notes the front end that the weights need, for converting it back.
 
     Raises:
-      ValueError: an unknown kind, or a network that the toolkit lacks. Others as `Embedder.load` and `write_tensors`.
+      ValueError: an unknown kind, or a network that the toolkit lacks. Others as for `Embedder.load`, `write_tensors`.
     """
     from memo_jax.inference.embedder import load_model
     from memo_jax.training.checkpoint import load_raw

@@ -454,7 +454,7 @@ def _decoded(sources, todo, stamps, min_seconds, vad) -> Iterator[tuple[int, np.
 
 
 def embedding_text(report: dict) -> str:
-    """Returns the report of `embed_recordings` as text for people."""
+    """Returns the report of `embed_recordings` as human-readable text."""
     text = f"{plural(report['embeddings'], 'embedding')} of {report['dimension']} numbers"
     if report["embeddings"] > report["recordings"]:
         text += f", windows of {plural(report['recordings'], 'recording')}"

@@ -256,7 +256,7 @@ class Embedder:
         """Removes a person from the gallery, and from its file, if it has one, in a single locked step.
 
         Raises:
-          ValueError: nobody of that name is enrolled. OSError: as `enroll`.
+          ValueError: nobody of that name is enrolled. OSError: as for `enroll`.
         """
         if self._gallery_path is None:
             self.gallery.remove(name)
@@ -317,7 +317,7 @@ def load_model(
 ) -> Model:
     """Returns the network of a workdir, a file, the Hub or the package.
 
-    Arguments and errors as those of `Embedder.load`; `is_known` as that of `read_model`.
+    Arguments and errors as for `Embedder.load`; `is_known` as for `read_model`.
     """
     given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
     path = DEFAULT_MODEL if path is None else path

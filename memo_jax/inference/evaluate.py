@@ -129,7 +129,7 @@ def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, flo
 
     The rates are RATES: "eer" in percent, "min_dcf_0.01", "min_dcf_0.05".
     None if the config names no trial list. Raises ValueError if only one of evaluation.data and evaluation.trials is
-    given, and as `TrialEvaluation`.
+    given, and like `TrialEvaluation`.
     """
     if not config.evaluation.trials:
         if config.evaluation.data:
@@ -299,7 +299,7 @@ def tuned_decision(scores, target, criterion: str, trials) -> Decision:
 
 
 def evaluation_text(results: dict) -> str:
-    """Returns the results of `evaluate` as text for people."""
+    """Returns the results of `evaluate` as human-readable text."""
     counts = [plural(results["trials"], "trial"), plural(results["recordings"], "recording")]
     if "eer" not in results:
         return f"{', '.join(counts)}\n  the list has no labels: scores are written, error rates are unknown"

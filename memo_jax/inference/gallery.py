@@ -119,7 +119,7 @@ def changing_gallery(path: str | os.PathLike, model: str = "", dimension: int | 
     waits for the others, up to LOCK_SECONDS.
 
     Raises:
-      LockedError: another process holds the gallery for longer. Others as `Gallery.load` and `Gallery.save`.
+      LockedError: another process holds the gallery for longer. Others as for `Gallery.load` and `Gallery.save`.
     """
     deadline = time.monotonic() + LOCK_SECONDS
     with contextlib.ExitStack() as stack:
@@ -140,7 +140,7 @@ def remove_person(path: str | os.PathLike, name: str) -> Gallery:
     """Removes a person from the gallery in a file; returns the gallery.
 
     Raises:
-      FileNotFoundError: no such gallery. ValueError: nobody of that name. Others as `changing_gallery`.
+      FileNotFoundError: no such gallery. ValueError: nobody of that name. Others as for `changing_gallery`.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such gallery")

@@ -39,7 +39,7 @@ def read_hub_model(name: str | os.PathLike, is_known: Callable[[str], bool] = is
 
     Args:
       name: "hf:org/name", or "hf:org/name@revision" with a branch, a tag or a commit.
-      is_known: as that of `read_model`.
+      is_known: as for `read_model`.
 
     Raises:
       ImportError: the extra `hub` is not installed.
@@ -119,7 +119,7 @@ def model_card(
     datasets: Sequence[str] = (),
     onnx: bool = True,
 ) -> str:
-    """Returns the text of a model card: metadata for the Hub's search, use, results; arguments as those of `push`."""
+    """Returns the text of a model card: metadata for the Hub's search, use, results; arguments as for `push`."""
     hub = _huggingface_hub()
     metrics = []
     for result in results:

@@ -326,7 +326,7 @@ def backbone_from_torch(tensors: Mapping[str, np.ndarray], kind: str, backbone: 
       backbone: "ecapa", "resnet" or "campplus".
 
     Raises:
-      ValueError: as `from_torch`.
+      ValueError: as for `from_torch`.
     """
     module = backbone_of(tensors, kind, backbone)
     modules, prefix = MODULES[kind][backbone], BACKBONE_PREFIX.get(kind, "")
@@ -378,7 +378,7 @@ def branch_from_torch(tensors: Mapping[str, np.ndarray], like: Any, backbone: st
       backbone: "ecapa", "resnet" or "campplus".
 
     Raises:
-      ValueError: as `from_torch`, or a gain of the weight-normed prototypes is not one.
+      ValueError: as for `from_torch`, or a gain of the weight-normed prototypes is not one.
     """
     for theirs, gains in tensors.items():
         if theirs.endswith("weight_g") and not np.all(np.asarray(gains) == 1):

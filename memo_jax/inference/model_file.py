@@ -257,7 +257,7 @@ def save_decision_in_file(path: str | os.PathLike, decision: Decision) -> None:
     """Replaces the decision in a model file, whole or not at all; its tensors stay the same, bit for bit.
 
     Raises:
-      OSError, ModelFileError: as `read_model`.
+      OSError, ModelFileError: as for `read_model`.
     """
     from safetensors import safe_open
     from safetensors.numpy import save

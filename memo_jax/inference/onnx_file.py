@@ -82,7 +82,7 @@ def write_onnx(
 
 
 def onnx_bytes(model: Model, inputs: str, weights: str, metadata: dict[str, str]) -> bytes:
-    """Returns the content of an ONNX file, checked; arguments as those of `write_onnx`."""
+    """Returns the content of an ONNX file, checked; arguments as for `write_onnx`."""
     graph = _graph(model, inputs)
     if weights == "float16":
         _keep_as_float16(graph)

@@ -146,7 +146,7 @@ def attentive_statistics(x, variables, network):
         else:
             average, variance = mean_and_unbiased_variance(x, 2)
             variance = op.add(variance, constant(1e-7))
-        # The context is constant over time, thus its part of the convolution is computed once.
+        # The context is constant over time, so its part of the convolution is computed once.
         kernel = np.asarray(hidden_variables["params"]["kernel"])
         channels = kernel.shape[1] // 3
         of_context = {"params": {"kernel": kernel[:, channels:], "bias": hidden_variables["params"]["bias"]}}
@@ -302,7 +302,7 @@ def log_mel(waves: Var) -> Var:
 
 
 def normalized(x: Var) -> Var:
-    """Mean 0 and variance 1 over time, as `features.normalized_log_mel`."""
+    """Mean 0 and variance 1 over time, as in `features.normalized_log_mel`."""
     centered = without_mean(x)
     variance = op.add(mean(op.mul(centered, centered), 1), constant(features.NORM_EPSILON))
     return op.div(centered, op.sqrt(variance))

@@ -30,7 +30,7 @@ from memo_jax.training.goodput import GOODPUT_METRICS
 
 
 def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, **options) -> Path:
-    """Draws the learning curves of a run's metrics.jsonl into a picture; options as `learning_curve_figure`."""
+    """Draws the learning curves of a run's metrics.jsonl into a picture; options as for `learning_curve_figure`."""
     rows = read_metrics(metrics_jsonl)
     if not rows:
         raise ValueError(f"{metrics_jsonl}: no metrics yet, so there is nothing to draw")

@@ -67,7 +67,7 @@ def paired_bootstrap(
 
     What makes a draw of speakers hard makes it hard for both systems, so the difference is known better than either
     metric. `p_value` is one-sided, (1 + replicates in which A is not better) / (1 + replicates): when it is small, A is
-    better. Arguments as `bootstrap_interval`: of several runs of a system, the mean metric counts.
+    better. Arguments as for `bootstrap_interval`: of several runs of a system, the mean metric counts.
     """
     target, ones = np.asarray(target, bool), np.ones(len(target))
     runs_a, runs_b = np.atleast_2d(scores_a), np.atleast_2d(scores_b)

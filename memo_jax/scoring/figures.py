@@ -114,7 +114,7 @@ def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_he
 
 
 def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, **options) -> Path:
-    """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a file; options as `det_figure`."""
+    """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a file; options: `det_figure`."""
     return save_figure(det_figure(systems, **options), path)
 
 

@@ -67,7 +67,7 @@ def as_norm(scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohor
 
     Args:
       scores: cosines [N]; pairs: int [N, 2] into embeddings [M, D] (or [M, R, D]).
-      cohort: embeddings [C, D], treated (mean subtraction) exactly as `embeddings`.
+      cohort: embeddings [C, D], treated (mean subtraction) exactly like `embeddings`.
       top: how many of the nearest cohort utterances count, 2 to C.
 
     Source: s-norm1 with per-side selection in Matejka et al., "Analysis of Score Normalization in Multilingual
@@ -191,7 +191,7 @@ def eer(scores, target, weights=None) -> float:
 
     This is the linear interpolation of the NIST SRE scoring tools and of `roc_curve` with a root finder (scikit-learn
     users); tied scores make one point. It is not the ROC convex hull's (ROCCH) EER, which is never larger. Below 0.5 is
-    better than chance; a system with its sign wrong goes up to 1. Arguments and errors as `error_rates`.
+    better than chance; a system with its sign wrong goes up to 1. Arguments and errors as for `error_rates`.
     """
     return eer_point(scores, target, weights).value
 
@@ -206,7 +206,7 @@ def _meeting_point(fnr_before, fpr_before, fnr_after, fpr_after) -> tuple[float,
 class WeightedEer:
     """`eer` of the same trials under changing weights: sorted once, and the rates are computed where they are needed.
 
-    For weights that are whole numbers, whose sums are exact, it equals `eer` bit by bit. Errors as `error_rates`.
+    For weights that are whole numbers, whose sums are exact, it equals `eer` bit by bit. Errors as for `error_rates`.
 
     Attributes:
       targets, nontargets: rows of these trials in the order that their weights are given in.

@@ -284,7 +284,7 @@ def warnings_of(results: Mapping) -> list[str]:
 
 
 def score_text(results: Mapping) -> str:
-    """Returns what `score` found as text for people."""
+    """Returns what `score` found as human-readable text."""
     lines = [plural(results["trials"], "trial"), *warnings_of(results)]
     if "eer" not in results:
         return "\n".join([*lines, "  the list has no labels: scores are written, error rates are unknown"])

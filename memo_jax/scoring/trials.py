@@ -267,7 +267,7 @@ def recording_rows(trials: Trials, names: Sequence[str]) -> np.ndarray:
 def trial_pairs(trials: Trials, names: Sequence[str]) -> np.ndarray:
     """Returns the two recordings of every trial, int [N, 2] into `names`; for an enrolled speaker, the first one.
 
-    Raises ValueError as `recording_rows`.
+    Raises ValueError like `recording_rows`.
     """
     rows = dict(zip(trials.recordings, recording_rows(trials, names)))
     return np.array([rows[trials.recordings_of(side)[0]] for side in trials.sides])[trials.pairs]

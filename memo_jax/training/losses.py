@@ -43,7 +43,7 @@ def sinkhorn_distributions(
       iterations: how many.
 
     Returns:
-      As `teacher_distributions`.
+      As for `teacher_distributions`.
     """
     # In logarithms: at low temperatures, all numbers of a column may be too small for float32.
     logs = jax.lax.stop_gradient(teacher_logits / temperature)
