@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=DATASET:TRIALS",
         help="a trial list and its recordings; several times; the first is followed while training",
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="of all runs; the queue's, too")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of all runs and of the queue")
     parser.add_argument(
         "--results",
         type=Path,

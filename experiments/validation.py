@@ -117,7 +117,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--input", type=Path, required=True, help="folder with one folder per speaker")
     parser.add_argument("--output", type=Path, required=True, help="folder for the lists")
-    parser.add_argument("--speakers", type=int, default=200, help="how many validate")
+    parser.add_argument("--speakers", type=int, default=200, help="how many to validate on")
     parser.add_argument("--most", type=int, default=16, help="speakers with more recordings stay in training")
     parser.add_argument("--gap", type=int, default=20_000, help="numbers that differ by more are of another day")
     parser.add_argument("--targets", type=int, default=15, help="most target trials of a speaker")

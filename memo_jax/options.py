@@ -357,7 +357,7 @@ def add_reproduce(command: Command) -> None:
 def add_plan(command: Command) -> None:
     """memo-jax plan."""
     added = command(
-        "plan", "tell what training would cost on TPUs or GPUs, without having them", config_options(), json_options()
+        "plan", "estimate the cost of training on TPUs or GPUs, without having them", config_options(), json_options()
     )
     added.add_argument(
         "--topology",

@@ -128,7 +128,7 @@ class TarStream:
             self._tar = _Tar(self.path)
 
     def copy(self, extent: Extent, file: BinaryIO) -> None:
-        """Copies the content of a member, which comes after all that were copied before, to `file`.
+        """Copies the content of a member, which must come after all those copied before, to `file`.
 
         Raises:
           ValueError: the archive is damaged, or not the one that the extent belongs to.

@@ -12,7 +12,7 @@ MEGABYTE = 1e6
 # The folders of each kind in the corpora that have several.
 MUSAN = {"noise": ("noise",), "music": ("music",), "speech": ("speech",)}
 RIRS_NOISES = {"noise": ("pointsource_noises",), "rir": ("simulated_rirs", "real_rirs_isotropic_noises")}
-REAL_RIRS, RIR_LIST = "real_rirs_isotropic_noises", "rir_list"  # rooms and noises lie together there
+REAL_RIRS, RIR_LIST = "real_rirs_isotropic_noises", "rir_list"  # rooms and noises are mixed there
 
 
 def load_banks(

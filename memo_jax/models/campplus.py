@@ -171,7 +171,8 @@ class CAMPPlus(nn.Module):
             x = NormReluConv(x.shape[-1] // 2, self.dtype, name=f"transit_{block}")(x, train)
         x = jax.nn.relu(BatchNorm(name="norm")(x, train))
         mean, variance = mean_and_variance_time(x, lengths)
-        # A channel that ReLU keeps at zero has no variance. The root's gradient is infinite there; it is taken as zero.
+        # A channel that ReLU keeps at zero has no variance. The square root's gradient is infinite there; it is set to
+        # zero.
         varies = variance > 0
         deviation = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
         embedding = TimeConv(self.embedding_dim, use_bias=False, kernel_init=he_normal, name="embedding")(

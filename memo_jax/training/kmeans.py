@@ -29,7 +29,7 @@ class Clusters(NamedTuple):
 def spherical_kmeans(embeddings: np.ndarray, clusters: int, iterations: int, seed, mesh: Mesh) -> Clusters:
     """Clusters embeddings by their cosine (Dhillon and Modha, 2001).
 
-    It begins with the directions of `clusters` rows, drawn without replacement. An iteration assigns every row to the
+    It starts from the directions of `clusters` rows, drawn without replacement. An iteration assigns every row to the
     nearest centroid, and makes each centroid the direction of the sum of its rows; one without rows stays. In the end,
     rows are assigned once more.
 

@@ -56,7 +56,7 @@ class Mixture(NamedTuple):
 
 
 def fitted_mixture(x: np.ndarray) -> Mixture:
-    """Fits two normal distributions to numbers [N ≥ 2] by expectation maximisation, beginning with their two halves."""
+    """Fits two normal distributions to numbers [N ≥ 2] by expectation maximisation, starting from their two halves."""
     x = np.asarray(x, np.float64)
     low = x <= np.median(x)
     shares = np.stack([low, ~low]).astype(np.float64) if not low.all() else np.full((2, len(x)), 0.5)

@@ -164,7 +164,7 @@ def descriptions(arrays: dict) -> dict[str, str]:
 
 
 def crc32(file: epath.Path) -> int:
-    """Returns the checksum of a file: 0.3 s a gigabyte; it detects any change within 32 consecutive bits."""
+    """Returns the checksum of a file: 0.3 s per gigabyte; it detects any change within 32 consecutive bits."""
     checksum = 0
     with file.open("rb") as content:
         while part := content.read(READ_BYTES):

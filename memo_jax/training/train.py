@@ -184,7 +184,7 @@ def with_known_speakers(config, inputs: Inputs, start: Mapping[str, Variables]) 
 
 
 def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:
-    """Raises ValueError naming the keys, of those not in `free`, when the workdir was made with another config."""
+    """Raises ValueError naming the keys not in `free` in which the config differs from that of the workdir."""
     old = configs.read_config(workdir)
     if old is not None:
         changed = [d for d in configs.config_differences(old, config) if not d.startswith(free)]
