@@ -32,7 +32,7 @@ def fit_calibration(scores, target, p_target: float = 0.5, weights=None) -> Cali
       p_target: the prior at which calibration matters most, strictly between 0 and 1.
 
     Raises:
-      ValueError: on equal or infinite scores, or see `scoring.cumulative_weights`.
+      ValueError: on equal or infinite scores, or see `metrics.cumulative_weights`.
 
     Source: Brümmer and du Preez, "Application-independent evaluation of speaker detection", 2006.
     """
@@ -69,7 +69,7 @@ def act_dcf(llrs, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1
     """Normalised detection cost of the decisions that the log-likelihood ratios themselves imply.
 
     Accepts where llr >= log(c_fa (1-p) / (c_miss p)), Bayes' threshold. Never below `min_dcf`; the gap is what
-    calibration loses. Can exceed 1. Arguments as for `scoring.min_dcf`.
+    calibration loses. Can exceed 1. Arguments as for `metrics.min_dcf`.
     """
     detection_cost(0.0, 0.0, p_target, c_miss, c_fa)  # checks the prior and the costs before the logarithm
     values, targets, nontargets = _class_weights(llrs, target, weights)

@@ -44,7 +44,7 @@ def bootstrap_interval(
       scores: [N], or [R, N] of R runs of one system (its seeds): then the interval of their mean metric, which says how
         certain it is for other speakers and not for other seeds.
       target: bool [N].
-      speaker_pairs: int [N, 2], the two speakers of each trial (`scoring.speaker_pairs`).
+      speaker_pairs: int [N, 2], the two speakers of each trial (`trials.speaker_pairs`).
 
     Source: the subsets bootstrap of Bolle, Ratha and Pankanti, "Error analysis of pattern recognition systems", 2004.
     """
