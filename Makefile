@@ -27,7 +27,7 @@ endef
 
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
-	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder a speaker"
+	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder per speaker"
 	@echo "make demo OUTPUT=other         write into a folder other than demo_output"
 	@echo "make test                      run the tests"
 	@echo "make soak                      kill, fill disks and damage files at random: COUNT=100 SEED=0, an hour or so"
