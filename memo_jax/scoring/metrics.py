@@ -206,7 +206,7 @@ def _meeting_point(fnr_before, fpr_before, fnr_after, fpr_after) -> tuple[float,
 class WeightedEer:
     """`eer` of the same trials under changing weights: sorted once, and the rates are computed where they are needed.
 
-    For weights that are whole numbers, whose sums are exact, it equals `eer` bit by bit. Errors as for `error_rates`.
+    For weights that are whole numbers, whose sums are exact, it equals `eer` bit for bit. Errors as for `error_rates`.
 
     Attributes:
       targets, nontargets: rows of these trials in the order that their weights are given in.

@@ -22,10 +22,10 @@ and, of configs that ask for them (u, κ, ρ, ν and ξ are 0 otherwise, and not
     E_b^h  = ln K − H(mean softmax(s_b^h(v) / τ_s))                                                   mean entropy
     V_b^h, X_b^h = VICReg's variance and covariance terms of z_b^h, the mean over views; r warms up
 
-Then, with the momentum m and the student's new parameters θ_b, in this order:
+Then, with the momenta m and μ and the student's new parameters θ_b, in this order:
 
     θ̄_b      ← m · θ̄_b + (1 − m) · θ_b; shared prototypes, those of the student: θ̄_b ← θ_b
-    center_b^h ← 0.9 · center_b^h + 0.1 · mean of the teacher's logits of this step
+    center_b^h ← μ · center_b^h + (1 − μ) · mean of the teacher's logits of this step
 
 Everything here is pure and un-jitted; `program` compiles it. The method: Jin, Tu, Mak, "Self-Supervised Learning with
 Multi-Head Multi-Mode Knowledge Distillation for Speaker Verification", Interspeech 2024.
