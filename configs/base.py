@@ -59,6 +59,8 @@ def get_config() -> ConfigDict:
     # ECAPA-TDNN, recomputed in the backward pass to save memory: none; norms: all but large convolutions; blocks: all.
     model.ecapa_remat = "none"
     model.resnet_remat = "none"  # ResNet, recomputed in the backward pass: none, norms or blocks, as above
+    # Recompute the backbones' activations of all crop lengths but the last in the backward pass; False is faster.
+    model.crop_remat = True
     model.resnet_packed = False  # ResNet on TPUs: pack neighbouring frequencies to fill the lanes
     model.resnet_scan = False  # ResNet on TPUs: loop over like blocks, which compiles sooner
     model.ecapa_stride = 1  # ECAPA-TDNN: stride of its first convolution; 2 halves a step's time

@@ -13,6 +13,7 @@ def get_config():
     """Returns MeMo's recipe without what makes it MeMo."""
     config = base.get_config()
     config.model.branches = ("ecapa",)
+    config.model.crop_remat = False
     config.loss.cross = 0.0
     config.gate.rule = "never"
     return config

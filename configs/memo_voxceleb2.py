@@ -12,4 +12,6 @@ import base
 
 def get_config():
     """Returns the authors' recipe."""
-    return base.get_config()
+    config = base.get_config()
+    config.model.crop_remat = False  # accelerators have the memory
+    return config

@@ -53,6 +53,7 @@ from memo_jax.log import say  # noqa: E402
 GO_ON = 75
 SAVE_SECONDS = 60  # that a part may take to end when time is up
 LEVERS = {
+    "crop_remat": ("model.crop_remat=true",),
     "resnet_remat=norms": ("model.resnet_remat=norms",),
     "resnet_remat=blocks": ("model.resnet_remat=blocks",),
     "ecapa_remat=norms": ("model.ecapa_remat=norms",),

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from memo_jax.models.packed import packed_convolution
 from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.products import pointwise_convolution
-from memo_jax.xla.reductions import sum_from_first_axis
+from memo_jax.xla.reductions import channel_sums, mean_and_variance, side_by_side
 
 # U(±1/√fan_in): PyTorch's default for the weights of Linear and Conv.
 torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
@@ -193,53 +193,43 @@ class Linear(nn.Module):
         return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalized_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[jax.Array, ...]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def normalized_batch(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, near_mean: jax.Array, epsilon: float
+) -> tuple[jax.Array, ...]:
     """Returns (normalised x, mean [C], biased variance [C]) of x [..., C]; no gradient flows into the statistics.
 
     C is the size of scale and bias; a last axis of p·C holds p values of each channel (packed.py). Statistics are
-    float32, the result has the dtype of x. The gradient is written out (Ioffe and Szegedy, 2015): two sums and one pass
-    over x, less than automatic differentiation of the two-pass variance needs.
+    float32, the result has the dtype of x. `near_mean` [C] is about the mean, as for `mean_and_variance`. The gradient
+    is written out (Ioffe and Szegedy, 2015): two sums and one pass over x, less than automatic differentiation of the
+    two-pass variance needs.
     """
-    return _normalize(x, scale, bias, epsilon)[0]
+    return _normalize(x, scale, bias, near_mean, epsilon)[0]
 
 
-def channel_sums(x: jax.Array, channels: int) -> jax.Array:
-    """Returns the sums [channels] of x [..., p·channels] over all but the channels."""
-    sums = x.sum(axis=0) if x.ndim < 3 else sum_from_first_axis(x, tuple(range(x.ndim - 1)))
-    return sums if sums.size == channels else sums.reshape(-1, channels).sum(axis=0)
-
-
-def _normalize(x, scale, bias, epsilon):
-    x32, channels = x.astype(jnp.float32), scale.size
-    count = x.size // channels
-    mean = checkpoint_name(channel_sums(x32, channels) / count, STATISTICS)
-    centered = x32 - _side_by_side(mean, x)
-    var = channel_sums(jnp.square(centered), channels) / count
+def _normalize(x, scale, bias, near_mean, epsilon):
+    x32 = x.astype(jnp.float32)
+    mean, var = mean_and_variance(x32, near_mean)
+    mean = checkpoint_name(mean, STATISTICS)
     inverse = checkpoint_name(jax.lax.rsqrt(var + epsilon), STATISTICS)
     # Centred before scaling: x·gain − mean·gain would lose digits to cancellation, and in the gradient even more.
-    out = centered * _side_by_side(inverse * scale, x) + _side_by_side(bias, x)
+    out = (x32 - side_by_side(mean, x)) * side_by_side(inverse * scale, x) + side_by_side(bias, x)
     return (out.astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
 def _normalize_gradients(epsilon, residuals, gradients):
     x, scale, mean, inverse = residuals
     gradient = materialize_on_cpu(gradients[0].astype(jnp.float32))
-    normalized = (x.astype(jnp.float32) - _side_by_side(mean, x)) * _side_by_side(inverse, x)
+    normalized = (x.astype(jnp.float32) - side_by_side(mean, x)) * side_by_side(inverse, x)
     of_bias, of_scale = channel_sums(gradient, scale.size), channel_sums(gradient * normalized, scale.size)
     count = x.size // scale.size
-    centered = gradient - _side_by_side(of_bias / count, x) - normalized * _side_by_side(of_scale / count, x)
-    of_x = _side_by_side(inverse * scale, x) * centered
-    return of_x.astype(x.dtype), of_scale, of_bias
-
-
-def _side_by_side(values, x):
-    """Returns values [C], repeated p times for x [..., p·C]."""
-    return values if values.size == x.shape[-1] else jnp.tile(values, x.shape[-1] // values.size)
+    centered = gradient - side_by_side(of_bias / count, x) - normalized * side_by_side(of_scale / count, x)
+    of_x = side_by_side(inverse * scale, x) * centered
+    return of_x.astype(x.dtype), of_scale, of_bias, jnp.zeros_like(mean)
 
 
 normalized_batch.defvjp(_normalize, _normalize_gradients)
-normalized_batch = jax.jit(normalized_batch, static_argnums=3)  # traced once for each shape
+normalized_batch = jax.jit(normalized_batch, static_argnums=4)  # traced once for each shape
 
 
 class BatchNorm(nn.Module):
@@ -266,9 +256,9 @@ class BatchNorm(nn.Module):
             bias = parameter(self, "bias", nn.initializers.zeros, (channels,))
         if not train:
             gain = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
-            mean, gain, bias = (_side_by_side(values, x) for values in (running_mean.value, gain, bias))
+            mean, gain, bias = (side_by_side(values, x) for values in (running_mean.value, gain, bias))
             return ((x - mean) * gain + bias).astype(x.dtype)
-        out, mean, var = normalized_batch(x, scale, bias, self.epsilon)
+        out, mean, var = normalized_batch(x, scale, bias, running_mean.value, self.epsilon)
         if not self.is_initializing():
             count = x.size // channels
             unbiased = var * (count / max(count - 1, 1))

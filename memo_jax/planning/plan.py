@@ -143,9 +143,11 @@ def model_flops(config, epoch_steps: int) -> float:
     A compiled program has more (the zeros of packed planes, recomputed blocks) or seems to have less (loops).
     """
     config = copy.deepcopy(config)
-    config.model.update(ecapa_remat="none", resnet_remat="none", resnet_packed=False, resnet_scan=False)
+    config.model.update(
+        ecapa_remat="none", resnet_remat="none", resnet_packed=False, resnet_scan=False, crop_remat=False
+    )
     mesh = sharding.data_mesh(jax.devices("cpu")[:1])
-    recipe = build_recipe(config, epoch_steps)._replace(remat=False)
+    recipe = build_recipe(config, epoch_steps)
     lowered = lowered_step(config, recipe, mesh, _banks(config.augment, mesh))
     return float(lowered.cost_analysis()["flops"])
 

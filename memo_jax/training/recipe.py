@@ -287,6 +287,7 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
         LossWeights(**{name: config.loss[name] for name in LossWeights._fields}),
         rule,
         supervision,
+        remat=config.model.crop_remat,
         partners=utterances if config.positives.clusters else 0,
         shared_prototypes=config.model.shared_prototypes,
     )

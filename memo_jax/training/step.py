@@ -185,7 +185,7 @@ def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[ja
     return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), (projections, batch_stats)
 
 
-def student_embeddings(backbone: nn.Module, params, batch_stats, views: Sequence[jax.Array], *, remat: bool = True):
+def student_embeddings(backbone: nn.Module, params, batch_stats, views: Sequence[jax.Array], *, remat: bool = False):
     """Returns a student's embeddings [V, B, D] of the views of each crop length, and its updated batch statistics.
 
     With `remat`, only the last crop length keeps its activations for the backward pass; the others' are recomputed. At

@@ -31,6 +31,43 @@ def sum_from_first_axis(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=in_groups, default=lambda x: x.sum(axis=axis))
 
 
+def channel_sums(x: jax.Array, channels: int) -> jax.Array:
+    """Returns the sums [channels] of x [..., p·channels] over all but the channels."""
+    sums = x.sum(axis=0) if x.ndim < 3 else sum_from_first_axis(x, tuple(range(x.ndim - 1)))
+    return sums if sums.size == channels else sums.reshape(-1, channels).sum(axis=0)
+
+
+def side_by_side(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns values [C], repeated p times for x [..., p·C]."""
+    return values if values.size == x.shape[-1] else jnp.tile(values, x.shape[-1] // values.size)
+
+
+def mean_and_variance(x: jax.Array, near_mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and biased variance [C] of x [..., p·C], float32, which holds p values of each channel.
+
+    An accelerator takes both sums in one pass over x, and a sharded program in one all-reduce. They are taken around
+    `near_mean` [C]: the nearer it is to the mean, the less the variance loses to cancellation. A CPU, which gains
+    nothing by that, takes the mean first.
+    """
+    channels = near_mean.size
+    count = x.size // channels
+
+    def mean_first(x, near_mean):
+        mean = channel_sums(x, channels) / count
+        return mean, channel_sums(jnp.square(x - side_by_side(mean, x)), channels) / count
+
+    return jax.lax.platform_dependent(x, near_mean, cpu=mean_first, default=mean_and_variance_in_one_pass)
+
+
+def mean_and_variance_in_one_pass(x: jax.Array, near_mean: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Does what `mean_and_variance` does on an accelerator."""
+    channels = near_mean.size
+    count, shifted = x.size // channels, x - side_by_side(near_mean, x)
+    offset = channel_sums(shifted, channels) / count
+    variance = channel_sums(jnp.square(shifted), channels) / count - jnp.square(offset)
+    return near_mean + offset, jnp.maximum(variance, 0)
+
+
 def over_last_axis(reduce: Callable[..., jax.Array], x: jax.Array) -> jax.Array:
     """Returns reduce(x, axis=-1), where `reduce` is jnp.sum or jnp.max."""
 

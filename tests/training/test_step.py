@@ -397,7 +397,8 @@ def with_options(name):
     rule = ALWAYS if name == "regularised" else GateRule("never")
     recipe = recipe_of(("ecapa",), rule, heads=("self",), **OPTIONS[name])
     schedules = recipe.schedules._replace(regularization=optim.rising_regularization(0.25, 4))
-    return recipe._replace(schedules=schedules, shared_prototypes=name == "sdpn")
+    # The recipe of MeMo recomputes crops; these do not.
+    return recipe._replace(schedules=schedules, shared_prototypes=name == "sdpn", remat=False)
 
 
 def own_views(step):
