@@ -1,4 +1,4 @@
-"""AM-NT-Xent alone on one ECAPA-TDNN: what 73 CPU-minutes teach without labels.
+"""AM-NT-Xent alone on one ECAPA-TDNN: what 147 CPU-minutes teach without labels.
 
     memo-jax train --config configs/contrastive.py --workdir runs/contrastive --config.data.train=DATASET …
     python experiments/whiten.py --model runs/contrastive --data DATASET --output contrastive.safetensors
@@ -12,7 +12,7 @@ import small
 def get_config():
     """Returns one branch that learns by its contrastive loss only."""
     config = small.get_config()
-    config.total_steps = 8000
+    config.total_steps = 16000
     config.data.batch_size = 48
     config.data.local_crops = 0
 
