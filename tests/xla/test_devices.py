@@ -1,5 +1,6 @@
 """--device: the chosen device computes; a missing one is an error that names those available."""
 
+import re
 import subprocess
 import sys
 
@@ -73,4 +74,4 @@ def test_an_embedder_says_what_it_is(runtime):
         "cpu:0",
     ):
         assert part in said
-    assert "ecapa teacher, step 8000" in repr(Embedder.load())
+    assert re.search(r"ecapa teacher, step \d+ ", repr(Embedder.load()))
