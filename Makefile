@@ -92,7 +92,8 @@ $(ONNX)/installed: setup.cfg pyproject.toml
 # Float64 needs a process of its own.
 parity: $(PARITY)/installed
 	$(PARITY)/bin/python -m pytest -n 0 tests/parity/test_gradients.py
-	$(PARITY)/bin/python -m pytest -n 2 tests/parity/test_embeddings.py tests/parity/test_front_ends.py \
+	$(PARITY)/bin/python -m pytest -n 2 tests/parity/test_memo_steps.py tests/parity/test_embeddings.py \
+		tests/parity/test_front_ends.py \
 		tests/parity/test_pretrained.py tests/parity/test_embed_benchmark.py \
 		tests/parity/test_train_step_benchmark.py tests/parity/test_torch_files.py
 

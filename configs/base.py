@@ -51,10 +51,10 @@ def get_config() -> ConfigDict:
     model = config.model = ConfigDict()
     model.branches = ("ecapa", "resnet")  # backbones that learn together: of ecapa, resnet, campplus
     model.embedding_dim = 256  # dimension of the embedding
-    model.ecapa_channels = (512, 512, 512, 512, 1536)  # ECAPA-TDNN: stem, 3 blocks, aggregation
+    model.ecapa_channels = (512, 512, 512, 512, 1536)  # ECAPA-TDNN: stem, blocks, aggregation
     model.ecapa_scale = 8  # parts that a block's Res2 convolution splits its channels into, at least 2
     model.resnet_base_channels = 16  # channels of the ResNet's first stage; each stage doubles them
-    model.resnet_blocks = (3, 4, 6, 3)  # residual blocks of the ResNet's stages; these make a ResNet34
+    model.resnet_blocks = (3, 4, 6, 3)  # residual blocks of each stage of the ResNet; these make a ResNet34
     model.resnet_stride = 1  # ResNet: stride of its first convolution, over time and frequency
     # ECAPA-TDNN, recomputed in the backward pass to save memory: none; norms: all but large convolutions; blocks: all.
     model.ecapa_remat = "none"

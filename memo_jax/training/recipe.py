@@ -153,13 +153,13 @@ def check_ranges(config) -> None:
     scale = config.model.ecapa_scale
     if scale < 2:
         raise ValueError(f"model.ecapa_scale is {scale}: must be at least 2")
-    if len(channels) != 5 or min(channels) < 1 or any(width % scale for width in channels[1:4]):
+    if len(channels) < 3 or min(channels) < 1 or any(width % scale for width in channels[1:-1]):
         raise ValueError(
-            f"model.ecapa_channels is {channels}: give five widths, those of the blocks multiples of "
-            f"model.ecapa_scale, {scale}"
+            f"model.ecapa_channels is {channels}: give three widths or more, those of the blocks between the first and "
+            f"the last multiples of model.ecapa_scale, {scale}"
         )
-    if len(blocks) != 4 or min(blocks) < 1:
-        raise ValueError(f"model.resnet_blocks is {blocks}: give four numbers of blocks, each at least 1")
+    if not blocks or min(blocks) < 1:
+        raise ValueError(f"model.resnet_blocks is {blocks}: give a number of blocks for each stage, each at least 1")
     layers = config.model.campplus_layers
     if len(layers) != 3 or min(layers) < 1:
         raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
@@ -184,9 +184,12 @@ def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
     if model.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"model.dtype {model.dtype!r}: choose float32 or bfloat16")
     dtype = jnp.dtype(model.dtype)
+    blocks = len(model.ecapa_channels) - 2
     arguments = {
         "ecapa": {
             "channels": tuple(model.ecapa_channels),
+            "kernel_sizes": (5, *[3] * blocks),
+            "dilations": tuple(range(1, blocks + 2)),
             "scale": model.ecapa_scale,
             "stride": model.ecapa_stride,
             "form": model.ecapa_form,

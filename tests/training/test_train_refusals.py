@@ -24,7 +24,7 @@ import tiny
         (["model.branches=ecapa", "model.ecapa_channels=16,16"], "model.ecapa_channels is (16, 16)"),
         (["model.ecapa_scale=3"], "multiples of model.ecapa_scale, 3"),
         (["model.ecapa_scale=1"], "model.ecapa_scale is 1: must be at least 2"),
-        (["model.resnet_blocks=1,1"], "model.resnet_blocks is (1, 1)"),
+        (["model.resnet_blocks=1,0"], "model.resnet_blocks is (1, 0)"),
         (["model.campplus_layers=1,0,1"], "model.campplus_layers is (1, 0, 1)"),
         (["model.ecapa_form=kaldi"], "model.ecapa_form is 'kaldi': choose one of speechbrain, wespeaker"),
         (["model.resnet_remat=all"], "model.resnet_remat is 'all': choose one of none, norms, blocks"),
