@@ -27,7 +27,7 @@ class Row(NamedTuple):
       overrides: "key=value" texts that change the study's config.
       against: the rows it is compared with: the one that lacks the idea that the title names, and the plain one.
       main: run with at least three seeds.
-      many_epochs: one of the study over many epochs, of one network.
+      many_epochs: one of the study over many epochs.
       start: the row whose network this one starts from, of the same seed.
       clusters: learns this many clusters of that network's embeddings in place of speakers; 0: none.
     """
@@ -58,20 +58,35 @@ ROWS = {
     "shared-head": Row(
         "+ cross-distillation, shared head", ("loss.cross_head=self", *DISTILLATION_ALONE), ("two-branches",)
     ),
-    "multi-head": Row("+ split heads (Multi-Head)", DISTILLATION_ALONE, ("shared-head", "dino-ecapa"), True),
+    "multi-head": Row(
+        "+ split heads (Multi-Head)", DISTILLATION_ALONE, ("shared-head", "dino-ecapa"), True, many_epochs=True
+    ),
     "multi-head-quick-teacher": Row(
         "Multi-Head with the teachers' momentum of the rows below, 0.95", ("gate.rule=never",), ("multi-head",)
     ),
-    "memo-always": Row("+ contrastive, always on", ("gate.rule=always",), ("multi-head", "dino-ecapa"), True),
-    "memo-step": Row("+ contrastive, stopped at a fixed step", ("gate.rule=step",), ("memo-always",), True),
+    "memo-always": Row(
+        "+ contrastive, always on",
+        ("gate.rule=always",),
+        ("multi-head", "contrastive-alone", "dino-ecapa"),
+        True,
+        many_epochs=True,
+    ),
+    "memo-step": Row(
+        "+ contrastive, stopped at a fixed step", ("gate.rule=step",), ("memo-always",), True, many_epochs=True
+    ),
     "memo-plateau": Row(
-        "+ contrastive, stopped at its plateau (MeMo)", ("gate.rule=plateau",), ("memo-always", "dino-ecapa"), True
+        "+ contrastive, stopped at its plateau (MeMo)",
+        ("gate.rule=plateau",),
+        ("memo-always", "dino-ecapa"),
+        True,
+        many_epochs=True,
     ),
     "memo-conflict": Row(
         "+ contrastive, stopped when gradients conflict",
         ("gate.rule=conflict",),
         ("memo-always", "memo-step", "memo-plateau"),
         True,
+        many_epochs=True,
     ),
     "memo-step-early": Row(
         "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=75"), ("memo-step",)
