@@ -3,8 +3,9 @@
     memo-jax train --config configs/large_margin.py --workdir runs/large_margin --init runs/stage2 \
         --config.data.train=DATASET --config.supervised.labels=clusters.tsv …
 
-From the workdir of `configs/pseudo_labels.py` with the same labels, the directions of the labels are kept, too. Margin,
-crops and duration are those of the recipe for VoxCeleb2 in theolepage/wavlm_ssl_sv.
+From the workdir of `configs/pseudo_labels.py` with the same labels, the directions of the labels are kept, too. For
+speakers as labels, `configs/supervised.py` has the command, without loss gate and correction. Margin, crops and
+duration are those of the recipe for VoxCeleb2 in theolepage/wavlm_ssl_sv.
 """
 
 import pseudo_labels

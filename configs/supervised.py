@@ -2,8 +2,12 @@
 
     memo-jax train --config configs/supervised.py --workdir runs/supervised --config.data.train=DATASET …
 
-Large-margin fine-tuning continues from a run with a wider margin and longer crops: `--init WORKDIR
---config.supervised.margin=0.5 --config.data.global_seconds=6`.
+Large-margin fine-tuning continues for five epochs with a margin of 0.5, crops of 6 s and a learning rate of 2e-3. The
+loss gate and the correction of labels, which `configs/large_margin.py` has for clusters, are switched off:
+
+    memo-jax train --config configs/large_margin.py --workdir runs/large_margin --init runs/supervised \
+        --config.data.train=DATASET --config.supervised.loss_gate_after_epochs=0 \
+        --config.supervised.correct_labels_after_epochs=0 …
 """
 
 import small
