@@ -198,9 +198,9 @@ def flush_to_disk(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def write_text(path: str | os.PathLike, text: str, *, fsync: bool = False) -> None:
-    """Writes UTF-8 text, whole or not at all; arguments and errors as for `replacing`."""
-    with replacing(path, fsync=fsync) as partial:
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 text, whole or not at all; errors as for `replacing`."""
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

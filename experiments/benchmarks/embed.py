@@ -290,8 +290,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def compare(paths: list[str], model: Path, options, threads: int) -> dict:
     """Runs all sides in turns; the first run of each, in which programs are compiled, does not count."""
-    from memo_jax.audio import audio_seconds
-    from memo_jax.features import HOP, SAMPLE_RATE
+    from memo_jax.audio import SAMPLE_RATE, audio_seconds
+    from memo_jax.features import HOP
     from memo_jax.log import progress
 
     clock, processes = options.clock, multiprocessing.get_context("spawn")

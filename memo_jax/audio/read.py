@@ -132,11 +132,9 @@ def read_excerpt(name: str | os.PathLike, *, channel: str | int = "mean") -> np.
     return read_audio(path, channel=channel, start=start, end=end)
 
 
-def read_float_audio(
-    path_or_file, *, sample_rate: int = SAMPLE_RATE, max_seconds: float = MAX_SECONDS, channel: str | int = "mean"
-) -> np.ndarray:
+def read_float_audio(path_or_file, *, channel: str | int = "mean") -> np.ndarray:
     """Decodes like `read_audio` but to float32 [L] of full scale 1, neither clipped nor amplified."""
-    return _read(path_or_file, np.float32, sample_rate, max_seconds, channel, 0.0, None)
+    return _read(path_or_file, np.float32, SAMPLE_RATE, MAX_SECONDS, channel, 0.0, None)
 
 
 def audio_seconds(path) -> float:

@@ -305,7 +305,6 @@ def reference_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-    prefetch: int = 2,
 ) -> "TrainingBatches":
     """Batches of one random crop of every utterance, in their order; the last utterance repeats without end.
 
@@ -317,7 +316,7 @@ def reference_batches(
       seconds: length of each crop, at most MAX_CROP_SECONDS.
       seed: 0 ≤ seed < 2³².
       draw: number of this pass over the dataset, from 0.
-      process_index, process_count, workers, prefetch: as `training_batches` takes them.
+      process_index, process_count, workers: as `training_batches` takes them.
 
     Returns:
       an iterator of {"crops": int16 [rows / process_count, L]}.
@@ -330,7 +329,7 @@ def reference_batches(
     starts = np.random.default_rng([3, seed, draw]).random(len(utterances))
     each = rows // process_count
     part = slice(process_index * each, (process_index + 1) * each)
-    return TrainingBatches(_References(utterances, length, rows, part, starts), 0, workers, prefetch)
+    return TrainingBatches(_References(utterances, length, rows, part, starts), 0, workers, prefetch=2)
 
 
 class _References:

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 import memo_jax
-from memo_jax.features import FRONT_ENDS, SAMPLE_RATE
+from memo_jax.audio import SAMPLE_RATE
+from memo_jax.features import FRONT_ENDS
 from memo_jax.files import replacing
 from memo_jax.inference.model_file import Model, ModelFileError, check_model
 from memo_jax.inference.network import embed_waves

@@ -12,8 +12,8 @@ import numpy as np
 
 import memo_jax
 from memo_jax import config as configs
+from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances
-from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, check_bucket, make_folder, write_text
 from memo_jax.inference.evaluate import TrialEvaluation
 from memo_jax.inference.workdir import workdir_model
@@ -52,7 +52,6 @@ def write_report(
     data: str | os.PathLike | None = None,
     trials: str | os.PathLike | None = None,
     step: int | None = None,
-    quiet: bool = False,
 ) -> Path:
     """Writes the report of a run; returns its path.
 
@@ -62,7 +61,6 @@ def write_report(
       data, trials: dataset and trial list to test on; those of the run's config by default. Without any, the page
         covers the training alone, and says so.
       step: which checkpoint to test; the latest by default.
-      quiet: show no progress.
 
     Raises:
       FileNotFoundError: no such run, dataset or list. ValueError: the workdir has no metrics, or bad trials.
@@ -77,14 +75,14 @@ def write_report(
     data, trials = data or config.evaluation.data or None, trials or config.evaluation.trials or None
     if (data is None) != (trials is None):
         raise ValueError("give both the dataset and the trial list: --data DATASET --trials FILE")
-    tested = None if trials is None else tested_run(workdir, config, data, trials, step, quiet)
+    tested = None if trials is None else tested_run(workdir, config, data, trials, step)
     output = workdir / "report.html" if output is None else Path(output)
     make_folder(output.parent)
     write_text(output, page(workdir, config, rows, tested, data, trials))
     return output
 
 
-def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
+def tested_run(workdir, config, data, trials, step=None) -> Tested:
     """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
     evaluation = TrialEvaluation(Utterances(data), trials)
     evaluation.trials.require_both_kinds()
@@ -92,11 +90,11 @@ def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
     for branch in config.model.branches:
         model = workdir_model(workdir, branch, "teacher", step)
         name = model.name
-        embeddings[name] = evaluation.embeddings(model.function, quiet=quiet)
+        embeddings[name] = evaluation.embeddings(model.function)
         scores[name] = evaluation.scores(embeddings[name])
     if len(scores) > 1:
         scores["all branches, scores averaged"] = metrics.average_scores(list(scores.values()))
-    scores[BASELINE] = evaluation.statistics_scores(quiet)
+    scores[BASELINE] = evaluation.statistics_scores()
     rates = {
         name: error_report(found, evaluation.target) | eer_interval(found, evaluation.trials, evaluation.speakers())
         for name, found in scores.items()

@@ -66,11 +66,11 @@ def system_looks(names: Iterable[str]) -> dict[str, Look]:
     return looks
 
 
-def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Writes a figure in the format of the path's suffix (png, svg, pdf), whole or not at all; returns the path."""
     path = Path(path)
     with replacing(path) as partial:  # long names stay whole
-        figure.savefig(partial, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+        figure.savefig(partial, dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.12)
     return path
 
 

@@ -177,9 +177,9 @@ class Checkpointer:
             (self.folder / str(step)).rmtree(missing_ok=True)
 
 
-def load_extra(workdir: str | os.PathLike, step: int | None = None) -> dict:
-    """Returns the `extra` of a checkpoint, by default the latest; reads no arrays. Raises like `load_raw`."""
-    return saved_checkpoint(workdir, step).manifest["extra"]
+def load_extra(workdir: str | os.PathLike) -> dict:
+    """Returns the `extra` of the latest checkpoint; reads no arrays. Raises like `load_raw`."""
+    return saved_checkpoint(workdir).manifest["extra"]
 
 
 def load_raw(

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from memo_jax import features
+from memo_jax.audio import SAMPLE_RATE as RATE
 from memo_jax.inference import batches
 from memo_jax.inference.batches import COARSE_GROWTH, apply_to_recordings, apply_to_stream, bucket_length
 from memo_jax.inference.network import embedding_function, log_mel_statistics
 from memo_jax.models import build_backbone
-
-RATE = features.SAMPLE_RATE
 
 
 class Counted(list):
