@@ -253,7 +253,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
     begun = Begun(output.with_name(f".{output.name}.begun.npz"), options)
     left_out = [(escaped(name), reason) for name, reason in unlistable]
     unfinished: dict[int, Rows] = {}
-    seconds = 0.0
+    durations = []  # seconds
     with Progress(len(sources), "embedding", "recording", active=not quiet) as shown:
         for name, reason in left_out:
             shown.write(f"left out: {name}: {reason}")
@@ -270,13 +270,12 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
             shown.write(f"left out: {left_out[-1][0]}: {problem}")
 
         def readable():
-            nonlocal seconds
             for i, wave, problem in _decoded(sources, todo, begun.stamps, min_seconds, embedder.vad):
                 if problem is not None:
                     leave_out(sources[i].name, problem)
                     shown.update()
                     continue
-                seconds += len(wave) / SAMPLE_RATE
+                durations.append(len(wave) / SAMPLE_RATE)
                 spans = [(0, len(wave))] if windows is None else windows.spans(len(wave))
                 begins = sources[i].begins[1] if sources[i].begins else 0.0
                 times = begins + np.array(spans) / SAMPLE_RATE
@@ -309,7 +308,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
         "recordings": len(begun.found),
         "embeddings": len(found),
         "left_out": [list(item) for item in left_out],
-        "seconds": round(seconds, 2),
+        "seconds": round(sum(durations), 2),
         "dimension": embedder.dimension,
         "model": embedder.fingerprint,
     }
