@@ -139,6 +139,12 @@ def distillation_pairs(names: Sequence[str], weights: LossWeights) -> list[Pair]
     return [pair for pair in pairs if pair.weight != 0]
 
 
+def pairs_of(student: str, head: str, recipe: Recipe) -> list[Pair]:
+    """Returns the pairs in which this branch's student learns by this head."""
+    pairs = distillation_pairs(list(recipe.branches), recipe.weights)
+    return [pair for pair in pairs if (pair.student, pair.head) == (student, head)]
+
+
 # The forward pass.
 
 
@@ -355,15 +361,12 @@ def objective(
         params, stats = students[name], state.student[name]["batch_stats"]
         embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views.students)
         for head in branch.head_names:
-            pairs = [
-                p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
-            ]
             total += head_loss(
                 params[head_part(head)],
                 embeddings,
                 branch=branch,
                 batch_stats=stats[head_part(head)],
-                pairs=pairs,
+                pairs=pairs_of(name, head, recipe),
                 teachers=teachers,
                 weights=weights,
                 regularization=recipe.schedules.regularization(state.step),
@@ -502,18 +505,16 @@ def update_branch(
             head_loss,
             branch=branch,
             batch_stats=stats[part],
-            pairs=[
-                p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
-            ],
+            pairs=pairs_of(name, head, recipe),
             teachers=teachers,
             weights=weights,
             regularization=recipe.schedules.regularization(state.step),
             shared_views=views.shared,
         )
-        (_, (of_head, regularizers, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(
+        (_, (head_terms, regularizers, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(
             loss, argnums=(0, 1), has_aux=True
         )(params[part], embeddings)
-        cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | of_head
+        cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | head_terms
         others = {kind: others.get(kind, 0.0) + value for kind, value in regularizers.items()}
         # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is computed.
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
