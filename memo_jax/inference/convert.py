@@ -132,11 +132,6 @@ def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[
     }
 
 
-def networks_in(path: str | os.PathLike) -> dict[str, Tensors]:
-    """Returns {part: {name: array}} of the networks in a checkpoint; raises like `torch_to_model`."""
-    return networks_of(_content(Path(path))[0])
-
-
 def networks_of(tensors: Mapping[str, np.ndarray | Unusable]) -> dict[str, Tensors]:
     """Returns {part: {name: array}} of the networks that are recognised among a checkpoint's tensors.
 

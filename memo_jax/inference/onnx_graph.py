@@ -4,7 +4,8 @@ Each function mirrors one module of `memo_jax.models` or one front end of `memo_
 Sequences are [B, C, T] here and planes [B, C, T, F], ONNX's layouts.
 
 The graph is built with spox: operators are typed Python functions, and spox infers types and shapes while the graph is
-built, so that a wrong axis is an error here and not on somebody's phone. (onnxscript would do as well; jax2onnx
+built, so that a wrong axis is an error here and not on somebody's phone. Opset 17, of 2022, is the one that runtimes on
+phones support; a file states the lowest opset that its operators need. (onnxscript would do as well; jax2onnx
 converts JAX programs but cannot be installed beside orbax-checkpoint.)
 """
 
@@ -20,8 +21,6 @@ from memo_jax import features
 from memo_jax.models.campplus import SEGMENT, CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN, padding_of
 from memo_jax.models.resnet import ResNet34
-
-OPSET = 17  # from 2022, which runtimes on phones support; a file states the lowest opset that its operators need
 
 Variables = Mapping[str, Any]  # {"params": …, "batch_stats": …} of a module
 
