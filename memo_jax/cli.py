@@ -10,6 +10,7 @@ from pathlib import Path
 from memo_jax import interrupts
 from memo_jax.files import as_json, check_local, check_writable, one_line, parse_json
 from memo_jax.options import build_parser
+from memo_jax.xla.memory import keep_freed_memory
 from memo_jax.xla.program_cache import keep_compiled_programs
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
@@ -543,22 +544,6 @@ def run_score(options) -> None:
         scores_file=options.scores,
     )
     print(as_json(results) if options.json else score_text(results))
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next step or batch instead of returning it to the system.
-
-    XLA on a CPU allocates its temporary memory anew for each call. If it were returned in between, every 4 KiB would
-    cost a page fault: up to a fifth of the time of a small step.
-    """
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # as malloc.h numbers M_TRIM_THRESHOLD, …
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-        # Not a single arena: threads that compile would wait for it, and later steps take half as long again.
 
 
 RUN = {

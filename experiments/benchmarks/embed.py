@@ -55,11 +55,12 @@ class Timed(NamedTuple):
 def load_ours(model: Path, runtime: str) -> None:
     """Prepares a process as the command `memo-jax embed` does."""
     global embedder
-    from memo_jax import Embedder, cli
+    from memo_jax import Embedder
+    from memo_jax.xla.memory import keep_freed_memory
     from memo_jax.xla.program_cache import keep_compiled_programs
 
     keep_compiled_programs()
-    cli.keep_freed_memory()
+    keep_freed_memory()
     embedder = Embedder.load(model, runtime=runtime)
 
 
