@@ -15,7 +15,7 @@ from memo_jax.xla.program_cache import keep_compiled_programs
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
-LOST = 76  # another process of a distributed run has died
+PROCESS_LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
     ("eval", "embed", "cluster", "verify", "enroll", "identify", "app", "export", "pseudo-label"), {"model"}
 )  # these may be gs://…
@@ -213,7 +213,7 @@ def joined(**place):
                 f"all of them to resume from the last checkpoint ({one_line(error)})",
                 file=sys.stderr,
             )
-            status = LOST
+            status = PROCESS_LOST
         else:
             status = report_error(error)
         if status is None:

@@ -9,7 +9,7 @@ import memo_jax
 from memo_jax.config import load_config, packaged_configs
 from memo_jax.files import write_text
 
-GROUP = re.compile(r"\s+(\w+) = config\.(\w+) = ConfigDict\(\)")
+GROUP_LINE = re.compile(r"\s+(\w+) = config\.(\w+) = ConfigDict\(\)")
 HEADING = '''"""Every key of a run once, with its unit and its meaning.
 
     memo-jax train --config THIS_FILE --workdir runs/mine --config.data.train=DATASET …
@@ -40,7 +40,7 @@ def commented_config(name: str) -> str:
     groups, lines = {"config": ""}, []
     source = files["base"].read_text(encoding="utf-8")
     for line in source[source.index("from ml_collections") :].splitlines():
-        if group := GROUP.fullmatch(line):
+        if group := GROUP_LINE.fullmatch(line):
             groups[group[1]] = f"{group[2]}."
         elif (key := KEY.fullmatch(line)) and key[2] in groups:
             dotted = groups[key[2]] + key[3]

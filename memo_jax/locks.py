@@ -27,7 +27,7 @@ from pathlib import Path
 
 from memo_jax.files import as_path, in_bucket, one_line
 
-HEARTBEAT_SECONDS = 10.0
+RENEWAL_SECONDS = 10.0
 STALE_SECONDS = 45.0
 POLL_SECONDS = 1.0
 
@@ -166,7 +166,7 @@ class _Lease(Lock):
             raise LockedError(self._lost)
 
     def _renew(self) -> None:
-        while not self._end.wait(HEARTBEAT_SECONDS):
+        while not self._end.wait(RENEWAL_SECONDS):
             with contextlib.suppress(OSError):  # a bucket that cannot be reached for a moment
                 if not self._is_mine():
                     self._lost = f"{self._path}: the lock was lost: {_taken(self._path, self._read())}"

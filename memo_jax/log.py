@@ -210,7 +210,7 @@ class Progress:
         # evaluates the untrained network before the second.
         if self._done > self._initial + 2 or self._done == self._total:
             rate = (self._done - self._printed_done) / max(now - self._printed_time, 1e-9)
-            parts.append(_rate_text(rate, self._unit))
+            parts.append(_speed_text(rate, self._unit))
             if self._total is not None and rate > 0 and self._done < self._total:
                 parts.append(f"{_clock((self._total - self._done) / rate)} left")
         parts.append(f"{_clock(now - self._start)} elapsed")
@@ -285,7 +285,7 @@ def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _rate_text(rate: float, unit: str) -> str:
+def _speed_text(rate: float, unit: str) -> str:
     return f"{rate:.3g} {unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.3g} s/{unit}"
 
 

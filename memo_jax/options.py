@@ -7,7 +7,7 @@ from pathlib import Path
 
 import memo_jax
 
-# As interop.KINDS, runtime.RUNTIMES and features.FRONT_ENDS, which are slow to import.
+# As interop.TOOLKITS, runtime.RUNTIMES and features.FRONT_ENDS, which are slow to import.
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
 RUNTIMES = ("auto", "jax", "onnx")
 FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")

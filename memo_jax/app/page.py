@@ -14,7 +14,7 @@ from memo_jax.inference.embedder import Embedder
 
 HOST = "127.0.0.1"
 LARGEST_FILE = "500mb"
-STYLE = Path(__file__).with_name("style.css")
+STYLE_FILE = Path(__file__).with_name("style.css")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the machine: nothing is downloaded
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
 DESCRIBED = "Compare two voices, or enrol people and ask who is speaking. A machine's estimate, not proof of identity."
@@ -67,7 +67,7 @@ def served(
                 mcp_server=False,
                 enable_monitoring=False,
                 theme=theme,
-                css_paths=STYLE,
+                css_paths=STYLE_FILE,
             )
             yield address
         finally:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from memo_jax.audio import chunks, flac, mpeg, ogg
 from memo_jax.audio.error import AudioError
-from memo_jax.audio.kinds import described, first_frame, kind_at, skip_tags
+from memo_jax.audio.kinds import first_frame, kind_at, skip_tags, what_it_holds
 from memo_jax.audio.part import Part, truncated, unreadable
 from memo_jax.audio.window import Window
 
@@ -46,7 +46,7 @@ def find_parts(window: Window) -> list[Part]:
                     f"damaged: {window.size - place:,} bytes follow the end of the {parts[-1].kind} data according to "
                     "its header, and are neither audio nor a tag",
                 )
-            raise unreadable(window, described(window))
+            raise unreadable(window, what_it_holds(window))
         found, behind = WALKERS[kind](window, place)
         if behind <= place:
             raise unreadable(window, f"a damaged {kind} header, in which it ends where it begins")
@@ -55,7 +55,7 @@ def find_parts(window: Window) -> list[Part]:
         if len(parts) > MAX_PARTS:
             raise AudioError(window.name, f"more than {MAX_PARTS:,} recordings in one file")
     if not parts:
-        raise unreadable(window, described(window))
+        raise unreadable(window, what_it_holds(window))
     return parts
 
 

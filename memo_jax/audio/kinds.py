@@ -107,7 +107,7 @@ def first_frame(window, place):
     return None
 
 
-def described(window: Window) -> str:
+def what_it_holds(window: Window) -> str:
     """What a file holds that is not a recording, in a few words."""
     head = window.read(0, 1024)
     stripped = head.lstrip(b"\xef\xbb\xbf \t\r\n")

@@ -32,7 +32,7 @@ from memo_jax.locks import exclusive
 from memo_jax.log import Progress, plural
 from memo_jax.scoring.embedding_file import Embeddings, check_names, check_output_name, write_embeddings
 
-AHEAD = 8  # recordings that are decoded before they are needed
+DECODED_AHEAD = 8  # recordings that are decoded before they are needed
 SAVE_SECONDS = 120.0  # how often the embeddings so far are saved, so that an interrupted run can be resumed
 
 
@@ -219,7 +219,7 @@ def embed_recordings(
       embedder: the network; its `channel` says which channel of the recordings is embedded, its `vad` whether only
         their speech, to which `min_seconds` then applies.
       inputs: files, folders, archives, datasets; see `find_sources`.
-      output: a name with an ending of `embedding_file.KINDS`.
+      output: a name with an ending of `embedding_file.FILE_KINDS`.
       min_seconds: shorter recordings are left out.
       window: embed windows of that many seconds instead of whole recordings, see `Windows`. Each is named like an
         excerpt, `file.wav:1.5-4.5`, and its times are in the output. Silent ones are left out and listed.
@@ -438,12 +438,12 @@ def _decoded(sources, todo, stamps, min_seconds, vad) -> Iterator[tuple[int, np.
         stamps[sources[i].name] = stamp
         return i, samples, None
 
-    with ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(DECODED_AHEAD, os.cpu_count() or 1)) as pool:
         waiting = collections.deque()
         try:
             for i in todo:
                 waiting.append(pool.submit(decode, i))
-                if len(waiting) >= AHEAD:
+                if len(waiting) >= DECODED_AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

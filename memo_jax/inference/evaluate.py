@@ -16,7 +16,7 @@ from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
 from memo_jax.inference.model_file import Decision, write_decision
-from memo_jax.inference.network import embedding_function, log_mel_statistics
+from memo_jax.inference.network import embedding_function, statistics_of_waves
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration
@@ -103,7 +103,7 @@ class TrialEvaluation:
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
         """Returns scores [N] by mean and deviation of the log-mel frames, standardised: the channel baseline."""
-        statistics = apply_to_recordings(log_mel_statistics, self.utterances, self.rows, "log-mel statistics", quiet)
+        statistics = apply_to_recordings(statistics_of_waves, self.utterances, self.rows, "log-mel statistics", quiet)
         statistics = (statistics - statistics.mean(axis=0)) / np.maximum(statistics.std(axis=0), 1e-6)
         return self.scores(statistics)
 

@@ -16,19 +16,19 @@ import memo_jax
 from memo_jax.files import one_line
 from memo_jax.inference.model_file import Model, header_text, is_never_known, read_model, write_model
 
-PREFIX = "hf:"
+HUB_PREFIX = "hf:"
 MODEL, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
-NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 def is_hub_name(path: str | os.PathLike) -> bool:
     """Returns whether a path names a repository on the Hub."""
-    return os.fspath(path).startswith(PREFIX)
+    return os.fspath(path).startswith(HUB_PREFIX)
 
 
 def parse_hub_name(name: str | os.PathLike) -> tuple[str, str | None]:
     """Returns ("org/name", revision or None) of "hf:org/name@revision"; raises ValueError for other text."""
-    match = NAME.fullmatch(os.fspath(name).removeprefix(PREFIX))
+    match = HUB_NAME.fullmatch(os.fspath(name).removeprefix(HUB_PREFIX))
     if match is None:
         raise ValueError(f"{os.fspath(name)}: give a repository as hf:org/name or hf:org/name@revision")
     return match["repository"], match["revision"]

@@ -33,7 +33,7 @@ def embedding_function(
 
 
 @jax.jit
-def log_mel_statistics(waves: jax.Array, lengths: jax.Array) -> jax.Array:
+def statistics_of_waves(waves: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns mean and standard deviation over time of the log-mel frames, [N, 2F]: the channel baseline."""
     mel = features.mel_power(waves.astype(jnp.float32) / 32768, lengths)
     return features.log_mel_statistics(mel, features.frame_count(lengths))

@@ -10,19 +10,16 @@ converts JAX programs but cannot be installed beside orbax-checkpoint.)
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import spox.opset.ai.onnx.v17 as op
 from spox import Tensor, Var, argument
 
 from memo_jax import features
+from memo_jax.models import Variables
 from memo_jax.models.campplus import SEGMENT, CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN, padding_of
 from memo_jax.models.resnet import ResNet34
-
-Variables = Mapping[str, Any]  # {"params": …, "batch_stats": …} of a module
 
 
 def constant(value, dtype=np.float32) -> Var:

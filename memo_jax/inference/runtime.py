@@ -27,7 +27,7 @@ MAGIC = b"memo-jax graph\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
 ENDING = ".graph"
 SOURCES = ("inference/onnx_graph.py", "features.py")  # code that decides what a graph is
-AHEAD = 4  # recordings, for each thread, that are read before their turn
+READ_AHEAD = 4  # recordings, for each thread, that are read before their turn
 
 
 def chosen_runtime(runtime: str = "auto") -> str:
@@ -97,7 +97,7 @@ class OnnxFunction:
             try:
                 for key, wave in waves:
                     waiting.append((key, [pool.submit(self._embed, window) for window in windows(wave)]))
-                    if len(waiting) > AHEAD * self._threads:
+                    if len(waiting) > READ_AHEAD * self._threads:
                         yield next_row()
                 while waiting:
                     yield next_row()

@@ -5,6 +5,7 @@ residual blocks are run and rematerialised, `packed` a layout of planes for TPUs
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,8 @@ from memo_jax.models.resnet import ResNet34
 
 BACKBONES = {"ecapa": ECAPATDNN, "resnet": ResNet34, "campplus": CAMPPlus}
 EXECUTION_FIELDS = ("packed", "scan", "remat")  # fields of backbones that change how they compute, not what
+
+Variables = dict[str, Any]  # {"params": …, "batch_stats": …} of a module
 
 
 class Branch(nn.Module):

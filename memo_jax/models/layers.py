@@ -194,7 +194,7 @@ class Linear(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def normalized_batch(
+def _normalized_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, near_mean: jax.Array, epsilon: float
 ) -> tuple[jax.Array, ...]:
     """Returns (normalised x, mean [C], biased variance [C]) of x [..., C]; no gradient flows into the statistics.
@@ -228,8 +228,8 @@ def _normalize_gradients(epsilon, residuals, gradients):
     return of_x.astype(x.dtype), of_scale, of_bias, jnp.zeros_like(mean)
 
 
-normalized_batch.defvjp(_normalize, _normalize_gradients)
-normalized_batch = jax.jit(normalized_batch, static_argnums=4)  # traced once for each shape
+_normalized_batch.defvjp(_normalize, _normalize_gradients)
+normalized_batch = jax.jit(_normalized_batch, static_argnums=4)  # traced once for each shape
 
 
 class BatchNorm(nn.Module):

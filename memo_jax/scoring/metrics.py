@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-CHUNK = 2048  # trials per block: keeps the gathered embeddings inside the processor's cache
+TRIALS_AT_ONCE = 2048  # trials per block: keeps the gathered embeddings inside the processor's cache
 
 
 def unit_norm(embeddings: np.ndarray) -> np.ndarray:
@@ -52,9 +52,9 @@ def cosine_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """
     directions = _directions(embeddings)
     scores = np.empty(len(pairs))
-    for start in range(0, len(pairs), CHUNK):
-        enrol, test = pairs[start : start + CHUNK].T
-        scores[start : start + CHUNK] = np.einsum("nd,nd->n", directions[enrol], directions[test])
+    for start in range(0, len(pairs), TRIALS_AT_ONCE):
+        enrol, test = pairs[start : start + TRIALS_AT_ONCE].T
+        scores[start : start + TRIALS_AT_ONCE] = np.einsum("nd,nd->n", directions[enrol], directions[test])
     return np.clip(scores, -1, 1, out=scores)
 
 

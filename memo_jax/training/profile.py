@@ -8,9 +8,9 @@ import jax
 
 from memo_jax.files import as_path, in_bucket
 
-FOLDER = "profile"
+PROFILE_FOLDER = "profile"
 MEMORY_FILE = "memory.prof"
-LEFT_OUT = 10  # first steps that a plain number of steps skips: they fill caches and memory pools
+SKIPPED_STEPS = 10  # first steps that a plain number of steps skips: they fill caches and memory pools
 
 
 class ProfiledSteps(NamedTuple):
@@ -23,9 +23,9 @@ class ProfiledSteps(NamedTuple):
 def profiled_steps(text: str) -> ProfiledSteps:
     """Parses "FIRST:LAST", or a number of steps after the first ten; raises ValueError for any other text."""
     found = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
-    first, last = (int(found[1] or LEFT_OUT + 1), int(found[2])) if found else (0, 0)
+    first, last = (int(found[1] or SKIPPED_STEPS + 1), int(found[2])) if found else (0, 0)
     if found and found[1] is None:
-        last += LEFT_OUT
+        last += SKIPPED_STEPS
     if not 1 <= first <= last:
         raise ValueError(f"--profile {text}: give FIRST:LAST, such as 20:25, or how many steps to profile, such as 5")
     return ProfiledSteps(first, last)
@@ -53,7 +53,7 @@ class Profiler:
     """
 
     def __init__(self, workdir: str | os.PathLike, steps: ProfiledSteps | None, begin: int, end: int, active=True):
-        self._folder, self._running = as_path(workdir) / FOLDER, False
+        self._folder, self._running = as_path(workdir) / PROFILE_FOLDER, False
         self._steps = None
         if steps is None:
             return

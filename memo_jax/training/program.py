@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from memo_jax import interrupts
 from memo_jax.features import MEL_BINS
+from memo_jax.models import Variables
 from memo_jax.training import optim
 from memo_jax.training.front_end import clean_features
 from memo_jax.training.recipe import batch_crops, build_front_end, reads_labels
-from memo_jax.training.state import TrainState, Variables, initial_state
+from memo_jax.training.state import TrainState, initial_state
 from memo_jax.training.step import Recipe, train_step
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import compiler_options, run_once_options

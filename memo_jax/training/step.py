@@ -40,13 +40,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memo_jax.models import SPEAKER_HEAD, Branch, head_part
+from memo_jax.models import SPEAKER_HEAD, Branch, Variables, head_part
 from memo_jax.training import losses
 from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule, updated_gate
 from memo_jax.training.loss_gate import with_losses
 from memo_jax.training.optim import Schedules, is_prototypes
-from memo_jax.training.state import TrainState, Variables
+from memo_jax.training.state import TrainState
 from memo_jax.training.supervision import GatedBatch, Supervision, learned_labels, supervised_loss
 from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm

@@ -14,7 +14,7 @@ from memo_jax import interrupts
 from memo_jax.files import as_path, check_bucket
 from memo_jax.locks import Lock, exclusive
 from memo_jax.log import MetricsLog, Progress, plural
-from memo_jax.models import SPEAKER_HEAD
+from memo_jax.models import SPEAKER_HEAD, Variables
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.feed import Feed
@@ -27,7 +27,7 @@ from memo_jax.training.program import abstract_state, create_state
 from memo_jax.training.recipe import has_loss_gate, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.saved_checkpoint import saved_steps
-from memo_jax.training.state import TrainState, Variables, backbone_variables
+from memo_jax.training.state import TrainState, backbone_variables
 from memo_jax.xla import sharding
 from memo_jax.xla.devices import chosen_devices
 

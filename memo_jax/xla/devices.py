@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
-NAME = re.compile(rf"({'|'.join(PLATFORMS)})(?::(\d{{1,4}}))?")
+DEVICE_NAME = re.compile(rf"({'|'.join(PLATFORMS)})(?::(\d{{1,4}}))?")
 
 
 def check_device_name(name: str) -> str:
     """Returns the name of a device, such as "cpu", "gpu" or "cuda:1"; raises ValueError for any other text."""
-    if not NAME.fullmatch(name):
+    if not DEVICE_NAME.fullmatch(name):
         raise ValueError(
             f"device {name!r}: expected {', '.join(PLATFORMS)}, perhaps with a number from 0, as in cuda:1"
         )
@@ -34,7 +34,7 @@ def on_device(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    platform, number = NAME.fullmatch(check_device_name(name)).groups()
+    platform, number = DEVICE_NAME.fullmatch(check_device_name(name)).groups()
     if platform == "cpu" and not int(number or 0) and "jax" not in sys.modules:
         before = os.environ.get("JAX_PLATFORMS")
         os.environ["JAX_PLATFORMS"] = "cpu"

@@ -120,7 +120,7 @@ def test_samples_of_any_type_and_number_of_channels(monkeypatch, kind):
     examples = [mono, np.stack([mono, mono[::-1]], axis=1), mono[:0], np.tile(mono, 3)]
     feature = SimpleNamespace(sample_rate=16000)
     builder = SimpleNamespace(info=SimpleNamespace(features={"audio": feature}))
-    monkeypatch.setattr(tfds_audio, "_opened", lambda text: (None, builder, "train", "audio"))
+    monkeypatch.setattr(tfds_audio, "_builder_of", lambda text: (None, builder, "train", "audio"))
     made = [{"audio": (samples / scale).astype(kind)} for samples in examples]
     monkeypatch.setattr(tfds_audio, "_walk", lambda text: made)
     read = functools.partial(tfds_audio.read_example, "tfds:made", max_seconds=2)

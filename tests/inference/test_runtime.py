@@ -70,7 +70,7 @@ def test_few_recordings_are_read_ahead():
 
     rows = function.stream(stream())
     assert next(rows)[0] == 0
-    assert len(read) <= runtime.AHEAD * len(os.sched_getaffinity(0)) + 1
+    assert len(read) <= runtime.READ_AHEAD * len(os.sched_getaffinity(0)) + 1
     assert [key for key, _ in rows] == list(range(1, 200))
 
 
