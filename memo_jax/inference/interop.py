@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from memo_jax.models import build_backbone
 
@@ -292,12 +293,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
         if ours[-1] == "var" and (values[ours] < 0).any():
             raise ValueError(f"tensor {theirs!r} has negative values, which no variance has")
 
-    def value(path, leaf):
-        ours = tuple(entry.key for entry in path)
+    def value(ours, leaf):
         transposed = values[ours].T if ours[-1] in ("kernel", "prototypes") else values[ours]
         return np.ascontiguousarray(transposed).reshape(leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(value, like)
+    return traverse_util.path_aware_map(value, like)
 
 
 def _some(texts, separator: str = ", ", most: int = 8) -> str:
@@ -306,7 +306,7 @@ def _some(texts, separator: str = ", ", most: int = 8) -> str:
 
 def to_torch(variables: Any, name: Callable, timeless: bool = False) -> dict[str, np.ndarray]:
     """Returns variables as {their name: array}; raises ValueError if the toolkit lacks one of our modules."""
-    leaves = {tuple(e.key for e in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(variables)}
+    leaves = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables).items()}
     tensors = {}
     try:
         for ours, theirs, shape in torch_tensors(variables, name, timeless):
