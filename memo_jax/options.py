@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import memo_jax
+from memo_jax.version import __version__
 
 # As interop.TOOLKITS, runtime.RUNTIMES and features.FRONT_ENDS, which are slow to import.
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memo-jax", description="Self-supervised speaker verification: MeMo in JAX.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"memo-jax {memo_jax.__version__}")
+    parser.add_argument("--version", action="version", version=f"memo-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, description, *parents):

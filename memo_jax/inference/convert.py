@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import memo_jax
 from memo_jax.features import FRONT_ENDS
 from memo_jax.files import check_writable, is_zip, one_line, replacing
 from memo_jax.inference import interop
 from memo_jax.inference.model_file import Model, model_of_backbone, write_model
 from memo_jax.models import parameter_count
+from memo_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Of training, not of the network that embeds.
@@ -85,7 +85,7 @@ def torch_to_model(
     provenance: dict[str, Any] = {
         "source": path.name,
         "kind": kind,
-        "memo_jax": memo_jax.__version__,
+        "memo_jax": __version__,
         "parameters": parameter_count(variables["params"]),
         "left_out": len(tensors) - len(network),
     }

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import memo_jax
 from memo_jax.files import one_line
 from memo_jax.inference.model_file import Model, header_text, is_never_known, read_model, write_model
+from memo_jax.version import __version__
 
 HUB_PREFIX = "hf:"
 MODEL, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
@@ -50,7 +50,7 @@ def read_hub_model(name: str | os.PathLike, is_known: Callable[[str], bool] = is
     hub = _huggingface_hub()
     try:
         path = hub.hf_hub_download(
-            repository, MODEL, revision=revision, library_name="memo_jax", library_version=memo_jax.__version__
+            repository, MODEL, revision=revision, library_name="memo_jax", library_version=__version__
         )
     except Exception as error:  # its own, or one of its HTTP library, which differs between its versions
         raise OSError(f"{os.fspath(name)}: cannot be downloaded: {one_line(error)}") from error
@@ -97,13 +97,13 @@ def push(
             from memo_jax.inference.onnx_file import write_onnx
 
             write_onnx(folder / ONNX, model)
-        api = hub.HfApi(library_name="memo_jax", library_version=memo_jax.__version__)
+        api = hub.HfApi(library_name="memo_jax", library_version=__version__)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
-                commit_message=f"Upload {model.backbone} {model.fingerprint[:8]} by memo_jax {memo_jax.__version__}",
+                commit_message=f"Upload {model.backbone} {model.fingerprint[:8]} by memo_jax {__version__}",
             )
         except Exception as error:
             raise OSError(f"{repository}: cannot be uploaded: {one_line(error)}") from error

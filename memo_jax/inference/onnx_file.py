@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import memo_jax
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.features import FRONT_ENDS
 from memo_jax.files import replacing
 from memo_jax.inference.model_file import Model, ModelFileError, check_model
 from memo_jax.inference.network import embed_waves
+from memo_jax.version import __version__
 
 INPUTS = ("waveform", "feats")
 ONNX_WEIGHTS = ("float32", "float16", "int8")
@@ -93,7 +93,7 @@ def onnx_bytes(model: Model, inputs: str, weights: str, metadata: dict[str, str]
         graph = _quantized(graph, keep=_front_end_nodes(graph) if inputs == "waveform" else [])
     import onnx
 
-    graph.producer_name, graph.producer_version = "memo_jax", memo_jax.__version__
+    graph.producer_name, graph.producer_version = "memo_jax", __version__
     onnx.helper.set_model_props(graph, metadata_of(model) | metadata)
     content = graph.SerializeToString()
     check_against_jax(model, content, inputs, tolerance=TOLERANCE if weights == "float32" else np.inf)
@@ -143,7 +143,7 @@ def metadata_of(model: Model) -> dict[str, str]:
         "backbone": model.backbone,
         "fingerprint": model.fingerprint,
         "url": "",
-        "comment": f"{model.backbone} of memo_jax {memo_jax.__version__}",
+        "comment": f"{model.backbone} of memo_jax {__version__}",
     } | ({} if model.decision is None else {"threshold": repr(model.decision.threshold)})
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-import memo_jax
 from memo_jax import config as configs
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances
@@ -28,6 +27,7 @@ from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
 from memo_jax.training.goodput import PARTS, shares_text
 from memo_jax.training.recipe import reads_labels
 from memo_jax.training.run_record import read_run
+from memo_jax.version import __version__
 
 HARDEST = 6  # trials of each kind
 CLIP_SECONDS = 8.0  # of a recording that can be listened to
@@ -137,7 +137,7 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
         links=links,
         body=body,
         script=SCRIPT,
-        version=memo_jax.__version__,
+        version=__version__,
     )
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import memo_jax
 from memo_jax import config as configs
 from memo_jax.data.batches import (
     TrainingBatches,
@@ -23,6 +22,7 @@ from memo_jax.training.monitor import Evaluation
 from memo_jax.training.positives import Positives
 from memo_jax.training.recipe import build_recipe, crop_numbers, has_loss_gate, reads_labels
 from memo_jax.training.step import Recipe
+from memo_jax.version import __version__
 from memo_jax.xla import sharding
 
 
@@ -142,5 +142,5 @@ def agreed_inputs(config, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[
     return {
         "the config": configs.config_to_json(config),
         "the dataset": str(data_identity(inputs)),
-        "the version of memo-jax": memo_jax.__version__,
+        "the version of memo-jax": __version__,
     } | {f"the bank of {name}": str(bank_record(rows)) for name, rows in banks.items()}

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import memo_jax
 from memo_jax import config as configs
 from memo_jax import interrupts
 from memo_jax.files import as_path, check_bucket
@@ -28,6 +27,7 @@ from memo_jax.training.recipe import has_loss_gate, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, backbone_variables
+from memo_jax.version import __version__
 from memo_jax.xla import sharding
 from memo_jax.xla.devices import chosen_devices
 
@@ -152,7 +152,7 @@ def save(
         if lock:
             lock.check()
         monitor.log.upload()  # so that a run resumed from there has all rows up to it
-        checkpoints.save(number, state, data_identity(inputs) | {"version": memo_jax.__version__})
+        checkpoints.save(number, state, data_identity(inputs) | {"version": __version__})
 
 
 def with_new_loss_gate(config, inputs: Inputs, state: TrainState, number: int, shown: Progress) -> TrainState:
