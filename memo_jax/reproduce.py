@@ -123,7 +123,7 @@ def compare_parameters(run: Path, output: Path) -> dict[str, float]:
     return differences
 
 
-def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> dict[str, float]:
+def evaluate_again(path: Path, output: Path, name: str, config: configs.ConfigDict, quiet: bool) -> dict[str, float]:
     """Returns {rate of an evaluation: absolute difference} for the rates that differ on the new run."""
     old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
     if not made.exists():

@@ -26,7 +26,7 @@ AMR_WIDE = (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 0, 0, 0, 0, 1, 1)
 
 
 def find_parts(window: Window) -> list[Part]:
-    """The recordings in a file, at least one.
+    """Returns the recordings in a file, at least one.
 
     Raises:
       AudioError: not a known container, truncated, or damaged so that its frames cannot be counted.
@@ -60,7 +60,7 @@ def find_parts(window: Window) -> list[Part]:
 
 
 def walk_amr(window: Window, start: int) -> tuple[list[Part], int]:
-    """The frames of AMR from `start` on as a Part, and the position after them."""
+    """Returns the frames of AMR from `start` on as a Part, and the position after them; raises AudioError."""
     is_wide, sizes = window.read(start, 9) == b"#!AMR-WB\n", AMR_NARROW
     place = start + 6
     if is_wide:

@@ -150,14 +150,18 @@ def table_numbers(utterances: Utterances, path: str | os.PathLike) -> tuple[np.n
 
 
 def steps_per_epoch(utterances: int, batch_size: int) -> int:
-    """Returns the number of full batches in an epoch; what is left over, different utterances each time, is dropped."""
+    """Returns the number of full batches in an epoch; what is left over, different utterances each time, is dropped.
+
+    Raises:
+      ValueError: a batch larger than the dataset, or not positive.
+    """
     if not 1 <= batch_size <= utterances:
         raise ValueError(f"batch_size is {batch_size}; expected 1 to {utterances}, the number of utterances")
     return utterances // batch_size
 
 
 def training_batches(
-    utterances,
+    utterances: Utterances | str | os.PathLike,
     *,
     batch_size: int,
     global_crops: int = 2,
@@ -175,7 +179,7 @@ def training_batches(
     labels: np.ndarray | None = None,
     numbered: bool = False,
 ) -> "TrainingBatches":
-    """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
+    """Returns endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
 
     Batch number s is a function of the dataset, the seed and s alone. A run therefore resumes exactly at any step, with
     any number of workers; and P processes, each taking its rows, together see exactly the batch that a single process
@@ -306,7 +310,7 @@ def reference_batches(
     process_count: int = 1,
     workers: int = 0,
 ) -> "TrainingBatches":
-    """Batches of one random crop of every utterance, in their order; the last utterance repeats without end.
+    """Returns batches of one random crop of every utterance, in their order; the last utterance repeats endlessly.
 
     The crop of an utterance is a function of the seed and the draw alone.
 
@@ -316,7 +320,9 @@ def reference_batches(
       seconds: length of each crop, at most MAX_CROP_SECONDS.
       seed: 0 ≤ seed < 2³².
       draw: number of this pass over the dataset, from 0.
-      process_index, process_count, workers: as `training_batches` takes them.
+      process_index: as `training_batches` takes it.
+      process_count: likewise.
+      workers: likewise.
 
     Returns:
       an iterator of {"crops": int16 [rows / process_count, L]}.

@@ -51,9 +51,9 @@ def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
 
 
 def session(name: str) -> str:
-    """The session of a recording, known where there are folders below the speaker's: `speaker/session/utterance.wav`.
+    """Returns the session of a recording: its folders, as in `speaker/session/utterance.wav`.
 
-    Without such folders nothing is known, and every recording counts as a session of its own.
+    Without folders below the speaker's nothing is known, and every recording counts as a session of its own.
     """
     folders = name.split("/")[:-1]
     return "/".join(folders) if len(folders) > 1 else name

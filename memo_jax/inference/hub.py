@@ -119,7 +119,11 @@ def model_card(
     datasets: Sequence[str] = (),
     onnx: bool = True,
 ) -> str:
-    """Returns the text of a model card: metadata for the Hub's search, use, results; arguments as for `push`."""
+    """Returns the text of a model card: metadata for the Hub's search, use, results; arguments as for `push`.
+
+    Raises:
+      ValueError: results without an EER. ImportError: the extra `hub` is not installed.
+    """
     hub = _huggingface_hub()
     metrics = []
     for result in results:

@@ -305,7 +305,7 @@ def _checksum(header) -> str:
 
 
 def is_never_known(fingerprint: str) -> bool:
-    """What `read_model` asks by default: no model has been checked before."""
+    """Returns what `read_model` assumes by default: no model has been checked before."""
     return False
 
 

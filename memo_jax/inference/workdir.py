@@ -62,7 +62,7 @@ def workdir_model(
     return dataclasses.replace(model, decision=read_decisions(workdir).get(model.fingerprint))
 
 
-def starting_parts(config) -> dict[str, Variables]:
+def starting_parts(config: configs.ConfigDict) -> dict[str, Variables]:
     """Returns the parts of networks that a run starts from, as `train` takes them; {} where `config.init` is empty.
 
     Of a model file it is the backbone of its branch, of a workdir the teachers' backbones and speaker heads.

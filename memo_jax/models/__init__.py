@@ -33,7 +33,7 @@ class Branch(nn.Module):
     head_names: Sequence[str] = ("self", "cross")
     speakers: int = 0
 
-    def setup(self):
+    def setup(self) -> None:
         """Creates a projection head for each name, and the speaker head."""
         self.heads = {name: self.head.copy(name=head_part(name)) for name in self.head_names}
         if self.speakers:
@@ -74,6 +74,6 @@ def build_backbone(name: str, **arguments) -> nn.Module:
     return BACKBONES[name](**arguments)
 
 
-def parameter_count(params) -> int:
+def parameter_count(params: Any) -> int:
     """Returns the number of scalars in a pytree of arrays or shapes."""
     return sum(int(jnp.size(leaf)) if not hasattr(leaf, "size") else int(leaf.size) for leaf in jax.tree.leaves(params))

@@ -5,7 +5,7 @@ import dataclasses
 import html
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +58,8 @@ def write_report(
     Args:
       workdir: of a training run.
       output: the page; report.html in the workdir by default.
-      data, trials: dataset and trial list to test on; those of the run's config by default. Without any, the page
-        covers the training alone, and says so.
+      data: dataset to test on; that of the run's config by default.
+      trials: trial list of its recordings, likewise. Without any, the page covers the training alone, and says so.
       step: which checkpoint to test; the latest by default.
 
     Raises:
@@ -82,7 +82,13 @@ def write_report(
     return output
 
 
-def tested_run(workdir, config, data, trials, step=None) -> Tested:
+def tested_run(
+    workdir: str | os.PathLike,
+    config: configs.ConfigDict,
+    data: str | os.PathLike,
+    trials: str | os.PathLike,
+    step: int | None = None,
+) -> Tested:
     """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
     evaluation = TrialEvaluation(Utterances(data), trials)
     evaluation.trials.require_both_kinds()
@@ -103,7 +109,14 @@ def tested_run(workdir, config, data, trials, step=None) -> Tested:
     return Tested(evaluation, scores, rates, best, embeddings[best])
 
 
-def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
+def page(
+    workdir: str | os.PathLike,
+    config: configs.ConfigDict,
+    rows: Sequence[Mapping],
+    tested: Tested | None,
+    data: str | os.PathLike | None,
+    trials: str | os.PathLike | None,
+) -> str:
     """Returns the page as HTML text."""
     name = Path(workdir).resolve().name
     last = rows[-1]
@@ -141,7 +154,7 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
     )
 
 
-def headline(rows, tested: Tested | None) -> list[str]:
+def headline(rows: Sequence[Mapping], tested: Tested | None) -> Iterator[str]:
     """Yields the few numbers that a reader looks for first, as cards."""
     if tested is not None:
         for name, look in system_looks(tested.rates).items():
@@ -160,7 +173,7 @@ def headline(rows, tested: Tested | None) -> list[str]:
         yield "<div class=card><b>open</b><span>gate, to the end of these metrics</span></div>"
 
 
-def run_facts(workdir, config, rows) -> dict[str, str]:
+def run_facts(workdir: str | os.PathLike, config: configs.ConfigDict, rows: Sequence[Mapping]) -> dict[str, str]:
     """Returns what the run is, by name, in the words of a methods section."""
     facts = {"Recordings": _dataset_text(config.data.train, (read_run(workdir) or {}).get("data", {}))}
     facts["Labels"] = labels_text(config)
@@ -204,7 +217,7 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
     return facts
 
 
-def time_facts(row) -> dict[str, str]:
+def time_facts(row: Mapping) -> dict[str, str]:
     """Returns what a row of metrics says about the time since the last start."""
     facts = {}
     shares = {part: row[f"goodput/{part}"] for part in PARTS if row.get(f"goodput/{part}") is not None}
@@ -233,14 +246,14 @@ def _dataset_text(path, recorded: Mapping) -> str:
     return f"{text}; {utterances.seconds.sum() / 3600:.2f} h"
 
 
-def labels_text(config) -> str:
+def labels_text(config: configs.ConfigDict) -> str:
     """Returns which labels a run has learned from."""
     if not reads_labels(config):
         return "none read"
     return f"those of {config.supervised.labels}" if config.supervised.labels else "the speakers of the recordings"
 
 
-def curves_section(rows, branches, tested: Tested | None) -> str:
+def curves_section(rows: Sequence[Mapping], branches: Sequence[str], tested: Tested | None) -> str:
     """Returns the learning curves, one picture per panel."""
     references = {BASELINE: tested.rates[BASELINE]["eer"]} if tested else {}
     said = f"{', '.join(progress_texts(rows))}. Thick lines are running means, faint ones the values."
@@ -255,7 +268,7 @@ def curves_section(rows, branches, tested: Tested | None) -> str:
     return f"<p>{html.escape(said[0].upper() + said[1:])}</p><div class=panels>{pictures}</div>"
 
 
-def test_section(tested: Tested, data, trials) -> str:
+def test_section(tested: Tested, data: str | os.PathLike, trials: str | os.PathLike) -> str:
     """Returns error rates as a table, DET curves and score histograms."""
     evaluation = tested.evaluation
     target, looks = evaluation.target, system_looks(tested.rates)

@@ -46,7 +46,7 @@ class OtherModelError(ValueError):
     """Embeddings of different models were about to be compared."""
 
 
-def check_same_model(one: str, one_name, other: str, other_name) -> None:
+def check_same_model(one: str, one_name: str | os.PathLike, other: str, other_name: str | os.PathLike) -> None:
     """Raises OtherModelError when two fingerprints are known and differ; the names say whose they are."""
     if one and other and one != other:
         raise OtherModelError(

@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     evaluate_every: int
 
 
-def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
+def checked_inputs(config: configs.ConfigDict, evaluation: Evaluation | None) -> Inputs:
     """Returns what the config asks for; raises ValueError, naming the key, for a config that cannot work."""
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
@@ -78,7 +78,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     return inputs
 
 
-def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
+def labels_of(config: configs.ConfigDict, utterances: Utterances) -> tuple[np.ndarray | None, str]:
     """Returns the utterances' labels, None for training without, and what to report about those of a table, or ""."""
     if not reads_labels(config):
         return None, ""
@@ -94,7 +94,9 @@ def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
     return labels, note
 
 
-def batches_of(config, inputs: Inputs, start: int, partners: np.ndarray | None = None) -> TrainingBatches:
+def batches_of(
+    config: configs.ConfigDict, inputs: Inputs, start: int, partners: np.ndarray | None = None
+) -> TrainingBatches:
     """Returns this process's batches of the steps after `start`, with the teachers' crops from `partners`, if given."""
     numbers = crop_numbers(config, partners is not None)
     return training_batches(
@@ -121,7 +123,7 @@ def bank_record(rows: np.ndarray) -> dict[str, int]:
     return {"rows": len(rows), "checksum": zlib.crc32(rows)}
 
 
-def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
+def data_record(config: configs.ConfigDict, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
     """Returns the description of the data in run.json."""
     return {
         "train": str(config.data.train),
@@ -137,7 +139,7 @@ def data_identity(inputs: Inputs) -> dict:
     return {"fingerprint": inputs.utterances.fingerprint, "labels": labels}
 
 
-def agreed_inputs(config, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
+def agreed_inputs(config: configs.ConfigDict, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
     """Returns {name: text} of everything that must be the same in all processes."""
     return {
         "the config": configs.config_to_json(config),

@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -52,7 +52,9 @@ class Profiler:
       ValueError: too few steps are left, or the workdir is in a bucket.
     """
 
-    def __init__(self, workdir: str | os.PathLike, steps: ProfiledSteps | None, begin: int, end: int, active=True):
+    def __init__(
+        self, workdir: str | os.PathLike, steps: ProfiledSteps | None, begin: int, end: int, active: bool = True
+    ):
         self._folder, self._running = as_path(workdir) / PROFILE_FOLDER, False
         self._steps = None
         if steps is None:
@@ -72,7 +74,7 @@ class Profiler:
             jax.profiler.start_trace(str(self._folder), profiler_options=tracing_options())
             self._running = True
 
-    def after(self, number: int, results) -> str | None:
+    def after(self, number: int, results: Any) -> str | None:
         """Ends the profile if this step was its last, once its results are ready; returns a message if so."""
         if not (self._running and number == self._steps.last):
             return None

@@ -148,7 +148,9 @@ def pairs_of(student: str, head: str, recipe: Recipe) -> list[Pair]:
 # The forward pass.
 
 
-def apply_in_train_mode(module: nn.Module, params, batch_stats, x: jax.Array, method: str = "__call__"):
+def apply_in_train_mode(
+    module: nn.Module, params: dict[str, Any], batch_stats: dict[str, Any], x: jax.Array, method: str = "__call__"
+) -> tuple[Any, dict[str, Any]]:
     """Returns a module's output for x in train mode, and its updated batch statistics."""
     out, updated = module.apply(
         {"params": params, "batch_stats": batch_stats}, x, train=True, method=method, mutable=["batch_stats"]
@@ -168,14 +170,18 @@ def by_view(x: jax.Array, views: int) -> jax.Array:
 
 
 @jax.named_scope("backbone")
-def embeddings_by_view(backbone: nn.Module, params, batch_stats, features: jax.Array):
+def embeddings_by_view(
+    backbone: nn.Module, params: dict[str, Any], batch_stats: dict[str, Any], features: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
     """Returns a backbone's embeddings [V, B, D] of features [B, V, T, F], and its updated batch statistics."""
     embeddings, batch_stats = apply_in_train_mode(backbone, params, batch_stats, merge_views(features))
     return by_view(embeddings, features.shape[1]), batch_stats
 
 
 @jax.named_scope("head")
-def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[jax.Array]):
+def logits_by_view(
+    head: nn.Module, params: dict[str, Any], batch_stats: dict[str, Any], embeddings: Sequence[jax.Array]
+) -> tuple[jax.Array, tuple[list[jax.Array], dict[str, Any]]]:
     """Returns a head's logits [V, B, K] of the embeddings of each crop length, and (projections, batch statistics).
 
     The layers with batch norm run on one crop length after the other, as the authors do; the cosines with the
@@ -191,7 +197,14 @@ def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[ja
     return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), (projections, batch_stats)
 
 
-def student_embeddings(backbone: nn.Module, params, batch_stats, views: Sequence[jax.Array], *, remat: bool = False):
+def student_embeddings(
+    backbone: nn.Module,
+    params: dict[str, Any],
+    batch_stats: dict[str, Any],
+    views: Sequence[jax.Array],
+    *,
+    remat: bool = False,
+) -> tuple[list[jax.Array], dict[str, Any]]:
     """Returns a student's embeddings [V, B, D] of the views of each crop length, and its updated batch statistics.
 
     With `remat`, only the last crop length keeps its activations for the backward pass; the others' are recomputed. At
@@ -263,17 +276,17 @@ def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict
 
 
 def head_loss(
-    head_params,
+    head_params: dict[str, Any],
     embeddings: Sequence[jax.Array],
     *,
     branch: Branch,
-    batch_stats,
+    batch_stats: dict[str, Any],
     pairs: Sequence[Pair],
     teachers: Mapping[str, TeacherOutputs],
     weights: LossWeights,
     regularization: jax.Array,
     shared_views: bool,
-):
+) -> tuple[jax.Array, tuple[dict[Pair, jax.Array], Metrics, dict[str, Any]]]:
     """Returns the loss of a student by one head, weighted: distillation and what regularises the head.
 
     Args:
@@ -389,8 +402,14 @@ def objective(
 
 
 def contrastive_gradient(
-    embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights, shared_views: bool, labels=None
-):
+    embeddings: jax.Array,
+    teacher_embeddings: jax.Array,
+    distillation_gradient: jax.Array,
+    closed: jax.Array,
+    weights: LossWeights,
+    shared_views: bool,
+    labels: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the contrastive loss, its gradient at the embeddings [V, B, D], and the alignment of the two gradients.
 
     `distillation_gradient` is that of the distillation loss at the same embeddings. Once the gate has closed, all three

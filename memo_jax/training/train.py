@@ -47,7 +47,7 @@ LENGTH = ("total_epochs", "total_steps")  # may grow: the run continues, with sc
 
 
 def train(
-    config,
+    config: configs.ConfigDict,
     workdir: str | os.PathLike,
     *,
     evaluation: Evaluation | None = None,
@@ -155,7 +155,9 @@ def save(
         checkpoints.save(number, state, data_identity(inputs) | {"version": __version__})
 
 
-def with_new_loss_gate(config, inputs: Inputs, state: TrainState, number: int, shown: Progress) -> TrainState:
+def with_new_loss_gate(
+    config: configs.ConfigDict, inputs: Inputs, state: TrainState, number: int, shown: Progress
+) -> TrainState:
     """Returns the state with which the step after `number` begins: after an epoch, with a new loss-gate threshold."""
     epoch, left = divmod(number, inputs.epoch_steps)
     if left or not has_loss_gate(config) or epoch < config.supervised.loss_gate_after_epochs:
@@ -173,7 +175,12 @@ def with_new_loss_gate(config, inputs: Inputs, state: TrainState, number: int, s
 
 
 def state_after(
-    step: int, config, inputs: Inputs, mesh: Mesh, checkpoints: Checkpointer, start: Mapping[str, Variables]
+    step: int,
+    config: configs.ConfigDict,
+    inputs: Inputs,
+    mesh: Mesh,
+    checkpoints: Checkpointer,
+    start: Mapping[str, Variables],
 ) -> tuple[TrainState, str]:
     """Returns the state after the latest checkpoint's step and "", or that before step 1 and a note about `start`."""
     if step:
@@ -182,7 +189,9 @@ def state_after(
     return create_state(config, inputs.recipe, mesh, start), note
 
 
-def with_known_speakers(config, inputs: Inputs, start: Mapping[str, Variables]) -> tuple[Mapping[str, Variables], str]:
+def with_known_speakers(
+    config: configs.ConfigDict, inputs: Inputs, start: Mapping[str, Variables]
+) -> tuple[Mapping[str, Variables], str]:
     """Returns the parts to start from, with speaker heads only if they are of the same labels, and a note."""
     if inputs.labels is None or not any(SPEAKER_HEAD in parts["params"] for parts in start.values()):
         return start, ""
@@ -195,7 +204,9 @@ def with_known_speakers(config, inputs: Inputs, start: Mapping[str, Variables]) 
     return without, f"the labels are not those of {config.init}: their directions start afresh"
 
 
-def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:
+def check_same_config(
+    workdir: str | os.PathLike, config: configs.ConfigDict, free: tuple[str, ...] = FREE_ON_RESUME
+) -> None:
     """Raises ValueError naming the keys not in `free` in which the config differs from that of the workdir."""
     old = configs.read_config(workdir)
     if old is not None:
@@ -207,7 +218,7 @@ def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] 
             )
 
 
-def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
+def check_same_run(workdir: str | os.PathLike, config: configs.ConfigDict, inputs: Inputs) -> int:
     """Returns the step that a run resumes after, 0 at its beginning.
 
     Raises ValueError for another dataset, or for another config, apart from a greater length.
@@ -252,7 +263,7 @@ def teacher_backbones(state: TrainState) -> dict:
 
 def announced_record(
     workdir: str | os.PathLike,
-    config,
+    config: configs.ConfigDict,
     inputs: Inputs,
     banks: dict[str, np.ndarray],
     begin: int,
@@ -276,7 +287,12 @@ def announced_record(
 
 
 def announcement(
-    config, inputs: Inputs, banks: dict[str, np.ndarray], begin: int, start_note: str, extended_from: int | None
+    config: configs.ConfigDict,
+    inputs: Inputs,
+    banks: dict[str, np.ndarray],
+    begin: int,
+    start_note: str,
+    extended_from: int | None,
 ) -> str:
     """Returns what a run says when it starts."""
     devices = chosen_devices()

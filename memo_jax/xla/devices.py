@@ -5,6 +5,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 DEVICE_NAME = re.compile(rf"({'|'.join(PLATFORMS)})(?::(\d{{1,4}}))?")
@@ -21,7 +25,7 @@ def check_device_name(name: str) -> str:
 
 @contextlib.contextmanager
 def on_device(name: str | None) -> Iterator[None]:
-    """A context in which JAX computes on this device alone; without a number, on the first of its kind.
+    """Makes JAX compute on this device alone in a block; without a number, on the first of its kind.
 
     Choosing the CPU before JAX is imported neither imports JAX nor touches an accelerator.
 
@@ -60,14 +64,14 @@ def device_names() -> list[str]:
     return [device_name(device) for platform in ("tpu", "gpu", "cpu") for device in _devices(platform)]
 
 
-def device_name(device=None) -> str:
+def device_name(device: "jax.Device | None" = None) -> str:
     """Returns the name of a device, by default of the one that JAX computes on."""
     device = device or chosen_devices()[0]
     maker = re.match(r"(cuda|rocm)\b", str(device))
     return f"{maker[1] if maker else device.platform}:{device.id}"
 
 
-def chosen_devices() -> list:
+def chosen_devices() -> list["jax.Device"]:
     """Returns the device of `on_device`, or all that JAX has."""
     import jax
 
