@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         with interrupts.handled():
             options = parsed(arguments)
             check_paths(options)
-            check_outputs(options)
+            check_overwrites(options)
             with device_of(options):
                 return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -102,7 +102,7 @@ def check_paths(options: argparse.Namespace) -> None:
                 check_local(path)
 
 
-def check_outputs(options: argparse.Namespace) -> None:
+def check_overwrites(options: argparse.Namespace) -> None:
     """Raises ValueError if the file to be written is also one to be read, which would be lost."""
     given = vars(options)
     read = [(name, path) for name, value in given.items() for path in (value if isinstance(value, list) else [value])]
