@@ -31,14 +31,14 @@ class Utterances:
       FileNotFoundError: `path` holds no dataset, or one of its files is missing.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path, self._shards = Path(path), Shards(path)
         self.fingerprint: str = self._shards.metadata["fingerprint"]
 
     def __len__(self) -> int:
         return len(self._shards.index)
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:
         """Samples of an utterance, int16 [L]; raises OSError naming the file when its record is damaged or missing."""
         index = operator.index(index)
         if not 0 <= index < len(self):

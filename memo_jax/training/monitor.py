@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from memo_jax.config import ConfigDict
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training.goodput import GOODPUT_METRICS, Goodput
 from memo_jax.training.state import TrainState
@@ -51,7 +52,7 @@ class Monitor:
 
     def __init__(
         self,
-        config,
+        config: ConfigDict,
         recipe: Recipe,
         log: MetricsLog,
         progress: Progress,

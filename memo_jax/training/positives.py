@@ -45,7 +45,7 @@ class Positives:
       ValueError: a value that cannot work; the message names its key.
     """
 
-    def __init__(self, config, utterances: Utterances, epoch_steps: int):
+    def __init__(self, config: configs.ConfigDict, utterances: Utterances, epoch_steps: int):
         self.config, self.utterances = config, utterances
         self.first = configs.duration_in_steps(config.positives, "from", epoch_steps)
         self.every = max(configs.duration_in_steps(config.positives, "every", epoch_steps), 1)
