@@ -1,7 +1,8 @@
 """MeMo in JAX: speaker verification learned without labels."""
 
-__version__ = "0.2.0"
-__all__ = ["Embedder"]
+from memo_jax.version import __version__
+
+__all__ = ["Embedder", "__version__"]
 
 
 def __getattr__(name):

@@ -5,16 +5,22 @@ import contextlib
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from memo_jax import interrupts
 from memo_jax.files import as_json, check_local, check_writable, one_line, parse_json
 from memo_jax.options import build_parser
+from memo_jax.xla.memory import keep_freed_memory
 from memo_jax.xla.program_cache import keep_compiled_programs
+
+if TYPE_CHECKING:
+    from memo_jax.inference.embedder import Embedder
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
-LOST = 76  # another process of a distributed run has died
+PROCESS_LOST = 76  # another process of a distributed run has died
 BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
     ("eval", "embed", "cluster", "verify", "enroll", "identify", "app", "export", "pseudo-label"), {"model"}
 )  # these may be gs://…
@@ -32,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         with interrupts.handled():
             options = parsed(arguments)
             check_paths(options)
-            check_outputs(options)
+            check_overwrites(options)
             with device_of(options):
                 return RUN[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
@@ -59,7 +65,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def device_of(options):
+def device_of(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which a command runs on the device that its options name."""
     name = getattr(options, "device", None)
     if name is None:
@@ -96,7 +102,7 @@ def check_paths(options: argparse.Namespace) -> None:
                 check_local(path)
 
 
-def check_outputs(options: argparse.Namespace) -> None:
+def check_overwrites(options: argparse.Namespace) -> None:
     """Raises ValueError if the file to be written is also one to be read, which would be lost."""
     given = vars(options)
     read = [(name, path) for name, value in given.items() for path in (value if isinstance(value, list) else [value])]
@@ -109,8 +115,8 @@ def check_outputs(options: argparse.Namespace) -> None:
                 raise ValueError(f"--{name} {written} is also an input ({other}): choose another name")
 
 
-def run_prepare(options) -> int:
-    """memo-jax prepare."""
+def run_prepare(options: argparse.Namespace) -> int:
+    """Runs memo-jax prepare."""
     if options.check:
         if options.input or options.tfds or options.output:
             raise ValueError("--check DATASET stands alone, without --input and --output")
@@ -143,8 +149,8 @@ def run_prepare(options) -> int:
     return 0
 
 
-def run_trials(options) -> None:
-    """memo-jax trials."""
+def run_trials(options: argparse.Namespace) -> None:
+    """Runs memo-jax trials."""
     check_writable(options.output)
     from memo_jax.data.trial_lists import trials_of, trials_text
 
@@ -161,15 +167,15 @@ def run_trials(options) -> None:
     print(as_json(report) if options.json else trials_text(report))
 
 
-def run_init_config(options) -> None:
-    """memo-jax init-config."""
+def run_init_config(options: argparse.Namespace) -> None:
+    """Runs memo-jax init-config."""
     from memo_jax.config_template import write_config
 
     print(write_config(options.name, options.output))
 
 
-def run_train(options) -> None:
-    """memo-jax train."""
+def run_train(options: argparse.Namespace) -> None:
+    """Runs memo-jax train."""
     from memo_jax.config import load_run_config
 
     start_from = [] if options.init is None else [f"--config.init={options.init}"]
@@ -195,8 +201,8 @@ def run_train(options) -> None:
 
 
 @contextlib.contextmanager
-def joined(**place):
-    """A context in which this process trains with others; an error ends this process and, soon after, the others."""
+def joined(**place: Any) -> Iterator[None]:
+    """Makes this process train with others for a block; an error ends this process and, soon after, the others."""
     from memo_jax.training import processes
 
     processes.join(**place)
@@ -212,7 +218,7 @@ def joined(**place):
                 f"all of them to resume from the last checkpoint ({one_line(error)})",
                 file=sys.stderr,
             )
-            status = LOST
+            status = PROCESS_LOST
         else:
             status = report_error(error)
         if status is None:
@@ -221,8 +227,8 @@ def joined(**place):
     processes.leave()
 
 
-def run_pseudo_label(options) -> None:
-    """memo-jax pseudo-label."""
+def run_pseudo_label(options: argparse.Namespace) -> None:
+    """Runs memo-jax pseudo-label."""
     from memo_jax.config import load_run_config
 
     config = load_run_config(options.config, options.overrides)
@@ -237,8 +243,8 @@ def run_pseudo_label(options) -> None:
     print(as_json(result) if options.json else rounds_text(result))
 
 
-def run_reproduce(options) -> int:
-    """memo-jax reproduce."""
+def run_reproduce(options: argparse.Namespace) -> int:
+    """Runs memo-jax reproduce."""
     keep_compiled_programs()
     keep_freed_memory()
     from memo_jax.reproduce import comparison_text, reproduce
@@ -250,8 +256,8 @@ def run_reproduce(options) -> int:
     return 0 if found["identical"] else NO
 
 
-def run_plan(options) -> int:
-    """memo-jax plan."""
+def run_plan(options: argparse.Namespace) -> int:
+    """Runs memo-jax plan."""
     from memo_jax.config import load_run_config
 
     config = load_run_config(options.config, options.overrides)
@@ -263,8 +269,8 @@ def run_plan(options) -> int:
     return 0 if result["fits"] else NO
 
 
-def run_eval(options) -> None:
-    """memo-jax eval."""
+def run_eval(options: argparse.Namespace) -> None:
+    """Runs memo-jax eval."""
     keep_compiled_programs()
     keep_freed_memory()
     from memo_jax.inference.evaluate import evaluate, evaluation_text
@@ -291,7 +297,7 @@ def run_eval(options) -> None:
     print("\n".join([evaluation_text(results), *(str(options.output / name) for name in written)]))
 
 
-def load_embedder(options, gallery=None):
+def load_embedder(options: argparse.Namespace, gallery: str | os.PathLike | None = None) -> "Embedder":
     """Returns the Embedder that a command's options choose."""
     from memo_jax.inference.embedder import Embedder
     from memo_jax.inference.runtime import chosen_runtime
@@ -313,7 +319,7 @@ def load_embedder(options, gallery=None):
     )
 
 
-def decided(options, embedder, score: float) -> tuple[str, dict]:
+def decided(options: argparse.Namespace, embedder: "Embedder", score: float) -> tuple[str, dict]:
     """Returns where a decision's threshold is from and what the score's probability is: for people, and as JSON."""
     source = embedder.threshold_source if options.threshold is None else "given"
     probability = embedder.probability(score, options.prior)
@@ -329,8 +335,8 @@ def decided(options, embedder, score: float) -> tuple[str, dict]:
     return f"({source})\n  {text}", fields
 
 
-def run_convert(options) -> None:
-    """memo-jax convert."""
+def run_convert(options: argparse.Namespace) -> None:
+    """Runs memo-jax convert."""
     of_workdir = {name: getattr(options, name) for name in ("branch", "role", "step")}
     wrong = [name for name in ("kind", "part", "front_end") if options.to and getattr(options, name) is not None]
     wrong += [name for name, value in of_workdir.items() if not options.to and value is not None]
@@ -345,8 +351,8 @@ def run_convert(options) -> None:
         print(convert.convert(options.input, options.output, options.kind, options.part, options.front_end))
 
 
-def run_embed(options) -> int:
-    """memo-jax embed."""
+def run_embed(options: argparse.Namespace) -> int:
+    """Runs memo-jax embed."""
     from memo_jax.scoring.embedding_file import check_output_name
 
     check_writable(check_output_name(options.output))
@@ -360,8 +366,8 @@ def run_embed(options) -> int:
     return NO if report["left_out"] else 0
 
 
-def run_cluster(options) -> None:
-    """memo-jax cluster."""
+def run_cluster(options: argparse.Namespace) -> None:
+    """Runs memo-jax cluster."""
     if (options.embeddings is None) == (options.data is None):
         raise ValueError("give either --embeddings FILE, or --data DATASET to be embedded with --model")
     of_network = [name for name in ("model", "branch", "role", "step") if getattr(options, name) is not None]
@@ -395,8 +401,8 @@ def run_cluster(options) -> None:
     print(as_json(report) if options.json else cluster_text(report))
 
 
-def run_verify(options) -> int:
-    """memo-jax verify."""
+def run_verify(options: argparse.Namespace) -> int:
+    """Runs memo-jax verify."""
     embedder = load_embedder(options)
     result = embedder.verify(*options.recordings, threshold=options.threshold)
     text, fields = decided(options, embedder, result.score)
@@ -411,8 +417,8 @@ def run_verify(options) -> int:
     return 0 if result.decision else NO
 
 
-def run_enroll(options) -> None:
-    """memo-jax enroll."""
+def run_enroll(options: argparse.Namespace) -> None:
+    """Runs memo-jax enroll."""
     from memo_jax.scoring.embedding_file import check_output_name
 
     check_writable(check_output_name(options.gallery, gallery=True))
@@ -426,8 +432,8 @@ def run_enroll(options) -> None:
     )
 
 
-def run_remove(options) -> None:
-    """memo-jax remove."""
+def run_remove(options: argparse.Namespace) -> None:
+    """Runs memo-jax remove."""
     from memo_jax.inference.gallery import remove_person
     from memo_jax.scoring.embedding_file import check_output_name
 
@@ -440,8 +446,8 @@ def run_remove(options) -> None:
     )
 
 
-def run_identify(options) -> int:
-    """memo-jax identify."""
+def run_identify(options: argparse.Namespace) -> int:
+    """Runs memo-jax identify."""
     if not options.gallery.exists():
         raise FileNotFoundError(f"{options.gallery}: no such gallery: enrol people with memo-jax enroll")
     embedder = load_embedder(options, options.gallery)
@@ -457,8 +463,8 @@ def run_identify(options) -> int:
     return NO if result.name is None else 0
 
 
-def run_app(options) -> None:
-    """memo-jax app."""
+def run_app(options: argparse.Namespace) -> None:
+    """Runs memo-jax app."""
     if options.gallery is not None:
         from memo_jax.scoring.embedding_file import check_output_name
 
@@ -471,8 +477,8 @@ def run_app(options) -> None:
     serve(embedder, options.port, options.open, options.prior, options.json)
 
 
-def run_report(options) -> None:
-    """memo-jax report."""
+def run_report(options: argparse.Namespace) -> None:
+    """Runs memo-jax report."""
     check_writable(options.output or options.workdir / "report.html")
     keep_compiled_programs()
     from memo_jax.report.page import write_report
@@ -480,8 +486,8 @@ def run_report(options) -> None:
     print(write_report(options.workdir, options.output, data=options.data, trials=options.trials, step=options.step))
 
 
-def run_export(options) -> None:
-    """memo-jax export."""
+def run_export(options: argparse.Namespace) -> None:
+    """Runs memo-jax export."""
     from memo_jax.inference.embedder import load_model
     from memo_jax.inference.export import check_outputs, export
 
@@ -497,8 +503,8 @@ def run_export(options) -> None:
     print(as_json({"files": paths, "model": model.fingerprint}) if options.json else "\n".join(paths))
 
 
-def run_push(options) -> None:
-    """memo-jax push."""
+def run_push(options: argparse.Namespace) -> None:
+    """Runs memo-jax push."""
     from memo_jax.inference.embedder import load_model
     from memo_jax.inference.hub import push
 
@@ -523,8 +529,8 @@ def run_push(options) -> None:
     print(url)
 
 
-def run_score(options) -> None:
-    """memo-jax score."""
+def run_score(options: argparse.Namespace) -> None:
+    """Runs memo-jax score."""
     from memo_jax.scoring.score import score, score_text
 
     if options.scores is not None:
@@ -543,22 +549,6 @@ def run_score(options) -> None:
         scores_file=options.scores,
     )
     print(as_json(results) if options.json else score_text(results))
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next step or batch instead of returning it to the system.
-
-    XLA on a CPU allocates its temporary memory anew for each call. If it were returned in between, every 4 KiB would
-    cost a page fault: up to a fifth of the time of a small step.
-    """
-    import ctypes
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # as malloc.h numbers M_TRIM_THRESHOLD, …
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
-        # Not a single arena: threads that compile would wait for it, and later steps take half as long again.
 
 
 RUN = {

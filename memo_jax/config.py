@@ -58,7 +58,7 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
 
 
 def load_run_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
-    """Like `load_config`, for a run; also raises ValueError, naming the key, if one of configs/base.py is missing."""
+    """Loads a run's config like `load_config`; also raises ValueError for a missing key of configs/base.py, named."""
     return _with_all_keys(load_config(path, overrides), path)
 
 

@@ -5,11 +5,11 @@ import os
 import re
 from pathlib import Path
 
-import memo_jax
 from memo_jax.config import load_config, packaged_configs
 from memo_jax.files import write_text
+from memo_jax.version import __version__
 
-GROUP = re.compile(r"\s+(\w+) = config\.(\w+) = ConfigDict\(\)")
+GROUP_LINE = re.compile(r"\s+(\w+) = config\.(\w+) = ConfigDict\(\)")
 HEADING = '''"""Every key of a run once, with its unit and its meaning.
 
     memo-jax train --config THIS_FILE --workdir runs/mine --config.data.train=DATASET …
@@ -40,7 +40,7 @@ def commented_config(name: str) -> str:
     groups, lines = {"config": ""}, []
     source = files["base"].read_text(encoding="utf-8")
     for line in source[source.index("from ml_collections") :].splitlines():
-        if group := GROUP.fullmatch(line):
+        if group := GROUP_LINE.fullmatch(line):
             groups[group[1]] = f"{group[2]}."
         elif (key := KEY.fullmatch(line)) and key[2] in groups:
             dotted = groups[key[2]] + key[3]
@@ -48,7 +48,7 @@ def commented_config(name: str) -> str:
                 line = f"{key[1]}{_literal(_value(wanted, dotted))}{key[5] or ''}"
         lines.append(line.replace("the base config, which other configs change", "the config of a run"))
     summary = files[name].read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-    heading = HEADING.format(name=name, version=memo_jax.__version__, summary=summary)
+    heading = HEADING.format(name=name, version=__version__, summary=summary)
     return "\n".join([heading, *lines, ""])
 
 

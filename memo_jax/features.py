@@ -5,6 +5,7 @@ centred frames with reflected ends, power spectrum. The front ends of other tool
 """
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +20,19 @@ MEL_BINS = 80
 LOG_FLOOR = 1e-6
 NORM_EPSILON = 1e-5
 
+Count = TypeVar("Count", int, np.ndarray, jax.Array)
+
 _REACH = WINDOW // 2  # samples that a frame's window reaches to either side of its centre
 _BLOCK = 80  # divides both window and hop, so a frame is five whole blocks
 _BINS = FFT_LENGTH // 2  # the Nyquist bin is left out: its mel weight is zero
 
 
-def frame_count(samples):
+def frame_count(samples: Count) -> Count:
     """Returns the frames of an utterance of `samples` samples (an int or an integer array): 1 + samples // 160."""
     return 1 + samples // HOP
 
 
-def mel_power(waves, lengths=None):
+def mel_power(waves: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Returns the mel power spectrogram, that of `librosa.feature.melspectrogram` to 1e-4 relative.
 
     Args:
@@ -54,7 +57,7 @@ def mel_power(waves, lengths=None):
     return jnp.dot(power, _mel_basis(), precision=jax.lax.Precision.HIGHEST)
 
 
-def normalized_log_mel(mel_power, frame_lengths=None):
+def normalized_log_mel(mel_power: jax.Array, frame_lengths: jax.Array | None = None) -> jax.Array:
     """Returns log(mel power + 1e-6), normalised over time per utterance and mel bin: mean 0, biased variance 1.
 
     Args:
@@ -69,7 +72,7 @@ def normalized_log_mel(mel_power, frame_lengths=None):
     return (log_mel - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * valid
 
 
-def log_mel_statistics(mel_power, frame_lengths=None):
+def log_mel_statistics(mel_power: jax.Array, frame_lengths: jax.Array | None = None) -> jax.Array:
     """Returns mean and standard deviation over time of the log-mel bins, [N, 160]: what the channel alone reveals.
 
     The baseline to print beside any equal error rate. Takes the arguments of `normalized_log_mel`.
@@ -134,7 +137,14 @@ def _power_spectrum(padded, basis):
     return jnp.square(spectrum[..., :bins]) + jnp.square(spectrum[..., bins:])
 
 
-def kaldi_fbank_input(waves, lengths=None, window="povey", scale=1.0, high=8000.0, snip_edges=True):
+def kaldi_fbank_input(
+    waves: jax.Array,
+    lengths: jax.Array | None = None,
+    window: str = "povey",
+    scale: float = 1.0,
+    high: float = 8000.0,
+    snip_edges: bool = True,
+) -> tuple[jax.Array, jax.Array]:
     """Returns Kaldi's filter-bank features minus their mean over time: (float32 [N, T, 80], valid frames int [N]).
 
     25-ms frames every 10 ms, each minus its mean, pre-emphasised by 0.97 and windowed; power spectrum of 512 points, 80
@@ -171,7 +181,7 @@ def _mirrored(waves, lengths, before, after):
     return jnp.take_along_axis(waves, jnp.minimum(index, 2 * lengths[:, None] - 1 - index), axis=1)
 
 
-def speechbrain_fbank_input(waves, lengths=None):
+def speechbrain_fbank_input(waves: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """Returns speechbrain's features, `Fbank` and sentence normalisation: ([N, T, 80], valid frames [N]).
 
     Centred frames of 400 points under a periodic Hamming window, zeros beyond the ends; decibels, at most 80 below the
@@ -199,8 +209,8 @@ def _centred(x, frames):
     return (x - mean) * valid
 
 
-def log_mel_input(waves, lengths=None):
-    """What networks trained here take: (`normalized_log_mel` of `mel_power` [N, T, 80], valid frames [N])."""
+def log_mel_input(waves: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Returns what networks trained here take: (`normalized_log_mel` of `mel_power` [N, T, 80], valid frames [N])."""
     frames = None if lengths is None else frame_count(lengths)
     x = normalized_log_mel(mel_power(waves, lengths), frames)
     return x, jnp.full(x.shape[0], x.shape[1]) if frames is None else frames

@@ -11,6 +11,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 URL = re.compile(r"([a-z][a-z0-9]*):/+(.*)")  # pathlib turns the two slashes into one
 
@@ -19,7 +20,7 @@ UPLOADING_SHARE = 0.02  # of the elapsed time, at most, that uploads may take
 LONGEST_REASON = 300  # characters of another library's message that are quoted
 
 
-def as_json(value, indent: int = 2) -> str:
+def as_json(value: Any, indent: int = 2) -> str:
     """Returns a value as JSON text, with null for NaN and infinities, which JSON does not have."""
 
     def plain(value):
@@ -32,7 +33,7 @@ def as_json(value, indent: int = 2) -> str:
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def parse_json(text: str | bytes):
+def parse_json(text: str | bytes) -> Any:
     """Returns the value of JSON text; raises ValueError for any other text, and for one that is nested too deeply."""
     try:
         return json.loads(text)
@@ -198,9 +199,9 @@ def flush_to_disk(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def write_text(path: str | os.PathLike, text: str, *, fsync: bool = False) -> None:
-    """Writes UTF-8 text, whole or not at all; arguments and errors as for `replacing`."""
-    with replacing(path, fsync=fsync) as partial:
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8 text, whole or not at all; errors as for `replacing`."""
+    with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -22,7 +22,7 @@ _requested = False
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Within it, Ctrl-C is remembered until it has ended the command; for the main thread of a command line.
+    """Remembers Ctrl-C within a block until it has ended the command; for the main thread of a command line.
 
     Elsewhere, and where SIGINT is ignored (`nohup`, jobs in the background of a script), nothing changes.
     """
@@ -55,7 +55,7 @@ def check() -> None:
 
 
 def requested() -> bool:
-    """Whether Ctrl-C was pressed since `handled()` began. Whatever a command raises after that is its end."""
+    """Returns whether Ctrl-C was pressed since `handled()` began. Whatever a command raises after that is its end."""
     return _requested
 
 

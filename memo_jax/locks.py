@@ -25,9 +25,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from memo_jax.files import as_path, in_bucket
+from memo_jax.files import as_path, in_bucket, one_line
 
-HEARTBEAT_SECONDS = 10.0
+RENEWAL_SECONDS = 10.0
 STALE_SECONDS = 45.0
 POLL_SECONDS = 1.0
 
@@ -166,7 +166,7 @@ class _Lease(Lock):
             raise LockedError(self._lost)
 
     def _renew(self) -> None:
-        while not self._end.wait(HEARTBEAT_SECONDS):
+        while not self._end.wait(RENEWAL_SECONDS):
             with contextlib.suppress(OSError):  # a bucket that cannot be reached for a moment
                 if not self._is_mine():
                     self._lost = f"{self._path}: the lock was lost: {_taken(self._path, self._read())}"
@@ -188,7 +188,7 @@ class _Lease(Lock):
             except FileExistsError:
                 return False
             except Exception as error:
-                raise OSError(f"{self._path}: cannot lock it: {' '.join(str(error).split())[:300]}") from error
+                raise OSError(f"{self._path}: cannot lock it: {one_line(error)}") from error
         try:
             descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -203,7 +203,7 @@ class _Lease(Lock):
         except FileNotFoundError:
             return None
         except Exception as error:  # whatever a bucket's library raises
-            raise OSError(f"{self._path}: cannot read its lock: {' '.join(str(error).split())[:300]}") from error
+            raise OSError(f"{self._path}: cannot read its lock: {one_line(error)}") from error
 
     def _remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):

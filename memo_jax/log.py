@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from memo_jax.files import AppendableFolder, as_path, make_folder, parse_json, read_text
+from memo_jax.files import AppendableFolder, as_path, make_folder, parse_json, read_text, write_text
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_LINES = 10.0  # of progress where there is no terminal
 
 
 class MetricsLog:
@@ -67,7 +67,7 @@ class MetricsLog:
             return
         self._file.close()
         text = read_text(self._local, "replace")
-        _replace(self._local, "".join(line for line, row in _lines_with_rows(text, self.path) if row["step"] <= step))
+        write_text(self._local, "".join(line for line, row in _lines_with_rows(text, self.path) if row["step"] <= step))
         self._file = open(self._local, "a", encoding="utf-8")
         if self._tensorboard and any((self._workdir / TENSORBOARD_FOLDER).glob("*tfevents*")):
             self._hide_events_from(step + 1)
@@ -150,21 +150,13 @@ class Progress:
         unit: name of one unit.
         initial: units done before (a resumed run); they do not count in the rate.
         active: False shows nothing (every process but the first).
-        seconds_between_lines: of the plain form.
     """
 
     def __init__(
-        self,
-        total: int | None = None,
-        label: str = "",
-        unit: str = "it",
-        initial: int = 0,
-        active: bool = True,
-        seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+        self, total: int | None = None, label: str = "", unit: str = "it", initial: int = 0, active: bool = True
     ):
         self._total, self._label, self._unit, self._done = total, label, unit, initial
         self._active = active
-        self._between = seconds_between_lines
         self._stream = sys.stderr
         self._bar = None
         self._postfix = {}
@@ -185,7 +177,7 @@ class Progress:
             if postfix:
                 self._bar.set_postfix(self._postfix, refresh=False)
             self._bar.update(n)
-        elif self._active and time.monotonic() - self._printed_time >= self._between:
+        elif self._active and time.monotonic() - self._printed_time >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
     def write(self, text: str) -> None:
@@ -218,7 +210,7 @@ class Progress:
         # evaluates the untrained network before the second.
         if self._done > self._initial + 2 or self._done == self._total:
             rate = (self._done - self._printed_done) / max(now - self._printed_time, 1e-9)
-            parts.append(_rate_text(rate, self._unit))
+            parts.append(_speed_text(rate, self._unit))
             if self._total is not None and rate > 0 and self._done < self._total:
                 parts.append(f"{_clock((self._total - self._done) / rate)} left")
         parts.append(f"{_clock(now - self._start)} elapsed")
@@ -231,17 +223,12 @@ class Progress:
 
 
 def progress(
-    iterable: Iterable,
-    total: int | None = None,
-    label: str = "",
-    unit: str = "it",
-    initial: int = 0,
-    active: bool = True,
+    iterable: Iterable, total: int | None = None, label: str = "", unit: str = "it", active: bool = True
 ) -> Iterator:
-    """Yields the elements of `iterable`, showing a `Progress`; `total` defaults to initial + its length."""
+    """Yields the elements of `iterable`, showing a `Progress`; `total` defaults to its length."""
     if total is None and hasattr(iterable, "__len__"):
-        total = initial + len(iterable)
-    with Progress(total, label, unit, initial, active) as shown:
+        total = len(iterable)
+    with Progress(total, label, unit, active=active) as shown:
         for element in iterable:
             yield element
             shown.update()
@@ -290,17 +277,7 @@ def _drop_torn_line(path: Path) -> None:
     if path.exists():
         content = path.read_bytes()
         if content and not content.endswith(b"\n"):
-            _replace(path, content[: content.rfind(b"\n") + 1].decode("utf-8"))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+            write_text(path, content[: content.rfind(b"\n") + 1].decode("utf-8"))
 
 
 def _short(value) -> str:
@@ -308,7 +285,7 @@ def _short(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _rate_text(rate: float, unit: str) -> str:
+def _speed_text(rate: float, unit: str) -> str:
     return f"{rate:.3g} {unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.3g} s/{unit}"
 
 

@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import memo_jax
+from memo_jax.version import __version__
 
-# As interop.KINDS, runtime.RUNTIMES and features.FRONT_ENDS, which are slow to import.
+# As interop.TOOLKITS, runtime.RUNTIMES and features.FRONT_ENDS, which are slow to import.
 TOOLKITS = ("speechbrain", "wespeaker", "3dspeaker", "speaker-net")
 RUNTIMES = ("auto", "jax", "onnx")
 FRONT_END_NAMES = ("log_mel", "kaldi_fbank", "wespeaker_fbank", "sherpa_fbank", "speechbrain_fbank")
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="memo-jax", description="Self-supervised speaker verification: MeMo in JAX.", allow_abbrev=False
     )
-    parser.add_argument("--version", action="version", version=f"memo-jax {memo_jax.__version__}")
+    parser.add_argument("--version", action="version", version=f"memo-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, description, *parents):
@@ -213,7 +213,7 @@ def trials_options() -> argparse.ArgumentParser:
 
 
 def add_prepare(command: Command) -> None:
-    """memo-jax prepare."""
+    """Adds memo-jax prepare."""
     added = command(
         "prepare", "turn recordings into a dataset, or check a dataset", min_seconds_options(), channel_options()
     )
@@ -242,7 +242,7 @@ def add_prepare(command: Command) -> None:
 
 
 def add_trials(command: Command) -> None:
-    """memo-jax trials."""
+    """Adds memo-jax trials."""
     added = command("trials", "make a trial list of labelled recordings", json_options())
     added.add_argument("input", type=Path, metavar="DATASET", help="a dataset, or a folder or archive as for prepare")
     added.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="where the list goes")
@@ -276,7 +276,7 @@ def add_trials(command: Command) -> None:
 
 
 def add_init_config(command: Command) -> None:
-    """memo-jax init-config."""
+    """Adds memo-jax init-config."""
     added = command("init-config", "write a config file with every key and its meaning, to change and train with")
     added.add_argument(
         "name",
@@ -289,7 +289,7 @@ def add_init_config(command: Command) -> None:
 
 
 def add_train(command: Command) -> None:
-    """memo-jax train."""
+    """Adds memo-jax train."""
     added = command("train", "train a new run, or resume the run in a workdir", config_options(), device_options())
     added.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
@@ -321,7 +321,7 @@ def add_train(command: Command) -> None:
 
 
 def add_pseudo_label(command: Command) -> None:
-    """memo-jax pseudo-label."""
+    """Adds memo-jax pseudo-label."""
     added = command(
         "pseudo-label",
         "cluster with a network and train on the clusters, in rounds; resumes the rounds in a workdir",
@@ -343,7 +343,7 @@ def add_pseudo_label(command: Command) -> None:
 
 
 def add_reproduce(command: Command) -> None:
-    """memo-jax reproduce."""
+    """Adds memo-jax reproduce."""
     added = command("reproduce", "repeat a run from its config and compare the two", json_options())
     added.add_argument(
         "workdir",
@@ -355,7 +355,7 @@ def add_reproduce(command: Command) -> None:
 
 
 def add_plan(command: Command) -> None:
-    """memo-jax plan."""
+    """Adds memo-jax plan."""
     added = command(
         "plan", "estimate the cost of training on TPUs or GPUs, without having them", config_options(), json_options()
     )
@@ -375,7 +375,7 @@ def add_plan(command: Command) -> None:
 
 
 def add_eval(command: Command) -> None:
-    """memo-jax eval."""
+    """Adds memo-jax eval."""
     added = command(
         "eval",
         "score a trial list with a trained network",
@@ -418,7 +418,7 @@ def add_eval(command: Command) -> None:
 
 
 def add_runtime(added: argparse.ArgumentParser) -> None:
-    """--runtime, of the commands that have an Embedder."""
+    """Adds --runtime, of the commands that have an Embedder."""
     added.add_argument(
         "--runtime",
         choices=RUNTIMES,
@@ -428,14 +428,14 @@ def add_runtime(added: argparse.ArgumentParser) -> None:
 
 
 def add_vad(added: argparse.ArgumentParser) -> None:
-    """--vad, of the commands that read recordings to embed or to train on."""
+    """Adds --vad, of the commands that read recordings to embed or to train on."""
     added.add_argument(
         "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
     )
 
 
 def add_embed(command: Command) -> None:
-    """memo-jax embed."""
+    """Adds memo-jax embed."""
     added = command(
         "embed", "turn recordings into embeddings", model_options(), min_seconds_options(), channel_options()
     )
@@ -505,7 +505,7 @@ def clustering_options() -> argparse.ArgumentParser:
 
 
 def add_cluster(command: Command) -> None:
-    """memo-jax cluster."""
+    """Adds memo-jax cluster."""
     added = command(
         "cluster", "cluster utterances by their embeddings, to train on", model_options(), clustering_options()
     )
@@ -518,7 +518,7 @@ def add_cluster(command: Command) -> None:
 
 
 def add_verify(command: Command) -> None:
-    """memo-jax verify."""
+    """Adds memo-jax verify."""
     added = command(
         "verify",
         "tell whether two recordings are of the same speaker",
@@ -532,7 +532,7 @@ def add_verify(command: Command) -> None:
 
 
 def add_enroll(command: Command) -> None:
-    """memo-jax enroll."""
+    """Adds memo-jax enroll."""
     added = command("enroll", "add a person to a gallery", model_options(), gallery_options(), channel_options())
     add_runtime(added)
     add_vad(added)
@@ -541,13 +541,13 @@ def add_enroll(command: Command) -> None:
 
 
 def add_remove(command: Command) -> None:
-    """memo-jax remove."""
+    """Adds memo-jax remove."""
     added = command("remove", "remove a person from a gallery", gallery_options(), json_options())
     added.add_argument("name", metavar="NAME")
 
 
 def add_identify(command: Command) -> None:
-    """memo-jax identify."""
+    """Adds memo-jax identify."""
     added = command(
         "identify",
         "tell who in a gallery speaks in a recording",
@@ -562,7 +562,7 @@ def add_identify(command: Command) -> None:
 
 
 def add_app(command: Command) -> None:
-    """memo-jax app."""
+    """Adds memo-jax app."""
     added = command(
         "app",
         "serve a page on this machine: compare two recordings, enrol people, identify them",
@@ -584,7 +584,7 @@ def add_app(command: Command) -> None:
 
 
 def add_report(command: Command) -> None:
-    """memo-jax report."""
+    """Adds memo-jax report."""
     added = command("report", "write an HTML page about a training run", device_options())
     added.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
     added.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
@@ -596,7 +596,7 @@ def add_report(command: Command) -> None:
 
 
 def add_export(command: Command) -> None:
-    """memo-jax export."""
+    """Adds memo-jax export."""
     added = command("export", "write a network to files for use elsewhere", model_options())
     added.add_argument(
         "--output",
@@ -631,7 +631,7 @@ def add_export(command: Command) -> None:
 
 
 def add_push(command: Command) -> None:
-    """memo-jax push."""
+    """Adds memo-jax push."""
     added = command("push", "upload a model to the Hugging Face Hub", network_options())
     added.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
     added.add_argument("repository", metavar="ORG/NAME", help="created if it is missing")
@@ -643,7 +643,7 @@ def add_push(command: Command) -> None:
 
 
 def add_score(command: Command) -> None:
-    """memo-jax score."""
+    """Adds memo-jax score."""
     added = command(
         "score", "score a trial list with embeddings", trials_options(), replicates_options(), json_options()
     )
@@ -689,7 +689,7 @@ def add_score(command: Command) -> None:
 
 
 def add_convert(command: Command) -> None:
-    """memo-jax convert."""
+    """Adds memo-jax convert."""
     added = command("convert", "turn PyTorch weights into a model file, or back", network_options())
     added.add_argument(
         "input",

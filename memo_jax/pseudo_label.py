@@ -25,7 +25,7 @@ FREE = tuple(key for key in FREE_ON_RESUME if key != "evaluation.")
 
 
 def pseudo_label(
-    config,
+    config: configs.ConfigDict,
     workdir: str | os.PathLike,
     model: str | os.PathLike,
     rounds: int,
@@ -54,8 +54,13 @@ def pseudo_label(
       model: the network to start from: a workdir or a model file.
       rounds: at least 1.
       from_scratch: a round's training starts from random weights, not from the network that made its clusters.
-      kmeans, clusters, linkage, iterations, seed: as for `cluster_to_table`.
-      crops, crop_seconds: as for `embeddings_of`.
+      kmeans: as for `cluster_to_table`.
+      clusters: likewise.
+      linkage: likewise.
+      iterations: likewise.
+      seed: likewise.
+      crops: as for `embeddings_of`.
+      crop_seconds: likewise.
       labels: known speakers, for purity and NMI in the report alone.
       quiet: show no progress.
 
@@ -150,7 +155,9 @@ def check_same_options(workdir: Path, options: dict) -> None:
         )
 
 
-def clusters_of_round(folder: Path, utterances: Utterances, options: dict, labels, quiet: bool) -> dict:
+def clusters_of_round(
+    folder: Path, utterances: Utterances, options: dict, labels: str | os.PathLike | None, quiet: bool
+) -> dict:
     """Clusters the dataset with the network of the previous round, unless that is done; returns the report."""
     report = folder / "clusters.json"
     if (text := read_text(report)) is None:
@@ -170,7 +177,7 @@ def clusters_of_round(folder: Path, utterances: Utterances, options: dict, label
     return json.loads(text)
 
 
-def train_round(config, folder: Path, from_scratch: bool, backbone: str, quiet: bool) -> None:
+def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, backbone: str, quiet: bool) -> None:
     """Trains on the clusters of a round, or resumes it, and writes the teacher as its model."""
     changes = [f"--config.supervised.labels={folder / CLUSTERS}"]
     if not from_scratch:

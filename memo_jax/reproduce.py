@@ -10,7 +10,7 @@ import numpy as np
 
 from memo_jax import config as configs
 from memo_jax.files import check_local
-from memo_jax.inference.evaluate import evaluate, training_evaluation
+from memo_jax.inference.evaluate import RATES, evaluate, training_evaluation
 from memo_jax.inference.workdir import starting_parts
 from memo_jax.log import read_metrics
 from memo_jax.training.checkpoint import load_raw
@@ -19,7 +19,6 @@ from memo_jax.training.run_record import read_run
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 
-RATES = ("eer", "min_dcf_0.01", "min_dcf_0.05")
 MOVABLE = (*FREE_ON_RESUME, "augment.noise", "augment.music", "augment.speech", "augment.rirs")
 
 
@@ -124,7 +123,7 @@ def compare_parameters(run: Path, output: Path) -> dict[str, float]:
     return differences
 
 
-def evaluate_again(path: Path, output: Path, name: str, config, quiet: bool) -> dict[str, float]:
+def evaluate_again(path: Path, output: Path, name: str, config: configs.ConfigDict, quiet: bool) -> dict[str, float]:
     """Returns {rate of an evaluation: absolute difference} for the rates that differ on the new run."""
     old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
     if not made.exists():

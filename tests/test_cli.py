@@ -283,6 +283,8 @@ def test_a_mistake_is_one_line_of_status_2_and_leaves_nothing(line, tmp_path, mo
 
 def test_names_listed_without_importing_are_those_that_exist():
     from memo_jax.features import FRONT_ENDS
-    from memo_jax.inference.interop import KINDS
+    from memo_jax.inference.interop import TOOLKITS
+    from memo_jax.inference.runtime import RUNTIMES
 
-    assert set(options.TOOLKITS) == set(KINDS) and set(options.FRONT_END_NAMES) == set(FRONT_ENDS)
+    assert options.RUNTIMES == RUNTIMES
+    assert set(options.TOOLKITS) == set(TOOLKITS) and set(options.FRONT_END_NAMES) == set(FRONT_ENDS)

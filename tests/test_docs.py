@@ -22,7 +22,14 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 GUIDES = sorted((tiny.ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [tiny.ROOT / "README.md", *sorted((tiny.ROOT / "docs").rglob("*.md"))]
 OTHER_PAGES = [
-    tiny.ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "experiments/learning.md")
+    tiny.ROOT / name
+    for name in (
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "experiments/README.md",
+        "experiments/faults.md",
+        "experiments/learning.md",
+    )
 ]
 
 

@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 @pytest.fixture
 def quick(monkeypatch):
     """Leases that go stale within a second."""
-    for name, seconds in (("HEARTBEAT_SECONDS", 0.1), ("STALE_SECONDS", 1.0), ("POLL_SECONDS", 0.3)):
+    for name, seconds in (("RENEWAL_SECONDS", 0.1), ("STALE_SECONDS", 1.0), ("POLL_SECONDS", 0.3)):
         monkeypatch.setattr(locks, name, seconds)
 
 

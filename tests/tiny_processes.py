@@ -21,7 +21,7 @@ from memo_jax.training import program, recipe
 from memo_jax.training.front_end import Views
 
 STEPS, SAVED, KILLED_AT = 12, 8, 10  # of the config: all, the last checkpoint but one
-GONE = {76, -6}  # `cli.LOST`; SIGABRT, where jax ends the process itself
+GONE = {76, -6}  # `cli.PROCESS_LOST`; SIGABRT, where jax ends the process itself
 
 # A process of a training run; plans are JSON: what happens in which process at which step, and the commands to run.
 PROCESS = """

@@ -55,11 +55,12 @@ class Timed(NamedTuple):
 def load_ours(model: Path, runtime: str) -> None:
     """Prepares a process as the command `memo-jax embed` does."""
     global embedder
-    from memo_jax import Embedder, cli
+    from memo_jax import Embedder
+    from memo_jax.xla.memory import keep_freed_memory
     from memo_jax.xla.program_cache import keep_compiled_programs
 
     keep_compiled_programs()
-    cli.keep_freed_memory()
+    keep_freed_memory()
     embedder = Embedder.load(model, runtime=runtime)
 
 
@@ -290,8 +291,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def compare(paths: list[str], model: Path, options, threads: int) -> dict:
     """Runs all sides in turns; the first run of each, in which programs are compiled, does not count."""
-    from memo_jax.audio import audio_seconds
-    from memo_jax.features import HOP, SAMPLE_RATE
+    from memo_jax.audio import SAMPLE_RATE, audio_seconds
+    from memo_jax.features import HOP
     from memo_jax.log import progress
 
     clock, processes = options.clock, multiprocessing.get_context("spawn")

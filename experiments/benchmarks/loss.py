@@ -27,9 +27,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from memo_jax.cli import keep_freed_memory
 from memo_jax.training.losses import distillation, teacher_distributions
 from memo_jax.xla.compiler import compiler_options
+from memo_jax.xla.memory import keep_freed_memory
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
 

@@ -44,10 +44,10 @@ def measured(point: dict, steps: int, overrides: list[str]) -> dict:
     import jax
 
     from memo_jax import config as configs
-    from memo_jax.cli import keep_freed_memory
     from memo_jax.training import program
     from memo_jax.training import recipe as recipes
     from memo_jax.xla import sharding
+    from memo_jax.xla.memory import keep_freed_memory
     from synthetic import example_banks, example_batch
 
     keep_freed_memory()

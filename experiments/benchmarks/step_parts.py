@@ -26,7 +26,6 @@ import optax
 from machine import best_seconds
 from memo_jax import config as configs
 from memo_jax import features
-from memo_jax.cli import keep_freed_memory
 from memo_jax.files import as_json
 from memo_jax.log import progress
 from memo_jax.models import head_part
@@ -37,6 +36,7 @@ from memo_jax.training.state import student_params
 from memo_jax.training.step import embeddings_by_view, logits_by_view, teacher_outputs, train_step_on_features
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import compiler_options
+from memo_jax.xla.memory import keep_freed_memory
 from synthetic import example_banks, example_batch
 
 PLATFORM = jax.default_backend()

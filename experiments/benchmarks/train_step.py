@@ -157,7 +157,7 @@ class JaxSteps:
 
     def __init__(self, options, weights: Path):
         sys.path.insert(0, str(EXPERIMENTS))
-        from memo_jax.cli import keep_freed_memory
+        from memo_jax.xla.memory import keep_freed_memory
 
         keep_freed_memory()
         import jax

@@ -151,17 +151,17 @@ class Answers:
 
 
 def along(score: float) -> float:
-    """Where a cosine lies on the scale, percent of its length."""
+    """Returns where a cosine lies on the scale, percent of its length."""
     return float(np.clip((score - LOWEST_SHOWN) / (1 - LOWEST_SHOWN), 0, 1)) * 100
 
 
 def percent(probability: float) -> str:
-    """A probability for people; never rounded to certainty."""
+    """Returns a probability for people; never rounded to certainty."""
     return (
         "over 99.9 %" if probability > 0.999 else "under 0.1 %" if probability < 0.001 else f"{100 * probability:.1f} %"
     )
 
 
 def notice(text: str, good: bool = False) -> str:
-    """HTML of a sentence that is not an answer."""
+    """Returns HTML of a sentence that is not an answer."""
     return f'<div class="memo-notice {"good" if good else "bad"}" role="status">{html.escape(text)}</div>'

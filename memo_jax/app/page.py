@@ -7,14 +7,18 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memo_jax.app.answers import Answers
 from memo_jax.audio import speech
 from memo_jax.inference.embedder import Embedder
 
+if TYPE_CHECKING:
+    import gradio
+
 HOST = "127.0.0.1"
 LARGEST_FILE = "500mb"
-STYLE = Path(__file__).with_name("style.css")
+STYLE_FILE = Path(__file__).with_name("style.css")
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the machine: nothing is downloaded
 CODE_FONTS = ["ui-monospace", "Consolas", "monospace"]
 DESCRIBED = "Compare two voices, or enrol people and ask who is speaking. A machine's estimate, not proof of identity."
@@ -36,7 +40,8 @@ def served(
       embedder: the network, with its gallery.
       port: None for the first free one from 7860.
       open_browser: also show the page in the user's browser.
-      prior, check_speech: see `Answers`.
+      prior: see `Answers`.
+      check_speech: see `Answers`.
 
     Raises:
       ImportError: the extra `app` is not installed.
@@ -67,7 +72,7 @@ def served(
                 mcp_server=False,
                 enable_monitoring=False,
                 theme=theme,
-                css_paths=STYLE,
+                css_paths=STYLE_FILE,
             )
             yield address
         finally:
@@ -97,7 +102,7 @@ def serve(embedder: Embedder, port: int | None, open_browser: bool, prior: float
         threading.Event().wait()
 
 
-def build(answers: Answers):
+def build(answers: Answers) -> "gradio.Blocks":
     """Returns the page as gradio's Blocks."""
     import gradio as gr
 

@@ -1,6 +1,7 @@
 """Containers made of chunks that state their length: where each ends, and whether all of it is there.
 
 Each function takes a window and the position where a container begins, and returns its Parts and the position after it.
+It raises AudioError for a container that is truncated or damaged.
 """
 
 import struct
@@ -17,7 +18,7 @@ ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 
 
 def walk_wav(window: Window, start: int) -> tuple[list[Part], int]:
-    """RIFF, RIFX, RF64 and BW64; the data may be MPEG frames."""
+    """Walks RIFF, RIFX, RF64 and BW64, whose data may be MPEG frames; raises AudioError."""
     order = "big" if window.read(start, 4) == b"RIFX" else "little"
     place, codec, long_size = start + 12, None, None
     while (head := window.read(place, 8))[:4] != b"data":
@@ -86,7 +87,7 @@ def _is_name(name):
 
 
 def walk_w64(window: Window, start: int) -> tuple[list[Part], int]:
-    """Sony Wave64."""
+    """Walks Sony Wave64; raises AudioError."""
     place = start + 40
     while (head := window.read(place, 24))[:4] != b"data":
         size = int.from_bytes(head[16:24], "little")
@@ -115,7 +116,7 @@ def walk_w64(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_aiff(window: Window, start: int) -> tuple[list[Part], int]:
-    """AIFF and AIFF-C."""
+    """Walks AIFF and AIFF-C; raises AudioError."""
     place, frame_bytes, frames_at, behind = start + 12, 0, 0, None
     found = None
     while (
@@ -148,7 +149,7 @@ def walk_aiff(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_au(window: Window, start: int) -> tuple[list[Part], int]:
-    """AU, of either byte order."""
+    """Walks AU, of either byte order; raises AudioError."""
     order = "big" if window.read(start, 4) == b".snd" else "little"
     header = window.read(start, 24)
     if len(header) < 24:
@@ -163,7 +164,7 @@ def walk_au(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_caf(window: Window, start: int) -> tuple[list[Part], int]:
-    """CAF."""
+    """Walks CAF; raises AudioError."""
     place, end, patches = start + 8, None, ()
     while len(head := window.read(place, 12)) == 12 and _is_name(head[:4]) and not kind_at(window, place):
         size, available = int.from_bytes(head[4:], "big", signed=True), window.size - place - 12
@@ -181,7 +182,7 @@ def walk_caf(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_sph(window: Window, start: int) -> tuple[list[Part], int]:
-    """NIST SPHERE: a text header, whose second line is its length."""
+    """Walks NIST SPHERE, which has a text header whose second line is its length; raises AudioError."""
     try:
         size = int(window.read(start, 16).split(b"\n")[1])
         lines = window.read(start, min(size, 1 << 16)).split(b"end_head")[0].decode("latin-1").split("\n")
@@ -206,7 +207,7 @@ def walk_sph(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_avi(window: Window, start: int) -> tuple[list[Part], int]:
-    """AVI, including several RIFF chunks."""
+    """Walks AVI, including several RIFF chunks; raises AudioError."""
     place = start
     while len(head := window.read(place, 12)) == 12 and head[:4] == b"RIFF":
         if place > start and head[8:12] != b"AVIX":
@@ -220,14 +221,14 @@ def walk_avi(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def _checked(window, promised, available):
-    """The bytes of data that are present, of those promised."""
+    """Returns the bytes of data that are present, of those promised; raises AudioError where too few are."""
     if promised - available > SLACK:
         raise truncated(window, f"{max(0, available):,} of the {promised:,} bytes that its header promises")
     return min(promised, available)
 
 
 def walk_mp4(window: Window, start: int) -> tuple[list[Part], int]:
-    """MP4, M4A and QuickTime, made of boxes; may be fragmented."""
+    """Walks MP4, M4A and QuickTime, made of boxes and perhaps fragmented; raises AudioError."""
     place, seen = start, set()
     while len(head := window.read(place, 16)) >= 8:
         size, name = int.from_bytes(head[:4], "big"), head[4:8]
@@ -251,7 +252,7 @@ def walk_mp4(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_matroska(window: Window, start: int) -> tuple[list[Part], int]:
-    """Matroska and WebM, made of EBML elements."""
+    """Walks Matroska and WebM, made of EBML elements; raises AudioError."""
     place = start
     for expected in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # EBML, Segment
         while True:
@@ -293,7 +294,7 @@ def _ebml_number(window, place):
 
 
 def walk_asf(window: Window, start: int) -> tuple[list[Part], int]:
-    """ASF, of WMA and WMV."""
+    """Walks ASF, of WMA and WMV; raises AudioError."""
     place, is_live = start, False
     while len(head := window.read(place, 30)) >= 24:
         size = int.from_bytes(head[16:24], "little")  # of an object with its 24 bytes of name and size

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from memo_jax.audio import chunks, flac, mpeg, ogg
 from memo_jax.audio.error import AudioError
-from memo_jax.audio.kinds import described, first_frame, kind_at, skip_tags
+from memo_jax.audio.kinds import first_frame, kind_at, skip_tags, what_it_holds
 from memo_jax.audio.part import Part, truncated, unreadable
 from memo_jax.audio.window import Window
 
@@ -26,7 +26,7 @@ AMR_WIDE = (18, 24, 33, 37, 41, 47, 51, 59, 61, 6, 0, 0, 0, 0, 1, 1)
 
 
 def find_parts(window: Window) -> list[Part]:
-    """The recordings in a file, at least one.
+    """Returns the recordings in a file, at least one.
 
     Raises:
       AudioError: not a known container, truncated, or damaged so that its frames cannot be counted.
@@ -46,7 +46,7 @@ def find_parts(window: Window) -> list[Part]:
                     f"damaged: {window.size - place:,} bytes follow the end of the {parts[-1].kind} data according to "
                     "its header, and are neither audio nor a tag",
                 )
-            raise unreadable(window, described(window))
+            raise unreadable(window, what_it_holds(window))
         found, behind = WALKERS[kind](window, place)
         if behind <= place:
             raise unreadable(window, f"a damaged {kind} header, in which it ends where it begins")
@@ -55,12 +55,12 @@ def find_parts(window: Window) -> list[Part]:
         if len(parts) > MAX_PARTS:
             raise AudioError(window.name, f"more than {MAX_PARTS:,} recordings in one file")
     if not parts:
-        raise unreadable(window, described(window))
+        raise unreadable(window, what_it_holds(window))
     return parts
 
 
 def walk_amr(window: Window, start: int) -> tuple[list[Part], int]:
-    """The frames of AMR from `start` on as a Part, and the position after them."""
+    """Returns the frames of AMR from `start` on as a Part, and the position after them; raises AudioError."""
     is_wide, sizes = window.read(start, 9) == b"#!AMR-WB\n", AMR_NARROW
     place = start + 6
     if is_wide:

@@ -59,6 +59,9 @@ class FfmpegDecoder:
       is_alone: whether the file has no other part.
       start: seconds to skip.
       end: second to stop at, None for the end.
+
+    Raises:
+      AudioError: ffmpeg is missing or fails, it finds no samples, or a sample rate out of range.
     """
 
     frames = None

@@ -26,6 +26,10 @@ class SoundFileDecoder:
       frames: samples per channel, None if unknown.
       passed: seconds of the part that `blocks` has read or skipped, None if unknown.
       is_short: whether libsndfile would stop before the end.
+
+    Raises:
+      NotReadable: libsndfile cannot open it.
+      AudioError: a sample rate out of range.
     """
 
     def __init__(self, window: Window, part: Part, is_alone: bool):

@@ -13,7 +13,7 @@ BLOCK_SAMPLES = 1 << 20  # samples over all channels decoded at a time
 class AudioError(ValueError):
     """A recording that cannot be used: the message is "file: reason", and a reason is "kind" or "kind: details"."""
 
-    def __init__(self, name, reason: str):
+    def __init__(self, name: str | os.PathLike, reason: str):
         super().__init__(f"{_printable(name)}: {reason}")
         self.name, self.reason = name, reason
 
@@ -21,7 +21,7 @@ class AudioError(ValueError):
         return type(self), (self.name, self.reason)
 
 
-def check_rate(name, rate: int) -> None:
+def check_rate(name: str | os.PathLike, rate: int) -> None:
     """Raises AudioError for a sample rate outside `SAMPLE_RATES`."""
     low, high = SAMPLE_RATES
     if isinstance(rate, bool) or not low <= rate <= high:

@@ -13,7 +13,13 @@ CRC16 = [
 
 
 def walk_flac(window: Window, start: int) -> tuple[list[Part], int]:
-    """The number of samples in its header may be 0, unknown, as encoders that write to a pipe leave it."""
+    """Returns the FLAC file at `start` as a Part, and the position after it.
+
+    The number of samples in its header may be 0, unknown, as encoders that write to a pipe leave it.
+
+    Raises:
+      AudioError: truncated.
+    """
     info, place = window.read(start + 8, 34), start + 4
     while len(head := window.read(place, 4)) == 4:  # blocks of metadata; the first bit marks the last of them
         place += 4 + int.from_bytes(head[1:], "big")

@@ -38,7 +38,7 @@ FOREIGN = {
 
 
 def skip_tags(window: Window, place: int) -> int:
-    """The position after any zeros and tags (ID3, APE, Lyrics3) at `place`."""
+    """Returns the position after any zeros and tags (ID3, APE, Lyrics3) at `place`."""
     while place < window.size:
         head = window.read(place, 32)
         if head[:1] == b"\0":
@@ -64,7 +64,7 @@ def skip_tags(window: Window, place: int) -> int:
 
 
 def kind_at(window: Window, place: int) -> str | None:
-    """The container that begins at a position, a key of `WALKERS`, or None."""
+    """Returns the container that begins at a position, a key of `WALKERS`, or None."""
     head = window.read(place, 64)
     if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64"):
         if head[8:12] == b"WAVE":
@@ -88,8 +88,8 @@ def kind_at(window: Window, place: int) -> str | None:
     return None
 
 
-def first_frame(window, place):
-    """The position of the first MP3 or AAC frame within 64 KiB that is followed by two more: streams begin anywhere."""
+def first_frame(window: Window, place: int) -> int | None:
+    """Returns where, within 64 KiB, the first MP3 or AAC frame is that two more follow: streams begin anywhere."""
     data = window.read(place, 1 << 16)
     start = data.find(b"\xff")
     while start >= 0:
@@ -107,8 +107,8 @@ def first_frame(window, place):
     return None
 
 
-def described(window: Window) -> str:
-    """What a file holds that is not a recording, in a few words."""
+def what_it_holds(window: Window) -> str:
+    """Returns what a file holds that is not a recording, in a few words."""
     head = window.read(0, 1024)
     stripped = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     for what, marks in FOREIGN.items():

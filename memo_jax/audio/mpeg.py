@@ -12,7 +12,7 @@ from memo_jax.audio.error import AudioError
 from memo_jax.audio.part import Part, truncated
 from memo_jax.audio.window import Window
 
-RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # Hz, by version
+MPEG_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # Hz, by version
 BITRATES = {  # kbit/s, by (is version 1, layer)
     (True, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
     (True, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
@@ -25,11 +25,11 @@ NO_FRAME = (0, None)
 HAS_LENGTH = 1  # flag of a Xing frame: it states the number of frames
 MISCOUNTED = 1  # frames: some encoders count the Xing frame itself
 READ = 1 << 20  # bytes
-HEAD = 64  # bytes of a frame that are inspected
+HEAD_BYTES = 64  # bytes of a frame that are inspected
 
 
 def mp3_frame(head: bytes) -> tuple[int, tuple | None]:
-    """(bytes, family) of the frame that begins with these bytes, or (0, None).
+    """Returns (bytes, family) of the frame that begins with these bytes, or (0, None).
 
     The family is what all frames of a stream share: (version, layer, rate in Hz).
     """
@@ -42,7 +42,7 @@ def _mp3_frame(first, second):
     bitrate, rate = second >> 4, second >> 2 & 3
     if first < 0xE0 or version == 1 or layer == 4 or not 0 < bitrate < 15 or rate == 3:
         return NO_FRAME
-    rate, padding = RATES[version][rate], second >> 1 & 1
+    rate, padding = MPEG_RATES[version][rate], second >> 1 & 1
     bits = 1000 * BITRATES[version == 3, layer][bitrate - 1]
     size = (12 * bits // rate + padding) * 4 if layer == 1 else _samples(version, layer) // 8 * bits // rate + padding
     return size, (version, layer, rate)
@@ -54,7 +54,7 @@ def _samples(version, layer):
 
 
 def aac_frame(head: bytes) -> tuple[int, tuple | None]:
-    """Like `mp3_frame`, for ADTS; the family is (profile, index of the rate)."""
+    """Returns what `mp3_frame` does, for ADTS; the family is (profile, index of the rate)."""
     if len(head) < 7 or head[0] != 255 or head[1] & 0xF6 != 0xF0 or head[2] >> 2 & 15 > 12:
         return NO_FRAME
     size = (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
@@ -62,7 +62,7 @@ def aac_frame(head: bytes) -> tuple[int, tuple | None]:
 
 
 def walk_aac(window: Window, start: int) -> tuple[list[Part], int]:
-    """The frames from `start` on as a Part, and the position after them."""
+    """Returns the frames from `start` on as a Part, and the position after them; raises AudioError."""
     place, family = start, aac_frame(window.read(start, 8))[1]
     while place < window.size:
         size, other = aac_frame(window.read(place, 8))
@@ -76,7 +76,7 @@ def walk_aac(window: Window, start: int) -> tuple[list[Part], int]:
 
 
 def walk_mp3(window: Window, start: int, end: int | None = None) -> tuple[list[Part], int]:
-    """The frames from `start` on as Parts, none if there is no frame, and the position after them."""
+    """Returns the frames from `start` on as Parts, perhaps none, and the position after them; raises AudioError."""
     parts, place, end = [], start, window.size if end is None else end
     while place < end and mp3_frame(window.read(place, 4))[0]:
         part, place = _mp3_part(window, place, end)
@@ -92,8 +92,8 @@ def _mp3_part(window, start, end):
         window.file.seek(place)
         data = window.file.read(min(READ, end - place))
         here = size = 0
-        while here + HEAD <= len(data) or place + len(data) >= end:
-            head = data[here : here + HEAD]
+        while here + HEAD_BYTES <= len(data) or place + len(data) >= end:
+            head = data[here : here + HEAD_BYTES]
             size, other = mp3_frame(head)
             length = _told_length(head) if is_layer_3 and other == family else None
             if other != family or (length and place + here > start):
@@ -129,7 +129,7 @@ def _mp3_part(window, start, end):
 def _told_length(head):
     """(offset of the count or None, count) of a frame that states how many follow; None for any other frame."""
     place = 4 + _side_bytes(head)
-    if len(head) < HEAD:
+    if len(head) < HEAD_BYTES:
         return None
     if head[place : place + 4] in (b"Xing", b"Info"):
         if not head[place + 7] & HAS_LENGTH:

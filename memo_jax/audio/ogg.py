@@ -17,7 +17,11 @@ BEGINS, ENDS = 2, 4  # flags of a page
 
 
 def walk_ogg(window: Window, start: int) -> tuple[list[Part], int]:
-    """The first link of a chain, one stream or several multiplexed, as a Part, and the position after it."""
+    """Returns the first link of a chain, one stream or several multiplexed, as a Part, and the position after it.
+
+    Raises:
+      AudioError: truncated, or pages are damaged or missing.
+    """
     place, streams, has_data = start, {}, False
     while len(head := window.read(place, 27)) == 27 and head[:4] == b"OggS":
         flags, serial, number = head[5], head[14:18], int.from_bytes(head[18:22], "little")

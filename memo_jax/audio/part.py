@@ -29,10 +29,10 @@ class Part(NamedTuple):
 
 
 def truncated(window: Window, details: str) -> AudioError:
-    """The error for a file that ends early."""
+    """Returns the error for a file that ends early."""
     return AudioError(window.name, f"truncated: {details}")
 
 
 def unreadable(window: Window, what: str) -> AudioError:
-    """The error for a file that is not a recording but `what`."""
+    """Returns the error for a file that is not a recording but `what`."""
     return AudioError(window.name, f"not readable as audio: it holds {what}")

@@ -8,9 +8,10 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from memo_jax.audio.containers import find_parts
 from memo_jax.audio.decode_ffmpeg import DEMUXERS, FfmpegDecoder
@@ -32,13 +33,13 @@ SPAN_OVERSHOOT = 0.5  # s that a part may reach beyond the recording, as in Kald
 MAX_SECONDS = 4 * 3600.0
 
 
-def is_audio_name(name) -> bool:
-    """Whether the extension of `name` is that of a recording (`AUDIO_EXTENSIONS`, any case)."""
+def is_audio_name(name: str | os.PathLike) -> bool:
+    """Returns whether the extension of `name` is that of a recording (`AUDIO_EXTENSIONS`, any case)."""
     return os.path.splitext(os.fspath(name))[1].lower() in AUDIO_EXTENSIONS
 
 
-def needs_ffmpeg(name) -> bool:
-    """Whether recordings of this name usually need ffmpeg. When one is read, its content decides."""
+def needs_ffmpeg(name: str | os.PathLike) -> bool:
+    """Returns whether recordings of this name usually need ffmpeg. When one is read, its content decides."""
     return os.path.splitext(os.fspath(name))[1].lower() in FFMPEG_EXTENSIONS
 
 
@@ -48,7 +49,7 @@ def parse_channel(text: str) -> str | int:
 
 
 def read_audio(
-    path_or_file,
+    path_or_file: str | os.PathLike | BinaryIO,
     *,
     sample_rate: int = SAMPLE_RATE,
     max_seconds: float = MAX_SECONDS,
@@ -132,15 +133,13 @@ def read_excerpt(name: str | os.PathLike, *, channel: str | int = "mean") -> np.
     return read_audio(path, channel=channel, start=start, end=end)
 
 
-def read_float_audio(
-    path_or_file, *, sample_rate: int = SAMPLE_RATE, max_seconds: float = MAX_SECONDS, channel: str | int = "mean"
-) -> np.ndarray:
+def read_float_audio(path_or_file: str | os.PathLike | BinaryIO, *, channel: str | int = "mean") -> np.ndarray:
     """Decodes like `read_audio` but to float32 [L] of full scale 1, neither clipped nor amplified."""
-    return _read(path_or_file, np.float32, sample_rate, max_seconds, channel, 0.0, None)
+    return _read(path_or_file, np.float32, SAMPLE_RATE, MAX_SECONDS, channel, 0.0, None)
 
 
-def audio_seconds(path) -> float:
-    """Length of a recording in seconds, without decoding it where possible; raises AudioError like `read_audio`."""
+def audio_seconds(path: str | os.PathLike | BinaryIO) -> float:
+    """Returns a recording's seconds, without decoding it where possible; raises AudioError like `read_audio`."""
     with _opened(path) as window:
         parts, seconds = find_parts(window), 0.0
         for part in parts:
@@ -152,8 +151,8 @@ def audio_seconds(path) -> float:
         return seconds
 
 
-def as_audio(samples, rate: int, name: str = "the array", channel: str | int = "mean") -> np.ndarray:
-    """Mono 16-bit samples at 16 kHz, int16 [L], of an array as `soundfile.read` and others return it.
+def as_audio(samples: ArrayLike, rate: int, name: str = "the array", channel: str | int = "mean") -> np.ndarray:
+    """Returns mono 16-bit samples at 16 kHz, int16 [L], of an array as `soundfile.read` and others return it.
 
     Args:
       samples: [L] or [L, channels]; floating point in [-1, 1] (beyond is clipped), or int16.
@@ -184,7 +183,7 @@ def as_audio(samples, rate: int, name: str = "the array", channel: str | int = "
     return _finished(name, mixer, collector, np.int16)
 
 
-def check_speech(name, samples: np.ndarray, min_seconds: float) -> None:
+def check_speech(name: str | os.PathLike, samples: np.ndarray, min_seconds: float) -> None:
     """Raises AudioError for 16-kHz samples that cannot be speech: shorter than that, or all equal."""
     if len(samples) < min_seconds * SAMPLE_RATE:
         raise AudioError(name, f"shorter than {min_seconds:g} s: {len(samples) / SAMPLE_RATE:.3f} s")

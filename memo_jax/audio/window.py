@@ -1,6 +1,7 @@
 """Random access to the bytes of an open file, and a view of part of it as a file of its own."""
 
 import os
+from typing import BinaryIO
 
 CACHED = 1 << 16  # bytes read at a time
 
@@ -8,7 +9,7 @@ CACHED = 1 << 16  # bytes read at a time
 class Window:
     """Bytes [0, size) of an open, seekable, binary file, by position."""
 
-    def __init__(self, name: str, file):
+    def __init__(self, name: str, file: BinaryIO):
         self.name, self.file = name, file
         self.size = file.seek(0, os.SEEK_END)
         self._start, self._cached = 0, b""
@@ -50,7 +51,9 @@ class View:
     A damaged header can make libsndfile seek to positions that do not exist. Such a seek changes nothing.
     """
 
-    def __init__(self, file, start: int, end: int, prefix: bytes = b"", patches: tuple[tuple[int, bytes], ...] = ()):
+    def __init__(
+        self, file: BinaryIO, start: int, end: int, prefix: bytes = b"", patches: tuple[tuple[int, bytes], ...] = ()
+    ):
         self._file, self._start, self._prefix = file, start, prefix
         self._patches = [(place - start, data) for place, data in patches]  # given by position in the file
         self._size, self._place = end - start + len(prefix), 0
@@ -89,8 +92,8 @@ class View:
         return data
 
 
-def file_number(file) -> int | None:
-    """The file descriptor of an open file; None for a file in memory or inside an archive."""
+def file_number(file: BinaryIO) -> int | None:
+    """Returns the file descriptor of an open file; None for a file in memory or inside an archive."""
     try:
         return file.fileno()
     except (AttributeError, OSError):

@@ -36,7 +36,7 @@ MOST_FILLING = 1 << 20  # bytes of zeros after the end mark of a tar, which is p
 UNIX = 3  # in a zip, the system whose attributes a file has
 ZIP_END = (1 << 16) + 256  # most bytes that the records at the end of a zip and its comment take
 XZ_MEMORY = 1 << 29  # bytes; xz -9 needs an eighth of it
-CHUNK = 1 << 20  # bytes that are read or decompressed at a time
+CHUNK_BYTES = 1 << 20  # bytes that are read or decompressed at a time
 SPEAKER_BYTES = 1 << 12  # most that is read of a member whose content is asked for
 
 
@@ -152,7 +152,7 @@ class _Tar:
     """The files of a tar one after another; with each, `file` is at the beginning of its content."""
 
     def __init__(self, path):
-        self.file = _opened(path)
+        self.file = _open_tar(path)
         self.number = -1  # of the file that `next` returned last
         try:
             self._headers = _Headers(self.file)
@@ -201,7 +201,7 @@ class _Decompressed:
         return self._place
 
     def seek(self, place):
-        while self._place < place and self.read(min(CHUNK, place - self._place)):
+        while self._place < place and self.read(min(CHUNK_BYTES, place - self._place)):
             pass
         return self._place
 
@@ -218,12 +218,12 @@ class _Decompressed:
         while True:
             given = b""
             if self._stream.eof:
-                given = self._stream.unused_data or self._file.read(CHUNK)
+                given = self._stream.unused_data or self._file.read(CHUNK_BYTES)
                 if not given.strip(b"\0"):
                     return b""
                 self._stream = self._make()
             elif self._stream.needs_input:
-                given = self._file.read(CHUNK)
+                given = self._file.read(CHUNK_BYTES)
                 if not given:
                     raise EOFError
             if data := self._stream.decompress(given, size):
@@ -355,7 +355,7 @@ def _inflated(chunks):
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     for data in chunks:
         while data:
-            yield inflate.decompress(data, CHUNK)
+            yield inflate.decompress(data, CHUNK_BYTES)
             data = inflate.unconsumed_tail
     yield inflate.flush()
 
@@ -376,7 +376,7 @@ def _chunks(file, size):
     """Yields the next `size` bytes of a file; EOFError if there are fewer."""
     left = size
     while left:
-        data = file.read(min(CHUNK, left))
+        data = file.read(min(CHUNK_BYTES, left))
         if not data:
             raise EOFError(f"{size - left:,} of {size:,} bytes")
         left -= len(data)
@@ -389,7 +389,7 @@ def _compression(path):
     return next((name for magic, name in COMPRESSIONS.items() if start.startswith(magic)), None)
 
 
-def _opened(path):
+def _open_tar(path):
     """A tar, open for reading and decompressed; it seeks forwards."""
     compression = _compression(path)
     if compression == "gzip":

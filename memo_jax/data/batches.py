@@ -31,14 +31,14 @@ class Utterances:
       FileNotFoundError: `path` holds no dataset, or one of its files is missing.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike):
         self.path, self._shards = Path(path), Shards(path)
         self.fingerprint: str = self._shards.metadata["fingerprint"]
 
     def __len__(self) -> int:
         return len(self._shards.index)
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:
         """Samples of an utterance, int16 [L]; raises OSError naming the file when its record is damaged or missing."""
         index = operator.index(index)
         if not 0 <= index < len(self):
@@ -150,14 +150,18 @@ def table_numbers(utterances: Utterances, path: str | os.PathLike) -> tuple[np.n
 
 
 def steps_per_epoch(utterances: int, batch_size: int) -> int:
-    """Returns the number of full batches in an epoch; what is left over, different utterances each time, is dropped."""
+    """Returns the number of full batches in an epoch; what is left over, different utterances each time, is dropped.
+
+    Raises:
+      ValueError: a batch larger than the dataset, or not positive.
+    """
     if not 1 <= batch_size <= utterances:
         raise ValueError(f"batch_size is {batch_size}; expected 1 to {utterances}, the number of utterances")
     return utterances // batch_size
 
 
 def training_batches(
-    utterances,
+    utterances: Utterances | str | os.PathLike,
     *,
     batch_size: int,
     global_crops: int = 2,
@@ -175,7 +179,7 @@ def training_batches(
     labels: np.ndarray | None = None,
     numbered: bool = False,
 ) -> "TrainingBatches":
-    """Endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
+    """Returns endless batches of random crops; an epoch takes every utterance at most once (the remainder is dropped).
 
     Batch number s is a function of the dataset, the seed and s alone. A run therefore resumes exactly at any step, with
     any number of workers; and P processes, each taking its rows, together see exactly the batch that a single process
@@ -305,9 +309,8 @@ def reference_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
-    prefetch: int = 2,
 ) -> "TrainingBatches":
-    """Batches of one random crop of every utterance, in their order; the last utterance repeats without end.
+    """Returns batches of one random crop of every utterance, in their order; the last utterance repeats endlessly.
 
     The crop of an utterance is a function of the seed and the draw alone.
 
@@ -317,7 +320,9 @@ def reference_batches(
       seconds: length of each crop, at most MAX_CROP_SECONDS.
       seed: 0 ≤ seed < 2³².
       draw: number of this pass over the dataset, from 0.
-      process_index, process_count, workers, prefetch: as `training_batches` takes them.
+      process_index: as `training_batches` takes it.
+      process_count: likewise.
+      workers: likewise.
 
     Returns:
       an iterator of {"crops": int16 [rows / process_count, L]}.
@@ -330,7 +335,7 @@ def reference_batches(
     starts = np.random.default_rng([3, seed, draw]).random(len(utterances))
     each = rows // process_count
     part = slice(process_index * each, (process_index + 1) * each)
-    return TrainingBatches(_References(utterances, length, rows, part, starts), 0, workers, prefetch)
+    return TrainingBatches(_References(utterances, length, rows, part, starts), 0, workers, prefetch=2)
 
 
 class _References:

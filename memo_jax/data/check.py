@@ -28,6 +28,8 @@ from memo_jax.data.worker_pool import results
 from memo_jax.files import one_line
 from memo_jax.log import Progress, plural
 
+SHOWN_PROBLEMS = 20  # of a report, at most
+
 
 def check(dataset: str | os.PathLike, *, workers: int | None = None) -> dict:
     """Verifies that every file and utterance of a dataset is there as `prepare` wrote it.
@@ -61,13 +63,13 @@ def check(dataset: str | os.PathLike, *, workers: int | None = None) -> dict:
     if INDEX not in changed and (index is None or not index_accounts_for(index, size, first_records[-1])):
         problems.append((INDEX, "does not account for the records"))
         index = None
-    found_fingerprint, problem = _read_manifest(folder, metadata["utterances"])
+    found_fingerprint, problem = _check_manifest(folder, metadata["utterances"])
     if problem:
         problems[:] = [item for item in problems if item[0] != MANIFEST] + [(MANIFEST, problem)]
     with Progress(first_records[-1], "check", "record") as shown, contextlib.ExitStack() as files:
         rows = None
         if index is not None and not problem:
-            rows = _manifest_rows(files.enter_context(_opened(folder)))
+            rows = _manifest_rows(files.enter_context(_open_manifest(folder)))
         tasks = _tasks(shards, first_records, index, rows, size)
         for found in results(_shard_problems, tasks, max(1, min(workers or os.cpu_count(), len(shards))), shown):
             problems += found
@@ -79,11 +81,11 @@ def check(dataset: str | os.PathLike, *, workers: int | None = None) -> dict:
     return report
 
 
-def check_text(dataset: str | os.PathLike, report: dict, most: int = 20) -> str:
+def check_text(dataset: str | os.PathLike, report: dict) -> str:
     """Returns the report of `check` as human-readable text."""
-    problems = [f"  {file}: {problem}" for file, problem in report["problems"][:most]]
-    if len(report["problems"]) > most:
-        problems.append(f"  … and {len(report['problems']) - most:,} more")
+    problems = [f"  {file}: {problem}" for file, problem in report["problems"][:SHOWN_PROBLEMS]]
+    if len(report["problems"]) > SHOWN_PROBLEMS:
+        problems.append(f"  … and {len(report['problems']) - SHOWN_PROBLEMS:,} more")
     line = (
         f"{plural(report['utterances'], 'utterance')}, {report['seconds'] / 3600:.2f} hours, "
         f"{plural(report['shards'], 'shard')}"
@@ -103,7 +105,7 @@ def _of_changed(path):
     return "damaged or changed" if path.is_file() else "missing"
 
 
-def _opened(folder):
+def _open_manifest(folder):
     return open(folder / MANIFEST, encoding="utf-8", newline="\n")
 
 
@@ -117,21 +119,15 @@ def _manifest_rows(file) -> Iterator[tuple[str, ...]]:
             yield row
 
 
-def _read_manifest(folder, utterances):
+def _check_manifest(folder, utterances):
     """(fingerprint, problem) of the manifest as a whole: its single rows are compared with the records later."""
-    count = 0
-
-    def counted(rows):
-        nonlocal count
-        for row in rows:
-            count += 1
-            yield row
-
+    numbers = itertools.count()
     try:
-        with _opened(folder) as file:
-            fingerprint = fingerprint_of(counted(_manifest_rows(file)))
+        with _open_manifest(folder) as file:
+            fingerprint = fingerprint_of(row for row, _ in zip(_manifest_rows(file), numbers))
     except (OSError, ValueError) as error:
         return None, one_line(error)
+    count = next(numbers)  # as many as there were rows
     return fingerprint, "" if count == utterances else f"{count:,} utterances, the dataset has {utterances:,}"
 
 

@@ -47,7 +47,7 @@ def planned(
         if plan and not problem:
             _, recordings, left_out = plan
             return recordings, left_out + _late(recordings, inputs, find, output)
-        say(f"starting {output} over: the unfinished dataset there {problem or 'has no plan, or a damaged one'}")
+        say(f"starting {output} over: {problem or 'its plan is missing or damaged'}")
         unfinished.discard()
     recordings, left_out = find(inputs)
     if not recordings:
@@ -65,22 +65,22 @@ def planned(
 
 
 def _late(recordings, inputs, find, output):
-    """(source, reason) of the recordings in folders that came after the plan was made."""
+    """Returns (source, reason) of the recordings that were put into the folders after the plan was made."""
     folders = [path for path in inputs if input_kind(path) in ("folder", "Kaldi folder")]
     if not folders:
         return []
     known = {item.name for item in recordings}
     late = [item.source for item in find(folders)[0] if item.name not in known]
     if late:
-        say(f"left out {plural(len(late), 'recording')} that came after {output} was begun, the first being {late[0]}")
+        say(f"left out {plural(len(late), 'recording')} added after {output} was begun, such as {late[0]}")
     return [(source, "added too late: after the dataset was begun") for source in late]
 
 
 def _difference(header, command):
-    """How the command that a plan was made for differs from this one; "" if it does not."""
+    """Returns how the command that a plan was made for differs from this one, as a clause; "" if it does not."""
     for key, value in command.items():
         if header.get(key) != value:
-            return f"was begun with {key.replace('_', ' ')} {header.get(key)}, now {value}"
+            return f"it was begun with {key.replace('_', ' ')} {header.get(key)} and not {value}"
     for path, state in header["archives"].items():
         if _state(path) != state:
             return f"the archive {path} has changed since"

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from memo_jax import __version__
 from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, check_speech, speech_of
 from memo_jax.audio.speech import check_installed
 from memo_jax.data.archives import LARGEST_MEMBER, TarStream
@@ -21,6 +20,7 @@ from memo_jax.data.unfinished import Unfinished, explained_write_errors, finish_
 from memo_jax.data.worker_pool import results
 from memo_jax.locks import exclusive
 from memo_jax.log import Progress, plural, say
+from memo_jax.version import __version__
 
 # A batch reads from every shard and a reader holds its file open, so their number must stay well under the usual limit
 # of 1,024 open files; small datasets get several shards too, so that workers have something to share.

@@ -191,14 +191,14 @@ def read_recording(
     if recording.kind is Kind.FILE:
         return read_audio(recording.source, **options)
     try:
-        opened = _opened(recording, spool)
+        opened = _open_source(recording, spool)
     except ValueError as error:
         raise AudioError(recording.source, str(error)) from None
     with opened:
         return read_audio(_Named(opened, recording.source), **options)
 
 
-def _opened(recording, spool) -> BinaryIO:
+def _open_source(recording, spool) -> BinaryIO:
     """The bytes of a recording that is not a file of its own; ValueError with the reason if they are unavailable."""
     if recording.kind is Kind.COMMAND:
         return io.BytesIO(_output(recording.path))

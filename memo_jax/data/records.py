@@ -43,7 +43,12 @@ READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class ShardWriter:
-    """An array_record file that is being written; `bytes` of samples so far. OSError if they cannot be written."""
+    """An array_record file that is being written, with `bytes` of samples so far.
+
+    Args:
+      path: of the file, which is created or replaced.
+      segment_samples: samples in a segment, the longest that becomes one record.
+    """
 
     def __init__(self, path: str | os.PathLike, segment_samples: int = SEGMENT_SAMPLES):
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -53,7 +58,11 @@ class ShardWriter:
         self._writer = ArrayRecordWriter(self.path, SHARD_OPTIONS)
 
     def write(self, name: str, speaker: str, samples: np.ndarray) -> str:
-        """Adds an utterance, int16 [L], L ≥ 1, at 16 kHz, and returns the checksum of its samples."""
+        """Adds an utterance, int16 [L], L ≥ 1, at 16 kHz, and returns the checksum of its samples.
+
+        Raises:
+          OSError: it cannot be written.
+        """
         checksum = checksum_of(samples)
         for start in range(0, len(samples), self._segment_samples):
             record = serialized(checksum, name, speaker, start, samples[start : start + self._segment_samples])
@@ -67,7 +76,11 @@ class ShardWriter:
         return checksum
 
     def close(self) -> dict:
-        """Finishes the file; returns {"path", "segment_samples", "lengths": […], "checksums": […]}, for JSON."""
+        """Finishes the file; returns {"path", "segment_samples", "lengths": […], "checksums": […]}, for JSON.
+
+        Raises:
+          OSError: the file could not be created or written.
+        """
         try:
             self._writer.close()
         except RuntimeError as error:
@@ -433,7 +446,11 @@ def shard_files(folder: str | os.PathLike) -> tuple[list[tuple[str, int]], dict]
 
 
 class ShardReader:
-    """The records of a shard by number; OSError if there is no such file or it cannot be read at all."""
+    """The records of a shard by number.
+
+    Raises:
+      OSError: there is no such file, or it cannot be read at all.
+    """
 
     def __init__(self, path: str | os.PathLike):
         from array_record.python.array_record_module import ArrayRecordReader

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE, AudioError, as_audio
+from memo_jax.files import one_line
 
-PREFIX = "tfds:"
+TFDS_PREFIX = "tfds:"
 NAME_FEATURES, SPEAKER_FEATURES = ("id", "utterance_id"), ("speaker_id", "speaker")
 
 
@@ -31,7 +32,7 @@ class TfdsInput(NamedTuple):
     @property
     def text(self) -> str:
         """The input in one line, as the other functions here take it."""
-        return f"{PREFIX}{self.name}" + (f"@{os.path.abspath(self.data_dir)}" if self.data_dir else "")
+        return f"{TFDS_PREFIX}{self.name}" + (f"@{os.path.abspath(self.data_dir)}" if self.data_dir else "")
 
     def __str__(self) -> str:
         return self.text
@@ -46,7 +47,7 @@ def utterance_names(text: str) -> Iterator[tuple[str, str]]:
       ImportError: TensorFlow is missing. ValueError: no such dataset, not built, no or several Audio features, or the
         split is not named and there are several.
     """
-    tfds, builder, split, _ = _opened(text)
+    tfds, builder, split, _ = _builder_of(text)
     features = builder.info.features
     name, speaker = (next((key for key in keys if key in features), None) for keys in (NAME_FEATURES, SPEAKER_FEATURES))
     wanted = {key: True for key in (name, speaker) if key}
@@ -63,9 +64,9 @@ def read_example(text: str, number: int, *, max_seconds: float, channel: str | i
     Raises:
       AudioError: as for `audio.as_audio`, naming INPUT/number; or longer than `max_seconds`.
     """
-    _, builder, _, audio = _opened(text)
+    _, builder, _, audio = _builder_of(text)
     source, rate = f"{text}/{number}", builder.info.features[audio].sample_rate or SAMPLE_RATE
-    samples = np.asarray(_walk(text)(number)[audio])
+    samples = np.asarray(_walk(text)[number][audio])
     if np.issubdtype(samples.dtype, np.integer):  # TFDS keeps 16-bit samples in wider integers
         if samples.size and (samples.min() < -(2**15) or samples.max() >= 2**15):
             raise AudioError(source, "integer samples beyond 16 bits")
@@ -76,7 +77,7 @@ def read_example(text: str, number: int, *, max_seconds: float, channel: str | i
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(text):
+def _builder_of(text):
     """(tfds, builder, split, name of the Audio feature) of an input."""
     try:
         import tensorflow as tf
@@ -88,12 +89,12 @@ def _opened(text):
 
     with contextlib.suppress(RuntimeError, ValueError):
         tf.config.set_visible_devices([], "GPU")  # it would take all memory of an accelerator
-    name, _, data_dir = text.removeprefix(PREFIX).partition("@")
+    name, _, data_dir = text.removeprefix(TFDS_PREFIX).partition("@")
     name, _, split = name.partition(":")
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except Exception as error:  # not found, ambiguous, bad config, …: all kinds
-        raise ValueError(f"{name}: no such dataset of TFDS ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{name}: no such dataset of TFDS ({one_line(error)})") from error
     if not os.path.isfile(os.path.join(builder.data_dir, "dataset_info.json")):
         raise ValueError(
             f"{name} has not been built in {builder.data_dir}: run `tfds build {name}`, or say with "
@@ -121,18 +122,21 @@ def _examples(tfds, builder, split, decoders=None):
 
 @functools.lru_cache(maxsize=1)
 def _walk(text):
-    """A function number → example, which gets from one example to the next without a search."""
-    tfds, builder, split, _ = _opened(text)
-    position, examples = None, None
+    return _Walk(text)
 
-    def example(number):
-        nonlocal position, examples
-        if number != position:
-            examples = _examples(tfds, builder, f"{split}[{number}:]")
-        position = number + 1
-        return next(examples)
 
-    return example
+class _Walk:
+    """The examples of an input by their numbers; gets from one to the next without a search."""
+
+    def __init__(self, text):
+        self._tfds, self._builder, self._split, _ = _builder_of(text)
+        self._next, self._examples = None, None
+
+    def __getitem__(self, number):
+        if number != self._next:
+            self._examples = _examples(self._tfds, self._builder, f"{self._split}[{number}:]")
+        self._next = number + 1
+        return next(self._examples)
 
 
 def _text(value):

@@ -19,7 +19,7 @@ TARGETS_OF_SPEAKER = 10  # by default, at most
 TRIES = 50  # of a random pair before all pairs are listed
 
 Trial = tuple[bool, str, str]  # whether the speakers are the same, and two recordings
-Pair = tuple[str, str]
+NamePair = tuple[str, str]
 
 
 def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
@@ -51,9 +51,9 @@ def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
 
 
 def session(name: str) -> str:
-    """The session of a recording, known where there are folders below the speaker's: `speaker/session/utterance.wav`.
+    """Returns the session of a recording: its folders, as in `speaker/session/utterance.wav`.
 
-    Without such folders nothing is known, and every recording counts as a session of its own.
+    Without folders below the speaker's nothing is known, and every recording counts as a session of its own.
     """
     folders = name.split("/")[:-1]
     return "/".join(folders) if len(folders) > 1 else name
@@ -143,13 +143,13 @@ def _shared_out(total: int, room: Mapping[str, int]) -> dict[str, int]:
     return given
 
 
-def _draw_targets(names: Sequence[str], count: int, room: int, same_session: bool, rng) -> list[Pair]:
+def _draw_targets(names: Sequence[str], count: int, room: int, same_session: bool, rng) -> list[NamePair]:
     if count * 3 > room:
         pairs = [
             pair for pair in itertools.combinations(names, 2) if same_session or session(pair[0]) != session(pair[1])
         ]
         return [pairs[i] for i in rng.permutation(len(pairs))[:count]]
-    found: dict[frozenset, Pair] = {}
+    found: dict[frozenset, NamePair] = {}
     while len(found) < count:  # at least two of three draws are new
         a, b = (names[i] for i in rng.integers(len(names), size=2))
         if a != b and (same_session or session(a) != session(b)):
@@ -157,12 +157,12 @@ def _draw_targets(names: Sequence[str], count: int, room: int, same_session: boo
     return list(found.values())
 
 
-def _draw_nontargets(of_speaker, groups, count: int, rng) -> list[Pair]:
+def _draw_nontargets(of_speaker, groups, count: int, rng) -> list[NamePair]:
     sizes = {who: len(names) for who, names in of_speaker.items()}
     room = sum(sizes[who] * (sum(sizes[other] for other in groups[who]) - sizes[who]) for who in groups) // 2
     if count > room:
         raise ValueError(f"{count:,} nontarget trials are wanted and there are {room:,} pairs of different speakers")
-    found: dict[frozenset, Pair] = {}
+    found: dict[frozenset, NamePair] = {}
     enrol = itertools.cycle(who for who in groups if len(groups[who]) > 1)
     while len(found) < count:
         who = next(enrol)

@@ -174,7 +174,9 @@ def cluster_to_table(
       output: the table, lines `name<tab>cluster`.
       kmeans: groups of k-means. Without it and without `clusters`, both are those of `default_numbers`.
       clusters: clusters after agglomeration.
-      linkage, iterations, seed: as for `cluster`.
+      linkage: as for `cluster`.
+      iterations: likewise.
+      seed: likewise.
       labels: the known speakers, for the report only: a dataset, or a table with lines `name speaker`.
       figure: file for a histogram of the sizes of clusters.
 

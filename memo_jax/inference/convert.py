@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import memo_jax
 from memo_jax.features import FRONT_ENDS
 from memo_jax.files import check_writable, is_zip, one_line, replacing
 from memo_jax.inference import interop
 from memo_jax.inference.model_file import Model, model_of_backbone, write_model
 from memo_jax.models import parameter_count
+from memo_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Of training, not of the network that embeds.
-LEFT_OUT = {"wespeaker": ("projection.",), "speaker-net": ("self_head.", "cross_head.", "head.")}
+UNUSED_PREFIXES = {"wespeaker": ("projection.",), "speaker-net": ("self_head.", "cross_head.", "head.")}
 PREFERRED_PARTS = ("teacher_ecapa", "teacher", "teacher_resnet", "teacher_campplus")
 # Names that wrappers put before a network's own: DataParallel, torch.compile, Lightning and most trainers. They do not
 # distinguish the networks of a checkpoint, so the names of parts omit them.
@@ -42,7 +42,7 @@ def torch_to_model(
     Args:
       path: a safetensors file or what `torch.save` wrote; of the latter only tensors and plain values are read, and no
         code in it runs.
-      kind: one of `interop.KINDS`; recognised by the names of the parameters by default.
+      kind: one of `interop.TOOLKITS`; recognised by the names of the parameters by default.
       part: which network of a checkpoint with several, such as "teacher_ecapa" of Speaker-net's (the default there).
       front_end: how the network's input is computed, a name in `features.FRONT_ENDS`; by default what `convert_back`
         has noted in a safetensors file, or else that of the toolkit.
@@ -53,8 +53,8 @@ def torch_to_model(
       ValueError: naming the file: not a checkpoint, not of that kind, no such part or front end, names that are missing
         or have no place, tensors of a wrong shape or type, NaN or infinite weights, negative variances.
     """
-    if kind is not None and kind not in interop.KINDS:
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.KINDS)}")
+    if kind is not None and kind not in interop.TOOLKITS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.TOOLKITS)}")
     path = Path(path)
     content, noted = _content(path)
     part, tensors = _chosen_part(networks_of(content), content, part, path)
@@ -66,10 +66,10 @@ def torch_to_model(
     if not found:
         raise ValueError(
             f"{where}: the names are not those of {kind or 'any network known here'}; they begin with "
-            f"{', '.join(list(tensors)[:3])}; kinds are {', '.join(interop.KINDS)}"
+            f"{', '.join(list(tensors)[:3])}; kinds are {', '.join(interop.TOOLKITS)}"
         )
     kind, backbone = found[0]
-    prefixes = LEFT_OUT.get(kind, ())
+    prefixes = UNUSED_PREFIXES.get(kind, ())
     network = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
     for name, tensor in network.items():
         if isinstance(tensor, Unusable):
@@ -85,7 +85,7 @@ def torch_to_model(
     provenance: dict[str, Any] = {
         "source": path.name,
         "kind": kind,
-        "memo_jax": memo_jax.__version__,
+        "memo_jax": __version__,
         "parameters": parameter_count(variables["params"]),
         "left_out": len(tensors) - len(network),
     }
@@ -130,11 +130,6 @@ def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[
         for role, branches in variables.items()
         for backbone, branch in branches.items()
     }
-
-
-def networks_in(path: str | os.PathLike) -> dict[str, Tensors]:
-    """Returns {part: {name: array}} of the networks in a checkpoint; raises like `torch_to_model`."""
-    return networks_of(_content(Path(path))[0])
 
 
 def networks_of(tensors: Mapping[str, np.ndarray | Unusable]) -> dict[str, Tensors]:
@@ -376,8 +371,8 @@ def convert_back(
     from memo_jax.inference.embedder import load_model
     from memo_jax.training.checkpoint import load_raw
 
-    if kind not in interop.KINDS:
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.KINDS)}")
+    if kind not in interop.TOOLKITS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.TOOLKITS)}")
     check_tensors_output(output)
     whole = kind == "speaker-net" and os.path.isdir(source) and branch is None and role is None
     if whole:

@@ -32,7 +32,7 @@ from memo_jax.locks import exclusive
 from memo_jax.log import Progress, plural
 from memo_jax.scoring.embedding_file import Embeddings, check_names, check_output_name, write_embeddings
 
-AHEAD = 8  # recordings that are decoded before they are needed
+DECODED_AHEAD = 8  # recordings that are decoded before they are needed
 SAVE_SECONDS = 120.0  # how often the embeddings so far are saved, so that an interrupted run can be resumed
 
 
@@ -219,7 +219,7 @@ def embed_recordings(
       embedder: the network; its `channel` says which channel of the recordings is embedded, its `vad` whether only
         their speech, to which `min_seconds` then applies.
       inputs: files, folders, archives, datasets; see `find_sources`.
-      output: a name with an ending of `embedding_file.KINDS`.
+      output: a name with an ending of `embedding_file.FILE_KINDS`.
       min_seconds: shorter recordings are left out.
       window: embed windows of that many seconds instead of whole recordings, see `Windows`. Each is named like an
         excerpt, `file.wav:1.5-4.5`, and its times are in the output. Silent ones are left out and listed.
@@ -253,7 +253,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
     begun = Begun(output.with_name(f".{output.name}.begun.npz"), options)
     left_out = [(escaped(name), reason) for name, reason in unlistable]
     unfinished: dict[int, Rows] = {}
-    seconds = 0.0
+    durations = []  # seconds
     with Progress(len(sources), "embedding", "recording", active=not quiet) as shown:
         for name, reason in left_out:
             shown.write(f"left out: {name}: {reason}")
@@ -270,13 +270,12 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
             shown.write(f"left out: {left_out[-1][0]}: {problem}")
 
         def readable():
-            nonlocal seconds
             for i, wave, problem in _decoded(sources, todo, begun.stamps, min_seconds, embedder.vad):
                 if problem is not None:
                     leave_out(sources[i].name, problem)
                     shown.update()
                     continue
-                seconds += len(wave) / SAMPLE_RATE
+                durations.append(len(wave) / SAMPLE_RATE)
                 spans = [(0, len(wave))] if windows is None else windows.spans(len(wave))
                 begins = sources[i].begins[1] if sources[i].begins else 0.0
                 times = begins + np.array(spans) / SAMPLE_RATE
@@ -309,7 +308,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
         "recordings": len(begun.found),
         "embeddings": len(found),
         "left_out": [list(item) for item in left_out],
-        "seconds": round(seconds, 2),
+        "seconds": round(sum(durations), 2),
         "dimension": embedder.dimension,
         "model": embedder.fingerprint,
     }
@@ -439,12 +438,12 @@ def _decoded(sources, todo, stamps, min_seconds, vad) -> Iterator[tuple[int, np.
         stamps[sources[i].name] = stamp
         return i, samples, None
 
-    with ThreadPoolExecutor(min(AHEAD, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(DECODED_AHEAD, os.cpu_count() or 1)) as pool:
         waiting = collections.deque()
         try:
             for i in todo:
                 waiting.append(pool.submit(decode, i))
-                if len(waiting) >= AHEAD:
+                if len(waiting) >= DECODED_AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()

@@ -25,6 +25,9 @@ from memo_jax.inference.model_file import (
 from memo_jax.inference.runtime import cached_graph, chosen_runtime, computes_in_float32, onnx_function
 from memo_jax.scoring.metrics import unit_norm
 
+# A path, an array, or an array with its rate in Hz.
+AnyRecording = str | os.PathLike | np.ndarray | tuple[np.ndarray, int]
+
 MIN_SECONDS = 0.5  # shorter recordings are refused: they say too little about a voice
 DEFAULT_THRESHOLD = 0.5  # cosine, if none has been tuned
 UNTUNED = (
@@ -176,7 +179,9 @@ class Embedder:
         """D, the length of an embedding."""
         return self.model.dimension
 
-    def embed(self, recordings, rate: int | None = None, *, quiet: bool = True) -> np.ndarray:
+    def embed(
+        self, recordings: AnyRecording | Iterable[AnyRecording], rate: int | None = None, *, quiet: bool = True
+    ) -> np.ndarray:
         """Returns the embedding float32 [D] of a recording, or [N, D] of a list of N, in its order.
 
         Args:
@@ -201,7 +206,9 @@ class Embedder:
             check_embedding(os.fspath(one) if isinstance(one, (str, os.PathLike)) else f"recording {i}", row)
         return embeddings
 
-    def verify(self, a, b, rate: int | None = None, *, threshold: float | None = None) -> Verification:
+    def verify(
+        self, a: AnyRecording, b: AnyRecording, rate: int | None = None, *, threshold: float | None = None
+    ) -> Verification:
         """Compares two recordings: are they of the same speaker?
 
         Args:
@@ -233,7 +240,7 @@ class Embedder:
         """
         return None if self.decision is None else self.decision.probability(score, prior)
 
-    def enroll(self, name: str, recordings, rate: int | None = None) -> None:
+    def enroll(self, name: str, recordings: AnyRecording | Iterable[AnyRecording], rate: int | None = None) -> None:
         """Adds a person to the gallery with one recording or several.
 
         If the gallery has a file, the person is added to what the file holds by then, in a single locked step: others
@@ -265,7 +272,9 @@ class Embedder:
             gallery.remove(name)
         self.gallery = gallery
 
-    def identify(self, recording, rate: int | None = None, *, threshold: float | None = None) -> Identification:
+    def identify(
+        self, recording: AnyRecording, rate: int | None = None, *, threshold: float | None = None
+    ) -> Identification:
         """Says who in the gallery speaks in a recording (as for `embed`), if anybody.
 
         Args:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,14 @@ import flax.linen as nn
 import numpy as np
 
 from memo_jax.audio import SAMPLE_RATE
+from memo_jax.config import ConfigDict
 from memo_jax.data.batches import Utterances
 from memo_jax.files import as_path, check_writable, in_bucket, is_zip, write_text
-from memo_jax.inference.batches import apply_to_recordings
+from memo_jax.inference.batches import WaveFunction, apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
 from memo_jax.inference.model_file import Decision, write_decision
-from memo_jax.inference.network import embedding_function, log_mel_statistics
+from memo_jax.inference.network import embedding_function, statistics_of_waves
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration
@@ -66,7 +67,9 @@ class TrialEvaluation:
         self.rows, self._positions = np.unique(recordings, return_inverse=True)
         self.pairs = np.searchsorted(self.rows, trial_pairs(self.trials, utterances.names))
 
-    def embeddings(self, function, crops: int = 0, crop_seconds: float = 4.0, quiet: bool = False) -> np.ndarray:
+    def embeddings(
+        self, function: WaveFunction, crops: int = 0, crop_seconds: float = 4.0, quiet: bool = False
+    ) -> np.ndarray:
         """Returns the embeddings of `rows`: [M, D] of the full recordings, or [M, crops, D] of their crops.
 
         Raises ValueError, naming the recording, for an embedding that is not finite.
@@ -103,7 +106,7 @@ class TrialEvaluation:
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
         """Returns scores [N] by mean and deviation of the log-mel frames, standardised: the channel baseline."""
-        statistics = apply_to_recordings(log_mel_statistics, self.utterances, self.rows, "log-mel statistics", quiet)
+        statistics = apply_to_recordings(statistics_of_waves, self.utterances, self.rows, "log-mel statistics", quiet)
         statistics = (statistics - statistics.mean(axis=0)) / np.maximum(statistics.std(axis=0), 1e-6)
         return self.scores(statistics)
 
@@ -124,7 +127,7 @@ class TrialEvaluation:
         return {name: speaker for name, speaker in known.items() if speaker}
 
 
-def training_evaluation(config) -> Callable[[Any, dict[str, Any]], dict[str, float]] | None:
+def training_evaluation(config: ConfigDict) -> Callable[[Any, dict[str, Any]], dict[str, float]] | None:
     """Returns what `train` evaluates with: a function (recipe, {branch: backbone variables}) → {"RATE/BRANCH": value}.
 
     The rates are RATES: "eer" in percent, "min_dcf_0.01", "min_dcf_0.05".
@@ -154,9 +157,18 @@ class Crops:
     """One crop of each recording: number `index` of `count` crops spread evenly, each of `seconds`.
 
     Recordings that are shorter are repeated, as in training.
+
+    Args:
+      waves: the recordings, int16 [L] at 16 kHz.
+      index: from 0.
+      count: at least 1.
+      seconds: length of a crop, positive.
+
+    Raises:
+      ValueError: crops that hold no sample.
     """
 
-    def __init__(self, waves, index: int, count: int, seconds: float):
+    def __init__(self, waves: Sequence[np.ndarray], index: int, count: int, seconds: float):
         self.waves, self.share, self.samples = waves, index / max(count - 1, 1), round(seconds * SAMPLE_RATE)
         if self.samples < 1:
             raise ValueError(f"crops of {seconds} s: give a positive number of seconds")
@@ -164,17 +176,17 @@ class Crops:
     def __len__(self) -> int:
         return len(self.waves)
 
-    def __getitem__(self, row) -> np.ndarray:
+    def __getitem__(self, row: int) -> np.ndarray:
         wave = self.waves[row]
         start = round(self.share * max(len(wave) - self.samples, 0))
         return np.resize(wave[start : start + self.samples], self.samples)
 
 
 def evaluate(
-    model,
-    data,
-    trials,
-    output,
+    model: str | os.PathLike | None,
+    data: str | os.PathLike,
+    trials: str | os.PathLike,
+    output: str | os.PathLike,
     branch: str | None = None,
     role: str | None = None,
     step: int | None = None,
@@ -192,26 +204,31 @@ def evaluate(
     log_mel_statistics.txt of plain statistics.
 
     Args:
-      model: workdir of a training run, a model file, or an exported program.
+      model: workdir of a training run, a model file, an exported program, or a repository on the Hub.
       data: dataset with the recordings of the trials.
       trials: trial list, see `read_trials`; for one without labels, only scores are written, no error rates.
       output: folder for the results; created if missing.
-      branch: which network of a workdir, as the next two; see `Embedder.load`.
-      role: "teacher" or "student".
-      step: of the checkpoint.
+      branch: of a workdir's networks, the one to test; as for `Embedder.load`.
+      role: of a workdir: "teacher" or "student".
+      step: of a workdir's checkpoints, the one to test; the latest by default.
       crops: take this many crops of a recording, spread evenly, and the mean score of all pairs of them, instead of
         full recordings; 0 for full recordings.
       crop_seconds: length of a crop.
       save_threshold: one of CRITERIA: save the threshold at this criterion, and a calibration, with the model.
       save_calibration: file for the same, for models that cannot be written; the criterion is `save_threshold` or EER.
       enrollments: table of speakers enrolled by several recordings, see `read_trials`.
-      replicates: of the bootstrap for the interval; 0 for no interval.
+      replicates: how many draws of speakers the bootstrap takes for the interval; 0 for no interval.
       quiet: show no progress.
 
     Returns:
       What results.json holds: `eer` (percent), `eer_interval`, `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`,
       the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these belong
       to.
+
+    Raises:
+      ValueError: bad trials, recordings that the dataset lacks, an embedding that is not finite, a list without labels
+        to tune on, a threshold that cannot be tuned or cannot be saved with this model, or see `Embedder.load`.
+      OSError: no such model, dataset or list (FileNotFoundError), or a result cannot be written.
     """
     network = load_model(model, branch=branch, role=role, step=step)
     if save_threshold is not None and (is_hub_name(model) or not in_bucket(model) and is_zip(model)):
@@ -274,7 +291,7 @@ def evaluate(
     return results
 
 
-def tuned_decision(scores, target, criterion: str, trials) -> Decision:
+def tuned_decision(scores: np.ndarray, target: np.ndarray, criterion: str, trials: str | os.PathLike) -> Decision:
     """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration.
 
     Raises ValueError where the criterion is best met by accepting nobody: that is not a threshold.

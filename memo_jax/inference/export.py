@@ -24,9 +24,9 @@ from memo_jax.inference.model_file import (
 )
 from memo_jax.inference.onnx_file import write_onnx
 
-PLATFORMS = ("cpu", "cuda", "tpu")
+EXPORT_PLATFORMS = ("cpu", "cuda", "tpu")
 # Members of an exported program, which is a zip file.
-PROGRAM, WEIGHTS, HEADER = "program.jaxexport", "weights.safetensors", "model.json"
+PROGRAM_FILE, WEIGHTS_FILE, HEADER_FILE = "program.jaxexport", "weights.safetensors", "model.json"
 SHORTEST = 8000  # samples of a batch: half a second
 
 
@@ -79,16 +79,16 @@ def write_program(path: str | os.PathLike, model: Model) -> Path:
 
     check_model(model)
     count, samples = jax.export.symbolic_shape("n, l", constraints=["n >= 1", f"l >= {SHORTEST}"])
-    exported = jax.export.export(jax.jit(model.embed_waves), platforms=PLATFORMS)(
+    exported = jax.export.export(jax.jit(model.embed_waves), platforms=EXPORT_PLATFORMS)(
         jax.ShapeDtypeStruct((count, samples), jnp.float32), jax.ShapeDtypeStruct((count,), jnp.int32)
     )
     program = bytes(exported.serialize())
     tensors = {name: np.ascontiguousarray(array, "<f4") for name, array in flattened(model.variables).items()}
     with replacing(path) as partial, zipfile.ZipFile(partial, "w") as file:
-        file.writestr(PROGRAM, program)
-        file.writestr(WEIGHTS, save(tensors))
+        file.writestr(PROGRAM_FILE, program)
+        file.writestr(WEIGHTS_FILE, save(tensors))
         file.writestr(
-            HEADER, header_text(model, dimension=model.dimension, program=hashlib.sha256(program).hexdigest())
+            HEADER_FILE, header_text(model, dimension=model.dimension, program=hashlib.sha256(program).hexdigest())
         )
     return Path(path)
 
@@ -112,16 +112,16 @@ def read_program(path: str | os.PathLike) -> Model:
 
     with damage_named(path, "an exported program of memo-jax"), zipfile.ZipFile(path) as file:
         names = set(file.namelist())
-        if not {PROGRAM, WEIGHTS, HEADER} <= names:
+        if not {PROGRAM_FILE, WEIGHTS_FILE, HEADER_FILE} <= names:
             torch = any(name.endswith("data.pkl") for name in names)
             raise ModelFileError(
                 f"{path}: not an exported program of memo-jax"
                 + ("; turn a PyTorch checkpoint into a model file with `memo-jax convert`" if torch else "")
             )
-        header = parsed_header(_stored(file, HEADER))
-        if hashlib.sha256(_stored(file, PROGRAM)).hexdigest() != header["program"]:
+        header = parsed_header(_stored(file, HEADER_FILE))
+        if hashlib.sha256(_stored(file, PROGRAM_FILE)).hexdigest() != header["program"]:
             raise ValueError("its program is not the one that was written")
-        return described_model(header, load(_stored(file, WEIGHTS)))
+        return described_model(header, load(_stored(file, WEIGHTS_FILE)))
 
 
 def _stored(file: zipfile.ZipFile, name: str) -> bytes:

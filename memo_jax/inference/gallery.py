@@ -104,7 +104,11 @@ class Gallery:
         self.names.remove(name)
 
     def ranking(self, embedding: np.ndarray) -> list[tuple[str, float]]:
-        """Returns (name, cosine score in [-1, 1]) of everybody enrolled, the best first, for an embedding [D]."""
+        """Returns (name, cosine score in [-1, 1]) of everybody enrolled, the best first, for an embedding [D].
+
+        Raises:
+          ValueError: nobody is enrolled, or an embedding that is zero or not finite.
+        """
         if not self.names:
             raise ValueError("nobody is enrolled yet: enrol people first")
         scores = np.clip(self.directions @ unit_norm(np.asarray(embedding)[None])[0], -1, 1)

@@ -12,23 +12,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import memo_jax
 from memo_jax.files import one_line
 from memo_jax.inference.model_file import Model, header_text, is_never_known, read_model, write_model
+from memo_jax.version import __version__
 
-PREFIX = "hf:"
+HUB_PREFIX = "hf:"
 MODEL, CONFIG, CARD, ONNX = "model.safetensors", "config.json", "README.md", "model.onnx"
-NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
 
 def is_hub_name(path: str | os.PathLike) -> bool:
     """Returns whether a path names a repository on the Hub."""
-    return os.fspath(path).startswith(PREFIX)
+    return os.fspath(path).startswith(HUB_PREFIX)
 
 
 def parse_hub_name(name: str | os.PathLike) -> tuple[str, str | None]:
     """Returns ("org/name", revision or None) of "hf:org/name@revision"; raises ValueError for other text."""
-    match = NAME.fullmatch(os.fspath(name).removeprefix(PREFIX))
+    match = HUB_NAME.fullmatch(os.fspath(name).removeprefix(HUB_PREFIX))
     if match is None:
         raise ValueError(f"{os.fspath(name)}: give a repository as hf:org/name or hf:org/name@revision")
     return match["repository"], match["revision"]
@@ -50,7 +50,7 @@ def read_hub_model(name: str | os.PathLike, is_known: Callable[[str], bool] = is
     hub = _huggingface_hub()
     try:
         path = hub.hf_hub_download(
-            repository, MODEL, revision=revision, library_name="memo_jax", library_version=memo_jax.__version__
+            repository, MODEL, revision=revision, library_name="memo_jax", library_version=__version__
         )
     except Exception as error:  # its own, or one of its HTTP library, which differs between its versions
         raise OSError(f"{os.fspath(name)}: cannot be downloaded: {one_line(error)}") from error
@@ -97,13 +97,13 @@ def push(
             from memo_jax.inference.onnx_file import write_onnx
 
             write_onnx(folder / ONNX, model)
-        api = hub.HfApi(library_name="memo_jax", library_version=memo_jax.__version__)
+        api = hub.HfApi(library_name="memo_jax", library_version=__version__)
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
-                commit_message=f"Upload {model.backbone} {model.fingerprint[:8]} by memo_jax {memo_jax.__version__}",
+                commit_message=f"Upload {model.backbone} {model.fingerprint[:8]} by memo_jax {__version__}",
             )
         except Exception as error:
             raise OSError(f"{repository}: cannot be uploaded: {one_line(error)}") from error
@@ -119,7 +119,11 @@ def model_card(
     datasets: Sequence[str] = (),
     onnx: bool = True,
 ) -> str:
-    """Returns the text of a model card: metadata for the Hub's search, use, results; arguments as for `push`."""
+    """Returns the text of a model card: metadata for the Hub's search, use, results; arguments as for `push`.
+
+    Raises:
+      ValueError: results without an EER. ImportError: the extra `hub` is not installed.
+    """
     hub = _huggingface_hub()
     metrics = []
     for result in results:

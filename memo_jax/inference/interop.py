@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from memo_jax.models import build_backbone
 
@@ -103,7 +104,7 @@ CAMPPLUS = RESIDUAL_BLOCK | {
     "embedding": "xvector.dense.linear",
     "embedding_norm": "xvector.dense.nonlinear.batchnorm",
 }
-HEAD = {"linear_0": "mlp.0", "norm_0": "mlp.1", "linear_1": "mlp.3", "norm_1": "mlp.4", "linear_2": "mlp.6"}
+HEAD_MODULES = {"linear_0": "mlp.0", "norm_0": "mlp.1", "linear_1": "mlp.3", "norm_1": "mlp.4", "linear_2": "mlp.6"}
 # In these modules our kernels have a time axis of length one, and theirs have none.
 TIMELESS = {"squeeze", "excite", "embedding"}
 
@@ -113,7 +114,7 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
     "3dspeaker": {"ecapa": SPEECHBRAIN_ECAPA, "resnet": RESNET, "campplus": CAMPPLUS},
     "speaker-net": {"ecapa": SPEECHBRAIN_ECAPA, "resnet": RESNET, "campplus": CAMPPLUS},
 }
-KINDS = tuple(MODULES)
+TOOLKITS = tuple(MODULES)
 BACKBONE_PREFIX = {"speaker-net": "backbone."}
 FRONT_END_OF_KIND = {  # how each toolkit computes its networks' input: a name in `features.FRONT_ENDS`
     "speechbrain": "speechbrain_fbank",
@@ -152,7 +153,7 @@ def recognised(names: Iterable[str]) -> list[tuple[str, str]]:
     Empty for names that no toolkit here uses.
     """
     found = []
-    for kind in KINDS:
+    for kind in TOOLKITS:
         prefix = re.escape(BACKBONE_PREFIX.get(kind, ""))
         for marker, modules, origin in MARKERS:
             if any(re.match(prefix + marker, name) for name in names):
@@ -292,12 +293,11 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
         if ours[-1] == "var" and (values[ours] < 0).any():
             raise ValueError(f"tensor {theirs!r} has negative values, which no variance has")
 
-    def value(path, leaf):
-        ours = tuple(entry.key for entry in path)
+    def value(ours, leaf):
         transposed = values[ours].T if ours[-1] in ("kernel", "prototypes") else values[ours]
         return np.ascontiguousarray(transposed).reshape(leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(value, like)
+    return traverse_util.path_aware_map(value, like)
 
 
 def _some(texts, separator: str = ", ", most: int = 8) -> str:
@@ -306,7 +306,7 @@ def _some(texts, separator: str = ", ", most: int = 8) -> str:
 
 def to_torch(variables: Any, name: Callable, timeless: bool = False) -> dict[str, np.ndarray]:
     """Returns variables as {their name: array}; raises ValueError if the toolkit lacks one of our modules."""
-    leaves = {tuple(e.key for e in path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(variables)}
+    leaves = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables).items()}
     tensors = {}
     try:
         for ours, theirs, shape in torch_tensors(variables, name, timeless):
@@ -322,7 +322,7 @@ def backbone_from_torch(tensors: Mapping[str, np.ndarray], kind: str, backbone: 
 
     Args:
       tensors: {name: array} of a single network and nothing else.
-      kind: one of `KINDS`.
+      kind: one of `TOOLKITS`.
       backbone: "ecapa", "resnet" or "campplus".
 
     Raises:
@@ -341,7 +341,7 @@ def backbone_to_torch(variables: Any, kind: str, backbone: str, form: str = "spe
 
     Args:
       variables: of the backbone alone.
-      kind: one of `KINDS`.
+      kind: one of `TOOLKITS`.
       backbone: "ecapa", "resnet" or "campplus".
       form: of an ECAPA-TDNN: "speechbrain" or "wespeaker".
 
@@ -351,7 +351,7 @@ def backbone_to_torch(variables: Any, kind: str, backbone: str, form: str = "spe
     modules, prefix = MODULES[kind].get(backbone), BACKBONE_PREFIX.get(kind, "")
     if modules is None or (backbone == "ecapa" and (modules is WESPEAKER_ECAPA) != (form == "wespeaker")):
         network = f"ecapa in {form}'s form" if backbone == "ecapa" else backbone
-        raise ValueError(f"{kind} has no {network}: choose another of {', '.join(KINDS)}")
+        raise ValueError(f"{kind} has no {network}: choose another of {', '.join(TOOLKITS)}")
     return to_torch(variables, lambda path: prefix + torch_name(path, modules), modules is WESPEAKER_ECAPA)
 
 
@@ -364,7 +364,7 @@ def branch_torch_name(backbone: str) -> Callable[[tuple[str, ...]], str]:
             return f"backbone.{torch_name(tuple(rest), MODULES['speaker-net'][backbone])}"
         if rest[-1] == "prototypes":
             return f"{part}.last_layer.weight_v"
-        return f"{part}.{torch_name(tuple(rest), HEAD)}"
+        return f"{part}.{torch_name(tuple(rest), HEAD_MODULES)}"
 
     return name
 

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # JAX, Flax and the networks are imported where they are needed: a model that onnxruntime runs is read without them.
 
-FORMAT = 2
+FILE_FORMAT = 2
 METADATA_KEY = "memo_jax"
-WEIGHTS = {"float32": "<f4", "float16": "<f2"}  # how a file may hold them
+STORED_WEIGHTS = {"float32": "<f4", "float16": "<f2"}  # how a file may hold them
 MOST_VALUES, LARGEST_SIZE = 64, 1 << 20  # of an argument of a backbone
 DEFAULT_MODEL = Path(__file__).with_name("default_model.safetensors")  # comes with the package; see its card
 
@@ -236,15 +236,17 @@ def write_model(path: str | os.PathLike, model: Model, weights: str = "float32")
         front end is unknown.
       OSError: naming the file, if it cannot be written.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights {weights!r}: choose {' or '.join(WEIGHTS)}")
+    if weights not in STORED_WEIGHTS:
+        raise ValueError(f"weights {weights!r}: choose {' or '.join(STORED_WEIGHTS)}")
     if weights == "float16":
         import jax
 
         rounded = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), model.variables)
         model = dataclasses.replace(model, variables=rounded)
     check_model(model)
-    arrays = {name: np.ascontiguousarray(array, WEIGHTS[weights]) for name, array in flattened(model.variables).items()}
+    arrays = {
+        name: np.ascontiguousarray(array, STORED_WEIGHTS[weights]) for name, array in flattened(model.variables).items()
+    }
     from safetensors.numpy import save
 
     content = save(arrays, {METADATA_KEY: header_text(model)})
@@ -272,7 +274,7 @@ def save_decision_in_file(path: str | os.PathLike, decision: Decision) -> None:
 def header_text(model: Model, **more) -> str:
     """Returns what a file says about its model besides the weights, as JSON; `more` are further entries."""
     header = {
-        "format": FORMAT,
+        "format": FILE_FORMAT,
         "backbone": model.backbone,
         "arguments": _json_ready(model.arguments),
         "front_end": model.front_end,
@@ -290,8 +292,8 @@ def parsed_header(text: str | bytes) -> dict[str, Any]:
       ValueError: another version, or a checksum that does not match. KeyError, TypeError, …: it is something else.
     """
     header = json.loads(text)
-    if header["format"] != FORMAT:
-        raise ValueError(f"written by another version of memo-jax, format {header['format']!r} and not {FORMAT}")
+    if header["format"] != FILE_FORMAT:
+        raise ValueError(f"written by another version of memo-jax, format {header['format']!r} and not {FILE_FORMAT}")
     if header.pop("checksum") != _checksum(header):
         raise ValueError("its description is not the one that was written")
     decision = header["decision"]
@@ -303,7 +305,7 @@ def _checksum(header) -> str:
 
 
 def is_never_known(fingerprint: str) -> bool:
-    """What `read_model` asks by default: no model has been checked before."""
+    """Returns what `read_model` assumes by default: no model has been checked before."""
     return False
 
 

@@ -10,10 +10,13 @@ import numpy as np
 
 from memo_jax import features
 from memo_jax.features import FRONT_ENDS
+from memo_jax.models import Variables
 
 
-def embed_waves(backbone: nn.Module, front_end: str, variables, waves: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Waves float [N, L] in [-1, 1] → embeddings [N, D] in evaluation mode; can be traced."""
+def embed_waves(
+    backbone: nn.Module, front_end: str, variables: Variables, waves: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    """Returns the embeddings [N, D] of waves float [N, L] in [-1, 1] in evaluation mode; can be traced."""
     x, frames = FRONT_ENDS[front_end](waves, lengths)
     return backbone.apply(variables, x, frames)
 
@@ -25,7 +28,7 @@ def _embed_integers(backbone, front_end, variables, waves, lengths):
 
 
 def embedding_function(
-    backbone: nn.Module, variables, front_end: str = "log_mel"
+    backbone: nn.Module, variables: Variables, front_end: str = "log_mel"
 ) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
     """Returns the compiled function from int16 waves [N, L], lengths [N] to embeddings [N, D] in evaluation mode."""
     variables = jax.device_put(variables)  # only once: NumPy arrays would be copied to the device in every call
@@ -33,7 +36,7 @@ def embedding_function(
 
 
 @jax.jit
-def log_mel_statistics(waves: jax.Array, lengths: jax.Array) -> jax.Array:
+def statistics_of_waves(waves: jax.Array, lengths: jax.Array) -> jax.Array:
     """Returns mean and standard deviation over time of the log-mel frames, [N, 2F]: the channel baseline."""
     mel = features.mel_power(waves.astype(jnp.float32) / 32768, lengths)
     return features.log_mel_statistics(mel, features.frame_count(lengths))

@@ -13,20 +13,21 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import memo_jax
-from memo_jax.features import FRONT_ENDS, SAMPLE_RATE
+from memo_jax.audio import SAMPLE_RATE
+from memo_jax.features import FRONT_ENDS
 from memo_jax.files import replacing
 from memo_jax.inference.model_file import Model, ModelFileError, check_model
 from memo_jax.inference.network import embed_waves
+from memo_jax.version import __version__
 
 INPUTS = ("waveform", "feats")
-WEIGHTS = ("float32", "float16", "int8")
+ONNX_WEIGHTS = ("float32", "float16", "int8")
 TOLERANCE = 1e-4  # largest deviation from JAX's embedding, relative to its norm, of float32 weights
 CHECKED_SECONDS = (0.5, 0.63, 0.9, 1.0, 1.37, 2.0, 2.51, 3.0, 4.2, 6.0)
 
 # What sherpa-onnx reads: `framework` and `normalize_samples` (1: samples in [-1, 1]; 0: times 32,768). Its front end in
 # C++ is fixed; wespeaker's runtime computes its own. Both subtract the mean over time.
-RUNTIMES = {
+OTHER_RUNTIMES = {
     "sherpa-onnx": ("sherpa_fbank", {"framework": "3d-speaker", "normalize_samples": "1"}),
     "wespeaker": ("wespeaker_fbank", {"framework": "wespeaker", "normalize_samples": "0"}),
 }
@@ -59,11 +60,13 @@ def write_onnx(
       ImportError: the extra `onnx` is not installed.
       ValueError: an unknown form, or a runtime that does not compute the model's front end.
     """
-    if inputs not in INPUTS or weights not in WEIGHTS:
-        raise ValueError(f"inputs {inputs!r} with weights {weights!r}: choose from {INPUTS} and {WEIGHTS}")
-    if runtime is not None and (runtime not in RUNTIMES or inputs != "feats"):
-        raise ValueError(f"runtime {runtime!r} with inputs {inputs!r}: choose one of {tuple(RUNTIMES)}, with feats")
-    needed, metadata = RUNTIMES.get(runtime, (model.front_end, {}))
+    if inputs not in INPUTS or weights not in ONNX_WEIGHTS:
+        raise ValueError(f"inputs {inputs!r} with weights {weights!r}: choose from {INPUTS} and {ONNX_WEIGHTS}")
+    if runtime is not None and (runtime not in OTHER_RUNTIMES or inputs != "feats"):
+        raise ValueError(
+            f"runtime {runtime!r} with inputs {inputs!r}: choose one of {tuple(OTHER_RUNTIMES)}, with feats"
+        )
+    needed, metadata = OTHER_RUNTIMES.get(runtime, (model.front_end, {}))
     if needed != model.front_end:
         difference = (
             f"{runtime} computes {needed} and this model was trained with {model.front_end}: the embeddings have a "
@@ -90,8 +93,8 @@ def onnx_bytes(model: Model, inputs: str, weights: str, metadata: dict[str, str]
         graph = _quantized(graph, keep=_front_end_nodes(graph) if inputs == "waveform" else [])
     import onnx
 
-    graph.producer_name, graph.producer_version = "memo_jax", memo_jax.__version__
-    onnx.helper.set_model_props(graph, described(model) | metadata)
+    graph.producer_name, graph.producer_version = "memo_jax", __version__
+    onnx.helper.set_model_props(graph, metadata_of(model) | metadata)
     content = graph.SerializeToString()
     check_against_jax(model, content, inputs, tolerance=TOLERANCE if weights == "float32" else np.inf)
     return content
@@ -129,7 +132,7 @@ def _graph(model, inputs):
     return graph
 
 
-def described(model: Model) -> dict[str, str]:
+def metadata_of(model: Model) -> dict[str, str]:
     """Returns the metadata that every file has."""
     return {
         "language": "any",
@@ -140,7 +143,7 @@ def described(model: Model) -> dict[str, str]:
         "backbone": model.backbone,
         "fingerprint": model.fingerprint,
         "url": "",
-        "comment": f"{model.backbone} of memo_jax {memo_jax.__version__}",
+        "comment": f"{model.backbone} of memo_jax {__version__}",
     } | ({} if model.decision is None else {"threshold": repr(model.decision.threshold)})
 
 

@@ -4,29 +4,27 @@ Each function mirrors one module of `memo_jax.models` or one front end of `memo_
 Sequences are [B, C, T] here and planes [B, C, T, F], ONNX's layouts.
 
 The graph is built with spox: operators are typed Python functions, and spox infers types and shapes while the graph is
-built, so that a wrong axis is an error here and not on somebody's phone. (onnxscript would do as well; jax2onnx
+built, so that a wrong axis is an error here and not on somebody's phone. Opset 17, of 2022, is the one that runtimes on
+phones support; a file states the lowest opset that its operators need. (onnxscript would do as well; jax2onnx
 converts JAX programs but cannot be installed beside orbax-checkpoint.)
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any
 
+import flax.linen as nn
 import numpy as np
 import spox.opset.ai.onnx.v17 as op
+from numpy.typing import ArrayLike, DTypeLike
 from spox import Tensor, Var, argument
 
 from memo_jax import features
+from memo_jax.models import Variables
 from memo_jax.models.campplus import SEGMENT, CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN, padding_of
 from memo_jax.models.resnet import ResNet34
 
-OPSET = 17  # from 2022, which runtimes on phones support; a file states the lowest opset that its operators need
 
-Variables = Mapping[str, Any]  # {"params": …, "batch_stats": …} of a module
-
-
-def constant(value, dtype=np.float32) -> Var:
+def constant(value: ArrayLike, dtype: DTypeLike = np.float32) -> Var:
     """Returns a constant of the graph."""
     return op.const(np.asarray(value, dtype))
 
@@ -37,7 +35,7 @@ def inside(variables: Variables, name: str) -> Variables:
 
 
 def conv(x: Var, variables: Variables, *, stride: int = 1, dilation: int = 1, padding: str = "zeros") -> Var:
-    """`layers.TimeConv` and, with a kernel of one frame, a linear map: [B, C, T] → [B, features, T']."""
+    """Mirrors `layers.TimeConv` and, with a kernel of one frame, a linear map: [B, C, T] → [B, features, T']."""
     kernel = np.asarray(variables["params"]["kernel"])  # [K, C, features]
     bias = variables["params"].get("bias")
     pad = dilation * (kernel.shape[0] - 1) // 2
@@ -55,7 +53,7 @@ def conv(x: Var, variables: Variables, *, stride: int = 1, dilation: int = 1, pa
 
 
 def plane_conv(x: Var, variables: Variables, strides: tuple[int, int] = (1, 1)) -> Var:
-    """`layers.PlaneConv`: [B, C, T, F] → [B, features, T', F']."""
+    """Mirrors `layers.PlaneConv`: [B, C, T, F] → [B, features, T', F']."""
     kernel = np.asarray(variables["params"]["kernel"])  # [K, K, C, features]
     pad = kernel.shape[0] // 2
     weights = constant(kernel.transpose(3, 2, 0, 1))
@@ -63,7 +61,7 @@ def plane_conv(x: Var, variables: Variables, strides: tuple[int, int] = (1, 1)) 
 
 
 def norm(x: Var, variables: Variables) -> Var:
-    """`layers.BatchNorm` with its running statistics, over axis 1, as the scale and the offset that runtimes fuse."""
+    """Mirrors `layers.BatchNorm` with its running statistics, over axis 1, as scale and offset, which runtimes fuse."""
     statistics, params = variables["batch_stats"], variables["params"]
     gain = np.asarray(params.get("scale", 1.0)) / np.sqrt(np.asarray(statistics["var"]) + 1e-5)
     offset = params.get("bias", 0.0) - statistics["mean"] * gain
@@ -72,13 +70,13 @@ def norm(x: Var, variables: Variables) -> Var:
 
 
 def linear(x: Var, variables: Variables) -> Var:
-    """`layers.Linear`: [B, C] → [B, features]."""
+    """Mirrors `layers.Linear`: [B, C] → [B, features]."""
     out = op.matmul(x, constant(variables["params"]["kernel"]))
     bias = variables["params"].get("bias")
     return out if bias is None else op.add(out, constant(bias))
 
 
-def size(x: Var, axis: int, dtype=np.float32) -> Var:
+def size(x: Var, axis: int, dtype: DTypeLike = np.float32) -> Var:
     """Returns the size of an axis, a scalar."""
     return op.cast(op.gather(op.shape(x), constant(axis, np.int64)), to=dtype)
 
@@ -89,7 +87,7 @@ def mean(x: Var, axis: int) -> Var:
 
 
 def mean_and_unbiased_variance(x: Var, axis: int) -> tuple[Var, Var]:
-    """`layers.mean_and_variance_time`; the axis stays."""
+    """Mirrors `layers.mean_and_variance_time`; the axis stays."""
     average = mean(x, axis)
     centered = op.sub(x, average)
     count = size(x, axis)
@@ -105,14 +103,14 @@ def last_axis_removed(x: Var) -> Var:
 # ECAPA-TDNN
 
 
-def conv_relu_norm(x, variables, dilation=1, padding="reflect", stride=1):
-    """`ecapa.ConvReluNorm`."""
+def conv_relu_norm(x: Var, variables: Variables, dilation: int = 1, padding: str = "reflect", stride: int = 1) -> Var:
+    """Mirrors `ecapa.ConvReluNorm`."""
     x = conv(x, inside(variables, "conv"), stride=stride, dilation=dilation, padding=padding)
     return norm(op.relu(x), inside(variables, "norm"))
 
 
-def res2_block(x, variables, network, dilation):
-    """`ecapa.Res2Block`."""
+def res2_block(x: Var, variables: Variables, network: ECAPATDNN, dilation: int) -> Var:
+    """Mirrors `ecapa.Res2Block`."""
     first_passes = network.form == "speechbrain"
     chunks = list(op.split(x, outputs_count=network.scale, axis=1))
     passed = chunks.pop(0 if first_passes else -1)
@@ -124,8 +122,8 @@ def res2_block(x, variables, network, dilation):
     return op.concat(outputs, axis=1)
 
 
-def se_res2_block(x, variables, network, dilation):
-    """`ecapa.SERes2Block`."""
+def se_res2_block(x: Var, variables: Variables, network: ECAPATDNN, dilation: int) -> Var:
+    """Mirrors `ecapa.SERes2Block`."""
     shortcut = conv(x, inside(variables, "shortcut")) if "shortcut" in variables["params"] else x
     x = conv_relu_norm(x, inside(variables, "reduce"))
     x = res2_block(x, inside(variables, "res2"), network, dilation)
@@ -135,8 +133,8 @@ def se_res2_block(x, variables, network, dilation):
     return op.add(op.mul(x, op.sigmoid(gate)), shortcut)
 
 
-def attentive_statistics(x, variables, network):
-    """`ecapa.AttentiveStatistics`: [B, C, T] → [B, 2C, 1]."""
+def attentive_statistics(x: Var, variables: Variables, network: ECAPATDNN) -> Var:
+    """Mirrors `ecapa.AttentiveStatistics`: [B, C, T] → [B, 2C, 1]."""
     hidden_variables = inside(variables, "hidden")
     if network.global_context:
         if network.form == "speechbrain":
@@ -164,8 +162,8 @@ def attentive_statistics(x, variables, network):
     return op.concat([total, op.sqrt(op.max([variance, floor]))], axis=1)
 
 
-def ecapa(network, variables: Variables, x: Var) -> Var:
-    """`ecapa.ECAPATDNN`: [B, T, F] → [B, D]."""
+def ecapa(network: ECAPATDNN, variables: Variables, x: Var) -> Var:
+    """Mirrors `ecapa.ECAPATDNN`: [B, T, F] → [B, D]."""
     x = op.transpose(x, perm=(0, 2, 1))
     x = conv_relu_norm(x, inside(variables, "stem"), network.dilations[0], padding_of(network.form), network.stride)
     outputs = []
@@ -185,8 +183,8 @@ def ecapa(network, variables: Variables, x: Var) -> Var:
 # ResNet34
 
 
-def basic_block(x, variables, strides):
-    """`resnet.BasicBlock`."""
+def basic_block(x: Var, variables: Variables, strides: tuple[int, int]) -> Var:
+    """Mirrors `resnet.BasicBlock`."""
     shortcut = x
     if "shortcut" in variables["params"]:
         shortcut = norm(plane_conv(x, inside(variables, "shortcut"), strides), inside(variables, "shortcut_norm"))
@@ -195,14 +193,14 @@ def basic_block(x, variables, strides):
     return op.relu(op.add(x, shortcut))
 
 
-def plane_stem(x, variables):
-    """First convolution of a network of planes: [B, T, F] → [B, C, T, F]."""
+def plane_stem(x: Var, variables: Variables) -> Var:
+    """Mirrors the first convolution of a network of planes: [B, T, F] → [B, C, T, F]."""
     x = op.unsqueeze(x, constant([1], np.int64))
     return op.relu(norm(plane_conv(x, inside(variables, "stem")), inside(variables, "stem_norm")))
 
 
-def resnet(network, variables: Variables, x: Var) -> Var:
-    """`resnet.ResNet34`: [B, T, F] → [B, D]."""
+def resnet(network: ResNet34, variables: Variables, x: Var) -> Var:
+    """Mirrors `resnet.ResNet34`: [B, T, F] → [B, D]."""
     x = plane_stem(x, variables)
     for stage, count in enumerate(network.blocks):
         for i in range(count):
@@ -221,13 +219,13 @@ def resnet(network, variables: Variables, x: Var) -> Var:
 # CAM++
 
 
-def norm_relu_conv(x, variables):
-    """`campplus.NormReluConv`."""
+def norm_relu_conv(x: Var, variables: Variables) -> Var:
+    """Mirrors `campplus.NormReluConv`."""
     return conv(op.relu(norm(x, inside(variables, "norm"))), inside(variables, "conv"))
 
 
-def context_aware_masking(x, variables, dilation):
-    """`campplus.ContextAwareMasking`."""
+def context_aware_masking(x: Var, variables: Variables, dilation: int) -> Var:
+    """Mirrors `campplus.ContextAwareMasking`."""
     local = conv(x, inside(variables, "local"), dilation=dilation)
     segments = op.average_pool(x, kernel_shape=(SEGMENT,), strides=(SEGMENT,), ceil_mode=1)
     context = op.relu(conv(op.add(segments, mean(x, 2)), inside(variables, "squeeze")))
@@ -239,15 +237,15 @@ def context_aware_masking(x, variables, dilation):
     return op.mul(local, repeated)
 
 
-def dense_layer(x, variables, dilation):
-    """`campplus.DenseLayer`."""
+def dense_layer(x: Var, variables: Variables, dilation: int) -> Var:
+    """Mirrors `campplus.DenseLayer`."""
     hidden = norm_relu_conv(x, inside(variables, "reduce"))
     hidden = op.relu(norm(hidden, inside(variables, "norm")))
     return context_aware_masking(hidden, inside(variables, "masking"), dilation)
 
 
-def campplus_planes(network, variables, x):
-    """`campplus.FrontEndConvolution`: [B, T, F] → [B, 4·F, T]."""
+def campplus_planes(network: CAMPPlus, variables: Variables, x: Var) -> Var:
+    """Mirrors `campplus.FrontEndConvolution`: [B, T, F] → [B, 4·F, T]."""
     x = plane_stem(x, variables)
     for stage, count in enumerate(network.plane_blocks):
         for i in range(count):
@@ -257,8 +255,8 @@ def campplus_planes(network, variables, x):
     return op.reshape(op.transpose(x, perm=(0, 1, 3, 2)), constant([0, channels, -1], np.int64))
 
 
-def campplus(network, variables: Variables, x: Var) -> Var:
-    """`campplus.CAMPPlus`: [B, T, F] → [B, D]."""
+def campplus(network: CAMPPlus, variables: Variables, x: Var) -> Var:
+    """Mirrors `campplus.CAMPPlus`: [B, T, F] → [B, D]."""
     x = campplus_planes(network, inside(variables, "front_end"), x)
     x = op.relu(norm(conv(x, inside(variables, "stem"), stride=2), inside(variables, "stem_norm")))
     for block, (count, dilation) in enumerate(zip(network.layers, network.dilations, strict=True)):
@@ -276,7 +274,7 @@ def campplus(network, variables: Variables, x: Var) -> Var:
 
 
 def mel_spectrum(waves: Var, basis: np.ndarray, mel: np.ndarray) -> Var:
-    """Mel power spectrum of windows of 400 samples every 160: [B, L] → [B, T, 80]."""
+    """Returns the mel power spectrum of windows of 400 samples every 160: [B, L] → [B, T, 80]."""
     kernel = np.ascontiguousarray(basis.T[:, None, :])  # [2 · bins, 1, 400]
     spectrum = op.conv(
         op.unsqueeze(waves, constant([1], np.int64)),
@@ -294,7 +292,7 @@ def without_mean(x: Var) -> Var:
 
 
 def log_mel(waves: Var) -> Var:
-    """Logarithm of `features.mel_power`."""
+    """Returns the logarithm of `features.mel_power`."""
     reach = features.WINDOW // 2
     padded = op.pad(waves, constant([0, reach, 0, reach], np.int64), mode="reflect")
     power = mel_spectrum(padded, features._fourier_basis(), features._mel_basis())
@@ -302,14 +300,14 @@ def log_mel(waves: Var) -> Var:
 
 
 def normalized(x: Var) -> Var:
-    """Mean 0 and variance 1 over time, as in `features.normalized_log_mel`."""
+    """Returns x with mean 0 and variance 1 over time, as in `features.normalized_log_mel`."""
     centered = without_mean(x)
     variance = op.add(mean(op.mul(centered, centered), 1), constant(features.NORM_EPSILON))
     return op.div(centered, op.sqrt(variance))
 
 
 def kaldi_fbank(waves: Var, window: str, scale: float = 1.0, high: float = 8000.0, snip_edges: bool = True) -> Var:
-    """`features.kaldi_fbank_input` before its mean is subtracted."""
+    """Mirrors `features.kaldi_fbank_input` before its mean is subtracted."""
     if snip_edges:
         missing = op.sub(constant(features.WINDOW, np.int64), size(waves, 1, np.int64))
         missing = op.unsqueeze(op.max([missing, constant(0, np.int64)]), constant([0], np.int64))
@@ -328,7 +326,7 @@ def backwards(x: Var, first: int, end: int) -> Var:
 
 
 def speechbrain_fbank(waves: Var) -> Var:
-    """Decibels of `features.speechbrain_fbank_input`."""
+    """Returns the decibels of `features.speechbrain_fbank_input`."""
     reach = features.WINDOW // 2
     padded = op.pad(waves, constant([0, reach, 0, reach], np.int64))
     mel = mel_spectrum(padded, features._speechbrain_basis(), features._speechbrain_mel_basis())
@@ -336,7 +334,7 @@ def speechbrain_fbank(waves: Var) -> Var:
 
 
 def within_80_decibels(x: Var) -> Var:
-    """At most 80 dB below the loudest bin, minus the mean over time."""
+    """Limits decibels to 80 below the loudest bin, and subtracts their mean over time."""
     loudest = op.reduce_max(x, axes=(1, 2), keepdims=1)
     return without_mean(op.max([x, op.sub(loudest, constant(80))]))
 
@@ -351,13 +349,13 @@ SPECTRA = {
 NORMALIZATIONS = dict.fromkeys(SPECTRA, without_mean) | {"log_mel": normalized, "speechbrain_fbank": within_80_decibels}
 
 
-def of_features(network, front_end: str, variables: Variables) -> tuple[Var, Var]:
+def of_features(network: nn.Module, front_end: str, variables: Variables) -> tuple[Var, Var]:
     """Returns (features float32 [B, T, 80], embeddings [B, D]): the front end's normalisation and the network."""
     x = argument(Tensor(np.float32, ("B", "T", features.MEL_BINS)))
     return x, _embedding(network, variables, NORMALIZATIONS[front_end](x))
 
 
-def of_waveforms(network, front_end: str, variables: Variables) -> tuple[Var, Var]:
+def of_waveforms(network: nn.Module, front_end: str, variables: Variables) -> tuple[Var, Var]:
     """Returns (waves float32 [B, L] in [-1, 1] at 16 kHz, embeddings [B, D]): the front end and the network."""
     waves = argument(Tensor(np.float32, ("B", "L")))
     return waves, _embedding(network, variables, NORMALIZATIONS[front_end](SPECTRA[front_end](waves)))

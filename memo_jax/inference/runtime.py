@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-import memo_jax
 from memo_jax.files import replacing
 from memo_jax.inference.batches import windows
 from memo_jax.inference.model_file import Model
+from memo_jax.version import __version__
 from memo_jax.xla.devices import chosen_devices
 
 RUNTIMES = ("auto", "jax", "onnx")
@@ -27,7 +27,7 @@ MAGIC = b"memo-jax graph\n"
 DIGEST_SIZE = hashlib.sha256().digest_size
 ENDING = ".graph"
 SOURCES = ("inference/onnx_graph.py", "features.py")  # code that decides what a graph is
-AHEAD = 4  # recordings, for each thread, that are read before their turn
+READ_AHEAD = 4  # recordings, for each thread, that are read before their turn
 
 
 def chosen_runtime(runtime: str = "auto") -> str:
@@ -97,7 +97,7 @@ class OnnxFunction:
             try:
                 for key, wave in waves:
                     waiting.append((key, [pool.submit(self._embed, window) for window in windows(wave)]))
-                    if len(waiting) > AHEAD * self._threads:
+                    if len(waiting) > READ_AHEAD * self._threads:
                         yield next_row()
                 while waiting:
                     yield next_row()
@@ -153,9 +153,9 @@ def cached_graph(fingerprint: str) -> bytes | None:
 def graph_path(fingerprint: str) -> Path:
     """Returns where the graph of a model is kept; another version of the code that makes graphs uses another place."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    digest = hashlib.sha256(memo_jax.__version__.encode())
+    digest = hashlib.sha256(__version__.encode())
     for name in SOURCES:
-        digest.update((Path(memo_jax.__file__).parent / name).read_bytes())
+        digest.update((Path(__file__).parents[1] / name).read_bytes())
     return Path(base, "memo_jax", "onnx", f"{fingerprint}-{digest.hexdigest()[:12]}{ENDING}")
 
 

@@ -9,10 +9,10 @@ import jax
 from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, parse_json, read_text, write_text
 from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, save_decision_in_file
-from memo_jax.models import SPEAKER_HEAD
+from memo_jax.models import SPEAKER_HEAD, Variables
 from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.saved_checkpoint import saved_steps
-from memo_jax.training.state import Variables, backbone_variables
+from memo_jax.training.state import backbone_variables
 from memo_jax.xla import sharding
 
 DECISIONS = "decisions.json"  # {fingerprint of a model: its decision}
@@ -62,7 +62,7 @@ def workdir_model(
     return dataclasses.replace(model, decision=read_decisions(workdir).get(model.fingerprint))
 
 
-def starting_parts(config) -> dict[str, Variables]:
+def starting_parts(config: configs.ConfigDict) -> dict[str, Variables]:
     """Returns the parts of networks that a run starts from, as `train` takes them; {} where `config.init` is empty.
 
     Of a model file it is the backbone of its branch, of a workdir the teachers' backbones and speaker heads.

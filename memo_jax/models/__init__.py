@@ -5,6 +5,7 @@ residual blocks are run and rematerialised, `packed` a layout of planes for TPUs
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,8 @@ from memo_jax.models.resnet import ResNet34
 BACKBONES = {"ecapa": ECAPATDNN, "resnet": ResNet34, "campplus": CAMPPlus}
 EXECUTION_FIELDS = ("packed", "scan", "remat")  # fields of backbones that change how they compute, not what
 
+Variables = dict[str, Any]  # {"params": …, "batch_stats": …} of a module
+
 
 class Branch(nn.Module):
     """A backbone and its heads; a student and its teacher are two sets of variables of the same branch.
@@ -30,7 +33,7 @@ class Branch(nn.Module):
     head_names: Sequence[str] = ("self", "cross")
     speakers: int = 0
 
-    def setup(self):
+    def setup(self) -> None:
         """Creates a projection head for each name, and the speaker head."""
         self.heads = {name: self.head.copy(name=head_part(name)) for name in self.head_names}
         if self.speakers:
@@ -71,6 +74,6 @@ def build_backbone(name: str, **arguments) -> nn.Module:
     return BACKBONES[name](**arguments)
 
 
-def parameter_count(params) -> int:
+def parameter_count(params: Any) -> int:
     """Returns the number of scalars in a pytree of arrays or shapes."""
     return sum(int(jnp.size(leaf)) if not hasattr(leaf, "size") else int(leaf.size) for leaf in jax.tree.leaves(params))

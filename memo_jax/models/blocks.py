@@ -1,7 +1,7 @@
 """How residual blocks are run: one after another, as a loop, or rematerialised in the backward pass."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,9 @@ REMATS = {
 }
 
 
-def run_with_remat(run, module: nn.Module, x: jax.Array, remat: str) -> jax.Array:
+def run_with_remat(
+    run: Callable[[nn.Module, jax.Array], jax.Array], module: nn.Module, x: jax.Array, remat: str
+) -> jax.Array:
     """Returns run(module, x), rematerialised in the backward pass as `remat`, one of REMATS, says."""
     if remat != "none" and not module.is_initializing():
         run = nn.remat(run, policy=REMATS[remat])
@@ -28,7 +30,7 @@ def run_with_remat(run, module: nn.Module, x: jax.Array, remat: str) -> jax.Arra
 
 def run_blocks(
     parent: nn.Module,
-    block,
+    block: Callable[..., nn.Module],
     names: Sequence[str],
     x: jax.Array,
     lengths: jax.Array | None,

@@ -153,7 +153,7 @@ class AttentiveStatistics(nn.Module):
             scores = jnp.where(valid, scores, -jnp.inf)
         return jnp.concatenate(weighted_statistics(x32, jax.nn.softmax(scores, axis=1), floor), axis=-1)
 
-    def context(self, x, lengths, valid, floor):
+    def context(self, x: jax.Array, lengths: jax.Array | None, valid: jax.Array | None, floor: float) -> jax.Array:
         """Returns the mean and standard deviation over time, [N, 2C], which enter every frame's weight."""
         if self.form == "wespeaker":
             mean, variance = mean_and_variance_time(x, lengths)

@@ -1,5 +1,7 @@
 """Heads: from an embedding to logits over prototypes (DINO's), or to cosines with speakers."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,12 +12,12 @@ from memo_jax.xla.reductions import sum_from_first_axis
 LENGTH_EPSILON = 1e-12  # the least norm of a prototype
 
 
-def cut_normal(key, shape, dtype=jnp.float32):
+def cut_normal(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Returns normal numbers of deviation 0.02, truncated at ±2 (absolute), as in the DINO recipes' linear layers."""
     return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
 
 
-def prototype_uniform(key, shape, dtype=jnp.float32):
+def prototype_uniform(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """Returns uniform numbers within ±1/√bottleneck, PyTorch's default for a linear layer of this input."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -33,7 +35,7 @@ class DINOHead(nn.Module):
     bottleneck: int = 256
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         """Makes the layers before the prototypes."""
 
         def linear(features, name):

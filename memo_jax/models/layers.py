@@ -19,7 +19,7 @@ torch_uniform = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
 CONVOLUTION, STATISTICS = "convolution", "statistics"  # checkpoint names that remat="norms" keeps (blocks.py)
 
 
-def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax.Array:
+def parameter(module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> jax.Array:
     """Returns a module's parameter; init(key, shape) makes it if the module has none yet.
 
     `module.param` would trace the initialiser at every application, a sixth of the time it takes to trace a step.
@@ -35,7 +35,7 @@ def parameter(module: nn.Module, name: str, init, shape: tuple[int, ...]) -> jax
     return value
 
 
-def bias_uniform(fan_in: int):
+def bias_uniform(fan_in: int) -> nn.initializers.Initializer:
     """Returns PyTorch's default bias initialiser, U(±1/√fan_in)."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -194,7 +194,7 @@ class Linear(nn.Module):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def normalized_batch(
+def _normalized_batch(
     x: jax.Array, scale: jax.Array, bias: jax.Array, near_mean: jax.Array, epsilon: float
 ) -> tuple[jax.Array, ...]:
     """Returns (normalised x, mean [C], biased variance [C]) of x [..., C]; no gradient flows into the statistics.
@@ -228,8 +228,8 @@ def _normalize_gradients(epsilon, residuals, gradients):
     return of_x.astype(x.dtype), of_scale, of_bias, jnp.zeros_like(mean)
 
 
-normalized_batch.defvjp(_normalize, _normalize_gradients)
-normalized_batch = jax.jit(normalized_batch, static_argnums=4)  # traced once for each shape
+_normalized_batch.defvjp(_normalize, _normalize_gradients)
+normalized_batch = jax.jit(_normalized_batch, static_argnums=4)  # traced once for each shape
 
 
 class BatchNorm(nn.Module):

@@ -106,7 +106,7 @@ class ResNet34(nn.Module):
         """Returns the channels after a stage if planes are packed, else None."""
         return self.base_channels * 2**stage if self.packed else None
 
-    def run_stage(self, x, *, stage, lengths, train, remat):
+    def run_stage(self, x: jax.Array, *, stage: int, lengths: jax.Array | None, train: bool, remat: str) -> jax.Array:
         """Returns the planes after a stage; the stem belongs to the first one."""
         packed = self.packed_channels(max(stage - 1, 0))
         if stage == 0:

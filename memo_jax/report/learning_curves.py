@@ -30,7 +30,12 @@ from memo_jax.training.goodput import GOODPUT_METRICS
 
 
 def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, **options) -> Path:
-    """Draws the learning curves of a run's metrics.jsonl into a picture; options as for `learning_curve_figure`."""
+    """Draws the learning curves of a run's metrics.jsonl into a picture; options as for `learning_curve_figure`.
+
+    Raises:
+      FileNotFoundError: no such file. ValueError: it holds no metric to draw, or a line that is not a row of metrics.
+      OSError: the picture cannot be written.
+    """
     rows = read_metrics(metrics_jsonl)
     if not rows:
         raise ValueError(f"{metrics_jsonl}: no metrics yet, so there is nothing to draw")
@@ -85,13 +90,14 @@ class Series(NamedTuple):
 def learning_curve_figure(
     rows: Sequence[Mapping], *, title: str = "Learning curves", references: Mapping[str, float] | None = None
 ) -> Figure:
-    """The learning curves of a run as one figure, a panel for each kind of metric that occurs in the rows.
+    """Draws the learning curves of a run as one figure, a panel for each kind of metric that occurs in the rows.
 
     Thick lines are running means, faint ones the values; each line is labelled with its name and last value. A dotted
     vertical line marks the step at which the gate closed. Metrics of an unknown kind get a panel of their own.
 
     Args:
       rows: metrics.jsonl as dicts, each with "step".
+      title: heading of the figure.
       references: error rates in percent to compare the EER with, by name (drawn as horizontal lines).
 
     Raises:
@@ -120,11 +126,15 @@ def learning_curve_figure(
 def learning_curve_panels(
     rows: Sequence[Mapping], *, branches: Sequence[str] = (), references: Mapping[str, float] | None = None
 ) -> list[tuple[Panel, Figure]]:
-    """The panels of `learning_curve_figure` as figures of their own, without titles, for a page that lays them out.
+    """Draws the panels of `learning_curve_figure` as figures of their own, without titles, for a page.
 
     Args:
-      rows, references: as there.
+      rows: as there.
       branches: of the run, which decide the colours; by default in the order in which the metrics name them.
+      references: as there.
+
+    Raises:
+      ValueError: when the rows hold no metric to draw.
     """
     panels, named = _panels_with_series(rows)
     branches = [*branches, *(branch for branch in named if branch not in branches)]
@@ -150,7 +160,7 @@ def _panels_with_series(rows) -> tuple[list[tuple[Panel, list[Series]]], list[st
 
 
 def progress_texts(rows: Sequence[Mapping]) -> list[str]:
-    """How far a run is: its last step, its epoch, and what became of the contrastive loss if it has one."""
+    """Returns how far a run is: its last step and epoch, and what became of the contrastive loss if it has one."""
     last, closed_at = rows[-1], gate_closing_step(rows)
     texts = [f"step {last['step']:,}"]
     if "epoch" in last:
@@ -165,7 +175,7 @@ def progress_texts(rows: Sequence[Mapping]) -> list[str]:
 
 
 def gate_closing_step(rows: Sequence[Mapping]) -> int | None:
-    """The step at which the gate closed, or None while it is open, and where it was never open."""
+    """Returns the step at which the gate closed, or None while it is open, and where it was never open."""
     was_open = False
     for row in rows:
         is_open = row.get("gate/open")

@@ -5,15 +5,14 @@ import dataclasses
 import html
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-import memo_jax
 from memo_jax import config as configs
+from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances
-from memo_jax.features import SAMPLE_RATE
 from memo_jax.files import as_path, check_bucket, make_folder, write_text
 from memo_jax.inference.evaluate import TrialEvaluation
 from memo_jax.inference.workdir import workdir_model
@@ -28,6 +27,7 @@ from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
 from memo_jax.training.goodput import PARTS, shares_text
 from memo_jax.training.recipe import reads_labels
 from memo_jax.training.run_record import read_run
+from memo_jax.version import __version__
 
 HARDEST = 6  # trials of each kind
 CLIP_SECONDS = 8.0  # of a recording that can be listened to
@@ -52,17 +52,15 @@ def write_report(
     data: str | os.PathLike | None = None,
     trials: str | os.PathLike | None = None,
     step: int | None = None,
-    quiet: bool = False,
 ) -> Path:
     """Writes the report of a run; returns its path.
 
     Args:
       workdir: of a training run.
       output: the page; report.html in the workdir by default.
-      data, trials: dataset and trial list to test on; those of the run's config by default. Without any, the page
-        covers the training alone, and says so.
+      data: dataset to test on; that of the run's config by default.
+      trials: trial list of its recordings, likewise. Without any, the page covers the training alone, and says so.
       step: which checkpoint to test; the latest by default.
-      quiet: show no progress.
 
     Raises:
       FileNotFoundError: no such run, dataset or list. ValueError: the workdir has no metrics, or bad trials.
@@ -77,14 +75,20 @@ def write_report(
     data, trials = data or config.evaluation.data or None, trials or config.evaluation.trials or None
     if (data is None) != (trials is None):
         raise ValueError("give both the dataset and the trial list: --data DATASET --trials FILE")
-    tested = None if trials is None else tested_run(workdir, config, data, trials, step, quiet)
+    tested = None if trials is None else tested_run(workdir, config, data, trials, step)
     output = workdir / "report.html" if output is None else Path(output)
     make_folder(output.parent)
     write_text(output, page(workdir, config, rows, tested, data, trials))
     return output
 
 
-def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
+def tested_run(
+    workdir: str | os.PathLike,
+    config: configs.ConfigDict,
+    data: str | os.PathLike,
+    trials: str | os.PathLike,
+    step: int | None = None,
+) -> Tested:
     """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
     evaluation = TrialEvaluation(Utterances(data), trials)
     evaluation.trials.require_both_kinds()
@@ -92,11 +96,11 @@ def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
     for branch in config.model.branches:
         model = workdir_model(workdir, branch, "teacher", step)
         name = model.name
-        embeddings[name] = evaluation.embeddings(model.function, quiet=quiet)
+        embeddings[name] = evaluation.embeddings(model.function)
         scores[name] = evaluation.scores(embeddings[name])
     if len(scores) > 1:
         scores["all branches, scores averaged"] = metrics.average_scores(list(scores.values()))
-    scores[BASELINE] = evaluation.statistics_scores(quiet)
+    scores[BASELINE] = evaluation.statistics_scores()
     rates = {
         name: error_report(found, evaluation.target) | eer_interval(found, evaluation.trials, evaluation.speakers())
         for name, found in scores.items()
@@ -105,7 +109,14 @@ def tested_run(workdir, config, data, trials, step=None, quiet=False) -> Tested:
     return Tested(evaluation, scores, rates, best, embeddings[best])
 
 
-def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
+def page(
+    workdir: str | os.PathLike,
+    config: configs.ConfigDict,
+    rows: Sequence[Mapping],
+    tested: Tested | None,
+    data: str | os.PathLike | None,
+    trials: str | os.PathLike | None,
+) -> str:
     """Returns the page as HTML text."""
     name = Path(workdir).resolve().name
     last = rows[-1]
@@ -139,11 +150,11 @@ def page(workdir, config, rows, tested: Tested | None, data, trials) -> str:
         links=links,
         body=body,
         script=SCRIPT,
-        version=memo_jax.__version__,
+        version=__version__,
     )
 
 
-def headline(rows, tested: Tested | None) -> list[str]:
+def headline(rows: Sequence[Mapping], tested: Tested | None) -> Iterator[str]:
     """Yields the few numbers that a reader looks for first, as cards."""
     if tested is not None:
         for name, look in system_looks(tested.rates).items():
@@ -162,7 +173,7 @@ def headline(rows, tested: Tested | None) -> list[str]:
         yield "<div class=card><b>open</b><span>gate, to the end of these metrics</span></div>"
 
 
-def run_facts(workdir, config, rows) -> dict[str, str]:
+def run_facts(workdir: str | os.PathLike, config: configs.ConfigDict, rows: Sequence[Mapping]) -> dict[str, str]:
     """Returns what the run is, by name, in the words of a methods section."""
     facts = {"Recordings": _dataset_text(config.data.train, (read_run(workdir) or {}).get("data", {}))}
     facts["Labels"] = labels_text(config)
@@ -206,7 +217,7 @@ def run_facts(workdir, config, rows) -> dict[str, str]:
     return facts
 
 
-def time_facts(row) -> dict[str, str]:
+def time_facts(row: Mapping) -> dict[str, str]:
     """Returns what a row of metrics says about the time since the last start."""
     facts = {}
     shares = {part: row[f"goodput/{part}"] for part in PARTS if row.get(f"goodput/{part}") is not None}
@@ -235,14 +246,14 @@ def _dataset_text(path, recorded: Mapping) -> str:
     return f"{text}; {utterances.seconds.sum() / 3600:.2f} h"
 
 
-def labels_text(config) -> str:
+def labels_text(config: configs.ConfigDict) -> str:
     """Returns which labels a run has learned from."""
     if not reads_labels(config):
         return "none read"
     return f"those of {config.supervised.labels}" if config.supervised.labels else "the speakers of the recordings"
 
 
-def curves_section(rows, branches, tested: Tested | None) -> str:
+def curves_section(rows: Sequence[Mapping], branches: Sequence[str], tested: Tested | None) -> str:
     """Returns the learning curves, one picture per panel."""
     references = {BASELINE: tested.rates[BASELINE]["eer"]} if tested else {}
     said = f"{', '.join(progress_texts(rows))}. Thick lines are running means, faint ones the values."
@@ -257,7 +268,7 @@ def curves_section(rows, branches, tested: Tested | None) -> str:
     return f"<p>{html.escape(said[0].upper() + said[1:])}</p><div class=panels>{pictures}</div>"
 
 
-def test_section(tested: Tested, data, trials) -> str:
+def test_section(tested: Tested, data: str | os.PathLike, trials: str | os.PathLike) -> str:
     """Returns error rates as a table, DET curves and score histograms."""
     evaluation = tested.evaluation
     target, looks = evaluation.target, system_looks(tested.rates)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
@@ -20,16 +21,20 @@ class Calibration(NamedTuple):
         return self.scale * np.asarray(scores, np.float64) + self.offset
 
 
-def fit_calibration(scores, target, p_target: float = 0.5, weights=None) -> Calibration:
-    """Linear (logistic-regression) calibration: makes a score a natural-log likelihood ratio.
+def fit_calibration(
+    scores: ArrayLike, target: ArrayLike, p_target: float = 0.5, weights: ArrayLike | None = None
+) -> Calibration:
+    """Fits a linear (logistic-regression) calibration, which makes a score a natural-log likelihood ratio.
 
     With l = scale·score + offset, minimises the prior-weighted cross-entropy, p times the mean over
     targets of log(1+e^-(l+logit p)) plus 1-p times the mean over nontargets of log(1+e^(l+logit p)). Each class counts
     as a whole, whatever its number of trials. Fit on trials other than those to be judged.
 
     Args:
-      scores: finite [N]; target: bool [N]; weights: optional [N].
+      scores: [N], finite.
+      target: bool [N].
       p_target: the prior at which calibration matters most, strictly between 0 and 1.
+      weights: [N], zero or more; all one by default.
 
     Raises:
       ValueError: on equal or infinite scores, or see `metrics.cumulative_weights`.
@@ -65,11 +70,19 @@ def fit_calibration(scores, target, p_target: float = 0.5, weights=None) -> Cali
     return Calibration(float(scale), float(theta[1] - scale * center))
 
 
-def act_dcf(llrs, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1, weights=None) -> float:
-    """Normalised detection cost of the decisions that the log-likelihood ratios themselves imply.
+def act_dcf(
+    llrs: ArrayLike,
+    target: ArrayLike,
+    p_target: float,
+    *,
+    c_miss: float = 1,
+    c_fa: float = 1,
+    weights: ArrayLike | None = None,
+) -> float:
+    """Returns the normalised detection cost of the decisions that the log-likelihood ratios themselves imply.
 
     Accepts where llr >= log(c_fa (1-p) / (c_miss p)), Bayes' threshold. Never below `min_dcf`; the gap is what
-    calibration loses. Can exceed 1. Arguments as for `metrics.min_dcf`.
+    calibration loses. Can exceed 1. Arguments and errors as for `metrics.min_dcf`.
     """
     detection_cost(0.0, 0.0, p_target, c_miss, c_fa)  # checks the prior and the costs before the logarithm
     values, targets, nontargets = _class_weights(llrs, target, weights)
@@ -79,19 +92,21 @@ def act_dcf(llrs, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1
     return float(detection_cost(fnr, fpr, p_target, c_miss, c_fa))
 
 
-def cllr(llrs, target, weights=None) -> float:
-    """Cost of the log-likelihood ratios (natural logs) over all operating points, in bits: 0 perfect, 1 uninformative.
+def cllr(llrs: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Returns the cost of log-likelihood ratios (natural logs) over all operating points, in bits.
 
-    Half the sum of the mean over targets of log2(1+e^-llr) and the mean over nontargets of log2(1+e^llr).
-    Source: Brümmer and du Preez 2006, as above.
+    0 is perfect, and 1 is uninformative. Errors as for `metrics.cumulative_weights`. Half the sum of the mean over
+    targets of log2(1+e^-llr) and the mean over nontargets of log2(1+e^llr). Source: Brümmer and du Preez 2006, as
+    above.
     """
     return _cllr(*_class_weights(llrs, target, weights))
 
 
-def min_cllr(scores, target, weights=None) -> float:
-    """Cllr after the best monotone calibration there is (pool adjacent violators): what discrimination alone costs.
+def min_cllr(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Returns the Cllr after the best monotone calibration there is: what discrimination alone costs.
 
-    Depends on the order of the scores only; in [0, 1], and never above `cllr`.
+    That calibration is found by pooling adjacent violators. Depends on the order of the scores only; in [0, 1], and
+    never above `cllr`.
     """
     _, targets, nontargets = _class_weights(scores, target, weights)
     present = targets + nontargets > 0  # the bootstrap gives weight 0 to whole groups

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from memo_jax.scoring.metrics import WeightedEer, eer
 
@@ -26,9 +27,16 @@ class Comparison(NamedTuple):
 
 
 def bootstrap_interval(
-    metric: Metric, scores, target, speaker_pairs, *, replicates: int = 1000, level: float = 0.95, seed: int = 0
+    metric: Metric,
+    scores: ArrayLike,
+    target: ArrayLike,
+    speaker_pairs: ArrayLike,
+    *,
+    replicates: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
-    """Confidence interval of a metric by the bootstrap over speakers (percentile interval).
+    """Returns the confidence interval of a metric by the bootstrap over speakers (percentile interval).
 
     Trials are not independent: one difficult speaker spoils all trials it takes part in, so resampling trials yields
     intervals far too narrow. The independent units are speakers. A replicate draws as many speakers as there are, with
@@ -45,6 +53,13 @@ def bootstrap_interval(
         certain it is for other speakers and not for other seeds.
       target: bool [N].
       speaker_pairs: int [N, 2], the two speakers of each trial (`trials.speaker_pairs`).
+      replicates: how many draws of speakers, at least 1.
+      level: share of the replicates that the interval holds, strictly between 0 and 1.
+      seed: of the draws.
+
+    Raises:
+      ValueError: fewer than two speakers, draws that never have both kinds of trial, pairs of another shape, or
+        `replicates` or `level` out of range.
 
     Source: the subsets bootstrap of Bolle, Ratha and Pankanti, "Error analysis of pattern recognition systems", 2004.
     """
@@ -54,20 +69,20 @@ def bootstrap_interval(
 
 def paired_bootstrap(
     metric: Metric,
-    scores_a,
-    scores_b,
-    target,
-    speaker_pairs,
+    scores_a: ArrayLike,
+    scores_b: ArrayLike,
+    target: ArrayLike,
+    speaker_pairs: ArrayLike,
     *,
     replicates: int = 1000,
     level: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """Is system A better than B on the same trials? Both are measured on the same resampled speakers.
+    """Compares system A with B on the same trials and the same resampled speakers: is A better?
 
     What makes a draw of speakers hard makes it hard for both systems, so the difference is known better than either
     metric. `p_value` is one-sided, (1 + replicates in which A is not better) / (1 + replicates): when it is small, A is
-    better. Arguments as for `bootstrap_interval`: of several runs of a system, the mean metric counts.
+    better. Arguments and errors as for `bootstrap_interval`: of several runs of a system, the mean metric counts.
     """
     target, ones = np.asarray(target, bool), np.ones(len(target))
     runs_a, runs_b = np.atleast_2d(scores_a), np.atleast_2d(scores_b)

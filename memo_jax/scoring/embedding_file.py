@@ -1,6 +1,6 @@
 """Files of embeddings with the names of their recordings; the ending of a file's name says which kind it is.
 
-`KINDS` has them all: npz and parquet, which keep everything, and npy and Kaldi's ark, which other tools read.
+`FILE_KINDS` has them all: npz and parquet, which keep everything, and npy and Kaldi's ark, which other tools read.
 """
 
 import collections
@@ -46,7 +46,7 @@ class OtherModelError(ValueError):
     """Embeddings of different models were about to be compared."""
 
 
-def check_same_model(one: str, one_name, other: str, other_name) -> None:
+def check_same_model(one: str, one_name: str | os.PathLike, other: str, other_name: str | os.PathLike) -> None:
     """Raises OtherModelError when two fingerprints are known and differ; the names say whose they are."""
     if one and other and one != other:
         raise OtherModelError(
@@ -55,11 +55,11 @@ def check_same_model(one: str, one_name, other: str, other_name) -> None:
         )
 
 
-def kind_of(path: str | os.PathLike) -> "Kind":
+def kind_of(path: str | os.PathLike) -> "FileKind":
     """Returns the kind of a file of embeddings; raises ValueError for a name with another ending."""
-    kind = KINDS.get(Path(path).suffix.lower())
+    kind = FILE_KINDS.get(Path(path).suffix.lower())
     if kind is None:
-        *endings, last = KINDS
+        *endings, last = FILE_KINDS
         raise ValueError(f"{path}: the name of a file of embeddings ends in {', '.join(endings)} or {last}")
     return kind
 
@@ -67,7 +67,7 @@ def kind_of(path: str | os.PathLike) -> "Kind":
 def check_output_name(path: str | os.PathLike, *, gallery: bool = False) -> Path:
     """Returns the path; raises ValueError for an unknown ending, or for a gallery one that does not keep the model."""
     if gallery and not kind_of(path).keeps_model:
-        endings = " or ".join(ending for ending, kind in KINDS.items() if kind.keeps_model)
+        endings = " or ".join(ending for ending, kind in FILE_KINDS.items() if kind.keeps_model)
         raise ValueError(f"{path}: a gallery that is written to ends in {endings}, which keep its model")
     kind_of(path)
     return Path(path)
@@ -362,7 +362,7 @@ def _of_rows(names, rows):
     return Embeddings(names, np.stack(rows) if rows else np.zeros((0, 1), np.float32))
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     """A kind of file of embeddings.
 
     Attributes:
@@ -378,10 +378,10 @@ class Kind(NamedTuple):
     refused: frozenset[str] = frozenset()
 
 
-KINDS = {
-    ".npz": Kind(_write_npz, _read_npz, keeps_model=True),
-    ".parquet": Kind(_write_parquet, _read_parquet, keeps_model=True),
-    ".npy": Kind(_write_npy, _read_npy, refused=LINE_PARTS),
-    ".ark": Kind(_write_ark, _read_ark, refused=KALDI_BLANKS),
-    ".scp": Kind(_write_ark, _read_scp, refused=KALDI_BLANKS),
+FILE_KINDS = {
+    ".npz": FileKind(_write_npz, _read_npz, keeps_model=True),
+    ".parquet": FileKind(_write_parquet, _read_parquet, keeps_model=True),
+    ".npy": FileKind(_write_npy, _read_npy, refused=LINE_PARTS),
+    ".ark": FileKind(_write_ark, _read_ark, refused=KALDI_BLANKS),
+    ".scp": FileKind(_write_ark, _read_scp, refused=KALDI_BLANKS),
 }

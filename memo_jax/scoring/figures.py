@@ -5,7 +5,7 @@ the only difference: lines also differ in style and carry names. A system looks 
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,16 +66,16 @@ def system_looks(names: Iterable[str]) -> dict[str, Look]:
     return looks
 
 
-def save_figure(figure: Figure, path: str | os.PathLike, dpi: int = 150) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike) -> Path:
     """Writes a figure in the format of the path's suffix (png, svg, pdf), whole or not at all; returns the path."""
     path = Path(path)
     with replacing(path) as partial:  # long names stay whole
-        figure.savefig(partial, dpi=dpi, facecolor="white", bbox_inches="tight", pad_inches=0.12)
+        figure.savefig(partial, dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.12)
     return path
 
 
 def running_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """Centred mean over 2·half+1 values, over fewer at the ends; the values themselves when half is 0."""
+    """Returns the centred mean over 2·half+1 values, over fewer at the ends; the values themselves when half is 0."""
     if half == 0:
         return values
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -84,7 +84,7 @@ def running_mean(values: np.ndarray, half: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_height: float = 0.085):
+def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_height: float = 0.085) -> None:
     """Writes each line's label where the lines end (x, a share of the width), moved apart where two would overlap.
 
     `labels` are (value, text, colour); `line_height` is that of a line of text, as a share of the panel's height.
@@ -129,7 +129,7 @@ def det_figure(
     title: str | None = "Detection error trade-off",
     p_target: float = 0.05,
 ) -> Figure:
-    """DET curves: miss against false-alarm rate on normal-deviate axes in percent.
+    """Draws DET curves: miss against false-alarm rate on normal-deviate axes in percent.
 
     Dots mark equal error rates, diamonds where the detection cost at `p_target` is least. The legend lists the systems
     from worst to best with both. Without a title (None) there is no legend either: a page says both beside the picture.
@@ -254,11 +254,17 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_histogram_figure(
-    scores, target, look: Look, *, unit: str = "cosine score", thresholds: Mapping[str, float] | None = None
+    scores: np.ndarray,
+    target: np.ndarray,
+    look: Look,
+    *,
+    unit: str = "cosine score",
+    thresholds: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Histograms of target scores, in a system's look, and of nontarget scores in grey, each class summing to 100 %.
+    """Draws histograms of target scores, in a system's look, and of nontarget scores in grey.
 
-    The dark parts are the errors at the threshold of equal error. `thresholds` adds further operating points by name.
+    Each class sums to 100 %. The dark parts are the errors at the threshold of equal error. `thresholds` adds further
+    operating points by name.
     """
     scores, target = np.asarray(scores), np.asarray(target, bool)
     equal = eer_point(scores, target)
@@ -310,7 +316,7 @@ def _mark_thresholds(ax: Axes, marks: Mapping[str, float], line_height: float) -
         )
 
 
-def plot_cluster_sizes(assignment, path: str | os.PathLike) -> Path:
+def plot_cluster_sizes(assignment: np.ndarray, path: str | os.PathLike) -> Path:
     """Draws how many clusters have how many utterances, given the cluster of each, int [N], into a file."""
     counts = np.unique(assignment, return_counts=True)[1]
     # Sizes are whole numbers: equal bins while they are few, equal ratios beyond.
@@ -347,8 +353,8 @@ def plot_cluster_sizes(assignment, path: str | os.PathLike) -> Path:
     return save_figure(figure, path)
 
 
-def embedding_map_figure(points, speakers, size: tuple[float, float] = (9.0, 5.0)) -> Figure:
-    """Points [N, 2], coloured by speaker, with the names of speakers where there is room; size in inches.
+def embedding_map_figure(points: np.ndarray, speakers: Sequence[str], size: tuple[float, float] = (9.0, 5.0)) -> Figure:
+    """Draws points [N, 2], coloured by speaker, with the names of speakers where there is room; size in inches.
 
     Speakers differ in colour and mark; with more than 60 of them, some share both.
     """

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-CHUNK = 2048  # trials per block: keeps the gathered embeddings inside the processor's cache
+TRIALS_AT_ONCE = 2048  # trials per block: keeps the gathered embeddings inside the processor's cache
 
 
 def unit_norm(embeddings: np.ndarray) -> np.ndarray:
-    """Embeddings [..., D] scaled to length 1, float32; ValueError names the row of a zero or non-finite one."""
+    """Scales embeddings [..., D] to length 1, float32; ValueError names the row of a zero or non-finite one."""
     embeddings = np.asarray(embeddings, np.float32)
     norms = np.sqrt(np.einsum("...d,...d->...", embeddings, embeddings))[..., None]
     bad = np.argwhere(~(np.isfinite(norms) & (norms > 0)))
@@ -36,7 +37,7 @@ def _directions(embeddings: np.ndarray) -> np.ndarray:
 
 
 def subtract_mean(embeddings: np.ndarray, cohort: np.ndarray) -> np.ndarray:
-    """Embeddings [..., D] minus the mean of the cohort's raw embeddings [C, D]: removes what all recordings share.
+    """Subtracts the mean of a cohort's raw embeddings [C, D] from embeddings [..., D]: what all recordings share.
 
     The mean is taken before any length normalisation, as wespeaker does with its training set.
     """
@@ -44,31 +45,42 @@ def subtract_mean(embeddings: np.ndarray, cohort: np.ndarray) -> np.ndarray:
 
 
 def cosine_scores(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Cosine of every trial, in [-1, 1], float64 [N].
+    """Returns the cosine of every trial, in [-1, 1], float64 [N].
 
     Args:
       embeddings: [M, D], or [M, R, D] for R crops per recording: then the mean over all R x R pairs of crops.
       pairs: int [N, 2], rows of the two recordings (`trial_pairs`).
+
+    Raises:
+      ValueError: embeddings of another number of axes, or one that is zero or not finite.
     """
     directions = _directions(embeddings)
     scores = np.empty(len(pairs))
-    for start in range(0, len(pairs), CHUNK):
-        enrol, test = pairs[start : start + CHUNK].T
-        scores[start : start + CHUNK] = np.einsum("nd,nd->n", directions[enrol], directions[test])
+    for start in range(0, len(pairs), TRIALS_AT_ONCE):
+        enrol, test = pairs[start : start + TRIALS_AT_ONCE].T
+        scores[start : start + TRIALS_AT_ONCE] = np.einsum("nd,nd->n", directions[enrol], directions[test])
     return np.clip(scores, -1, 1, out=scores)
 
 
-def as_norm(scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohort: np.ndarray, *, top: int = 300):
-    """Adaptive symmetric score normalisation, float64 [N].
+def as_norm(
+    scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohort: np.ndarray, *, top: int = 300
+) -> np.ndarray:
+    """Returns the scores after adaptive symmetric score normalisation, float64 [N].
 
     Each side of a trial is compared with every cohort utterance; the mean and (biased) standard deviation of its
     `top` highest cosines standardise the score; the result is the average over both sides. The cohort consists of
     utterances, since there are no speaker labels to average over: it must not contain the trial recordings.
 
     Args:
-      scores: cosines [N]; pairs: int [N, 2] into embeddings [M, D] (or [M, R, D]).
+      scores: cosines [N].
+      embeddings: [M, D], or [M, R, D].
+      pairs: int [N, 2], rows of the embeddings.
       cohort: embeddings [C, D], treated (mean subtraction) exactly like `embeddings`.
       top: how many of the nearest cohort utterances count, 2 to C.
+
+    Raises:
+      ValueError: `top` out of its range, a cohort whose nearest scores are all equal, or embeddings without a
+        direction.
 
     Source: s-norm1 with per-side selection in Matejka et al., "Analysis of Score Normalization in Multilingual
     Speaker Recognition", Interspeech 2017.
@@ -95,7 +107,11 @@ def as_norm(scores: np.ndarray, embeddings: np.ndarray, pairs: np.ndarray, cohor
 
 
 def average_scores(systems: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean of the scores [N] of several systems on the same trials, e.g. of both branches; scales must be alike."""
+    """Averages the scores [N] of several systems, such as both branches, on the same trials; scales must be alike.
+
+    Raises:
+      ValueError: no systems, or scores of different shapes.
+    """
     shapes = {np.shape(scores) for scores in systems}
     if len(shapes) != 1 or len(min(shapes)) != 1:
         raise ValueError(f"systems to average must have scores [N] of the same trials, not shapes {sorted(shapes)}")
@@ -120,10 +136,13 @@ class OperatingPoint(NamedTuple):
     threshold: float
 
 
-def cumulative_weights(scores, target, weights=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct scores ascending [P], with the total weight of targets, and of nontargets, up to and including each.
+def cumulative_weights(
+    scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the distinct scores, ascending [P], and the total weights of targets and of nontargets up to each.
 
-    Tied trials fall together: no threshold can tell them apart, so no order among them may count.
+    Those of the score itself are included. Tied trials fall together: no threshold can tell them apart, so no order
+    among them may count.
 
     Raises:
       ValueError: on no trials, lengths that differ, NaN scores, labels that are not true or false, negative weights,
@@ -158,14 +177,16 @@ def cumulative_weights(scores, target, weights=None) -> tuple[np.ndarray, np.nda
     return scores[last], of_targets, of_nontargets
 
 
-def error_rates(scores, target, weights=None) -> ErrorRates:
-    """False-negative (miss) and false-positive (false-alarm) rates at every distinct score, and above all of them.
+def error_rates(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> ErrorRates:
+    """Returns the rates of misses and of false alarms at every distinct score, and above all of them.
 
     These are the points of the ROC and DET curves. `fnr[i]` is the share of targets scoring below `thresholds[i]`,
     `fpr[i]` the share of nontargets at or above it; the last threshold is +inf.
 
     Args:
-      scores: [N]; target: bool [N]; weights: optional [N], zero or more.
+      scores: [N].
+      target: bool [N].
+      weights: [N], zero or more; all one by default.
 
     Raises:
       ValueError: see `cumulative_weights`; also when there are only targets or only nontargets.
@@ -176,8 +197,8 @@ def error_rates(scores, target, weights=None) -> ErrorRates:
     return ErrorRates(np.append(thresholds, np.inf), fnr, fpr)
 
 
-def eer_point(scores, target, weights=None) -> OperatingPoint:
-    """The equal error rate (see `eer`) and its threshold: of the two neighbouring ones, that with closer rates."""
+def eer_point(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> OperatingPoint:
+    """Returns the equal error rate (see `eer`) and its threshold: of the two next to it, that with closer rates."""
     thresholds, fnr, fpr = error_rates(scores, target, weights)
     after = int(np.searchsorted(fnr - fpr, 0.0))  # the difference rises from -1 to 1
     before = after - 1
@@ -186,8 +207,8 @@ def eer_point(scores, target, weights=None) -> OperatingPoint:
     return OperatingPoint(float(value), float(thresholds[nearer]))
 
 
-def eer(scores, target, weights=None) -> float:
-    """Equal error rate, a fraction: where the ROC, its points joined by straight lines, meets FNR = FPR.
+def eer(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> float:
+    """Returns the equal error rate, a fraction: where the ROC, its points joined by straight lines, meets FNR = FPR.
 
     This is the linear interpolation of the NIST SRE scoring tools and of `roc_curve` with a root finder (scikit-learn
     users); tied scores make one point. It is not the ROC convex hull's (ROCCH) EER, which is never larger. Below 0.5 is
@@ -212,7 +233,7 @@ class WeightedEer:
       targets, nontargets: rows of these trials in the order that their weights are given in.
     """
 
-    def __init__(self, scores, target):
+    def __init__(self, scores: ArrayLike, target: ArrayLike):
         scores, target = np.asarray(scores), np.asarray(target, bool)
         self._thresholds, *below = cumulative_weights(scores, target)
         self._below = [np.append(0, counts).astype(np.int64) for counts in below]  # trials below each threshold
@@ -233,28 +254,57 @@ class WeightedEer:
         return fnr, 1.0 - nontargets[nontargets_below[index]] / nontargets[-1]
 
 
-def min_dcf_point(scores, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1, weights=None):
-    """The minimum detection cost (see `min_dcf`) and the threshold that reaches it."""
+def min_dcf_point(
+    scores: ArrayLike,
+    target: ArrayLike,
+    p_target: float,
+    *,
+    c_miss: float = 1,
+    c_fa: float = 1,
+    weights: ArrayLike | None = None,
+) -> OperatingPoint:
+    """Returns the minimum detection cost (see `min_dcf`) and the threshold that reaches it."""
     thresholds, fnr, fpr = error_rates(scores, target, weights)
     costs = detection_cost(fnr, fpr, p_target, c_miss, c_fa)
     best = int(np.argmin(costs))
     return OperatingPoint(float(costs[best]), float(thresholds[best]))
 
 
-def min_dcf(scores, target, p_target: float, *, c_miss: float = 1, c_fa: float = 1, weights=None) -> float:
-    """Minimum normalised detection cost over all thresholds, in [0, 1]; 1 is the cost of not listening at all.
+def min_dcf(
+    scores: ArrayLike,
+    target: ArrayLike,
+    p_target: float,
+    *,
+    c_miss: float = 1,
+    c_fa: float = 1,
+    weights: ArrayLike | None = None,
+) -> float:
+    """Returns the least normalised detection cost of any threshold, in [0, 1]; 1 is the cost of not listening at all.
 
     Args:
+      scores: [N].
+      target: bool [N].
       p_target: prior probability of a target, strictly between 0 and 1 (VoxCeleb: 0.05; NIST SRE10: 0.01 or 0.001).
-      c_miss, c_fa: costs of a miss and of a false alarm.
+      c_miss: cost of a miss, positive.
+      c_fa: cost of a false alarm, positive.
+      weights: [N], as for `error_rates`.
+
+    Raises:
+      ValueError: see `error_rates` and `detection_cost`.
 
     Source: min over thresholds of (c_miss p FNR + c_fa (1-p) FPR) / min(c_miss p, c_fa (1-p)); NIST SRE plans.
     """
     return min_dcf_point(scores, target, p_target, c_miss=c_miss, c_fa=c_fa, weights=weights).value
 
 
-def detection_cost(fnr, fpr, p_target: float, c_miss: float = 1, c_fa: float = 1):
-    """Normalised detection cost at given error rates (arrays or numbers)."""
+def detection_cost(
+    fnr: np.ndarray | float, fpr: np.ndarray | float, p_target: float, c_miss: float = 1, c_fa: float = 1
+) -> np.ndarray | float:
+    """Returns the normalised detection cost at given error rates; arguments as for `min_dcf`.
+
+    Raises:
+      ValueError: a prior that is not strictly between 0 and 1, or a cost that is not positive.
+    """
     if not 0 < p_target < 1:
         raise ValueError(f"p_target={p_target} is not a probability strictly between 0 and 1")
     if not (c_miss > 0 and c_fa > 0):

@@ -53,7 +53,9 @@ def eer_interval(
     return {"eer_interval": [100 * end for end in interval]}
 
 
-def calibrated_report(scores, target, tuning_scores, tuning_target) -> dict[str, float]:
+def calibrated_report(
+    scores: np.ndarray, target: np.ndarray, tuning_scores: np.ndarray, tuning_target: np.ndarray
+) -> dict[str, float]:
     """Returns `act_dcf_P`, `cllr` and `min_cllr` of scores calibrated on other trials, and the `scale` and `offset`."""
     fitted = calibration.fit_calibration(tuning_scores, tuning_target)
     llrs = fitted(scores)
@@ -73,12 +75,17 @@ def trial_scores(
     mean_subtraction: bool = False,
     as_norm: int = 0,
 ) -> np.ndarray:
-    """Returns the scores [N] of pairs [N, 2] of rows of embeddings [M, D] (or [M, R, D]).
+    """Returns the scores of trials, float64 [N].
 
     Args:
+      embeddings: [M, D], or [M, R, D] for R crops per recording.
+      pairs: int [N, 2], rows of the two recordings of each trial.
       cohort: embeddings [C, D] of other recordings, whose speakers are unknown.
       mean_subtraction: subtract the cohort's mean from every embedding, the cohort's too.
       as_norm: normalise by this many nearest cohort utterances; 0 for none.
+
+    Raises:
+      ValueError: a cohort is needed and missing, or see `metrics.cosine_scores` and `metrics.as_norm`.
     """
     if cohort is None and (mean_subtraction or as_norm):
         raise ValueError("mean subtraction and AS-norm need a cohort: embeddings of recordings that are in no trial")
@@ -108,13 +115,14 @@ def score(
       embeddings: files with the recordings of the trials, one per system.
       trials: trial list, see `read_trials`; for one without labels, only `scores_file` is written.
       cohorts: files of embeddings of other recordings, one for each of `embeddings`, in their order.
-      mean_subtraction, as_norm: see `trial_scores`.
+      mean_subtraction: see `trial_scores`.
+      as_norm: see `trial_scores`.
       calibration_trials: another list of recordings in `embeddings`, to calibrate on.
       compare: files of embeddings of another system: is the first better? Scored by plain cosine.
       speakers: table with lines `name speaker` (Kaldi's utt2spk) for the bootstrap; the first folder of names by
         default.
       enrollments: table of speakers enrolled by several recordings, see `read_trials`.
-      replicates: of the bootstrap; 0 leaves it out.
+      replicates: how many draws of speakers the bootstrap takes; 0 leaves it out.
       scores_file: where to write `score enrol test` lines.
 
     Returns:
@@ -122,8 +130,7 @@ def score(
       "targets"}, with calibration also "act_dcf_0.01", "act_dcf_0.05", "cllr", "min_cllr", with a comparison
       "comparison": {"eer", "min_dcf_…", "difference", "interval", "p_value"}. Whatever makes error rates come out too
       low is counted: "self_trials" (of a recording with itself), with a cohort "cohort_in_trials" (its recordings that
-      are
-      in the trials), with calibration "calibration_trials_in_both" (trials that it was fitted on). Without labels,
+      are in the trials), with calibration "calibration_trials_in_both" (trials that it was fitted on). Without labels,
       rates are missing.
 
     Raises:
@@ -224,7 +231,9 @@ def _trials_in_both(one: Trials, other: Trials) -> int:
     return sum(frozenset(pair) in known for pair in zip(one.enrol, one.test))
 
 
-def comparison(scores, other_scores, trials: Trials, speakers: Speakers, replicates: int = REPLICATES) -> dict:
+def comparison(
+    scores: np.ndarray, other_scores: np.ndarray, trials: Trials, speakers: Speakers, replicates: int = REPLICATES
+) -> dict:
     """Returns the other system's error rates, and the difference of the EERs, ours − theirs, in percent.
 
     With `replicates` of the paired bootstrap also its 95 % `interval` and the `p_value` of "not better"; None without.

@@ -297,7 +297,11 @@ def name_without_extension(name: str) -> str:
 
 
 def speaker_folder(name: str) -> str:
-    """The speaker as VoxCeleb and most corpora write it: the first folder of a recording's name."""
+    """Returns the speaker as VoxCeleb and most corpora write it: the first folder of a recording's name.
+
+    Raises:
+      ValueError: the name has no folder.
+    """
     speaker, slash, _ = name.partition("/")
     if not slash:
         raise ValueError(f"the recording name {name!r} has no folder to take as its speaker: give a table of speakers")

@@ -5,6 +5,8 @@ Banks of recordings are ordinary arguments: replicate them on every device and s
 moves crops between devices.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -18,8 +20,17 @@ _SILENCE = 1e-12  # energy of a crop; a single int16 sample of 1 has 9e-10
 
 
 def augment(
-    key, waves, banks, *, clean=1 / 6, both=1 / 3, reverb_share=0.25, snr_db=SNR_DB, babble_from_batch=True, views=1
-):
+    key: jax.Array,
+    waves: jax.Array,
+    banks: Mapping[str, jax.Array],
+    *,
+    clean: float = 1 / 6,
+    both: float = 1 / 3,
+    reverb_share: float = 0.25,
+    snr_db: Mapping[str, tuple[float, float]] = SNR_DB,
+    babble_from_batch: bool = True,
+    views: int = 1,
+) -> jax.Array:
     """Returns the crops, each at random left clean, given one kind (reverberation or an added recording), or both.
 
     A share `clean` stays clean; with `clean=1`, whatever `both` is, the waves come back unchanged. If only one kind is
@@ -88,7 +99,15 @@ def augment(
     return out
 
 
-def draw_kinds(keys, clean, both, reverb_share, *, can_reverberate=True, can_add=True):
+def draw_kinds(
+    keys: jax.Array,
+    clean: float,
+    both: float,
+    reverb_share: float,
+    *,
+    can_reverberate: bool = True,
+    can_add: bool = True,
+) -> tuple[jax.Array, jax.Array]:
     """Returns which crops are reverberated and which get an added recording, two bool [N], for keys [N]."""
     u, v = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys).T
     changed, with_both = u >= clean, u >= 1 - both
@@ -98,7 +117,7 @@ def draw_kinds(keys, clean, both, reverb_share, *, can_reverberate=True, can_add
     return changed & (with_both | reverb_alone), changed & (with_both | ~reverb_alone)
 
 
-def add_at_snr(waves, noise, snr_db):
+def add_at_snr(waves: jax.Array, noise: jax.Array, snr_db: jax.Array) -> jax.Array:
     """Returns waves [..., L] plus noise [..., L], scaled to 10 log10(wave's / noise's energy) = snr_db [...].
 
     Energies are sums over the whole crop. Where either is silent, the wave comes back unchanged.
@@ -109,7 +128,7 @@ def add_at_snr(waves, noise, snr_db):
     return waves + jnp.where(audible, gain, 0.0) * noise
 
 
-def reverberate(waves, responses):
+def reverberate(waves: jax.Array, responses: jax.Array) -> jax.Array:
     """Returns waves [N, L], each convolved with its room impulse response [N, R], cut to L samples, energy kept.
 
     The delay of the direct sound stays. Where no reverberated sound falls within the L samples (a silent crop or
@@ -123,7 +142,7 @@ def reverberate(waves, responses):
     return jnp.where(audible, wet * jnp.sqrt(dry_energy / jnp.where(audible, wet_energy, 1.0)), waves)
 
 
-def draw_recordings(keys, bank, samples):
+def draw_recordings(keys: jax.Array, bank: jax.Array, samples: int) -> jax.Array:
     """Returns, for each key [N], a random recording of the bank [n, S] from a random offset, float32 [N, samples]."""
     bank = jnp.asarray(bank)
     rows, length = bank.shape
@@ -143,7 +162,7 @@ def draw_recordings(keys, bank, samples):
     return drawn.astype(jnp.float32) * scale
 
 
-def mix_babble(keys, waves, views=1):
+def mix_babble(keys: jax.Array, waves: jax.Array, views: int = 1) -> jax.Array:
     """Returns, for each crop [N, L], the sum of crops of three other utterances (fewer in tiny batches), [N, L].
 
     Row i belongs to utterance i // views; view v is mixed with views v of the others.

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,7 +71,7 @@ class Checkpointer:
         """Returns the step of the latest checkpoint, None if there is none."""
         return max(saved_steps(self.folder.parent), default=None)
 
-    def save(self, step: int, state, extra: dict | None = None) -> None:
+    def save(self, step: int, state: Any, extra: dict | None = None) -> None:
         """Saves a pytree of arrays, and `extra`, which is JSON, as the checkpoint of a step later than all others.
 
         Raises:
@@ -101,7 +102,7 @@ class Checkpointer:
                     if not self._keep_every or step % self._keep_every:
                         remove_checkpoint(self.folder / str(step))
 
-    def restore(self, abstract_state):
+    def restore(self, abstract_state: Any) -> Any:
         """Returns the state of the latest checkpoint.
 
         Args:
@@ -177,9 +178,9 @@ class Checkpointer:
             (self.folder / str(step)).rmtree(missing_ok=True)
 
 
-def load_extra(workdir: str | os.PathLike, step: int | None = None) -> dict:
-    """Returns the `extra` of a checkpoint, by default the latest; reads no arrays. Raises like `load_raw`."""
-    return saved_checkpoint(workdir, step).manifest["extra"]
+def load_extra(workdir: str | os.PathLike) -> dict:
+    """Returns the `extra` of the latest checkpoint; reads no arrays. Raises like `load_raw`."""
+    return saved_checkpoint(workdir).manifest["extra"]
 
 
 def load_raw(
@@ -213,7 +214,7 @@ def load_raw(
     return traverse_util.unflatten_dict(saved.read_arrays(target, as_numpy), sep="/"), saved.manifest["extra"]
 
 
-def leaves_by_name(tree) -> dict:
+def leaves_by_name(tree: Any) -> dict:
     """Returns {"teacher/ecapa/params/…": leaf} of any pytree, in the order of its leaves."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memo_jax import interrupts
+from memo_jax.config import ConfigDict
 from memo_jax.log import Progress
 from memo_jax.training.inputs import Inputs, batches_of
 from memo_jax.training.monitor import Monitor
@@ -33,7 +34,13 @@ class Feed:
     """
 
     def __init__(
-        self, config, inputs: Inputs, mesh: Mesh, banks: Mapping[str, np.ndarray], begin: int, compiles: bool = True
+        self,
+        config: ConfigDict,
+        inputs: Inputs,
+        mesh: Mesh,
+        banks: Mapping[str, np.ndarray],
+        begin: int,
+        compiles: bool = True,
     ):
         self._config, self._inputs, self._mesh, self._begin = config, inputs, mesh, begin
         self._banks, self._key = sharding.replicate(mesh, banks), augmentation_key(config, mesh)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from memo_jax.features import FRONT_ENDS
 from memo_jax.training.augment import augment
 
-KINDS = ("global", "local")  # crops that students see
+STUDENT_CROPS = ("global", "local")  # crops that students see
 
 
 class Views(NamedTuple):
@@ -70,15 +70,19 @@ def training_views(
             x = mask_bins(jax.random.fold_in(key, mask_number), x, masked_bins)
         return x.reshape((-1, count) + x.shape[1:])
 
-    students = tuple(views_of(batch[kind], i, len(KINDS) + i) for i, kind in enumerate(KINDS) if kind in batch)
+    students = tuple(
+        views_of(batch[kind], i, len(STUDENT_CROPS) + i) for i, kind in enumerate(STUDENT_CROPS) if kind in batch
+    )
     if "teacher" not in batch:
         return Views(students)
-    return Views(students, views_of(batch["teacher"], 2 * len(KINDS), 2 * len(KINDS) + 1, clean_teachers))
+    return Views(
+        students, views_of(batch["teacher"], 2 * len(STUDENT_CROPS), 2 * len(STUDENT_CROPS) + 1, clean_teachers)
+    )
 
 
 def clean_features(batch: Mapping[str, jax.Array], *, front_end: str) -> jax.Array:
     """Returns the features, float32 [B, T, 80], of the students' first crop of each utterance as it is in the batch."""
-    crops = next(batch[kind] for kind in KINDS if kind in batch)
+    crops = next(batch[kind] for kind in STUDENT_CROPS if kind in batch)
     with jax.named_scope("mel"):
         return FRONT_ENDS[front_end](crops[:, 0].astype(jnp.float32) / 32768)[0]
 

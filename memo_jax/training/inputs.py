@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-import memo_jax
 from memo_jax import config as configs
 from memo_jax.data.batches import (
     TrainingBatches,
@@ -23,6 +22,7 @@ from memo_jax.training.monitor import Evaluation
 from memo_jax.training.positives import Positives
 from memo_jax.training.recipe import build_recipe, crop_numbers, has_loss_gate, reads_labels
 from memo_jax.training.step import Recipe
+from memo_jax.version import __version__
 from memo_jax.xla import sharding
 
 
@@ -41,7 +41,7 @@ class Inputs(NamedTuple):
     evaluate_every: int
 
 
-def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
+def checked_inputs(config: configs.ConfigDict, evaluation: Evaluation | None) -> Inputs:
     """Returns what the config asks for; raises ValueError, naming the key, for a config that cannot work."""
     if not config.data.train:
         raise ValueError("data.train is empty: give a dataset made by `memo-jax prepare`, --config.data.train=DATASET")
@@ -78,7 +78,7 @@ def checked_inputs(config, evaluation: Evaluation | None) -> Inputs:
     return inputs
 
 
-def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
+def labels_of(config: configs.ConfigDict, utterances: Utterances) -> tuple[np.ndarray | None, str]:
     """Returns the utterances' labels, None for training without, and what to report about those of a table, or ""."""
     if not reads_labels(config):
         return None, ""
@@ -94,7 +94,9 @@ def labels_of(config, utterances: Utterances) -> tuple[np.ndarray | None, str]:
     return labels, note
 
 
-def batches_of(config, inputs: Inputs, start: int, partners: np.ndarray | None = None) -> TrainingBatches:
+def batches_of(
+    config: configs.ConfigDict, inputs: Inputs, start: int, partners: np.ndarray | None = None
+) -> TrainingBatches:
     """Returns this process's batches of the steps after `start`, with the teachers' crops from `partners`, if given."""
     numbers = crop_numbers(config, partners is not None)
     return training_batches(
@@ -121,7 +123,7 @@ def bank_record(rows: np.ndarray) -> dict[str, int]:
     return {"rows": len(rows), "checksum": zlib.crc32(rows)}
 
 
-def data_record(config, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
+def data_record(config: configs.ConfigDict, utterances: Utterances, banks: dict[str, np.ndarray]) -> dict:
     """Returns the description of the data in run.json."""
     return {
         "train": str(config.data.train),
@@ -137,10 +139,10 @@ def data_identity(inputs: Inputs) -> dict:
     return {"fingerprint": inputs.utterances.fingerprint, "labels": labels}
 
 
-def agreed_inputs(config, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
+def agreed_inputs(config: configs.ConfigDict, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
     """Returns {name: text} of everything that must be the same in all processes."""
     return {
         "the config": configs.config_to_json(config),
         "the dataset": str(data_identity(inputs)),
-        "the version of memo-jax": memo_jax.__version__,
+        "the version of memo-jax": __version__,
     } | {f"the bank of {name}": str(bank_record(rows)) for name, rows in banks.items()}

@@ -4,6 +4,7 @@ The sums of a cluster's members are sums of integers, which do not depend on the
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,9 @@ class Clusters(NamedTuple):
     assignment: np.ndarray
 
 
-def spherical_kmeans(embeddings: np.ndarray, clusters: int, iterations: int, seed, mesh: Mesh) -> Clusters:
+def spherical_kmeans(
+    embeddings: np.ndarray, clusters: int, iterations: int, seed: int | Sequence[int], mesh: Mesh
+) -> Clusters:
     """Clusters embeddings by their cosine (Dhillon and Modha, 2001).
 
     It starts from the directions of `clusters` rows, drawn without replacement. An iteration assigns every row to the
@@ -69,7 +72,7 @@ def padded_rows(rows: int, mesh: Mesh) -> int:
 
 
 @functools.cache
-def jitted_kmeans(mesh: Mesh, iterations: int):
+def jitted_kmeans(mesh: Mesh, iterations: int) -> jax.stages.Wrapped:
     """Returns the jitted function (rows [N, D], first centroids [K, D], number of rows that count) → Clusters.
 
     N is as `padded_rows` says. Both results are replicated on every device.
@@ -131,7 +134,7 @@ def nearest_other_centroid(centroids: np.ndarray, mesh: Mesh) -> np.ndarray:
 
 
 @functools.cache
-def jitted_nearest_other(mesh: Mesh):
+def jitted_nearest_other(mesh: Mesh) -> jax.stages.Wrapped:
     """Returns the jitted function (centroids [K', D], padded to whole blocks, centroids [K, D]) → int32 [K']."""
 
     def nearest_other(padded, centroids):

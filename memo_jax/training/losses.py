@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from memo_jax.models.layers import l2_normalize
 from memo_jax.xla.reductions import logsumexp, over_last_axis
 
+SINKHORN_ITERATIONS = 3
+
 
 def teacher_distributions(
     teacher_logits: jax.Array, center: jax.Array, temperature: jax.Array
@@ -28,19 +30,16 @@ def teacher_distributions(
     return _with_entropies(logs - logsumexp(logs)[..., None])
 
 
-def sinkhorn_distributions(
-    teacher_logits: jax.Array, temperature: jax.Array, iterations: int = 3
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def sinkhorn_distributions(teacher_logits: jax.Array, temperature: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns balanced targets: the rows of softmax(logits/temperature) after Sinkhorn's iterations (Cuturi, 2013).
 
-    An iteration divides every column (a prototype) by its sum over views and batch, then every row by its sum: all
-    prototypes end up being used about equally, without a centre. As in SwAV (Caron et al., 2020) and SDPN.
+    Each of the three iterations divides every column (a prototype) by its sum over views and batch, then every row by
+    its sum: all prototypes end up being used about equally, without a centre. As in SwAV (Caron et al., 2020) and SDPN.
 
     Args:
       teacher_logits: [W, B, K] float32; no gradient flows into them.
       temperature: positive. A softmax that is raised to the power 4 and normalised equals one at a quarter of the
         temperature.
-      iterations: how many.
 
     Returns:
       As for `teacher_distributions`.
@@ -48,7 +47,7 @@ def sinkhorn_distributions(
     # In logarithms: at low temperatures, all numbers of a column may be too small for float32.
     logs = jax.lax.stop_gradient(teacher_logits / temperature)
     logs = logs - logsumexp(logs)[..., None]
-    for _ in range(iterations):
+    for _ in range(SINKHORN_ITERATIONS):
         logs = logs - jax.nn.logsumexp(logs, axis=(0, 1))
         logs = logs - logsumexp(logs)[..., None]
     return _with_entropies(logs)

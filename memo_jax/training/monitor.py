@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from memo_jax.config import ConfigDict
 from memo_jax.log import MetricsLog, Progress
 from memo_jax.training.goodput import GOODPUT_METRICS, Goodput
 from memo_jax.training.state import TrainState
@@ -51,7 +52,7 @@ class Monitor:
 
     def __init__(
         self,
-        config,
+        config: ConfigDict,
         recipe: Recipe,
         log: MetricsLog,
         progress: Progress,
@@ -108,7 +109,7 @@ class Monitor:
     def settle(self, state: TrainState, backbones: dict | None = None) -> None:
         """Waits for the step just taken, checks its metrics and its state, evaluates `backbones` if given, and logs."""
         number = self._read()
-        check_finite(number, state)
+        check_finite_state(number, state)
         if self.untrained:
             self.log.write(0, {"epoch": 0.0} | self._evaluate(0, self.untrained))
             self.untrained = None
@@ -143,11 +144,11 @@ class Monitor:
         with self.goodput.counting("evaluation"):
             result = self.evaluation(self.recipe, backbones)
         self._mark = time.perf_counter()
-        self.progress.write(f"step {number}: " + ", ".join(map(_rate_text, result, result.values())))
+        self.progress.write(f"step {number}: " + ", ".join(map(_error_rate_text, result, result.values())))
         return result
 
 
-def _rate_text(name: str, value: float) -> str:
+def _error_rate_text(name: str, value: float) -> str:
     return f"{name} {value:.2f} %" if name.startswith("eer") else f"{name} {value:.3f}"
 
 
@@ -189,7 +190,7 @@ class CollapseWatch:
                 )
 
 
-def check_finite(step: int, state: TrainState) -> None:
+def check_finite_state(step: int, state: TrainState) -> None:
     """Raises TrainingStopped unless parameters and optimiser state are finite. The gate may hold an infinity."""
     # On the host, to which a state is copied anyway when it is saved: a check on the device would take long to compile.
     leaves = jax.tree.leaves((state.student, state.teacher, state.center, state.opt_state))

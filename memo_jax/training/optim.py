@@ -107,7 +107,7 @@ def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> o
     return optax.GradientTransformation(init, update)
 
 
-def has_decay(params):
+def has_decay(params: Any) -> Any:
     """Returns a mask that is true where weight decay applies: not on biases and other 1-D parameters."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 

@@ -7,7 +7,9 @@ Labels are read only to report how often a partner is of the same speaker.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from jax.sharding import Mesh
 from memo_jax import config as configs
 from memo_jax.data.batches import Utterances, reference_batches
 from memo_jax.features import FRONT_ENDS
+from memo_jax.models import Variables
 from memo_jax.models.layers import l2_normalize
 from memo_jax.training.kmeans import nearest_other_centroid, spherical_kmeans
 from memo_jax.training.state import TrainState, backbone_variables
@@ -42,7 +45,7 @@ class Positives:
       ValueError: a value that cannot work; the message names its key.
     """
 
-    def __init__(self, config, utterances: Utterances, epoch_steps: int):
+    def __init__(self, config: configs.ConfigDict, utterances: Utterances, epoch_steps: int):
         self.config, self.utterances = config, utterances
         self.first = configs.duration_in_steps(config.positives, "from", epoch_steps)
         self.every = max(configs.duration_in_steps(config.positives, "every", epoch_steps), 1)
@@ -125,13 +128,13 @@ class Positives:
         return np.concatenate([*found, np.asarray(pending.addressable_data(0))])[:count]
 
 
-def embed_crops(backbone, front_end, variables, crops: jax.Array) -> jax.Array:
+def embed_crops(backbone: nn.Module, front_end: Callable, variables: Variables, crops: jax.Array) -> jax.Array:
     """Returns the embeddings float32 [N, D], of unit length, of crops int16 [N, L] in evaluation mode."""
     features, _ = front_end(crops.astype(jnp.float32) / 32768)
     return l2_normalize(backbone.apply(variables, features).astype(jnp.float32))
 
 
-def draw_partners(own: np.ndarray, chosen: np.ndarray, keep_own: float, seed) -> np.ndarray:
+def draw_partners(own: np.ndarray, chosen: np.ndarray, keep_own: float, seed: int | Sequence[int]) -> np.ndarray:
     """Returns the partner of every utterance, int32 [N]: drawn uniformly from the members of its chosen cluster.
 
     No utterance draws itself. Where the cluster has no other, an utterance is its own partner.

@@ -2,15 +2,15 @@
 
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from memo_jax.files import as_path, in_bucket
 
-FOLDER = "profile"
+PROFILE_FOLDER = "profile"
 MEMORY_FILE = "memory.prof"
-LEFT_OUT = 10  # first steps that a plain number of steps skips: they fill caches and memory pools
+SKIPPED_STEPS = 10  # first steps that a plain number of steps skips: they fill caches and memory pools
 
 
 class ProfiledSteps(NamedTuple):
@@ -23,9 +23,9 @@ class ProfiledSteps(NamedTuple):
 def profiled_steps(text: str) -> ProfiledSteps:
     """Parses "FIRST:LAST", or a number of steps after the first ten; raises ValueError for any other text."""
     found = re.fullmatch(r"(?:(\d+):)?(\d+)", text)
-    first, last = (int(found[1] or LEFT_OUT + 1), int(found[2])) if found else (0, 0)
+    first, last = (int(found[1] or SKIPPED_STEPS + 1), int(found[2])) if found else (0, 0)
     if found and found[1] is None:
-        last += LEFT_OUT
+        last += SKIPPED_STEPS
     if not 1 <= first <= last:
         raise ValueError(f"--profile {text}: give FIRST:LAST, such as 20:25, or how many steps to profile, such as 5")
     return ProfiledSteps(first, last)
@@ -52,8 +52,10 @@ class Profiler:
       ValueError: too few steps are left, or the workdir is in a bucket.
     """
 
-    def __init__(self, workdir: str | os.PathLike, steps: ProfiledSteps | None, begin: int, end: int, active=True):
-        self._folder, self._running = as_path(workdir) / FOLDER, False
+    def __init__(
+        self, workdir: str | os.PathLike, steps: ProfiledSteps | None, begin: int, end: int, active: bool = True
+    ):
+        self._folder, self._running = as_path(workdir) / PROFILE_FOLDER, False
         self._steps = None
         if steps is None:
             return
@@ -72,7 +74,7 @@ class Profiler:
             jax.profiler.start_trace(str(self._folder), profiler_options=tracing_options())
             self._running = True
 
-    def after(self, number: int, results) -> str | None:
+    def after(self, number: int, results: Any) -> str | None:
         """Ends the profile if this step was its last, once its results are ready; returns a message if so."""
         if not (self._running and number == self._steps.last):
             return None

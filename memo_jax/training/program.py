@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,17 +10,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from memo_jax import interrupts
+from memo_jax.config import ConfigDict
 from memo_jax.features import MEL_BINS
+from memo_jax.models import Variables
 from memo_jax.training import optim
 from memo_jax.training.front_end import clean_features
 from memo_jax.training.recipe import batch_crops, build_front_end, reads_labels
-from memo_jax.training.state import TrainState, Variables, initial_state
+from memo_jax.training.state import TrainState, initial_state
 from memo_jax.training.step import Recipe, train_step
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import compiler_options, run_once_options
 
 
-def jitted_step(config, recipe: Recipe, mesh: Mesh, state: TrainState):
+def jitted_step(config: ConfigDict, recipe: Recipe, mesh: Mesh, state: TrainState) -> jax.stages.Wrapped:
     """Returns the jitted train step (state, batch, banks, key) → (state, metrics); it donates the state.
 
     Args:
@@ -43,7 +45,7 @@ def jitted_step(config, recipe: Recipe, mesh: Mesh, state: TrainState):
 
 
 def lowered_step(
-    config, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any], partnered: bool = False
+    config: ConfigDict, recipe: Recipe, mesh: Mesh, banks: Mapping[str, Any], partnered: bool = False
 ) -> jax.stages.Lowered:
     """Returns the train step, traced and lowered for a mesh of devices that need not be present.
 
@@ -96,12 +98,12 @@ class StepCompiledInBackground:
         self._compiler.shutdown(wait=False)  # an error of the caller is reported at once
 
 
-def augmentation_key(config, mesh: Mesh) -> jax.Array:
+def augmentation_key(config: ConfigDict, mesh: Mesh) -> jax.Array:
     """Returns the key of a run's augmentation, replicated over the mesh."""
     return jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=sharding.replicated(mesh))()
 
 
-def state_maker(recipe: Recipe):
+def state_maker(recipe: Recipe) -> Callable[[jax.Array], TrainState]:
     """Returns the function key → state before the first step."""
     return functools.partial(
         initial_state,
@@ -114,7 +116,7 @@ def state_maker(recipe: Recipe):
     )
 
 
-def abstract_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
+def abstract_state(config: ConfigDict, recipe: Recipe, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state on a mesh of devices that need not be present.
 
     Above `split_above_megabytes`, prototypes (a step uses those of one head at a time) and optimiser states (used once
@@ -131,7 +133,9 @@ def abstract_state(config, recipe: Recipe, mesh: Mesh) -> TrainState:
     return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
-def create_state(config, recipe: Recipe, mesh: Mesh, start: Mapping[str, Variables] | None = None) -> TrainState:
+def create_state(
+    config: ConfigDict, recipe: Recipe, mesh: Mesh, start: Mapping[str, Variables] | None = None
+) -> TrainState:
     """Returns the state before the first step, on the mesh's devices.
 
     It depends on the config and its seed alone, except that students and teachers have the parts in `start`: {branch:

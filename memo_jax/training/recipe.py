@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,7 @@ from memo_jax.models.ecapa import ECAPA_FORMS
 from memo_jax.models.heads import DINOHead
 from memo_jax.training import optim
 from memo_jax.training.augment import CATEGORIES
-from memo_jax.training.front_end import training_views
+from memo_jax.training.front_end import Views, training_views
 from memo_jax.training.gate import GateRule
 from memo_jax.training.step import LossWeights, Recipe
 from memo_jax.training.supervision import Supervision
@@ -71,17 +72,17 @@ FRACTIONS = (
 )
 
 
-def reads_labels(config) -> bool:
+def reads_labels(config: configs.ConfigDict) -> bool:
     """Returns whether training reads labels: the dataset's speakers, or a table."""
     return config.supervised.weight > 0 or config.loss.contrastive_mask_same_speaker
 
 
-def has_loss_gate(config) -> bool:
+def has_loss_gate(config: configs.ConfigDict) -> bool:
     """Returns whether training leaves out utterances by their losses."""
     return config.supervised.loss_gate_after_epochs > 0
 
 
-def crop_numbers(config, partnered: bool = False) -> dict[str, int]:
+def crop_numbers(config: configs.ConfigDict, partnered: bool = False) -> dict[str, int]:
     """Returns {kind: number} of the crops of an utterance in a batch; `training_views` says what the kinds are for.
 
     Args:
@@ -94,7 +95,7 @@ def crop_numbers(config, partnered: bool = False) -> dict[str, int]:
     return {"global": long, "local": short, "teacher": long if partnered else 0}
 
 
-def batch_crops(config, partnered: bool = False) -> dict[str, tuple[int, int]]:
+def batch_crops(config: configs.ConfigDict, partnered: bool = False) -> dict[str, tuple[int, int]]:
     """Returns {kind: (number, samples)} of the crops of an utterance in a batch; arguments as for `crop_numbers`."""
     data = config.data
     seconds = {"global": data.global_seconds, "local": data.local_seconds, "teacher": data.global_seconds}
@@ -102,7 +103,7 @@ def batch_crops(config, partnered: bool = False) -> dict[str, tuple[int, int]]:
     return {kind: (count, round(seconds[kind] * SAMPLE_RATE)) for kind, count in numbers.items() if count}
 
 
-def check_ranges(config) -> None:
+def check_ranges(config: configs.ConfigDict) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
     for keys, fits, wanted in (
         (POSITIVE, lambda value: value > 0, "above 0"),
@@ -165,7 +166,7 @@ def check_ranges(config) -> None:
         raise ValueError(f"model.campplus_layers is {layers}: give three numbers of layers, each at least 1")
 
 
-def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
+def build_branches(config: configs.ConfigDict, speakers: int = 1) -> dict[str, Branch]:
     """Returns the config's branches by name.
 
     Args:
@@ -224,7 +225,7 @@ def build_branches(config, speakers: int = 1) -> dict[str, Branch]:
     }
 
 
-def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 0) -> Recipe:
+def build_recipe(config: configs.ConfigDict, epoch_steps: int, speakers: int = 1, utterances: int = 0) -> Recipe:
     """Returns what the steps of a run have in common.
 
     Args:
@@ -296,7 +297,7 @@ def build_recipe(config, epoch_steps: int, speakers: int = 1, utterances: int = 
     )
 
 
-def build_front_end(config):
+def build_front_end(config: configs.ConfigDict) -> Callable[..., Views]:
     """Returns the config's front end, a function (key, batch, banks) → views (`front_end.training_views`)."""
     settings = {name: config.augment[name] for name in ("clean", "both", "reverb_share", "babble_from_batch")}
     settings |= {"masked_bins": config.augment.masked_bins, "clean_teachers": config.teacher.view == "clean"}
@@ -304,7 +305,7 @@ def build_front_end(config):
     return functools.partial(training_views, front_end=config.features.front_end, **settings)
 
 
-def load_augmentation_banks(config) -> dict[str, np.ndarray]:
+def load_augmentation_banks(config: configs.ConfigDict) -> dict[str, np.ndarray]:
     """Returns the config's banks of recordings and room responses, {} if it names none.
 
     Raises OSError or ValueError, naming the folder, for a folder that yields no bank.

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from memo_jax.files import as_path, parse_json, read_text, write_text
+from memo_jax.version import __version__
 from memo_jax.xla.devices import chosen_devices
 
 RUN_FILE = "run.json"
@@ -20,9 +21,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "arra
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python, of memo-jax and of the packages that a run's numbers depend on."""
-    import memo_jax
-
-    found = {"python": platform.python_version(), "memo-jax": memo_jax.__version__}
+    found = {"python": platform.python_version(), "memo-jax": __version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

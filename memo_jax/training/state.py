@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memo_jax.models import Branch
+from memo_jax.models import Branch, Variables
 from memo_jax.training.gate import Gate, GateRule, initial_gate
 from memo_jax.training.loss_gate import LossGate, initial_loss_gate
-
-Variables = dict[str, Any]  # {"params": …, "batch_stats": …}
 
 
 @flax.struct.dataclass

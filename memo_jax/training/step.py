@@ -40,13 +40,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from memo_jax.models import SPEAKER_HEAD, Branch, head_part
+from memo_jax.models import SPEAKER_HEAD, Branch, Variables, head_part
 from memo_jax.training import losses
 from memo_jax.training.front_end import Views
 from memo_jax.training.gate import GateRule, updated_gate
 from memo_jax.training.loss_gate import with_losses
 from memo_jax.training.optim import Schedules, is_prototypes
-from memo_jax.training.state import TrainState, Variables
+from memo_jax.training.state import TrainState
 from memo_jax.training.supervision import GatedBatch, Supervision, learned_labels, supervised_loss
 from memo_jax.xla.compiler import materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm
@@ -139,10 +139,18 @@ def distillation_pairs(names: Sequence[str], weights: LossWeights) -> list[Pair]
     return [pair for pair in pairs if pair.weight != 0]
 
 
+def pairs_of(student: str, head: str, recipe: Recipe) -> list[Pair]:
+    """Returns the pairs in which this branch's student learns by this head."""
+    pairs = distillation_pairs(list(recipe.branches), recipe.weights)
+    return [pair for pair in pairs if (pair.student, pair.head) == (student, head)]
+
+
 # The forward pass.
 
 
-def apply_in_train_mode(module: nn.Module, params, batch_stats, x: jax.Array, method: str = "__call__"):
+def apply_in_train_mode(
+    module: nn.Module, params: dict[str, Any], batch_stats: dict[str, Any], x: jax.Array, method: str = "__call__"
+) -> tuple[Any, dict[str, Any]]:
     """Returns a module's output for x in train mode, and its updated batch statistics."""
     out, updated = module.apply(
         {"params": params, "batch_stats": batch_stats}, x, train=True, method=method, mutable=["batch_stats"]
@@ -162,14 +170,18 @@ def by_view(x: jax.Array, views: int) -> jax.Array:
 
 
 @jax.named_scope("backbone")
-def embeddings_by_view(backbone: nn.Module, params, batch_stats, features: jax.Array):
+def embeddings_by_view(
+    backbone: nn.Module, params: dict[str, Any], batch_stats: dict[str, Any], features: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
     """Returns a backbone's embeddings [V, B, D] of features [B, V, T, F], and its updated batch statistics."""
     embeddings, batch_stats = apply_in_train_mode(backbone, params, batch_stats, merge_views(features))
     return by_view(embeddings, features.shape[1]), batch_stats
 
 
 @jax.named_scope("head")
-def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[jax.Array]):
+def logits_by_view(
+    head: nn.Module, params: dict[str, Any], batch_stats: dict[str, Any], embeddings: Sequence[jax.Array]
+) -> tuple[jax.Array, tuple[list[jax.Array], dict[str, Any]]]:
     """Returns a head's logits [V, B, K] of the embeddings of each crop length, and (projections, batch statistics).
 
     The layers with batch norm run on one crop length after the other, as the authors do; the cosines with the
@@ -185,7 +197,14 @@ def logits_by_view(head: nn.Module, params, batch_stats, embeddings: Sequence[ja
     return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), (projections, batch_stats)
 
 
-def student_embeddings(backbone: nn.Module, params, batch_stats, views: Sequence[jax.Array], *, remat: bool = False):
+def student_embeddings(
+    backbone: nn.Module,
+    params: dict[str, Any],
+    batch_stats: dict[str, Any],
+    views: Sequence[jax.Array],
+    *,
+    remat: bool = False,
+) -> tuple[list[jax.Array], dict[str, Any]]:
     """Returns a student's embeddings [V, B, D] of the views of each crop length, and its updated batch statistics.
 
     With `remat`, only the last crop length keeps its activations for the backward pass; the others' are recomputed. At
@@ -257,17 +276,17 @@ def all_teacher_outputs(state: TrainState, views: Views, recipe: Recipe) -> dict
 
 
 def head_loss(
-    head_params,
+    head_params: dict[str, Any],
     embeddings: Sequence[jax.Array],
     *,
     branch: Branch,
-    batch_stats,
+    batch_stats: dict[str, Any],
     pairs: Sequence[Pair],
     teachers: Mapping[str, TeacherOutputs],
     weights: LossWeights,
     regularization: jax.Array,
     shared_views: bool,
-):
+) -> tuple[jax.Array, tuple[dict[Pair, jax.Array], Metrics, dict[str, Any]]]:
     """Returns the loss of a student by one head, weighted: distillation and what regularises the head.
 
     Args:
@@ -355,15 +374,12 @@ def objective(
         params, stats = students[name], state.student[name]["batch_stats"]
         embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views.students)
         for head in branch.head_names:
-            pairs = [
-                p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
-            ]
             total += head_loss(
                 params[head_part(head)],
                 embeddings,
                 branch=branch,
                 batch_stats=stats[head_part(head)],
-                pairs=pairs,
+                pairs=pairs_of(name, head, recipe),
                 teachers=teachers,
                 weights=weights,
                 regularization=recipe.schedules.regularization(state.step),
@@ -386,8 +402,14 @@ def objective(
 
 
 def contrastive_gradient(
-    embeddings, teacher_embeddings, distillation_gradient, closed, weights: LossWeights, shared_views: bool, labels=None
-):
+    embeddings: jax.Array,
+    teacher_embeddings: jax.Array,
+    distillation_gradient: jax.Array,
+    closed: jax.Array,
+    weights: LossWeights,
+    shared_views: bool,
+    labels: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the contrastive loss, its gradient at the embeddings [V, B, D], and the alignment of the two gradients.
 
     `distillation_gradient` is that of the distillation loss at the same embeddings. Once the gate has closed, all three
@@ -502,18 +524,16 @@ def update_branch(
             head_loss,
             branch=branch,
             batch_stats=stats[part],
-            pairs=[
-                p for p in distillation_pairs(list(recipe.branches), weights) if (p.student, p.head) == (name, head)
-            ],
+            pairs=pairs_of(name, head, recipe),
             teachers=teachers,
             weights=weights,
             regularization=recipe.schedules.regularization(state.step),
             shared_views=views.shared,
         )
-        (_, (of_head, regularizers, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(
+        (_, (head_terms, regularizers, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(
             loss, argnums=(0, 1), has_aux=True
         )(params[part], embeddings)
-        cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | of_head
+        cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | head_terms
         others = {kind: others.get(kind, 0.0) + value for kind, value in regularizers.items()}
         # Each head is updated, in place, before the next one's gradient (as large as the prototypes) is computed.
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))

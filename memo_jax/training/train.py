@@ -8,13 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import memo_jax
 from memo_jax import config as configs
 from memo_jax import interrupts
 from memo_jax.files import as_path, check_bucket
-from memo_jax.locks import exclusive
+from memo_jax.locks import Lock, exclusive
 from memo_jax.log import MetricsLog, Progress, plural
-from memo_jax.models import SPEAKER_HEAD
+from memo_jax.models import SPEAKER_HEAD, Variables
 from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.feed import Feed
@@ -27,7 +26,8 @@ from memo_jax.training.program import abstract_state, create_state
 from memo_jax.training.recipe import has_loss_gate, load_augmentation_banks
 from memo_jax.training.run_record import RunRecord
 from memo_jax.training.saved_checkpoint import saved_steps
-from memo_jax.training.state import TrainState, Variables, backbone_variables
+from memo_jax.training.state import TrainState, backbone_variables
+from memo_jax.version import __version__
 from memo_jax.xla import sharding
 from memo_jax.xla.devices import chosen_devices
 
@@ -47,7 +47,7 @@ LENGTH = ("total_epochs", "total_steps")  # may grow: the run continues, with sc
 
 
 def train(
-    config,
+    config: configs.ConfigDict,
     workdir: str | os.PathLike,
     *,
     evaluation: Evaluation | None = None,
@@ -94,35 +94,18 @@ def train(
             configs.save_config(workdir, config)
         checkpoints = stack.enter_context(Checkpointer(workdir, config.checkpoint.keep, inputs.keep_every))
         log = stack.enter_context(MetricsLog(workdir, active=first))
-        if begin:
-            state, start_note = checkpoints.restore(abstract_state(config, recipe, mesh)), ""
-        else:
-            state, start_note = first_state(config, inputs, mesh, start or {})
+        state, start_note = state_after(begin, config, inputs, mesh, checkpoints, start or {})
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)
         shown = stack.enter_context(Progress(inputs.total, "training", "step", begin, active=first and not quiet))
-        data, active = data_record(config, inputs.utterances, banks), first and begin < end
-        record = RunRecord(workdir, seed=config.seed, data=data, begin=begin, total=inputs.total, active=active)
-        shown.write(announcement(config, inputs, banks, begin, start_note, record.extended_from))
-        if begin >= end:
-            shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
-        extra = data_identity(inputs) | {"version": memo_jax.__version__}
+        record = announced_record(workdir, config, inputs, banks, begin, end, start_note, shown)
         monitor = Monitor(
             config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
         )
         monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
         feed.open(state, monitor)
         for number in range(begin + 1, end + 1):
-            state = feed.before(number, state, monitor, shown)
-            profiler.before(number)
-            with goodput.waiting_for_input(monitor.running):
-                batch = feed.batch()
-            with goodput.counting("compile") if feed.compiles_next else contextlib.nullcontext():
-                state, metrics = feed.take_step(state, batch)
-            monitor.took(number, metrics)
-            state = with_new_loss_gate(config, inputs, state, number, shown)
-            if said := profiler.after(number, state):
-                shown.write(said)
+            state = take_step(number, state, inputs, feed, monitor, profiler)
             stops = stop.reached(number)
             saves = stops or number == end or number % inputs.save_every == 0
             evaluates = evaluation is not None and (number == end or number % inputs.evaluate_every == 0)
@@ -130,11 +113,7 @@ def train(
                 # Checked first, so that a state that is not finite is never saved.
                 monitor.settle(state, teacher_backbones(state) if evaluates else None)
             if saves:
-                with goodput.counting("checkpoint"):
-                    if lock:
-                        lock.check()
-                    log.upload()  # so that a run resumed from there has all rows up to it
-                    checkpoints.save(number, state, extra)
+                save(number, state, inputs, checkpoints, monitor, lock)
             if stops and number < inputs.total:
                 checkpoints.wait()
                 record.end(number)
@@ -147,7 +126,38 @@ def train(
     return monitor.last
 
 
-def with_new_loss_gate(config, inputs: Inputs, state: TrainState, number: int, shown: Progress) -> TrainState:
+def take_step(
+    number: int, state: TrainState, inputs: Inputs, feed: Feed, monitor: Monitor, profiler: Profiler
+) -> TrainState:
+    """Takes step `number` on the next batch and returns the state after it; the old state is donated."""
+    goodput, shown = monitor.goodput, monitor.progress
+    state = feed.before(number, state, monitor, shown)
+    profiler.before(number)
+    with goodput.waiting_for_input(monitor.running):
+        batch = feed.batch()
+    with goodput.counting("compile") if feed.compiles_next else contextlib.nullcontext():
+        state, metrics = feed.take_step(state, batch)
+    monitor.took(number, metrics)
+    state = with_new_loss_gate(monitor.config, inputs, state, number, shown)
+    if said := profiler.after(number, state):
+        shown.write(said)
+    return state
+
+
+def save(
+    number: int, state: TrainState, inputs: Inputs, checkpoints: Checkpointer, monitor: Monitor, lock: Lock | None
+) -> None:
+    """Saves the state after step `number`; the first process, which has the lock, checks that it still does."""
+    with monitor.goodput.counting("checkpoint"):
+        if lock:
+            lock.check()
+        monitor.log.upload()  # so that a run resumed from there has all rows up to it
+        checkpoints.save(number, state, data_identity(inputs) | {"version": __version__})
+
+
+def with_new_loss_gate(
+    config: configs.ConfigDict, inputs: Inputs, state: TrainState, number: int, shown: Progress
+) -> TrainState:
     """Returns the state with which the step after `number` begins: after an epoch, with a new loss-gate threshold."""
     epoch, left = divmod(number, inputs.epoch_steps)
     if left or not has_loss_gate(config) or epoch < config.supervised.loss_gate_after_epochs:
@@ -164,13 +174,24 @@ def with_new_loss_gate(config, inputs: Inputs, state: TrainState, number: int, s
     )
 
 
-def first_state(config, inputs: Inputs, mesh: Mesh, start: Mapping[str, Variables]) -> tuple[TrainState, str]:
-    """Returns the state before the first step, with the parts to start from that it can use, and a note about them."""
+def state_after(
+    step: int,
+    config: configs.ConfigDict,
+    inputs: Inputs,
+    mesh: Mesh,
+    checkpoints: Checkpointer,
+    start: Mapping[str, Variables],
+) -> tuple[TrainState, str]:
+    """Returns the state after the latest checkpoint's step and "", or that before step 1 and a note about `start`."""
+    if step:
+        return checkpoints.restore(abstract_state(config, inputs.recipe, mesh)), ""
     start, note = with_known_speakers(config, inputs, start)
     return create_state(config, inputs.recipe, mesh, start), note
 
 
-def with_known_speakers(config, inputs: Inputs, start: Mapping[str, Variables]) -> tuple[Mapping[str, Variables], str]:
+def with_known_speakers(
+    config: configs.ConfigDict, inputs: Inputs, start: Mapping[str, Variables]
+) -> tuple[Mapping[str, Variables], str]:
     """Returns the parts to start from, with speaker heads only if they are of the same labels, and a note."""
     if inputs.labels is None or not any(SPEAKER_HEAD in parts["params"] for parts in start.values()):
         return start, ""
@@ -183,7 +204,9 @@ def with_known_speakers(config, inputs: Inputs, start: Mapping[str, Variables]) 
     return without, f"the labels are not those of {config.init}: their directions start afresh"
 
 
-def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] = FREE_ON_RESUME) -> None:
+def check_same_config(
+    workdir: str | os.PathLike, config: configs.ConfigDict, free: tuple[str, ...] = FREE_ON_RESUME
+) -> None:
     """Raises ValueError naming the keys not in `free` in which the config differs from that of the workdir."""
     old = configs.read_config(workdir)
     if old is not None:
@@ -195,7 +218,7 @@ def check_same_config(workdir: str | os.PathLike, config, free: tuple[str, ...] 
             )
 
 
-def check_same_run(workdir: str | os.PathLike, config, inputs: Inputs) -> int:
+def check_same_run(workdir: str | os.PathLike, config: configs.ConfigDict, inputs: Inputs) -> int:
     """Returns the step that a run resumes after, 0 at its beginning.
 
     Raises ValueError for another dataset, or for another config, apart from a greater length.
@@ -238,8 +261,38 @@ def teacher_backbones(state: TrainState) -> dict:
     return jax.tree.map(np.array, sharding.on_one_device(backbones))
 
 
+def announced_record(
+    workdir: str | os.PathLike,
+    config: configs.ConfigDict,
+    inputs: Inputs,
+    banks: dict[str, np.ndarray],
+    begin: int,
+    end: int,
+    start_note: str,
+    shown: Progress,
+) -> RunRecord:
+    """Returns the record of this start, from step `begin` to `end`, and says what is trained on what."""
+    record = RunRecord(
+        workdir,
+        seed=config.seed,
+        data=data_record(config, inputs.utterances, banks),
+        begin=begin,
+        total=inputs.total,
+        active=jax.process_index() == 0 and begin < end,
+    )
+    shown.write(announcement(config, inputs, banks, begin, start_note, record.extended_from))
+    if begin >= end:
+        shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
+    return record
+
+
 def announcement(
-    config, inputs: Inputs, banks: dict[str, np.ndarray], begin: int, start_note: str, extended_from: int | None
+    config: configs.ConfigDict,
+    inputs: Inputs,
+    banks: dict[str, np.ndarray],
+    begin: int,
+    start_note: str,
+    extended_from: int | None,
 ) -> str:
     """Returns what a run says when it starts."""
     devices = chosen_devices()

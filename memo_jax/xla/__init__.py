@@ -1,8 +1,9 @@
 """Compiler options and workarounds for XLA, and the placement of arrays on devices.
 
 `devices` chooses a device, `flags` sets XLA's flags and `sharding` places arrays; `compiler` has compiler options and
-barriers, `reductions` and `products` write sums and products in the form that compiles well. Each workaround for one
-backend is here, with its reason, and other packages call it by a plain name. Each has a test in
+barriers, `reductions` and `products` write sums and products in the form that compiles well. `memory` keeps memory
+that was freed, and `program_cache` keeps compiled programs for the next process. Each workaround for one backend is
+here, with its reason, and other packages call it by a plain name. Each but `keep_freed_memory` has a test in
 tests/xla/test_workarounds.py that fails once the installed jaxlib no longer needs it, and says what to delete; those
 that compare speeds run on request. Without a GPU, a test can only check that the workaround for GPUs is part of the
 program.
@@ -11,6 +12,8 @@ program.
 |---|---|---|
 | `compiler_options`: ynn fusion type | CPU: convolutions go to a library that is slow at gradients | jaxlib 0.10.2 |
 | `compiler_options`: disabled pass | CPU: barriers are dropped before operations are fused | jaxlib 0.10.2 |
+| `run_once_options` | CPU: a program that runs once is optimised for longer than it runs | jaxlib 0.10.2 |
+| `keep_freed_memory` | CPU: the memory of each call is new, and costs a page fault every 4 KiB | jaxlib 0.10.2 |
 | `materialize_on_cpu` | CPU: sums of residuals are recomputed in every operation that reads them | jaxlib 0.10.2 |
 | `materialize_on_gpu` | GPU: the compiler aborts where a strided slice meets a product | jaxlib 0.11.2 |
 | `each_device_its_rows` | CPU, GPU: every device computes the Fourier transforms of all rows | jaxlib 0.10.2 |

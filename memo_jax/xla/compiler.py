@@ -89,7 +89,9 @@ def materialize_on_gpu(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
 
 
-def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
+def each_device_its_rows(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns the function, partitioned so that each device computes only its own rows.
 
     XLA partitions Fourier transforms by itself on TPUs; on CPUs and GPUs each device would compute those of all rows.

@@ -5,14 +5,18 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import jax
 
 PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
-NAME = re.compile(rf"({'|'.join(PLATFORMS)})(?::(\d{{1,4}}))?")
+DEVICE_NAME = re.compile(rf"({'|'.join(PLATFORMS)})(?::(\d{{1,4}}))?")
 
 
 def check_device_name(name: str) -> str:
     """Returns the name of a device, such as "cpu", "gpu" or "cuda:1"; raises ValueError for any other text."""
-    if not NAME.fullmatch(name):
+    if not DEVICE_NAME.fullmatch(name):
         raise ValueError(
             f"device {name!r}: expected {', '.join(PLATFORMS)}, perhaps with a number from 0, as in cuda:1"
         )
@@ -21,7 +25,7 @@ def check_device_name(name: str) -> str:
 
 @contextlib.contextmanager
 def on_device(name: str | None) -> Iterator[None]:
-    """A context in which JAX computes on this device alone; without a number, on the first of its kind.
+    """Makes JAX compute on this device alone in a block; without a number, on the first of its kind.
 
     Choosing the CPU before JAX is imported neither imports JAX nor touches an accelerator.
 
@@ -34,7 +38,7 @@ def on_device(name: str | None) -> Iterator[None]:
     if name is None:
         yield
         return
-    platform, number = NAME.fullmatch(check_device_name(name)).groups()
+    platform, number = DEVICE_NAME.fullmatch(check_device_name(name)).groups()
     if platform == "cpu" and not int(number or 0) and "jax" not in sys.modules:
         before = os.environ.get("JAX_PLATFORMS")
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -60,14 +64,14 @@ def device_names() -> list[str]:
     return [device_name(device) for platform in ("tpu", "gpu", "cpu") for device in _devices(platform)]
 
 
-def device_name(device=None) -> str:
+def device_name(device: "jax.Device | None" = None) -> str:
     """Returns the name of a device, by default of the one that JAX computes on."""
     device = device or chosen_devices()[0]
     maker = re.match(r"(cuda|rocm)\b", str(device))
     return f"{maker[1] if maker else device.platform}:{device.id}"
 
 
-def chosen_devices() -> list:
+def chosen_devices() -> list["jax.Device"]:
     """Returns the device of `on_device`, or all that JAX has."""
     import jax
 

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-GROUP = 16  # the most rows that are reduced at once
+ROWS_AT_ONCE = 16  # the most rows that are reduced at once
 
 
 def _group(rows: int) -> int:
-    """Returns how many rows to reduce at once: the largest divisor of their number up to GROUP."""
-    return max(size for size in range(1, GROUP + 1) if rows % size == 0)
+    """Returns how many rows to reduce at once: the largest divisor of their number up to ROWS_AT_ONCE."""
+    return max(size for size in range(1, ROWS_AT_ONCE + 1) if rows % size == 0)
 
 
 @functools.partial(jax.jit, static_argnums=1)

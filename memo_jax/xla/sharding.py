@@ -1,5 +1,8 @@
 """The mesh of devices, the shardings of arrays on it, and host batches as global arrays."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -9,7 +12,7 @@ from memo_jax.xla.devices import chosen_devices
 DATA_AXIS = "data"
 
 
-def data_mesh(devices=None) -> Mesh:
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of all (or the given) devices along one axis, over which batches are split.
 
     A device chosen by `devices.on_device` makes up the whole mesh.
@@ -47,17 +50,17 @@ def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def replicate(mesh: Mesh, tree):
+def replicate(mesh: Mesh, tree: Any) -> Any:
     """Returns a pytree of host arrays, replicated on every device."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(replicated(mesh), np.asarray(x)), tree)
 
 
-def on_one_device(tree):
+def on_one_device(tree: Any) -> Any:
     """Returns a pytree of replicated arrays as one device of this process holds it, for programs it runs alone."""
     return jax.tree.map(lambda x: x if x.is_fully_addressable else x.addressable_data(0), tree)
 
 
-def parts_here(x) -> list:
+def parts_here(x: jax.Array | np.ndarray) -> list:
     """Returns the parts of an array that this process holds, each once; a host array counts as a single part."""
     return (
         list({str(shard.index): shard.data for shard in x.addressable_shards}.values())

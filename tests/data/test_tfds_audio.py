@@ -120,10 +120,9 @@ def test_samples_of_any_type_and_number_of_channels(monkeypatch, kind):
     examples = [mono, np.stack([mono, mono[::-1]], axis=1), mono[:0], np.tile(mono, 3)]
     feature = SimpleNamespace(sample_rate=16000)
     builder = SimpleNamespace(info=SimpleNamespace(features={"audio": feature}))
-    monkeypatch.setattr(tfds_audio, "_opened", lambda text: (None, builder, "train", "audio"))
-    monkeypatch.setattr(
-        tfds_audio, "_walk", lambda text: lambda number: {"audio": (examples[number] / scale).astype(kind)}
-    )
+    monkeypatch.setattr(tfds_audio, "_builder_of", lambda text: (None, builder, "train", "audio"))
+    made = [{"audio": (samples / scale).astype(kind)} for samples in examples]
+    monkeypatch.setattr(tfds_audio, "_walk", lambda text: made)
     read = functools.partial(tfds_audio.read_example, "tfds:made", max_seconds=2)
     np.testing.assert_array_equal(read(0), mono)
     np.testing.assert_array_equal(read(1, channel=2), mono[::-1])
@@ -132,7 +131,7 @@ def test_samples_of_any_type_and_number_of_channels(monkeypatch, kind):
         with pytest.raises(AudioError, match=f"tfds:made/{number}: {message}"):
             read(number)
     if kind is np.int64:
-        examples[0] = mono + 70_000
+        made[0] = {"audio": mono + 70_000}
         with pytest.raises(AudioError, match="integer samples beyond 16 bits"):
             read(0)
 

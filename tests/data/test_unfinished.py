@@ -177,7 +177,7 @@ def test_another_command_is_refused_and_starts_over_when_told(speech, tmp_path, 
     interrupted(monkeypatch, speech, tmp_path / "set", 10)
     before = parts_of(tmp_path / "set")
     for options in ({"min_seconds": 0.1}, {"speakers": {"s0/0.wav": "x"}}, {"run_commands": True}):
-        with pytest.raises(FileExistsError, match="set is unfinished, and was begun with .*--overwrite"):
+        with pytest.raises(FileExistsError, match="set is unfinished, and it was begun with .*--overwrite"):
             prepare(speech, tmp_path / "set", workers=1, **options)
     with pytest.raises(FileExistsError, match="begun with inputs .*speech'], now .*s0'].*--overwrite"):
         prepare(speech / "s0", tmp_path / "set", workers=1)
@@ -209,7 +209,7 @@ def test_files_that_came_or_went_in_between_are_reported(speech, tmp_path, monke
         (str(speech / "s0" / "00.wav"), "added too late: after the dataset was begun"),
         (str(speech / "s3" / "23.wav"), "no such file"),
     ]
-    assert "left out 1 recording that came after" in capsys.readouterr().err
+    assert "left out 1 recording added after" in capsys.readouterr().err
 
 
 def test_an_input_that_goes_away_ends_the_work_and_leaves_out_nothing(speech, tmp_path, monkeypatch):

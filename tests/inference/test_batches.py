@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from memo_jax import features
+from memo_jax.audio import SAMPLE_RATE as RATE
 from memo_jax.inference import batches
 from memo_jax.inference.batches import COARSE_GROWTH, apply_to_recordings, apply_to_stream, bucket_length
-from memo_jax.inference.network import embedding_function, log_mel_statistics
+from memo_jax.inference.network import embedding_function, statistics_of_waves
 from memo_jax.models import build_backbone
-
-RATE = features.SAMPLE_RATE
 
 
 class Counted(list):
@@ -172,7 +171,7 @@ def test_a_second_evaluation_compiles_nothing(network):
 def test_log_mel_statistics_are_those_of_the_recording_without_its_padding():
     """Mean and deviation over its own frames, computed here in float64 from the definition of the log-mel."""
     waves = waves_of([1.0, 0.5])
-    got = apply_to_recordings(log_mel_statistics, waves, quiet=True)
+    got = apply_to_recordings(statistics_of_waves, waves, quiet=True)
     for wave, row in zip(waves, got):
         power = np.asarray(features.mel_power(jnp.asarray(wave[None], jnp.float32) / 32768))[0]
         log_mel = np.log(power.astype(np.float64) + 1e-6)

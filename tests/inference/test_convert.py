@@ -276,7 +276,7 @@ def speaker_net_variables():
 
 def assert_branches(path, variables):
     """The checkpoint in the authors' format at `path` holds exactly {role: {backbone: variables}}, bit for bit."""
-    networks = convert.networks_in(path)
+    networks = convert.networks_of(load_file(path))
     assert networks.keys() == {f"{role}_{name}" for role, branches in variables.items() for name in branches}
     for role, branches in variables.items():
         for name, expected in branches.items():

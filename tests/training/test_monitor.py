@@ -41,10 +41,10 @@ def test_a_state_that_is_not_finite_is_refused_whatever_its_losses():
         leaves = {part: {"a": {"x": np.float32([1, np.nan if part == bad else 2])}} for part in parts}
         state = TrainState(step=np.int32(7), gate=gate, **leaves)
         if bad is None:
-            monitor.check_finite(7, state)
+            monitor.check_finite_state(7, state)
         else:
             with pytest.raises(monitor.TrainingStopped, match="step 7: .*not finite.*learning_rate"):
-                monitor.check_finite(7, state)
+                monitor.check_finite_state(7, state)
 
 
 def test_a_collapse_stops_the_run_and_says_what_to_try(tmp_path):

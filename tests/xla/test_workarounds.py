@@ -67,6 +67,15 @@ report["additions"] = [additions(compiler.CPU_OPTIONS), additions(without[PASS])
 barrier, blocks.materialize_on_cpu = blocks.materialize_on_cpu, lambda tree: tree
 report["additions"].append(additions(compiler.CPU_OPTIONS))
 
+def compiling(options):
+    jax.clear_caches()
+    lowered = jax.jit(ResNet34(4, 8, blocks=(2,)).init).lower(jax.random.key(0), jnp.ones((2, 40, 16)))
+    begin = time.process_time()
+    lowered.compile(options)
+    return time.process_time() - begin
+
+report["run once"] = [compiling(o) for o in (compiler.RUN_ONCE_CPU_OPTIONS, None)]
+
 x = jnp.ones((256, 1024))
 for name, functions in {
     "squared_norm": (reductions.squared_norm, lambda x: jnp.square(x).sum()),
@@ -118,6 +127,13 @@ def test_the_gradient_of_a_strided_pointwise_convolution_is_slow(report):
     """When this was tried, half the speed of the product."""
     ours, convolution = report["pointwise"]
     assert convolution > 1.3 * ours, needless("products.pointwise_convolution")
+
+
+@timed
+def test_initialisation_takes_long_to_optimise(report):
+    """When this was tried, five times as long."""
+    ours, default = report["run once"]
+    assert default > 2 * ours, needless("compiler.RUN_ONCE_CPU_OPTIONS")
 
 
 def test_sums_of_residuals_are_recomputed(report):

@@ -567,7 +567,7 @@ def test_mutated_recordings_are_read_or_refused(tmp_path):
         text=True,
         timeout=120,
         env=tiny.environment(),
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     assert run.returncode == 0, f"{os.listdir(tmp_path)}: {run.stderr[-2000:]}"
     counts = json.loads(run.stdout)

@@ -1,0 +1,3 @@
+"""The version of this package; setup.cfg has the same."""
+
+__version__ = "0.2.0"
