@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from memo_jax.log import say
+from memo_jax.log import say, say_once
 
 try:
     from jax.experimental.custom_partitioning import custom_partitioning
@@ -98,7 +98,7 @@ def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
       function: maps arrays [N, A] and [N, B] to [N, C]; row i of the result depends on rows i alone.
     """
     if custom_partitioning is None:
-        _say_once("this JAX has no custom_partitioning: every device computes the reverberation of all crops")
+        say_once("this JAX has no custom_partitioning: every device computes the reverberation of all crops")
         return function
     split = custom_partitioning(function)
 
@@ -113,8 +113,3 @@ def each_device_its_rows(function: Callable[[jax.Array, jax.Array], jax.Array]):
         return jax.lax.platform_dependent(*arrays, tpu=function, default=split)
 
     return by_rows
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    say(text)

@@ -4,9 +4,11 @@ All runs train a one-layer network with an equally small front end, since the te
 `test_sharding.py` has the real ones on several devices.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -15,7 +17,7 @@ import pytest
 
 import tiny
 from memo_jax.log import read_metrics
-from memo_jax.training import processes
+from memo_jax.training import processes, saved_checkpoint
 from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.saved_checkpoint import saved_steps
 from tiny_processes import GONE, KILLED_AT, SAVED, STEPS, command, patch_for_tests, start
@@ -190,7 +192,7 @@ def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
 
 def test_what_differs_between_processes_is_named_in_all(monkeypatch):
     """Two processes with the same config and different banks."""
-    from memo_jax.training.processes import multihost_utils
+    from jax.experimental import multihost_utils
 
     def gathered(mine):
         theirs = mine.copy()
@@ -203,3 +205,19 @@ def test_what_differs_between_processes_is_named_in_all(monkeypatch):
         processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
     processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
+
+
+def test_a_jax_without_what_several_processes_need_trains_in_one(monkeypatch):
+    """Both modules are imported anew, as when a command starts."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.multihost_utils", None)
+    monkeypatch.delattr("jax.experimental.multihost_utils")
+    for module in (processes, saved_checkpoint):
+        spec = importlib.util.spec_from_file_location("alone", module.__file__)
+        alone = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(alone)
+    assert processes.in_first(lambda: 3) == 3 and processes.from_first(np.arange(2)).tolist() == [0, 1]
+    processes.check_agreement({"the config": "{}"})
+    with processes.StopRequest() as stop:
+        assert not stop.reached(1)
+    with pytest.raises(ImportError, match=f"needs jax.experimental.multihost_utils, which jax {jax.__version__} does"):
+        processes.join("localhost:1234", 2, 0)
