@@ -18,7 +18,7 @@ CPU_OPTIONS = {
     # Products go to the library, convolutions and sums do not: it computes the gradient of a 3×3 kernel at a third of
     # the speed of XLA's own code.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    # This pass drops barriers before operations are fused and common subexpressions are merged.
+    # In jaxlib 0.10 this pass drops barriers before operations are fused and common subexpressions are merged.
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 RUN_ONCE_CPU_OPTIONS = {
