@@ -1,5 +1,6 @@
 """Metrics as JSON lines and TensorBoard files, and progress on the console. Knows nothing of JAX."""
 
+import functools
 import json
 import math
 import os
@@ -237,6 +238,12 @@ def progress(
 def say(text: str) -> None:
     """Prints a line about the progress of work to stderr, apart from the result on stdout."""
     print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Prints a line as `say` does, unless this process has printed it before."""
+    say(text)
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:

@@ -1,6 +1,7 @@
 """A workdir at gs://: trained, killed, resumed and used like one in the file system, against a bucket in memory."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -204,33 +205,38 @@ def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):
     assert [row["loss"] for row in read_metrics("gs://bucket/logged")] == [1, 2, 4]
 
 
-COMPILED_ONCE = """
+COMPILED = """
 import jax
-print(jax.jit(lambda x: 3 * x)(2.0))
+from memo_jax.xla.program_cache import keep_compiled_programs
+keep_compiled_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+def twice(x): return 2 * x
+def thrice(x): return 3 * x
+print(jax.jit(twice)(2.0), jax.jit(thrice)(2.0))
 """
 
 
 def test_compiled_programs_may_be_kept_in_a_bucket(bucket):
-    """The first process leaves its program there, and the next one finds it."""
-    variables = {
-        "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "JAX_LOGGING_LEVEL": "DEBUG",
-    }
+    """The first process leaves two programs there. The next one finds the first, and replaces the second, which has
+    been cut short."""
+    variables = {"JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla", "JAX_LOGGING_LEVEL": "DEBUG"}
 
-    def printed():
+    def said():
         done = subprocess.run(
-            [sys.executable, "-c", COMPILED_ONCE], env=tiny.environment() | variables, capture_output=True, text=True
+            [sys.executable, "-c", COMPILED], env=tiny.environment() | variables, capture_output=True, text=True
         )
-        assert done.returncode == 0 and done.stdout == "6.0\n", done.stderr
+        assert done.returncode == 0 and done.stdout == "4.0 6.0\n", done.stderr
         return done.stderr
 
-    assert "Persistent compilation cache hit" not in printed()
-    kept = {name for name in bucket.objects if name.startswith("xla/jit")}
-    assert kept
-    assert "Persistent compilation cache hit" in printed()
-    assert {name for name in bucket.objects if name.startswith("xla/jit")} == kept
+    assert "cache hit" not in said()
+    whole = {name: content for name, (_, content) in bucket.objects.items() if re.match(r"xla/jit_.*-cache$", name)}
+    ((cut, content),) = ((name, content) for name, content in whole.items() if "thrice" in name)
+    bucket.objects[cut] = 1, content[: len(content) // 2]
+    text = said()
+    assert "cache hit for 'jit_twice'" in text
+    assert "the compiled program jit_thrice in gs://bucket/xla was damaged: it is recompiled and cached again" in text
+    assert {name for name in bucket.objects if re.match(r"xla/jit_.*-cache$", name)} == whole.keys()
+    assert len(bucket.objects[cut][1]) > 0.9 * len(content)
 
 
 def test_what_must_be_in_the_file_system_says_so(tmp_path):

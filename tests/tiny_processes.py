@@ -1,60 +1,33 @@
 """A training so small that several real processes can do it together in a test, and ways to start and end them."""
 
-import concurrent.futures
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import compiler
 
 import tiny
+from compiled_once import compiled_once
+from memo_jax import cli
 from memo_jax.data.batches import TrainingBatches
-from memo_jax.training import program, recipe
+from memo_jax.training import processes, program, recipe
 from memo_jax.training.front_end import Views
 
 STEPS, SAVED, KILLED_AT = 12, 8, 10  # of the config: all, the last checkpoint but one
 GONE = {76, -6}  # `cli.PROCESS_LOST`; SIGABRT, where jax ends the process itself
-
-# A process of a training run; plans are JSON: what happens in which process at which step, and the commands to run.
-PROCESS = """
-import json, os, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import tiny_processes
-from memo_jax import cli
-from memo_jax.training import processes
-plan, index = json.loads(sys.argv[2]), int(sys.argv[3])
-tiny_processes.patch_for_tests(
-    setattr, record=plan["record"] and f"{plan['record']}{index}.npy",
-    input_seconds=plan["input_seconds"] if index == plan["processes"] - 1 else 0)
-reached, last = processes.StopRequest.reached, len(plan["commands"]) - 1
-
-def with_events(self, step):
-    for number, of, at, *command in plan["signals"]:
-        if of == index and at == step and (command or [last]) == [current]:
-            os.kill(os.getpid(), number)
-    if plan["slow"] and current == last:
-        time.sleep(0.2)
-    return reached(self, step)
-
-processes.StopRequest.reached = with_events
-leave, processes.leave = processes.leave, lambda: None
-for current, arguments in enumerate(plan["commands"]):
-    if current == 1:
-        processes.join = lambda **_: None
-    if current == last:
-        processes.leave = leave
-    status = cli.main([*arguments, f"--coordinator=localhost:{plan['port']}", f"--process_id={index}",
-                       f"--num_processes={plan['processes']}"])
-sys.exit(status)
-"""
 
 
 class Layer(nn.Module):
@@ -85,19 +58,16 @@ def patch_for_tests(set_attribute, record=None, input_seconds=0):
     set_attribute(program, "build_front_end", lambda config: front_end)
     following, kept = TrainingBatches.__next__, []
 
-    def kept_batch(self):
-        kept.append(following(self)["global"])
-        np.save(record, kept)
-        return {"global": kept[-1]}
-
-    def slow_batch(self):
+    def next_batch(self):
         time.sleep(input_seconds)
-        return following(self)
+        batch = following(self)
+        if record:
+            kept.append(batch["global"])
+            np.save(record, kept)
+        return batch
 
-    if record:
-        set_attribute(TrainingBatches, "__next__", kept_batch)
-    elif input_seconds:
-        set_attribute(TrainingBatches, "__next__", slow_batch)
+    if record or input_seconds:
+        set_attribute(TrainingBatches, "__next__", next_batch)
 
 
 class Ended(NamedTuple):
@@ -108,7 +78,7 @@ class Ended(NamedTuple):
     at: float
 
 
-def start(count, *commands, signals=(), slow=False, record=None, stopped_seconds=0.0, input_seconds=0.0):
+def start(count, *commands, signals=(), record=None, stopped_seconds=0.0, input_seconds=0.0):
     """Runs command lines in `count` processes; returns how each ended.
 
     Args:
@@ -116,51 +86,92 @@ def start(count, *commands, signals=(), slow=False, record=None, stopped_seconds
       *commands: after `memo-jax`, one after the other.
       signals: (number, process, step) of signals that a process sends to itself during the last command, or with the
         command's place as a fourth number. One that SIGSTOP has stopped is sent SIGCONT after `stopped_seconds`.
-      slow: steps of the last command take a fifth of a second.
       record: beginning of the names of files that keep what each process read.
       stopped_seconds: see `signals`.
       input_seconds: how long the last process waits for each batch.
     """
-    with socket.socket() as free:
+    with socket.socket() as free, tempfile.TemporaryDirectory() as texts:
         free.bind(("localhost", 0))
         plan = {
             "port": free.getsockname()[1],
             "processes": count,
             "signals": signals,
-            "slow": slow,
+            "stopped_seconds": stopped_seconds,
             "input_seconds": input_seconds,
             "record": record and str(record),
             "commands": commands,
+            "texts": texts,
         }
-    code = [sys.executable, "-c", PROCESS, str(tiny.ROOT / "tests"), json.dumps(plan)]
-    environment = tiny.environment()
-    running = [
-        subprocess.Popen(
-            [*code, str(index)], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        free.close()
+        done = subprocess.run(
+            [sys.executable, __file__, json.dumps(plan)], env=tiny.environment(), capture_output=True, text=True
         )
-        for index in range(count)
-    ]
+        assert done.returncode == 0, done.stderr
+        ends = json.loads(done.stdout)
+        return [Ended(status, Path(texts, str(index)).read_text(), at) for index, (status, at) in enumerate(ends)]
 
-    def ended(process):
-        text, _ = process.communicate(timeout=300)
-        return Ended(process.returncode, text, time.monotonic())
 
-    def go_on(process):
-        while process.poll() is None:
-            if Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2].startswith("T"):
-                time.sleep(stopped_seconds)
-                process.send_signal(signal.SIGCONT)
-                return
-            time.sleep(0.1)
+def fork(plan: dict) -> int | None:
+    """Forks the processes of a plan and, when all have ended, prints [status, time of the end] of each.
 
-    with concurrent.futures.ThreadPoolExecutor(2 * count) as threads:  # all at once, so that each end is noticed
-        for number, index, *_ in signals:
-            if number == signal.SIGSTOP:
-                threads.submit(go_on, running[index])
-        return list(threads.map(ended, running))
+    Returns the number of a process in that process, None in this one. A fork has what was imported, which would
+    otherwise take each of them two seconds.
+    """
+    import memo_jax.inference.evaluate  # noqa: F401
+    import memo_jax.training.train  # noqa: F401
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork has none of the other threads"
+    children, ends = [], {}
+    for index in range(plan["processes"]):
+        children.append(os.fork())
+        if children[-1] == 0:
+            signal.alarm(600 + int(plan["stopped_seconds"]))  # ends one that hangs
+            with open(Path(plan["texts"], str(index)), "w") as text:
+                os.dup2(text.fileno(), 1)
+                os.dup2(text.fileno(), 2)
+            return index
+    while len(ends) < len(children):
+        child, status = os.waitpid(-1, os.WUNTRACED)
+        if os.WIFSTOPPED(status):
+            threading.Timer(plan["stopped_seconds"], os.kill, (child, signal.SIGCONT)).start()
+        else:
+            ends[child] = os.waitstatus_to_exitcode(status), time.monotonic()
+    print(json.dumps([ends[child] for child in children]))
+
+
+def run(plan: dict, index: int) -> int:
+    """Runs the commands of a plan as one of its processes; returns the status of the last."""
+    record = plan["record"] and f"{plan['record']}{index}.npy"
+    patch_for_tests(setattr, record, plan["input_seconds"] if index == plan["processes"] - 1 else 0)
+    reached, leave, last = processes.StopRequest.reached, processes.leave, len(plan["commands"]) - 1
+
+    def with_signals(self, step):
+        for number, of, at, *place in plan["signals"]:
+            if of == index and at == step and (place or [last]) == [current]:
+                os.kill(os.getpid(), number)
+        return reached(self, step)
+
+    processes.StopRequest.reached, processes.leave = with_signals, lambda: None
+    # The programs of each process are others, and JAX would cache only those of the first.
+    compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0, client=None))
+    with compiled_once():
+        for current, arguments in enumerate(plan["commands"]):
+            if current == 1:
+                processes.join = lambda **_: None
+            if current == last:
+                processes.leave = leave
+            place = f"--coordinator=localhost:{plan['port']}", f"--process_id={index}"
+            status = cli.main([*arguments, *place, f"--num_processes={plan['processes']}"])
+    return status
 
 
 def command(workdir, *settings):
     """For a run with one kind of crop, whose prototypes and momenta are sharded over the processes like large ones."""
     settings = ("data.local_crops=0", "log_every_steps=1", "split_above_megabytes=0.001", *settings)
     return tiny.train_arguments(workdir, *settings)
+
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv[1])
+    index = fork(plan)
+    sys.exit(0 if index is None else run(plan, index))

@@ -7,7 +7,6 @@ import re
 from typing import NamedTuple
 
 import jax
-from jax.experimental import topologies
 
 
 class Tpu(NamedTuple):
@@ -140,7 +139,7 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
 
     Raises:
       ValueError: no such topology.
-      ImportError: the compiler for it is not installed.
+      ImportError: the compiler for it is not installed, or this JAX has no topologies.
     """
     kind, _, shape = topology.partition(":")
     chip = CHIPS.get(kind)
@@ -150,6 +149,13 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
             "along each axis, such as v5e:4x4 or v5p:2x2x4; for GPUs in a machine, such as h100:8, after the number "
             "of machines if there are several, h100:4x8"
         )
+    try:
+        from jax.experimental.topologies import get_topology_desc
+    except ImportError as error:  # experimental: another version of JAX may have moved it
+        raise ImportError(
+            f"planning needs jax.experimental.topologies, which jax {jax.__version__} does not have ({error}): install "
+            "an earlier version, such as jax 0.10.2"
+        ) from error
     if isinstance(chip, Gpu):
         if not any(
             plugin.name.startswith("xla_cuda") for plugin in importlib.metadata.entry_points(group="jax_plugins")
@@ -172,6 +178,6 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
             os.environ.setdefault(name, value)
         described = {"platform": "tpu", "topology_name": topology, "chip_config_name": chip.cores}
     try:
-        return chip, topologies.get_topology_desc(**described).devices
+        return chip, get_topology_desc(**described).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
         raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error

@@ -11,12 +11,12 @@ import time
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from memo_jax import config as configs
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.banks import MEGABYTE
 from memo_jax.data.batches import Utterances, steps_per_epoch
+from memo_jax.log import say_once
 from memo_jax.planning.chips import Gpu, Tpu, compile_only_devices
 from memo_jax.planning.hlo import collective_seconds, collectives, estimated_seconds
 from memo_jax.scoring.trials import read_table
@@ -25,6 +25,11 @@ from memo_jax.training.program import lowered_step
 from memo_jax.training.recipe import build_recipe
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import known_options
+
+try:
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+except ImportError:  # experimental: another version of JAX may have moved it
+    reset_cache = None
 
 VOXCELEB2 = 1_092_009  # utterances of the development part
 VOXCELEB2_SPEAKERS = 5994
@@ -156,13 +161,19 @@ def model_flops(config, epoch_steps: int) -> float:
 def _without_compilation_cache():
     """Turns off the compilation cache: it cannot load programs for absent devices and would hide the compile time."""
     kept = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX reads the setting when the cache is initialised
     try:
+        _enable_compilation_cache(False)
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", kept)
-        compilation_cache.reset_cache()
+        _enable_compilation_cache(kept)
+
+
+def _enable_compilation_cache(enabled: bool) -> None:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    if reset_cache is None:
+        say_once("this JAX has no reset_cache: a program may come from the cache, so compile_seconds may be too short")
+    else:
+        reset_cache()  # JAX reads the setting when the cache is initialised
 
 
 def _banks(augment, mesh):

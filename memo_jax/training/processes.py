@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 # A process silent for this long counts as lost, which ends the others. It sends a heartbeat after half of it, so it may
 # stall for the other half, as when its machine is moved to another host. After a minute gRPC, which has no setting for
@@ -48,8 +47,10 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
 
     Raises:
       ValueError: the arguments are wrong, or missing where JAX cannot find them out.
+      ImportError: this JAX does not have what several processes need.
       OSError: the others cannot be reached.
     """
+    _multihost_utils()
     given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if not missing and not 0 <= process_id < num_processes:
@@ -110,8 +111,8 @@ def in_first(action: Callable[[], T]) -> T | None:
         except (OSError, ValueError) as error:
             failure = error
     text = str(failure or "").encode()[:TEXT_BYTES]
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(text.ljust(TEXT_BYTES, b"\0"), np.uint8))
-    if text := np.asarray(told).tobytes().rstrip(b"\0").decode(errors="replace"):
+    told = from_first(np.frombuffer(text.ljust(TEXT_BYTES, b"\0"), np.uint8))
+    if text := told.tobytes().rstrip(b"\0").decode(errors="replace"):
         raise failure or OSError(text)
     return result
 
@@ -120,17 +121,22 @@ def from_first(value: np.ndarray) -> np.ndarray:
     """Returns the first process's value in all of them; each passes one of the same shape and type."""
     if jax.process_count() == 1:
         return value
-    return np.asarray(multihost_utils.broadcast_one_to_all(value))
+    return np.asarray(_multihost_utils().broadcast_one_to_all(value))
+
+
+def of_all(value: np.ndarray) -> np.ndarray:
+    """Returns the values of all processes, stacked; each passes one of the same shape and type."""
+    if jax.process_count() == 1:
+        return value[None]
+    return np.asarray(_multihost_utils().process_allgather(value))
 
 
 def check_agreement(values: dict[str, str]) -> None:
     """Raises ValueError, in all processes, naming the first key whose text is not the same in all of them."""
-    if jax.process_count() == 1:
-        return
     digests = [hashlib.sha256(value.encode()).digest()[:8] for value in values.values()]
-    rows = multihost_utils.process_allgather(np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2))
-    for name, of_all in zip(values, np.moveaxis(np.asarray(rows), 0, 1), strict=True):
-        other = [i for i, digest in enumerate(of_all) if (digest != of_all[0]).any()]
+    gathered = of_all(np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2))
+    for name, rows in zip(values, np.moveaxis(gathered, 0, 1), strict=True):
+        other = [i for i, digest in enumerate(rows) if (digest != rows[0]).any()]
         if other:
             raise ValueError(
                 f"{name} differs between the processes: that of process {other[0]} is not that of process "
@@ -153,7 +159,7 @@ class StopRequest:
 
     def reached(self, step: int) -> bool:
         """Returns whether to stop after this step. All processes must ask after every step."""
-        return self._asked or jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+        return self._asked or jax.process_count() > 1 and _multihost_utils().reached_preemption_sync_point(step)
 
     def __exit__(self, *exception) -> None:
         self._restore()
@@ -166,3 +172,15 @@ class StopRequest:
         if self._handler is not None:
             signal.signal(signal.SIGTERM, self._handler)
             self._handler = None
+
+
+def _multihost_utils():
+    """Returns JAX's module for several processes, which a single one does not need."""
+    try:
+        from jax.experimental import multihost_utils
+    except ImportError as error:  # experimental: another version of JAX may have moved it
+        raise ImportError(
+            f"training in several processes needs jax.experimental.multihost_utils, which jax {jax.__version__} does "
+            f"not have ({error}): install an earlier version, such as jax 0.10.2"
+        ) from error
+    return multihost_utils

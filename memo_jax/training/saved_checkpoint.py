@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from memo_jax.files import as_path, in_bucket
+from memo_jax.training.processes import of_all
 
 FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -95,7 +95,7 @@ class SavedCheckpoint(NamedTuple):
             bad = number
             break
         if count > 1:
-            bad = int(np.min(multihost_utils.process_allgather(np.int32(bad))))
+            bad = int(of_all(np.int32(bad)).min())
         if bad == len(files):
             return
         name, file = files[bad][0], self.folder / files[bad][0]

@@ -58,16 +58,17 @@ def supervised_loss(
     Returns:
       (u · S, (the accuracy of the speaker head, the loss of each utterance [B] for the given labels or None)).
     """
-    rows = jnp.concatenate([of_views.reshape(-1, of_views.shape[-1]) for of_views in embeddings])
-    views = len(rows) // len(labels)
-    of_rows = jnp.tile(labels, views)
-    cosines = SpeakerHead(branch.speakers).apply({"params": head_params}, rows)
-    loss = losses.aam_softmax(cosines, of_rows, supervision.scale, margin)
-    of_utterances = None
-    if given is not None:
-        of_given = losses.aam_softmax_rows(cosines, jnp.tile(given, views), supervision.scale, margin)
-        of_utterances = of_given.reshape(views, -1).mean(axis=0)
-    return supervision.weight * loss, (losses.accuracy(cosines, of_rows), of_utterances)
+    with jax.named_scope("supervised"):
+        rows = jnp.concatenate([of_views.reshape(-1, of_views.shape[-1]) for of_views in embeddings])
+        views = len(rows) // len(labels)
+        of_rows = jnp.tile(labels, views)
+        cosines = SpeakerHead(branch.speakers).apply({"params": head_params}, rows)
+        loss = losses.aam_softmax(cosines, of_rows, supervision.scale, margin)
+        of_utterances = None
+        if given is not None:
+            of_given = losses.aam_softmax_rows(cosines, jnp.tile(given, views), supervision.scale, margin)
+            of_utterances = of_given.reshape(views, -1).mean(axis=0)
+        return supervision.weight * loss, (losses.accuracy(cosines, of_rows), of_utterances)
 
 
 class GatedBatch(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from memo_jax.log import say
+from memo_jax.log import say, say_once
 
 try:
     from jax.experimental.custom_partitioning import custom_partitioning
@@ -18,7 +18,7 @@ CPU_OPTIONS = {
     # Products go to the library, convolutions and sums do not: it computes the gradient of a 3×3 kernel at a third of
     # the speed of XLA's own code.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    # This pass drops barriers before operations are fused and common subexpressions are merged.
+    # In jaxlib 0.10 this pass drops barriers before operations are fused and common subexpressions are merged.
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 RUN_ONCE_CPU_OPTIONS = {
@@ -100,7 +100,7 @@ def each_device_its_rows(
       function: maps arrays [N, A] and [N, B] to [N, C]; row i of the result depends on rows i alone.
     """
     if custom_partitioning is None:
-        _say_once("this JAX has no custom_partitioning: every device computes the reverberation of all crops")
+        say_once("this JAX has no custom_partitioning: every device computes the reverberation of all crops")
         return function
     split = custom_partitioning(function)
 
@@ -115,8 +115,3 @@ def each_device_its_rows(
         return jax.lax.platform_dependent(*arrays, tpu=function, default=split)
 
     return by_rows
-
-
-@functools.cache
-def _say_once(text: str) -> None:
-    say(text)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import sys
 
 import jax
 import pytest
@@ -126,6 +127,21 @@ def test_without_the_compiler_its_extra_is_named(monkeypatch, topology, extra):
     monkeypatch.setattr(chips.importlib.metadata, "entry_points", lambda group: [])
     status, text = tiny.here(*arguments(), f"--topology={topology}")
     assert status == 2 and f"pip install 'memo-jax[{extra}]'" in text
+
+
+def test_a_jax_without_topologies_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.topologies", None)
+    status, text = tiny.here(*arguments(), "--topology=h100:8")
+    assert status == 2 and f"planning needs jax.experimental.topologies, which jax {jax.__version__} does not" in text
+
+
+def test_a_jax_whose_cache_cannot_be_reset_plans_all_the_same_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(training_plan, "reset_cache", None)
+    for _ in range(2):
+        with training_plan._without_compilation_cache():
+            assert not jax.config.jax_enable_compilation_cache
+    assert jax.config.jax_enable_compilation_cache
+    assert capsys.readouterr().err.count("this JAX has no reset_cache") == 1
 
 
 @needs_cuda

@@ -4,9 +4,11 @@ All runs train a one-layer network with an equally small front end, since the te
 `test_sharding.py` has the real ones on several devices.
 """
 
+import importlib.util
 import os
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -15,12 +17,13 @@ import pytest
 
 import tiny
 from memo_jax.log import read_metrics
-from memo_jax.training import processes
+from memo_jax.training import processes, saved_checkpoint
 from memo_jax.training.checkpoint import load_raw
 from memo_jax.training.saved_checkpoint import saved_steps
 from tiny_processes import GONE, KILLED_AT, SAVED, STEPS, command, patch_for_tests, start
 
-STOPPED_SECONDS = float(os.environ.get("MEMO_JAX_STOPPED_SECONDS", "3"))  # 40 shows more
+STOPPED_SECONDS = float(os.environ.get("MEMO_JAX_STOPPED_SECONDS", "3"))  # 60 shows more
+INPUT_SECONDS = 0.2
 
 
 def losses(workdir):
@@ -49,67 +52,91 @@ def state(workdir, step):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run by one process; by two; by two of which one is sent SIGTERM; and the last one resumed."""
+    """The same run by one process, and by four, one of which is suspended while another has a slow input; a run of four
+    of which one is sent SIGTERM; and the last one resumed, before a run whose first process is killed."""
     folder = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch_for_tests(patch.setattr, record=folder / "alone.npy")
         status, text = tiny.here(*command(folder / "alone"))
     assert status == 0, text
-    two = start(
-        2, command(folder / "two"), command(folder / "stopped"), signals=[(15, 1, 5)], slow=True, record=folder / "two"
+    four = start(
+        4,
+        command(folder / "four"),
+        command(folder / "stopped"),
+        signals=[(signal.SIGSTOP, 1, 6, 0), (signal.SIGTERM, 1, 5, 1)],
+        stopped_seconds=STOPPED_SECONDS,
+        input_seconds=INPUT_SECONDS,
+        record=folder / "four",
     )
     stopped_at = saved_steps(folder / "stopped")[-1]
     shutil.copytree(folder / "stopped", folder / "resumed")
-    resumed = start(2, command(folder / "resumed"))
-    return SimpleNamespace(folder=folder, two=two, stopped_at=stopped_at, resumed=resumed)
+    cut = start(4, command(folder / "resumed"), command(folder / "cut"), signals=[(signal.SIGKILL, 0, KILLED_AT)])
+    return SimpleNamespace(folder=folder, four=four, stopped_at=stopped_at, cut=cut)
 
 
-def test_two_processes_train_as_one_does(runs):
-    """The losses are those of one process, to float32 noise; so are the batches, of which each reads its half. Only
+def test_four_processes_train_as_one_does(runs):
+    """The losses are those of one process, to float32 noise; so are the batches, of which each reads its quarter. Only
     one process prints."""
-    assert [one.status for one in runs.two] == [75, 75], runs.two
-    assert_same_losses(runs.folder / "two", runs.folder / "alone")
+    assert [one.status for one in runs.four] == [75] * 4, runs.four
+    assert_same_losses(runs.folder / "four", runs.folder / "alone")
     alone = np.load(runs.folder / "alone.npy")
-    halves = [np.load(runs.folder / f"two{index}.npy")[:STEPS] for index in range(2)]
-    np.testing.assert_array_equal(np.concatenate(halves, axis=1), alone)
+    quarters = [np.load(runs.folder / f"four{index}.npy")[:STEPS] for index in range(4)]
+    np.testing.assert_array_equal(np.concatenate(quarters, axis=1), alone)
     assert (
         len(np.unique(alone[: tiny.STEPS_PER_EPOCH].reshape(-1, alone.shape[-1]), axis=0))
         == 2 * tiny.SPEAKERS * tiny.UTTERANCES
     ), "each utterance once in an epoch"
-    first, second = (one.text for one in runs.two)
-    assert "on 2 cpu device(s) of 2 processes" in first and "training: 12/12 step" in first
-    assert "training" not in second and "utterances" not in second
+    first, *others = (one.text for one in runs.four)
+    assert "on 4 cpu device(s) of 4 processes" in first and "training: 12/12 step" in first
+    assert not [text for text in others if "training" in text or "utterances" in text]
+
+
+def test_a_suspended_and_a_slow_process_are_waited_for(runs):
+    """As when a machine is moved to another host, and when a disk is slow."""
+    seconds = {row["step"]: row["seconds_per_step"] for row in read_metrics(runs.folder / "four")}
+    assert sum(seconds[step] for step in (6, 7, 8)) > STOPPED_SECONDS
+    # Two batches are read ahead, so the slower input shows only once those read during the stop are used up.
+    assert sum(seconds[step] for step in (10, 11, 12)) > 2 * INPUT_SECONDS, seconds
 
 
 def test_sigterm_to_one_process_stops_all_at_one_step_with_a_checkpoint(runs):
-    """Both say at which step and end with a status of its own; resumed, the run ends as if it had not been
-    stopped, bit for bit."""
+    """All say at which step and end with a status of its own; resumed, the run ends as if it had not been stopped, bit
+    for bit."""
     assert 5 <= runs.stopped_at < STEPS
-    for one in runs.two:
+    for one in runs.four:
         assert f"SIGTERM: stopped after step {runs.stopped_at}, which is saved" in one.text
-    assert [one.status for one in runs.resumed] == [0, 0], runs.resumed
-    assert f"resumed after step {runs.stopped_at}" in runs.resumed[0].text
-    whole, resumed = (state(runs.folder / name, STEPS) for name in ("two", "resumed"))
+    assert f"resumed after step {runs.stopped_at}" in runs.cut[0].text
+    whole, resumed = (state(runs.folder / name, STEPS) for name in ("four", "resumed"))
     assert whole.keys() == resumed.keys() and len(whole) > 20
     for name, value in whole.items():
         np.testing.assert_array_equal(value, resumed[name], err_msg=name, strict=True)
-    np.testing.assert_array_equal(losses(runs.folder / "resumed"), losses(runs.folder / "two"))
+    np.testing.assert_array_equal(losses(runs.folder / "resumed"), losses(runs.folder / "four"))
+
+
+def assert_ended_with(killed, others):
+    """All end within a minute of the one that was killed, with a status of its own, and say why."""
+    assert killed.status == -9, killed
+    assert all(one.status in GONE for one in others), others
+    assert any("another process is lost, so this one ends too" in one.text for one in others) or all(
+        "another task died" in one.text for one in others
+    ), others
+    assert max(one.at for one in others) - killed.at < 60
+
+
+def test_the_end_of_the_first_process_which_coordinates_ends_all(runs):
+    first, *others = runs.cut
+    assert_ended_with(first, others)
+    assert saved_steps(runs.folder / "cut")[-1] in (4, SAVED)  # it may have been killed while it wrote the second
 
 
 def test_another_number_of_processes_resumes_and_a_killed_one_ends_all(runs):
-    """Four resume the run of two; SIGKILL of one ends the others, with an error, within a minute. One process resumes
-    from the last checkpoint, and the losses are those of one that did it all."""
-    workdir = shutil.copytree(runs.folder / "two", runs.folder / "four")
+    """Four resume the run of one. SIGKILL of one of them ends the others. One process resumes from the last checkpoint,
+    and the losses are those of one that did it all."""
+    workdir = shutil.copytree(runs.folder / "alone", runs.folder / "killed")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     (workdir / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp").mkdir()  # half-written, never to be chosen
-    results = start(4, command(workdir), signals=[(9, 2, KILLED_AT)])
-    killed, others = results[2], results[:2] + results[3:]
-    assert killed.status == -9, killed
-    assert all(one.status in GONE for one in others), results
-    assert any("another process is lost, so this one ends too" in one.text for one in others) or all(
-        "another task died" in one.text for one in others
-    ), results
-    assert max(one.at for one in others) - killed.at < 60
+    results = start(4, command(workdir), signals=[(signal.SIGKILL, 2, KILLED_AT)])
+    assert_ended_with(results[2], results[:2] + results[3:])
     assert f"resumed after step {SAVED}" in results[0].text
     assert saved_steps(workdir)[-1] == SAVED
     with pytest.MonkeyPatch.context() as patch:
@@ -117,31 +144,6 @@ def test_another_number_of_processes_resumes_and_a_killed_one_ends_all(runs):
         status, text = tiny.here(*command(workdir))
     assert status == 0 and f"resumed after step {SAVED}" in text
     assert_same_losses(workdir, runs.folder / "alone")
-
-
-def test_a_stalled_or_slow_process_is_waited_for_and_the_end_of_the_first_ends_all(runs):
-    """One of two processes is suspended for some seconds, as when its machine is moved, and its input is slow,
-    too. The other waits, and the losses are those of one process. In a second run the first process, which
-    coordinates, is killed: the other ends within a minute, with a status of its own."""
-    paused, cut = runs.folder / "paused", runs.folder / "cut"
-    results = start(
-        2,
-        command(paused),
-        command(cut),
-        signals=[(signal.SIGSTOP, 1, 6, 0), (signal.SIGKILL, 0, KILLED_AT, 1)],
-        stopped_seconds=STOPPED_SECONDS,
-        input_seconds=0.2,
-    )
-    assert_same_losses(paused, runs.folder / "alone")
-    seconds = {row["step"]: row["seconds_per_step"] for row in read_metrics(paused)}
-    assert sum(seconds[step] for step in (6, 7, 8)) > STOPPED_SECONDS
-    # Two batches are read ahead, so the slower input shows only once those read during the stop are used up.
-    assert sum(seconds[step] for step in (10, 11, 12)) > 0.4, seconds
-    first, other = results
-    assert first.status == -9 and other.status in GONE, results
-    assert other.at - first.at < 60
-    assert "another process is lost, so this one ends too" in other.text or "another task died" in other.text, results
-    assert saved_steps(cut)[-1] == SAVED
 
 
 def test_sigterm_to_a_process_that_trains_alone_saves_and_ends_it(runs, monkeypatch):
@@ -190,7 +192,7 @@ def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
 
 def test_what_differs_between_processes_is_named_in_all(monkeypatch):
     """Two processes with the same config and different banks."""
-    from memo_jax.training.processes import multihost_utils
+    from jax.experimental import multihost_utils
 
     def gathered(mine):
         theirs = mine.copy()
@@ -203,3 +205,19 @@ def test_what_differs_between_processes_is_named_in_all(monkeypatch):
         processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
     processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
+
+
+def test_a_jax_without_what_several_processes_need_trains_in_one(monkeypatch):
+    """Both modules are imported anew, as when a command starts."""
+    monkeypatch.setitem(sys.modules, "jax.experimental.multihost_utils", None)
+    monkeypatch.delattr("jax.experimental.multihost_utils")
+    for module in (processes, saved_checkpoint):
+        spec = importlib.util.spec_from_file_location("alone", module.__file__)
+        alone = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(alone)
+    assert processes.in_first(lambda: 3) == 3 and processes.from_first(np.arange(2)).tolist() == [0, 1]
+    processes.check_agreement({"the config": "{}"})
+    with processes.StopRequest() as stop:
+        assert not stop.reached(1)
+    with pytest.raises(ImportError, match=f"needs jax.experimental.multihost_utils, which jax {jax.__version__} does"):
+        processes.join("localhost:1234", 2, 0)

@@ -26,6 +26,8 @@ SCOPES = ["augment", "mel"] + [
         r"student/transpose\(jvp\(backbone\)\)",
         r"student/jvp\(head\)",
         r"student/jvp\(distillation\)",
+        r"student/jvp\(supervised\)",
+        r"student/transpose\(jvp\(supervised\)\)",
         "student/cond/.*contrastive",
         "student/update",
     )
@@ -42,11 +44,11 @@ def without_scopes():
 
 def test_operations_are_named_by_their_part_of_the_method_and_compiled_as_without_names(monkeypatch):
     monkeypatch.setattr(recipe, "build_backbone", lambda name, embedding_dim, **_: tiny_processes.Layer(embedding_dim))
-    config = tiny.tiny_config("model.branches=ecapa,resnet", "gate.rule=always")
+    config = tiny.tiny_config("model.branches=ecapa,resnet", "gate.rule=always", "supervised.weight=1")
 
     def lowered():
         mesh = sharding.data_mesh(jax.devices()[:1])
-        return program.lowered_step(config, recipe.build_recipe(config, 5), mesh, {})
+        return program.lowered_step(config, recipe.build_recipe(config, 5, speakers=3), mesh, {})
 
     named = lowered()
     text = named.as_text(debug_info=True)
