@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 ROWS_AT_ONCE = 16  # the most rows that are reduced at once
+MEAN_FIRST_ON = ("cpu",)  # platforms on which `mean_and_variance` reads its input twice; read when it is traced
 
 
 def _group(rows: int) -> int:
@@ -48,20 +49,20 @@ def mean_and_variance(x: jax.Array, near_mean: jax.Array) -> tuple[jax.Array, ja
 
     An accelerator takes both sums in one pass over x, and a sharded program in one all-reduce. They are taken around
     `near_mean` [C]: the nearer it is to the mean, the less the variance loses to cancellation. A CPU, which gains
-    nothing by that, takes the mean first and rounds less.
+    nothing by that, takes the mean first and rounds less. `MEAN_FIRST_ON` chooses.
     """
+    mean_first = dict.fromkeys(MEAN_FIRST_ON, _mean_first)
+    return jax.lax.platform_dependent(x, near_mean, default=_in_one_pass, **mean_first)
+
+
+def _mean_first(x, near_mean):
     channels = near_mean.size
     count = x.size // channels
-
-    def mean_first(x, near_mean):
-        mean = channel_sums(x, channels) / count
-        return mean, channel_sums(jnp.square(x - side_by_side(mean, x)), channels) / count
-
-    return jax.lax.platform_dependent(x, near_mean, cpu=mean_first, default=mean_and_variance_in_one_pass)
+    mean = channel_sums(x, channels) / count
+    return mean, channel_sums(jnp.square(x - side_by_side(mean, x)), channels) / count
 
 
-def mean_and_variance_in_one_pass(x: jax.Array, near_mean: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Does what `mean_and_variance` does on an accelerator."""
+def _in_one_pass(x, near_mean):
     channels = near_mean.size
     count, shifted = x.size // channels, x - side_by_side(near_mean, x)
     offset = channel_sums(shifted, channels) / count

@@ -27,9 +27,13 @@ def arguments(*settings):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology", ["v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4"])
-def test_a_chip_is_one_device(topology):
-    assert len(chips.compile_only_devices(topology)[1]) == 16
+@pytest.mark.parametrize(
+    ("topology", "count"),
+    [("v4:2x2x4", 16), ("v5e:4x4", 16), ("v5p:2x2x4", 16), ("v6e:4x4", 16), ("v5e:2x4", 8), ("v5p:2x2", 4)]
+    + [(f"{kind}:1x1", 1) for kind in ("v4", "v5e", "v5p", "v6e")],
+)
+def test_a_chip_is_one_device(topology, count):
+    assert len(chips.compile_only_devices(topology)[1]) == count
 
 
 @needs_libtpu

@@ -5,15 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memo_jax.xla import reductions
 from memo_jax.xla.compiler import compiler_options
-from memo_jax.xla.reductions import (
-    logsumexp,
-    mean_and_variance,
-    mean_and_variance_in_one_pass,
-    over_last_axis,
-    squared_norm,
-    sum_from_first_axis,
-)
+from memo_jax.xla.reductions import logsumexp, mean_and_variance, over_last_axis, squared_norm, sum_from_first_axis
 
 SHAPES = [(48, 64), (401, 7), (1, 31, 5), (6, 13, 4, 3)]
 
@@ -46,7 +40,7 @@ def test_squares_are_not_written_before_they_are_summed():
 @pytest.mark.parametrize(
     ("offset", "near_mean", "tolerance"), [(0, 0, 2e-6), (30, 0, 3e-3), (30, 29, 1e-5), (3000, 2999, 1e-3)]
 )
-def test_mean_and_variance_of_values_far_from_zero(shape, offset, near_mean, tolerance):
+def test_mean_and_variance_of_values_far_from_zero(shape, offset, near_mean, tolerance, monkeypatch):
     """In one pass, the variance loses about 2⁻²⁴ · (1 + d²/σ²) to cancellation, d being the distance of the means.
 
     In a new network the running mean is 0; after a few steps it has followed. At 3,000 the values themselves have a
@@ -54,7 +48,19 @@ def test_mean_and_variance_of_values_far_from_zero(shape, offset, near_mean, tol
     """
     x = np.random.default_rng(0).normal(offset, 1, shape).astype(np.float32)
     exact = x.astype(np.float64).reshape(-1, 6)
-    for function in (mean_and_variance, mean_and_variance_in_one_pass):
-        mean, variance = jax.jit(function)(x, jnp.full(6, float(near_mean)))
+    for mean_first_on in (("cpu",), ()):
+        monkeypatch.setattr(reductions, "MEAN_FIRST_ON", mean_first_on)
+        mean, variance = jax.jit(lambda *arrays: mean_and_variance(*arrays))(x, jnp.full(6, float(near_mean)))
         np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(variance, exact.var(0), rtol=tolerance)
+
+
+def test_accelerators_take_mean_and_variance_in_one_pass(monkeypatch):
+    def forms():
+        traced = jax.jit(lambda *arrays: mean_and_variance(*arrays)).trace(jnp.ones((400, 6)), jnp.zeros(6))
+        return {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+
+    by_default = forms()
+    assert by_default["cuda"] == by_default["tpu"] != by_default["cpu"]
+    monkeypatch.setattr(reductions, "MEAN_FIRST_ON", ("cuda",))
+    assert forms() == by_default | {"cuda": by_default["cpu"], "cpu": by_default["cuda"]}
