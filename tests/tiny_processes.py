@@ -103,8 +103,9 @@ def start(count, *commands, signals=(), record=None, stopped_seconds=0.0, input_
             "texts": texts,
         }
         free.close()
+        environment = tiny.environment() | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy would start one for each core
         done = subprocess.run(
-            [sys.executable, __file__, json.dumps(plan)], env=tiny.environment(), capture_output=True, text=True
+            [sys.executable, __file__, json.dumps(plan)], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         ends = json.loads(done.stdout)
