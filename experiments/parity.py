@@ -115,6 +115,7 @@ def build_recipe(config: dict) -> Recipe:
         weights,
         GateRule("always"),
         supervision,
+        remat=config.get("crop_remat", True),
         shared_prototypes=weights.targets == "sinkhorn",
     )
 

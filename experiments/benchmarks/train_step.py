@@ -6,7 +6,8 @@
 Sizes are the authors' (ECAPA-512, ResNet34 with 16 channels, four heads of 65,536 prototypes, 2 crops of 4 s and 4 of
 2 s), at a batch of 4, from mel power to updated students, teachers and centres. Theirs is experiments/torch_steps.py:
 backbones of the package speakerlab-slim, heads and losses written as the public DINO recipes write them, pair by pair.
-Ours recomputes the norms of its ResNet in the backward pass (`model.resnet_remat=norms`), which costs no time here.
+Ours recomputes the norms of its ResNet in the backward pass (`model.resnet_remat=norms`), which costs no time here, and
+all crops but those of one length (`model.crop_remat`), as configs/base.py does and `--no-crop-remat` does not.
 Both begin with the same weights and see the same input, in two processes on the same cores that take turns, so that
 whatever else the machine does affects both. With `--platform cuda` both take their steps on the first GPU, in
 TensorFloat-32 or (theirs by autocast) in bfloat16, and the memory is the most that each has had allocated there.
@@ -46,7 +47,9 @@ def reference_config(options) -> dict:
         "batch": options.batch,
         "ecapa_channels": options.ecapa_channels,
         "resnet_base_channels": options.resnet_base_channels,
+        "resnet_blocks": options.resnet_blocks,
         "resnet_remat": options.resnet_remat,
+        "crop_remat": options.crop_remat,
         "dtype": options.dtype,
         "embed_dim": options.embedding_dim,
         "prototypes": options.prototypes,
@@ -317,10 +320,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="theirs with torch.compile")
     parser.add_argument("--channels-last", action="store_true", help="theirs with its images' channels last in memory")
     parser.add_argument("--resnet-remat", choices=("none", "norms", "blocks"), default="norms", help="of ours")
+    parser.add_argument("--crop-remat", action=argparse.BooleanOptionalAction, default=True, help="of ours")
     parser.add_argument("--global-seconds", type=float, default=4.0)
     parser.add_argument("--local-seconds", type=float, default=2.0)
     parser.add_argument("--ecapa-channels", type=int, nargs=5, default=[512, 512, 512, 512, 1536])
     parser.add_argument("--resnet-base-channels", type=int, default=16)
+    parser.add_argument("--resnet-blocks", type=int, nargs=4, default=[3, 4, 6, 3])
     parser.add_argument("--embedding-dim", type=int, default=256)
     parser.add_argument("--head-hidden", type=int, default=2048)
     parser.add_argument("--head-bottleneck", type=int, default=256)

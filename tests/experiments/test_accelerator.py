@@ -3,14 +3,28 @@
 import json
 import subprocess
 import sys
+import time
+import traceback
+import types
 
+import numpy as np
 import pytest
+import soundfile
 
 import tiny
 import tiny_processes
+from memo_jax import models
+from memo_jax.data.batches import Utterances
+from memo_jax.scoring.trials import read_trials, recording_rows
+from memo_jax.training import recipe
+from memo_jax.xla import reductions
 
 sys.path[:0] = [str(tiny.ROOT / "experiments"), str(tiny.ROOT / "experiments" / "benchmarks")]
 import accelerator  # noqa: E402
+import accelerator_data  # noqa: E402
+import parity  # noqa: E402
+import run as study  # noqa: E402
+import train_step  # noqa: E402
 
 SCRIPT = tiny.ROOT / "experiments" / "accelerator.py"
 MACHINE = {
@@ -31,8 +45,16 @@ def arguments(output, *more):
     return [f"--output={output}", *config, "--batches=4,8", "--steps=1", "--rounds=1", *SMALL, *more]
 
 
+def parsed(output, *more):
+    """Options as the parts get them."""
+    options, rest = accelerator.build_parser().parse_known_args(arguments(output, *more))
+    options.overrides = [text.removeprefix("--config.") for text in rest]
+    options.batches = [int(text) for text in options.batches.split(",")]
+    return options
+
+
 def put(output, name, result):
-    file = output / "parts" / f"{name.replace('/', '-')}.json"
+    file = accelerator.part_file(types.SimpleNamespace(output=output), name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result))
 
@@ -40,7 +62,7 @@ def put(output, name, result):
 def part(output, name, *more):
     """Runs a part in this process; returns its result."""
     assert accelerator.main(arguments(output, f"--part={name}", *more)) == 0
-    return json.loads((output / "parts" / f"{name.replace('/', '-')}.json").read_text())
+    return accelerator.result_of(types.SimpleNamespace(output=output), name)
 
 
 def command(output, *more):
@@ -56,50 +78,203 @@ def small_network(monkeypatch):
     tiny_processes.patch_for_tests(monkeypatch.setattr)
 
 
-@pytest.fixture(scope="module")
-def output(tmp_path_factory):
+@pytest.fixture
+def output(tmp_path):
     """The folder of a machine so fast that this one reaches only a small share of its peak."""
-    folder = tmp_path_factory.mktemp("accelerator")
-    put(folder, "machine", MACHINE)
+    put(tmp_path, "machine", MACHINE)
+    put(tmp_path, "flops", {"flops_per_utterance": 1e6})
+    return tmp_path
+
+
+class InThisProcess:
+    """In place of the process of a part."""
+
+    def __init__(self, command, stdout, **_):
+        try:
+            self.returncode = accelerator.main(command[2:])
+        except Exception:
+            traceback.print_exc(file=stdout)
+            self.returncode = 1
+
+    def wait(self, seconds):
+        return self.returncode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a whole command at smoke size, without training and without most levers. Parts that take the same
+    step share its program."""
+    folder, program, programs = tmp_path_factory.mktemp("whole"), accelerator.Program, {}
+    limits = {"float32": (2e15, 3e15), "bfloat16": (4e15, 5e15)}
+    compared = {"deviations": {"losses/step0/ecapa": 3e-6}, "noise": {"losses/step0/ecapa": 1e-6}}
+
+    def program_once(config, of_devices):
+        key = config.to_json()
+        if key not in programs:
+            programs[key] = program(config, of_devices)
+        return programs[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        import step_parts
+
+        tiny_processes.patch_for_tests(patch.setattr)
+        patch.setattr(step_parts, "machine_limits", limits.get)
+        patch.setattr(parity, "compare", lambda path: compared | {"passed_tolerance": []})
+        patch.setattr(reductions, "MEAN_FIRST_ON", ("cpu",))
+        patch.setattr(accelerator.subprocess, "Popen", InThisProcess)
+        patch.setattr(accelerator, "Program", program_once)
+        only = "--parts=^(machine|parity|bfloat16|devices|flops|step|lever/(crop|mean)|torch/float32$|trace|plan)"
+        assert accelerator.main(arguments(folder, "--batches=4", only)) == 0
     return folder
 
 
-def test_the_machine(output, tmp_path, monkeypatch):
-    import step_parts
+def test_a_whole_command(whole):
+    results = json.loads((whole / "results.json").read_text())
+    skipped = {name for name, result in results.items() if "skipped" in result}
+    assert skipped == {"devices", "lever/crop_remat/larger", "torch/float32", "plan"}
+    steps = {"step/bfloat16/4", "step/float32/4", "lever/crop_remat", "lever/mean_first"}
+    assert results.keys() - skipped == {"machine", "parity", "bfloat16", "flops", "trace", *steps}
+    rows = {line.split(" | ")[0].strip("| "): line for line in (whole / "results.md").read_text().splitlines()}
+    assert rows.keys() >= steps | {"lever/crop_remat/larger", "torch/float32", "parity", "bfloat16", "devices"}
+    for name in steps:
+        assert rows[name].startswith(f"| {name} | 4 | {results[name]['seconds']:.4g} |")
 
-    monkeypatch.setattr(
-        step_parts, "machine_limits", lambda dtype: {"float32": (2.0, 3.0), "bfloat16": (4.0, 5.0)}[dtype]
-    )
-    found = part(tmp_path, "machine")
+
+def test_the_machine(whole):
+    found = json.loads((whole / "parts" / "machine.json").read_text())
     assert found.keys() >= MACHINE.keys() and found["platform"] == "cpu"
-    assert found["flops_per_second"] == {"float32": 2.0, "bfloat16": 4.0} and found["bytes_per_second"] == 5.0
+    assert found["flops_per_second"] == {"float32": 2e15, "bfloat16": 4e15} and found["bytes_per_second"] == 5e15
 
 
-def test_the_step_and_what_it_is_measured_against(output):
-    """Twice the batch has twice the FLOPs, but for what does not depend on the batch."""
-    each = part(output, "flops")["flops_per_utterance"]
+def test_the_step_and_what_it_is_measured_against(whole):
+    results = json.loads((whole / "results.json").read_text())
+    each, found = results["flops"]["flops_per_utterance"], results["step/float32/4"]
     assert 1e6 < each < 1e9
-    found = part(output, "step/float32/4")
     assert found["utterances_per_second"] == pytest.approx(4 / found["seconds"])
-    assert found["fraction_of_peak"] == pytest.approx(4 * each / found["seconds"] / 1e15)
+    assert found["fraction_of_peak"] == pytest.approx(4 * each / found["seconds"] / 2e15)
     assert found["fraction_of_bandwidth"] > 0 and found["compiled_bytes"] > 100_000
-    text = accelerator.markdown({"machine": MACHINE, "step/float32/4": found})
-    assert f"| step/float32/4 | {found['seconds']:.4g} |" in text
 
 
-def test_bfloat16_is_compared_with_float32(output, monkeypatch):
-    found = part(output, "bfloat16")
+def test_bfloat16_is_compared_with_float32(whole, output, monkeypatch):
+    found = json.loads((whole / "parts" / "bfloat16.json").read_text())
     assert found["passed"] and 1e-6 < found["relative_differences"][0] < 0.02
-    monkeypatch.setattr(accelerator, "BFLOAT16_TOLERANCE", 1e-9)
+    losses = {"bfloat16": 1.03, "float32": 1.0}
+    monkeypatch.setattr(accelerator, "losses_of", lambda config, devices: [{"loss": losses[config.model.dtype]}])
     assert not part(output, "bfloat16")["passed"]
 
 
-def test_the_trace(output):
-    found = part(output, "trace")
-    seconds = found["seconds_by_scope"]
+def test_the_trace(whole):
+    seconds = json.loads((whole / "parts" / "trace.json").read_text())["seconds_by_scope"]
     assert seconds.keys() >= {"resnet/teacher/backbone", "resnet/student/backbone, backward", "resnet/student/update"}
-    assert all(value > 0 for value in seconds.values()) and (output / "timeline.png").stat().st_size > 5_000
-    assert (output / "profile" / "memory.prof").stat().st_size > 0
+    assert all(value > 0 for value in seconds.values()) and (whole / "timeline.png").stat().st_size > 5_000
+    assert (whole / "profile" / "memory.prof").stat().st_size > 0
+
+
+class NoProgram:
+    """In place of the compiled step, for what is put into it; keeps the configs."""
+
+    configs = []
+    compile_seconds = 0.0
+    compiled = types.SimpleNamespace(
+        cost_analysis=dict,
+        memory_analysis=lambda: types.SimpleNamespace(argument_size_in_bytes=1, temp_size_in_bytes=2),
+    )
+
+    def __init__(self, config, of_devices):
+        self.configs.append(config)
+
+    def take_step(self):
+        pass
+
+    dispatch = wait = take_step
+
+
+@pytest.mark.parametrize("name", accelerator.LEVERS)
+def test_a_lever_changes_the_step_and_one_that_saves_memory_is_tried_where_memory_lacked(name, output, monkeypatch):
+    monkeypatch.setattr(accelerator, "Program", NoProgram)
+    monkeypatch.setattr(recipe, "build_backbone", models.build_backbone)
+    more = ("--batches=4,8,16", "--config.model.branches=ecapa,resnet", "--config.model.crop_remat=false")
+
+    def built(of_part):
+        batch = part(output, of_part, *more)["batch_a_device"]
+        made = recipe.build_recipe(NoProgram.configs[-1], 1000)
+        return batch, made.branches, made.remat
+
+    _, *plain = built("step/bfloat16/4")
+    assert built("step/bfloat16/8") == (8, *plain)
+    batch, *changed = built(f"lever/{name}")
+    assert batch == 4 and changed != plain
+    if "remat" in name:
+        assert "skipped" in part(output, f"lever/{name}/larger", *more)
+        put(output, "step/bfloat16/8", {"error": "RESOURCE_EXHAUSTED", "out_of_memory": True})
+        assert built(f"lever/{name}/larger") == (8, *changed)
+
+
+def test_batch_statistics_are_measured_with_the_mean_first(output, monkeypatch):
+    monkeypatch.setattr(reductions, "MEAN_FIRST_ON", ("cpu",))
+    monkeypatch.setattr(accelerator, "Program", NoProgram)
+    assert part(output, "lever/mean_first")["dtype"] == "bfloat16"
+    assert {"cuda", "rocm", "tpu"} <= set(reductions.MEAN_FIRST_ON)
+
+
+def test_pytorch_takes_the_step_of_the_config_and_its_losses_are_judged(output, monkeypatch):
+    settings = ("--config.model.branches=ecapa,resnet", "--config.model.ecapa_channels=(16,16,16,16,48)")
+    settings += ("--config.model.resnet_blocks=(1,1,1,1)", "--config.model.crop_remat=false")
+    side = {"seconds": 2.0, "utterances_per_second": 2.0}
+    measured = {"max_relative_loss_difference": 0.01, "ratio": 1.5}
+    measured |= {"ours": side, "theirs": side | {"utterances_per_second": 1.25}}
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(measured) + "\n")
+
+    monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(accelerator.subprocess, "run", run)
+    found = {name: part(output, f"torch/{name}", *settings) for name in ("float32", "bfloat16, compiled")}
+    assert not found["float32"]["passed"] and found["bfloat16, compiled"]["passed"]
+    table = accelerator.markdown({f"torch/{name}": row for name, row in found.items()})
+    assert "| torch/float32 | 2 | 2 | 1.25 | 2 | 1.5 | 0.01 of 0.005: WRONG |" in table
+
+    model = accelerator.config_of(parsed(output, *settings)).model
+    chosen = train_step.build_parser().parse_args(commands[1][2:])
+    assert chosen.dtype == "bfloat16" and chosen.compile and chosen.batch == 4
+    taken = train_step.reference_config(chosen)
+    for theirs, ours in {"embed_dim": "embedding_dim", "ecapa_channels": "ecapa_channels"}.items():
+        assert np.array_equal(taken[theirs], model[ours])
+    for name in ("resnet_base_channels", "resnet_blocks", "head_hidden", "head_bottleneck", "prototypes"):
+        assert np.array_equal(taken[name], model[name]), name
+    built = parity.build_recipe(taken)
+    assert not built.remat and built.branches["resnet"].backbone.remat == model.resnet_remat == "none"
+
+
+PLANNED = {"fits": True, "seconds_per_step": 0.25, "hbm_bytes": 4e9}
+REFUSED = {"fits": False, "seconds_per_step": None, "hbm_bytes": 4e10}
+MEASURED = {"seconds": 0.5, "peak_bytes": 5e9}
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "measured", "status", "planned", "line"),
+    [
+        ("NVIDIA H200", 2, MEASURED, 0, PLANNED, "h200:2: planned 0.25 s, 4.00 GB; measured 0.5 s, 5.00 GB"),
+        ("TPU v5 lite", 1, MEASURED, 1, REFUSED, "v5e:1x1: does not fit by plan, 40.00 GB; measured 0.5 s, 5.00 GB"),
+        ("TPU v5", 4, {"out_of_memory": True}, 0, PLANNED, "v5p:2x2: planned 0.25 s, 4.00 GB; not measured"),
+        ("TPU v5p", 4, {}, 1, PLANNED | {"fits": False}, "v5p:2x2: does not fit by plan, 4.00 GB; not measured"),
+        ("TPU v6e", 8, {}, 2, "memo-jax: error: no compiler", None),
+    ],
+)
+def test_the_plan_beside_the_measurement(kind, devices, measured, status, planned, line, output, monkeypatch):
+    platform = "gpu" if "NVIDIA" in kind else "tpu"
+    put(output, "machine", MACHINE | {"kind": kind, "devices": devices, "platform": platform})
+    put(output, "step/bfloat16/4", measured)
+    done = subprocess.CompletedProcess([], status, stdout=json.dumps(planned))
+    monkeypatch.setattr(accelerator.subprocess, "run", lambda command, **_: done)
+    if line is None:
+        with pytest.raises(SystemExit, match="2"):
+            part(output, "plan")
+    else:
+        found = part(output, "plan")
+        assert line in accelerator.markdown({"plan": found}).splitlines()
 
 
 def test_all_devices_are_compared_with_one(tmp_path):
@@ -117,8 +292,6 @@ def test_all_devices_are_compared_with_one(tmp_path):
 
 
 def test_a_reference_beyond_its_tolerance_fails(output, monkeypatch):
-    import parity
-
     result = {"deviations": {"losses/step0/ecapa": 3e-6}, "noise": {"losses/step0/ecapa": 1e-6}, "passed_tolerance": []}
     monkeypatch.setattr(parity, "compare", lambda path: result)
     assert part(output, "parity")["largest_share_of_tolerance"] == pytest.approx(0.3)
@@ -132,26 +305,120 @@ def test_a_larger_batch_is_not_tried_where_a_smaller_one_did_not_fit(output):
     assert part(output, "step/bfloat16/8")["skipped"] == "4 utterances a device did not fit"
 
 
+def pack(folder, *more):
+    """A package of the tiny corpus."""
+    data = tiny.material()
+    inputs = (f"--train={data.dataset}", f"--test={data.dataset}", f"--trials={data.trials}")
+    return accelerator_data.main([str(folder), *inputs, *more])
+
+
 def test_rows_are_trained_and_tested(tmp_path):
-    """On prepared data that came with the machine."""
-    data = tmp_path / "data"
-    data.mkdir()
-    for name, source in {"train": "dataset", "test": "dataset", "trials.txt": "trials"}.items():
-        (data / name).symlink_to(getattr(tiny.material(), source))
-    more = ("--rows=dino-resnet", f"--data={data}", "--config.total_steps=3", "--config.gate.stop_steps=2")
+    """On a package that came with the machine."""
+    assert pack(tmp_path / "data") == 0
+    more = ("--rows=dino-resnet", f"--data={tmp_path / 'data'}", "--config.total_steps=3", "--config.gate.stop_steps=2")
     (row,) = part(tmp_path / "out", "training", *more)["rows"].items()
     assert row[0] == "dino-resnet" and row[1]["steps"] == 3 and 0 < row[1]["eer"]["resnet"] < 100
     assert "| dino-resnet | 3 | resnet " in accelerator.markdown({"training": {"rows": dict([row])}})
 
 
 def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
-    """120 s at 4 steps a second, for each of two rows."""
-    put(output, "step/bfloat16/4", {"utterances_per_second": 16.0})
-    more = ["--rows=dino-ecapa,memo-plateau", "--training-minutes=4", f"--training-config={tiny.material().config}"]
-    parsed = accelerator.build_parser().parse_args([f"--output={output}", *more])
-    parsed.overrides, parsed.batches = [], [4, 8]
-    texts = dict(text.split("=") for text in accelerator.training_overrides(parsed))
+    """120 s at 4 steps a second, for each of two rows, which compile for 30 s and are tested."""
+    put(output, "step/bfloat16/4", {"utterances_per_second": 16.0, "compile_seconds": 30.0})
+    minutes = 2 * (120 + 30 + accelerator.ROW_SECONDS) / 60
+    options = parsed(output, "--rows=dino-ecapa,memo-plateau", f"--training-minutes={minutes}")
+    texts = dict(text.split("=") for text in accelerator.training_overrides(options))
     assert texts["total_steps"] == "480" and texts["gate.stop_steps"] == str(480 // 12 * 7)
+    options.training_minutes = 1
+    texts = dict(text.split("=") for text in accelerator.training_overrides(options))
+    assert texts["total_steps"] == "12", "never less than the study's"
+
+
+TRAINING = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(next(text for text in sys.argv if text.startswith("--output="))[9:])
+folder.mkdir(parents=True, exist_ok=True)
+def save(*_):
+    (folder / "saved").touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+resumes = (folder / "saved").exists()
+(folder / "started").touch()
+while not resumes:
+    time.sleep(0.05)
+(folder / "ended").touch()
+"""
+
+
+def test_a_training_that_time_cuts_saves_and_is_resumed(tmp_path, monkeypatch):
+    """With a runner that ends only when it is started again; whether the real one resumes is tested with it."""
+    (tmp_path / "run.py").write_text(TRAINING)
+    script, folder, data = tmp_path / "accelerator.py", tmp_path / "training", tmp_path / "data"
+    script.write_text(
+        f"import pathlib, sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport accelerator\n"
+        f"accelerator.EXPERIMENTS = pathlib.Path({str(tmp_path)!r})\nsys.exit(accelerator.main())\n"
+    )
+    for name in ("train", "test", "trials.txt"):
+        (data / name).mkdir(parents=True)
+    ended = accelerator.ended
+
+    def cut(child, seconds):
+        while not (folder / "started").exists():
+            assert child.poll() is None
+            time.sleep(0.05)
+        return ended(child, 0.0)
+
+    more = (f"--data={data}", "--parts=^training$", "--config.total_steps=3")
+    monkeypatch.setattr(accelerator, "__file__", str(script))
+    monkeypatch.setattr(accelerator, "ended", cut)
+    assert accelerator.main(arguments(tmp_path, *more)) == accelerator.GO_ON
+    assert (folder / "saved").exists() and not (folder / "ended").exists()
+    monkeypatch.setattr(accelerator, "ended", ended)
+    assert accelerator.main(arguments(tmp_path, *more)) == 0
+    assert (folder / "ended").exists() and json.loads((tmp_path / "parts" / "training.json").read_text())["rows"] == {}
+
+
+def test_a_package_is_what_training_takes(tmp_path, monkeypatch):
+    (tmp_path / "noise").mkdir()
+    soundfile.write(tmp_path / "noise" / "a.wav", np.random.default_rng(0).normal(size=16_000) / 10, 16_000)
+    assert pack(tmp_path / "data", f"--noise={tmp_path / 'noise'}", f"--rirs={tmp_path / 'noise'}") == 0
+    commands = []
+
+    class Runner:
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(accelerator.subprocess, "Popen", Runner)
+    monkeypatch.setattr(accelerator.signal, "signal", lambda *_: None)
+    part(tmp_path / "out", "training", f"--data={tmp_path / 'data'}", "--config.total_steps=3")
+    options, _ = study.build_parser().parse_known_args(commands[0][2:])
+    _, (dataset, trials) = study.test_of(*options.test)
+    assert len(recording_rows(read_trials(trials), Utterances(dataset).names)) == 10
+    packed, all_of_it = Utterances(options.data), Utterances(tiny.material().dataset)
+    assert (packed.names, packed.speakers) == (all_of_it.names, all_of_it.speakers)
+    assert all(map(np.array_equal, packed, all_of_it)) and packed.fingerprint == all_of_it.fingerprint
+    banks = [f"augment.{kind}={getattr(options, kind)}" for kind in ("noise", "rirs")]
+    assert recipe.load_augmentation_banks(tiny.tiny_config(*banks)).keys() == {"noise", "rir"} and not options.music
+
+
+def test_a_package_has_no_more_than_its_size(tmp_path, capsys):
+    assert pack(tmp_path / "data", "--megabytes=0.8") == 0
+    assert 0.7e6 < accelerator_data.size_of(tmp_path / "data") <= 0.8e6
+    assert "give accelerator.py --config.data.batch_size=" in capsys.readouterr().out
+    packed, all_of_it = (Utterances(path) for path in (tmp_path / "data" / "train", tiny.material().dataset))
+    assert 10 < len(packed) < len(all_of_it)
+    for index, name in enumerate(packed.names):
+        assert np.array_equal(packed[index], all_of_it[all_of_it.names.index(name)])
+    trials, tested = read_trials(tmp_path / "data" / "trials.txt"), Utterances(tmp_path / "data" / "test")
+    assert set(trials.recordings) == set(tested.names) and len(tested) < 10
+    given = {(enrol, test) for _, enrol, test in map(str.split, tiny.trial_lines())}
+    assert {*zip(trials.enrol, trials.test)} == {pair for pair in given if set(pair) <= set(tested.names)}
+    for more, message in (("--megabytes=0.3", "give --megabytes a larger number"), ("--seed=1", "exists already")):
+        folder = tmp_path / ("data" if "seed" in more else "small")
+        assert pack(folder, more) == 2 and message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 def test_a_call_resumes_where_time_ran_out(tmp_path):
