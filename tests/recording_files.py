@@ -4,6 +4,8 @@ import bz2
 import gzip
 import io
 import lzma
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -11,10 +13,25 @@ import numpy as np
 import soundfile
 
 RATE = 16000
+MEASURE = """
+import resource, sys, soundfile, soxr
+from memo_jax.audio import read_audio
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+read_audio(sys.argv[1], end=1.0)
+before = peak()
+print(len(read_audio(sys.argv[1])), peak() - before)
+"""
 
 
 def noise(seconds=0.6, seed=0):
     return np.random.default_rng(seed).integers(-9999, 9999, round(seconds * RATE)).astype(np.int16)
+
+
+def memory_of_reading(path):
+    """The samples of a recording, and the bytes by which a process of its own grows as it reads them."""
+    command = [sys.executable, "-c", MEASURE, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return map(int, done.stdout.split())
 
 
 def audio_bytes(samples, kind="WAV", rate=RATE):

@@ -17,6 +17,7 @@ import soundfile
 
 import tiny
 from memo_jax.audio import AudioError, audio_seconds, decode_ffmpeg, read_audio
+from recording_files import memory_of_reading
 
 RATE = 16000
 needs_the_program = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
@@ -430,14 +431,9 @@ def test_a_member_of_a_zip_is_read(tmp_path):
 
 @needs_the_program
 def test_a_long_recording_takes_the_memory_of_its_samples(tmp_path):
-    from test_audio import MEASURE
-
     path = tmp_path / "a.m4a"
     source = ["-f", "lavfi", "-i", "sine=440:r=16000", "-t", "600"]
     subprocess.run(["ffmpeg", "-v", "error", *source, "-c:a", "aac", "-b:a", "16k", path], check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, path], capture_output=True, text=True, timeout=120, check=True
-    )
-    length, grown = map(int, done.stdout.split())
+    length, grown = memory_of_reading(path)
     assert abs(length - 600 * RATE) < 4096
     assert grown < 2 * length + 30e6

@@ -27,6 +27,7 @@ from memo_jax.audio import (
     read_float_audio,
 )
 from memo_jax.audio.mpeg import mp3_frame
+from recording_files import memory_of_reading
 
 RATE = 16000
 
@@ -508,16 +509,6 @@ def test_a_lying_header_is_refused_without_memory_for_its_lie(tmp_path, place, v
     assert reason in run.stdout, run.stderr
 
 
-MEASURE = """
-import resource, sys, soundfile, soxr
-from memo_jax.audio import read_audio
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-read_audio(sys.argv[1], end=1.0)
-before = peak()
-print(len(read_audio(sys.argv[1])), peak() - before)
-"""
-
-
 @pytest.mark.parametrize(
     "name, seconds, rate, channels", [("a.wav", 3600, 16000, 1), ("a.flac", 600, 16000, 6), ("a.wav", 300, 48000, 2)]
 )
@@ -527,10 +518,7 @@ def test_a_long_recording_takes_the_memory_of_its_samples(tmp_path, name, second
     with soundfile.SoundFile(tmp_path / name, "w", rate, channels) as file:
         for _ in range(seconds // 60):
             file.write(minute if name.endswith("wav") else minute * 0)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tmp_path / name], capture_output=True, text=True, timeout=120, check=True
-    )
-    length, grown = map(int, done.stdout.split())
+    length, grown = memory_of_reading(tmp_path / name)
     assert length == seconds * RATE
     assert grown < 2 * length + 30e6
 

@@ -179,7 +179,7 @@ def test_another_command_is_refused_and_starts_over_when_told(speech, tmp_path, 
     for options in ({"min_seconds": 0.1}, {"speakers": {"s0/0.wav": "x"}}, {"run_commands": True}):
         with pytest.raises(FileExistsError, match="set is unfinished, and it was begun with .*--overwrite"):
             prepare(speech, tmp_path / "set", workers=1, **options)
-    with pytest.raises(FileExistsError, match="begun with inputs .*speech'], now .*s0'].*--overwrite"):
+    with pytest.raises(FileExistsError, match="begun with inputs .*speech'] and not .*s0'].*--overwrite"):
         prepare(speech / "s0", tmp_path / "set", workers=1)
     assert parts_of(tmp_path / "set") == before
     report = prepare(speech / "s0", tmp_path / "set", workers=1, overwrite=True)
