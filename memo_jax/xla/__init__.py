@@ -14,6 +14,7 @@ program.
 | `compiler_options`: disabled pass | CPU: barriers are dropped before operations are fused | 0.10.2, not 0.11.2 |
 | `run_once_options` | CPU: a program that runs once is optimised for longer than it runs | jaxlib 0.10.2 |
 | `keep_freed_memory` | CPU: the memory of each call is new, and costs a page fault every 4 KiB | jaxlib 0.10.2 |
+| `compiler_options`: one thread | CPU: Fourier transforms wait for each other's threads for ever | jaxlib 0.11.2 |
 | `materialize_on_cpu` | CPU: sums of residuals are recomputed in every operation that reads them | jaxlib 0.10.2 |
 | `materialize_on_gpu` | GPU: the compiler aborts where a strided slice meets a product | jaxlib 0.11.2 |
 | `each_device_its_rows` | CPU, GPU: every device computes the Fourier transforms of all rows | jaxlib 0.10.2 |

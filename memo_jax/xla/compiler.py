@@ -21,6 +21,11 @@ CPU_OPTIONS = {
     # In jaxlib 0.10 this pass drops barriers before operations are fused and common subexpressions are merged.
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
+if jax.__version_info__ >= (0, 11):
+    # A Fourier transform on a thread of the pool waits for parts of it that wait for a thread. Where all threads are in
+    # transforms, or wait for other devices, they wait for ever (openxla/xla issue 46345 led to it). This gives each
+    # transform, but each convolution, too, one thread.
+    CPU_OPTIONS["xla_cpu_multi_thread_eigen"] = False
 RUN_ONCE_CPU_OPTIONS = {
     # Optimising hundreds of small kernels takes several times as long as it saves.
     "xla_backend_optimization_level": 0,
