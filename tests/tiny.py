@@ -199,6 +199,7 @@ def round_arguments(workdir: Path, *more: str) -> list[str]:
         *(text for text in more if not text.startswith("--")),
         *SUPERVISED,
         "model.embedding_dim=8",
+        "model.resnet_blocks=1,1,1,1",  # those of `model_file`
         "total_steps=3",
         "checkpoint.every_steps=1",
         f"evaluation.data={tiny.dataset}",

@@ -17,6 +17,7 @@ from memo_jax.training.step import train_step_on_features
 STEPS = 12
 SETTINGS = (
     "model.branches=resnet",
+    "model.resnet_blocks=1,1,1,1",
     "optimizer.name=adamw",
     "optimizer.learning_rate=0.3",
     "optimizer.warmup_steps=0",
