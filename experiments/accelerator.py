@@ -87,7 +87,7 @@ DEVICES_TOLERANCE = {"first": 1e-5, "last": 1e-3}
 STEPS = 3  # of the checks
 TRACED = 3  # steps
 SCOPES = ("augment", "mel", "teacher", "student", "backbone", "head", "distributions", "distillation", "contrastive")
-SCOPES += ("update", "ecapa", "resnet", "campplus")
+SCOPES += ("update", "supervised", "ecapa", "resnet", "campplus")
 EPOCH_STEPS = 1000  # of the recipe that is timed
 ROW_SECONDS = 60  # that a row of the study takes beside steps and compiling: processes start, evaluations, the test
 
