@@ -13,7 +13,7 @@ from memo_jax.files import check_local
 from memo_jax.inference.evaluate import RATES, evaluate, training_evaluation
 from memo_jax.inference.workdir import starting_parts
 from memo_jax.log import read_metrics
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.monitor import TIMES
 from memo_jax.training.run_record import read_run
 from memo_jax.training.saved_checkpoint import saved_steps
@@ -111,7 +111,7 @@ def compare_parameters(run: Path, output: Path) -> dict[str, float]:
     steps = set(saved_steps(run)) & set(saved_steps(output))
     if not steps:
         return {}
-    states = [load_raw(folder, max(steps))[0] for folder in (run, output)]
+    states = [load_state(folder, max(steps)) for folder in (run, output)]
     differences = {}
     leaves = [jax.tree_util.tree_flatten_with_path(state)[0] for state in states]
     for (path, a), (_, b) in zip(*leaves, strict=True):

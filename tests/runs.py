@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from memo_jax.log import read_metrics
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.monitor import TIMES
 
 # A process that kills itself: `KILLED POINT STEP ARGUMENT…`, in a row of metrics or in a save.
@@ -44,7 +44,7 @@ sys.exit(cli.main(arguments))
 
 def arrays(workdir, step=None):
     """{path: array} of everything in a checkpoint's state."""
-    state = load_raw(workdir, step)[0]
+    state = load_state(workdir, step)
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 

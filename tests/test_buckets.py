@@ -17,7 +17,7 @@ from memo_jax import files
 from memo_jax.config import save_config
 from memo_jax.inference.model_file import read_model
 from memo_jax.log import MetricsLog, read_metrics
-from memo_jax.training.checkpoint import Checkpointer, load_raw
+from memo_jax.training.checkpoint import Checkpointer, load_state
 from memo_jax.training.monitor import TIMES
 from memo_jax.training.program import create_state
 from memo_jax.training.recipe import build_recipe
@@ -83,7 +83,7 @@ def test_a_killed_run_resumes_bit_for_bit(runs, bucket, tmp_path):
     assert runs.unmarked == [4]
     assert "resumed after step 4" in runs.text
     assert saved_steps(RUN) == [8, 12] and not any("/d/left" in name for name in bucket.objects)
-    whole, resumed = load_raw(runs.local)[0], load_raw(RUN)[0]
+    whole, resumed = load_state(runs.local), load_state(RUN)
     assert len(jax.tree.leaves(whole)) > 20
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), whole, resumed)
     assert rows_without_times(RUN) == rows_without_times(runs.local)
@@ -100,7 +100,7 @@ def test_a_killed_run_resumes_bit_for_bit(runs, bucket, tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content)
     assert saved_steps(tmp_path / "runs" / "one") == [8, 12]
-    copied = load_raw(tmp_path / "runs" / "one")[0]
+    copied = load_state(tmp_path / "runs" / "one")
     jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other, strict=True), whole, copied)
 
 
@@ -185,7 +185,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before_and_is_repeated(refusing
     refusing.refuses = lambda method, name: False
     with Checkpointer("gs://bucket/failing") as checkpoints:
         checkpoints.save(2, {"weights": state["weights"] + 1})
-    np.testing.assert_array_equal(load_raw("gs://bucket/failing")[0]["weights"], [1, 2, 3])
+    np.testing.assert_array_equal(load_state("gs://bucket/failing")["weights"], [1, 2, 3])
 
 
 def test_the_log_is_uploaded_in_between_and_appended_to(bucket, monkeypatch):

@@ -369,14 +369,14 @@ def convert_back(
       ValueError: an unknown kind, or a network that the toolkit lacks. Others as for `Embedder.load`, `write_tensors`.
     """
     from memo_jax.inference.embedder import load_model
-    from memo_jax.training.checkpoint import load_raw
+    from memo_jax.training.checkpoint import load_state
 
     if kind not in interop.TOOLKITS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.TOOLKITS)}")
     check_tensors_output(output)
     whole = kind == "speaker-net" and os.path.isdir(source) and branch is None and role is None
     if whole:
-        loaded = load_raw(source, step, only=["student", "teacher"])[0]
+        loaded = load_state(source, step, only=["student", "teacher"])
         front_end = interop.FRONT_END_OF_KIND[kind]
     else:
         loaded = load_model(source, branch=branch, role=role, step=step)

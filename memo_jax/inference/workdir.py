@@ -10,7 +10,7 @@ from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, parse_json, read_text, write_text
 from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, save_decision_in_file
 from memo_jax.models import SPEAKER_HEAD, Variables
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import backbone_variables
 from memo_jax.xla import sharding
@@ -44,7 +44,7 @@ def workdir_model(
     else:
         if step is None and (steps := saved_steps(workdir)):
             step = steps[-1]
-        state, _ = load_raw(workdir, step, only=[role])
+        state = load_state(workdir, step, only=[role])
         variables = state[role][branch]
     model = model_of_backbone(
         branches[branch].backbone,
@@ -87,7 +87,7 @@ def starting_parts(config: configs.ConfigDict) -> dict[str, Variables]:
         )
     for branch in chosen:
         _check_fits(config, model_of_backbone(branches[branch].backbone, {}, front_end=theirs.features.front_end))
-    teachers = load_raw(config.init, only=["teacher"])[0]["teacher"]
+    teachers = load_state(config.init, only=["teacher"])["teacher"]
     kept = ("backbone", SPEAKER_HEAD)
     return {
         branch: {kind: {part: tree[part] for part in kept if part in tree} for kind, tree in teachers[branch].items()}

@@ -11,9 +11,11 @@ import time
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from memo_jax import config as configs
 from memo_jax.audio import SAMPLE_RATE
+from memo_jax.config import ConfigDict
 from memo_jax.data.banks import MEGABYTE
 from memo_jax.data.batches import Utterances, steps_per_epoch
 from memo_jax.log import say_once
@@ -52,7 +54,7 @@ MEASURED = (
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def plan(config, topology: str, utterances: int | None = None) -> dict:
+def plan(config: ConfigDict, topology: str, utterances: int | None = None) -> dict:
     """Compiles the config's train step for a topology, and returns what it needs and costs.
 
     Args:
@@ -117,7 +119,7 @@ def plan(config, topology: str, utterances: int | None = None) -> dict:
     return result | {"advice": advice(result, config, chip)}
 
 
-def kmeans_plan(config, mesh, chip: Tpu | Gpu, utterances: int) -> dict:
+def kmeans_plan(config: ConfigDict, mesh: Mesh, chip: Tpu | Gpu, utterances: int) -> dict:
     """Compiles the k-means of the config's positives for a mesh; returns its `seconds` and `hbm_bytes` (per chip).
 
     The bytes are those of its arguments, results and temporaries, without the train state beside it.
@@ -142,7 +144,7 @@ def kmeans_plan(config, mesh, chip: Tpu | Gpu, utterances: int) -> dict:
     return {"utterances": utterances, "clusters": clusters, "seconds": seconds, "hbm_bytes": size}
 
 
-def model_flops(config, epoch_steps: int) -> float:
+def model_flops(config: ConfigDict, epoch_steps: int) -> float:
     """Returns the FLOPs of a step of the whole batch, by the definition of its networks, whatever the device.
 
     A compiled program has more (the zeros of packed planes, recomputed blocks) or seems to have less (loops).
@@ -223,7 +225,7 @@ def _measured(compiled, chip: Tpu | Gpu, chips: int, batch: int, steps: int, flo
     )
 
 
-def advice(result: dict, config, chip: Tpu | Gpu) -> list[str]:
+def advice(result: dict, config: ConfigDict, chip: Tpu | Gpu) -> list[str]:
     """Returns what to change in a config, given its plan; empty for nothing."""
     chips, per_chip, lines = result["chips"], result["batch_size"] // result["chips"], []
     if not result["fits"]:

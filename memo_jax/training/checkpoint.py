@@ -179,14 +179,12 @@ class Checkpointer:
 
 
 def load_extra(workdir: str | os.PathLike) -> dict:
-    """Returns the `extra` of the latest checkpoint; reads no arrays. Raises like `load_raw`."""
+    """Returns the `extra` of the latest checkpoint; reads no arrays. Raises like `load_state`."""
     return saved_checkpoint(workdir).manifest["extra"]
 
 
-def load_raw(
-    workdir: str | os.PathLike, step: int | None = None, only: Iterable[str] | None = None
-) -> tuple[dict, dict]:
-    """Reads a checkpoint without knowing its model: for evaluation, on any machine.
+def load_state(workdir: str | os.PathLike, step: int | None = None, only: Iterable[str] | None = None) -> dict:
+    """Returns the state in a checkpoint, read without knowing its model: for evaluation, on any machine.
 
     Args:
       workdir: folder of the run; only read.
@@ -194,7 +192,7 @@ def load_raw(
       only: names of the state's top-level fields to read; all by default.
 
     Returns:
-      (nested dict of numpy arrays, extra). Dataclasses, tuples and lists come as dicts, too.
+      Nested dict of numpy arrays. Dataclasses, tuples and lists come as dicts, too.
 
     Raises:
       FileNotFoundError: no checkpoint (of that step).
@@ -211,7 +209,7 @@ def load_raw(
     saved.check_files()
     target = {name: 0 for name in names if name.partition("/")[0] in wanted}
     as_numpy = dict.fromkeys(target, ocp.RestoreArgs(restore_type=np.ndarray))
-    return traverse_util.unflatten_dict(saved.read_arrays(target, as_numpy), sep="/"), saved.manifest["extra"]
+    return traverse_util.unflatten_dict(saved.read_arrays(target, as_numpy), sep="/")
 
 
 def leaves_by_name(tree: Any) -> dict:

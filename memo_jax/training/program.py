@@ -17,7 +17,7 @@ from memo_jax.training import optim
 from memo_jax.training.front_end import clean_features
 from memo_jax.training.recipe import batch_crops, build_front_end, reads_labels
 from memo_jax.training.state import TrainState, initial_state
-from memo_jax.training.step import Recipe, train_step
+from memo_jax.training.step import Metrics, Recipe, train_step
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import compiler_options, run_once_options
 
@@ -83,13 +83,15 @@ class StepCompiledInBackground:
         """Whether it has not been called yet."""
         return self._step is None
 
-    def __call__(self, *arguments):
-        """Takes a step: (state, batch, banks, key) → (state, metrics)."""
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, jax.Array], banks: Mapping[str, Any], key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """Takes a step."""
         if self._step is None:
             self._step = self._compiled.result()
             jax.clear_caches()  # drops everything the process has traced: 70 MB at the authors' sizes
             interrupts.check()
-        return self._step(*arguments)
+        return self._step(state, batch, banks, key)
 
     def __enter__(self) -> "StepCompiledInBackground":
         return self

@@ -18,9 +18,9 @@ from etils import epath
 from memo_jax.files import as_path, in_bucket
 from memo_jax.training.processes import of_all
 
-FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2
+MANIFEST_FORMAT = 2
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that orbax writes to
 COMMIT_FILE = "commit_success.txt"  # orbax's mark, written after the manifest; its content does not matter
 READ_BYTES = 1 << 24
@@ -41,7 +41,7 @@ class CheckpointError(ValueError):
 def checkpoints_folder(workdir: str | os.PathLike) -> epath.Path:
     """Returns the folder of a workdir's checkpoints, absolute, as orbax wants it."""
     path = as_path(workdir)
-    return (path if in_bucket(path) else epath.Path(path).resolve()) / FOLDER
+    return (path if in_bucket(path) else epath.Path(path).resolve()) / CHECKPOINTS_FOLDER
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
@@ -109,13 +109,21 @@ class SavedCheckpoint(NamedTuple):
         raise damaged(self.folder, self.steps, f"{name} {what}")
 
     def read_arrays(self, target: dict, restore_args: dict) -> dict:
-        """Reads the arrays of some names. Call `check_files` before."""
+        """Returns the arrays of some names. Call `check_files` before.
+
+        Args:
+          target: {name: anything}, of the arrays that are read.
+          restore_args: {name: `orbax.checkpoint.RestoreArgs`}: as what each is read, and onto which devices.
+
+        Raises:
+          OSError: the files cannot be read; names the folder and the cause.
+        """
         handler = ocp.PyTreeCheckpointHandler()
         arguments = ocp.args.PyTreeRestore(target, partial_restore=True, restore_args=restore_args)
         try:
             return handler.restore(self.folder, args=arguments)
         except Exception as error:
-            raise unreadable(self.folder, error) from error
+            raise read_error(self.folder, error) from error
         finally:
             handler.close()
 
@@ -139,7 +147,7 @@ def saved_checkpoint(workdir: str | os.PathLike, step: int | None = None) -> Sav
 
 def new_manifest(step: int, arrays: dict, extra: dict) -> dict:
     """Returns the manifest of a checkpoint to be written; ValueError if `extra` is not JSON."""
-    manifest = {"format": FORMAT, "step": int(step), "extra": extra, "arrays": descriptions(arrays)}
+    manifest = {"format": MANIFEST_FORMAT, "step": int(step), "extra": extra, "arrays": descriptions(arrays)}
     return json.loads(_json(manifest))  # a copy: the caller may change `extra`
 
 
@@ -181,7 +189,7 @@ def damaged(folder: epath.Path, steps: list[int], what: str) -> CheckpointError:
     return CheckpointError(f"{folder}: the checkpoint is damaged or cut short: {what}; {way_out}")
 
 
-def unreadable(path: epath.Path, error: Exception) -> OSError:
+def read_error(path: epath.Path, error: Exception) -> OSError:
     """Returns an error that says why a file or folder cannot be read."""
     return OSError(f"{path}: cannot be read: {cause(error)}")
 
@@ -207,7 +215,7 @@ def _read_manifest(folder, steps: list[int]) -> dict:
     except FileNotFoundError:
         raise damaged(folder, steps, f"{MANIFEST_FILE} is missing") from None
     except Exception as error:  # whatever a bucket's library raises
-        raise unreadable(file, error) from error
+        raise read_error(file, error) from error
     try:
         manifest = json.loads(content)["manifest"]
         intact = content == _manifest_text(manifest).encode()
@@ -215,7 +223,7 @@ def _read_manifest(folder, steps: list[int]) -> dict:
         intact = False
     if not intact:
         raise damaged(folder, steps, f"{MANIFEST_FILE} is not as it was written")
-    if manifest["format"] != FORMAT:
+    if manifest["format"] != MANIFEST_FORMAT:
         raise CheckpointError(f"{folder}: written by another version of memo-jax")
     return manifest
 

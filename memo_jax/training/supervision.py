@@ -1,7 +1,7 @@
 """Labels in the objective: AAM-softmax, and which labels a step with a loss gate learns."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ class Supervision(NamedTuple):
 
 
 def supervised_loss(
-    head_params,
+    head_params: dict[str, Any],
     embeddings: Sequence[jax.Array],
     labels: jax.Array,
     margin: jax.Array,
@@ -43,7 +43,7 @@ def supervised_loss(
     branch: Branch,
     supervision: Supervision,
     given: jax.Array | None = None,
-):
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array | None]]:
     """Returns u · S of a student's embeddings, [V, B, D] for each crop length, and what else is computed with it.
 
     Args:

@@ -3,7 +3,7 @@
 `devices` chooses a device, `flags` sets XLA's flags and `sharding` places arrays; `compiler` has compiler options and
 barriers, `reductions` and `products` write sums and products in the form that compiles well. `memory` keeps memory
 that was freed, and `program_cache` keeps compiled programs for the next process. Each workaround for one backend is
-here, with its reason, and other packages call it by a plain name. Each but `keep_freed_memory` has a test in
+here, with its reason, and other packages call it by a plain name. Each has a test in
 tests/xla/test_workarounds.py that fails once the installed jaxlib no longer needs it, and says what to delete; those
 that compare speeds run on request. Without a GPU, a test can only check that the workaround for GPUs is part of the
 program.

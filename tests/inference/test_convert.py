@@ -13,7 +13,7 @@ from memo_jax.inference import convert, interop
 from memo_jax.inference.model_file import model_of_backbone, read_model, write_model
 from memo_jax.models import Branch, build_backbone
 from memo_jax.models.heads import DINOHead
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 
 ECAPA = {"channels": (16, 16, 16, 16, 48), "embedding_dim": 16}
 WESPEAKER = ECAPA | {"form": "wespeaker", "embedding_norm": True, "global_context": False}
@@ -313,5 +313,5 @@ def test_workdir_becomes_a_checkpoint_of_the_authors():
     output = tiny.temporary_folder() / "checkpoint.safetensors"
     status, printed = tiny.here("convert", workdir, "--to", "speaker-net", "--output", output)
     assert status == 0 and "student_ecapa" in printed and "teacher_resnet" in printed, printed
-    state = load_raw(workdir)[0]
+    state = load_state(workdir)
     assert_branches(output, {role: state[role] for role in ("student", "teacher")})

@@ -21,7 +21,7 @@ from flax import struct
 
 import tiny
 from memo_jax.training import processes, saved_checkpoint
-from memo_jax.training.checkpoint import Checkpointer, load_extra, load_raw
+from memo_jax.training.checkpoint import Checkpointer, load_extra, load_state
 from memo_jax.training.saved_checkpoint import CheckpointError, saved_steps
 
 ROOT = Path(__file__).parents[2]
@@ -103,8 +103,8 @@ def test_a_saved_state_may_be_donated_at_once(tmp_path):
 def test_latest_and_every_kth_are_kept(tmp_path):
     save_steps(tmp_path, range(1, 8), keep=2, keep_every=3)
     assert saved_steps(tmp_path) == [3, 6, 7]
-    state, extra = load_raw(tmp_path, step=3)
-    assert int(state["step"]) == 3 and extra == {"step": 3}
+    assert int(load_state(tmp_path, step=3)["step"]) == 3
+    assert saved_checkpoint.saved_checkpoint(tmp_path, 3).manifest["extra"] == {"step": 3}
 
 
 def test_keep_must_be_positive(tmp_path):
@@ -113,31 +113,31 @@ def test_keep_must_be_positive(tmp_path):
 
 
 def test_no_checkpoint_is_named(tmp_path):
-    for read in (load_raw, load_extra, lambda workdir: Checkpointer(workdir).restore(abstract(state_of(0)))):
+    for read in (load_state, load_extra, lambda workdir: Checkpointer(workdir).restore(abstract(state_of(0)))):
         with pytest.raises(FileNotFoundError, match="checkpoints"):
             read(tmp_path)
     assert saved_steps(tmp_path / "missing") == []
     save_steps(tmp_path, [4])
     with pytest.raises(FileNotFoundError, match="9.*steps 4"):
-        load_raw(tmp_path, step=9)
+        load_state(tmp_path, step=9)
 
 
-def test_load_raw_needs_no_model(tmp_path):
+def test_load_state_needs_no_model(tmp_path):
     save_steps(tmp_path, [4, 8])
-    raw, extra = load_raw(tmp_path)
-    assert extra == {"step": 8} == load_extra(tmp_path)
+    raw = load_state(tmp_path)
+    assert load_extra(tmp_path) == {"step": 8}
     assert isinstance(raw["teacher"]["ecapa"]["params"]["kernel"], np.ndarray)
     assert int(raw["step"]) == 8
-    part, _ = load_raw(tmp_path, step=4, only=["teacher"])
+    part = load_state(tmp_path, step=4, only=["teacher"])
     assert part.keys() == {"teacher"}
     assert_equal(part["teacher"], jax.tree.map(np.asarray, state_of(4).teacher))
-    more, _ = load_raw(tmp_path, step=4, only=["teacher", "opt_state"])
+    more = load_state(tmp_path, step=4, only=["teacher", "opt_state"])
     assert_equal(more["teacher"], part["teacher"])
-    assert_equal(more["opt_state"], load_raw(tmp_path, step=4)[0]["opt_state"])
+    assert_equal(more["opt_state"], load_state(tmp_path, step=4)["opt_state"])
     momentum = state_of(4).opt_state[0].trace["ecapa"]["params"]["kernel"]
     np.testing.assert_array_equal(more["opt_state"]["0"]["trace"]["ecapa"]["params"]["kernel"], momentum)
     with pytest.raises(ValueError, match="no field 'taecher'"):
-        load_raw(tmp_path, only=["taecher"])
+        load_state(tmp_path, only=["taecher"])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
         assert f"{folder}: " in str(raised.value) and "delete this folder" in str(raised.value)
         assert str(tmp_path / "checkpoints" / "1") in str(raised.value)
     with pytest.raises(CheckpointError, match="delete this folder"):
-        load_raw(tmp_path)
+        load_state(tmp_path)
     shutil.rmtree(folder)
     with Checkpointer(tmp_path) as checkpointer:
         assert_equal(checkpointer.restore(abstract(state_of(0))), state_of(1))
@@ -254,7 +254,7 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path):
     save_steps(tmp_path, [1])
     damage_by_another_version(tmp_path / "checkpoints" / "1")
     with pytest.raises(CheckpointError, match="another version of memo-jax"):
-        load_raw(tmp_path)
+        load_state(tmp_path)
 
 
 def test_any_change_to_any_file_is_noticed_and_the_file_named(tmp_path):
@@ -274,11 +274,11 @@ def test_any_change_to_any_file_is_noticed_and_the_file_named(tmp_path):
             changed.append(bytes(flipped))
         for damaged in changed:
             file.unlink() if damaged is None else file.write_bytes(damaged)
-            for read in (load_raw, lambda workdir: load_raw(workdir, 1, ["step"])):
+            for read in (load_state, lambda workdir: load_state(workdir, 1, ["step"])):
                 with pytest.raises(CheckpointError, match=f"{folder}: .*{file.relative_to(folder)}"):
                     read(tmp_path)
             file.write_bytes(content)
-    assert int(load_raw(tmp_path)[0]["step"]) == 1
+    assert int(load_state(tmp_path)["step"]) == 1
 
 
 def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(saved_checkpoint, "crc32", failing)
     with pytest.raises(OSError, match="checkpoints/1/.*: cannot be read: Input/output error"):
-        load_raw(tmp_path)
+        load_state(tmp_path)
 
 
 def test_what_is_removed_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
@@ -297,7 +297,7 @@ def test_what_is_removed_while_it_is_read_is_not_called_damaged(tmp_path, monkey
     save_steps(tmp_path, [1])
     monkeypatch.setattr(saved_checkpoint, "crc32", lambda file: shutil.rmtree(tmp_path / "checkpoints" / "1") or 0)
     with pytest.raises(FileNotFoundError, match="removed while it was being read"):
-        load_raw(tmp_path)
+        load_state(tmp_path)
 
 
 def test_steps_must_ascend(tmp_path):
@@ -371,7 +371,7 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
 SHARDED = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from memo_jax.training.checkpoint import Checkpointer, load_raw
+from memo_jax.training.checkpoint import Checkpointer, load_state
 
 def placed(n):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:n]), ("data",))
@@ -389,7 +389,7 @@ for n in (4, 2, 1):
     for name in state:
         assert state[name].sharding == target[name].sharding, (name, state[name].sharding)
         assert (np.asarray(state[name]) == np.asarray(target[name])).all()
-np.testing.assert_array_equal(load_raw(sys.argv[1])[0]["split"], np.arange(16.0).reshape(8, 2))
+np.testing.assert_array_equal(load_state(sys.argv[1])["split"], np.arange(16.0).reshape(8, 2))
 """
 
 
@@ -444,6 +444,6 @@ def test_unusable_folder_is_named(tmp_path):
 
 def test_saving_prints_nothing(tmp_path, capfd):
     save_steps(tmp_path, [1, 2, 3])
-    load_raw(tmp_path)
+    load_state(tmp_path)
     output, errors = capfd.readouterr()
     assert output == errors == ""

@@ -14,7 +14,7 @@ from memo_jax.data.batches import Utterances, training_batches
 from memo_jax.features import FRONT_ENDS, MEL_BINS
 from memo_jax.log import read_metrics
 from memo_jax.training import losses, program, recipe
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.front_end import Views, clean_features
 from memo_jax.training.loss_gate import LossGate, crossing_point, fitted_mixture, gate_threshold, passes
 from memo_jax.training.state import student_params
@@ -165,21 +165,21 @@ def test_a_run_sets_its_gate_after_every_epoch_and_resumes_exactly_from_any_step
     assert len({row["labels/threshold"] for row in rows[5:10]} - {None}) == 1
     assert min(row["labels/learned/resnet"] for row in rows) < 1
     assert [max(row["labels/corrected/resnet"] for row in part) > 0 for part in (rows[:10], rows[10:])] == [False, True]
-    state = load_raw(workdir)[0]
+    state = load_state(workdir)
     assert state["loss_gate"]["losses"].shape == (20,) and (state["loss_gate"]["losses"] >= 0).all()
     patch_for_tests(monkeypatch.setattr)
     for step in (4, 5, 6, 10, 11):
         assert tiny.here(*command(tmp_path / "run", *GATED, labels, f"--stop-at-step={step}"))[0] == 0
     assert tiny.here(*command(tmp_path / "run", *GATED, labels))[0] == 0
     for name, value in state["loss_gate"].items():
-        np.testing.assert_array_equal(value, load_raw(tmp_path / "run")[0]["loss_gate"][name])
+        np.testing.assert_array_equal(value, load_state(tmp_path / "run")["loss_gate"][name])
     assert rows_without_times(tmp_path / "run") == rows_without_times(workdir)
 
 
 def test_two_processes_gate_as_one_does(run, labels, tmp_path):
     two = start(2, command(tmp_path / "two", *GATED, labels))
     assert [one.status for one in two] == [0, 0], two
-    ours, theirs = (load_raw(workdir)[0]["loss_gate"] for workdir in (tmp_path / "two", run[0]))
+    ours, theirs = (load_state(workdir)["loss_gate"] for workdir in (tmp_path / "two", run[0]))
     # A loss is a difference of logits of up to 30, in which float32 noise has been amplified by training.
     for name, value in ours.items():
         np.testing.assert_allclose(value, theirs[name], rtol=2e-4, atol=1e-3)

@@ -15,7 +15,7 @@ import tiny
 import tiny_processes
 from memo_jax.data.batches import Utterances, reference_batches, training_batches
 from memo_jax.log import read_metrics
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.positives import draw_partners
 from runs import KILLED, assert_same_state, rows_without_times
 
@@ -112,7 +112,7 @@ def run(tmp_path_factory):
 
 
 def partners(workdir, step=None):
-    return load_raw(workdir, step, only=["partners"])[0]["partners"]
+    return load_state(workdir, step, only=["partners"])["partners"]
 
 
 def test_until_the_first_draw_a_run_is_the_one_without_positives(run, tmp_path):
@@ -181,7 +181,7 @@ def test_without_labels_nothing_is_said_of_speakers(tmp_path):
     plain, labelled = (read_metrics(tmp_path / name)[-1] for name in ("plain", "labelled"))
     assert plain["loss"] == labelled["loss"] and plain["positives/other"] == labelled["positives/other"]
     assert "positives/same_speaker" in labelled and "positives/same_speaker" not in plain
-    for one, other in zip(*(jax.tree.leaves(load_raw(tmp_path / name)[0]) for name in ("plain", "labelled"))):
+    for one, other in zip(*(jax.tree.leaves(load_state(tmp_path / name)) for name in ("plain", "labelled"))):
         np.testing.assert_array_equal(one, other)
 
 

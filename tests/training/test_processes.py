@@ -18,7 +18,7 @@ import pytest
 import tiny
 from memo_jax.log import read_metrics
 from memo_jax.training import processes, saved_checkpoint
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.saved_checkpoint import saved_steps
 from tiny_processes import GONE, KILLED_AT, SAVED, STEPS, command, patch_for_tests, start
 
@@ -46,7 +46,7 @@ def assert_same_losses(one, other):
 def state(workdir, step):
     return {
         jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(load_raw(workdir, step)[0])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(load_state(workdir, step))
     }
 
 

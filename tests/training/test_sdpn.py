@@ -7,7 +7,7 @@ import tiny
 import tiny_processes
 from memo_jax.log import read_metrics
 from memo_jax.training import recipe
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from runs import assert_same_state
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -56,7 +56,7 @@ def test_sdpn_resumes_exactly_alone_and_with_partners(tmp_path):
     row = read_metrics(tmp_path / "whole")[-1]
     kinds = ("self", "mean_entropy", "koleo", "variance", "covariance")
     assert row["loss"] == pytest.approx(sum(row[f"loss/{kind}/resnet"] for kind in kinds), rel=1e-5)
-    state = load_raw(tmp_path / "whole")[0]
+    state = load_state(tmp_path / "whole")
     student, teacher = (state[role]["resnet"]["params"]["self_head"] for role in ("student", "teacher"))
     np.testing.assert_array_equal(student["prototypes"], teacher["prototypes"])
     assert (student["linear_0"]["kernel"] != teacher["linear_0"]["kernel"]).any()

@@ -14,7 +14,7 @@ from memo_jax.inference.workdir import workdir_model
 from memo_jax.log import read_metrics
 from memo_jax.training import losses, optim
 from memo_jax.training import recipe as training_recipe
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.front_end import Views
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.state import initial_state, student_params
@@ -138,7 +138,7 @@ def test_a_run_learns_the_speakers_and_resumes_exactly(run, tmp_path):
     rows = read_metrics(run)
     first, last = (np.mean([row["loss/supervised/ecapa"] for row in part]) for part in (rows[:4], rows[-4:]))
     assert last < first and 0 <= rows[-1]["accuracy/ecapa"] <= 1
-    assert load_raw(run)[0]["student"]["ecapa"]["params"]["speaker_head"]["directions"].shape == (16, tiny.SPEAKERS)
+    assert load_state(run)["student"]["ecapa"]["params"]["speaker_head"]["directions"].shape == (16, tiny.SPEAKERS)
     assert workdir_model(run).dimension == 16
     assert tiny.train_here(tmp_path / "run", *SUPERVISED, "--stop-at-step=5")[0] == 0
     assert tiny.train_here(tmp_path / "run", *SUPERVISED)[0] == 0
@@ -154,7 +154,7 @@ def test_a_run_with_masked_negatives_reads_labels_and_resumes_exactly(tmp_path):
     assert tiny.train_here(tmp_path / "resumed", *MASKED, "--stop-at-step=2")[0] == 0
     assert tiny.train_here(tmp_path / "resumed", *MASKED, "--stop-at-step=5")[0] == 0
     assert_same_state(tmp_path / "resumed", tmp_path / "run")
-    assert "speaker_head" not in load_raw(tmp_path / "run")[0]["student"]["resnet"]["params"]
+    assert "speaker_head" not in load_state(tmp_path / "run")["student"]["resnet"]["params"]
     names = Utterances(tiny.material().dataset).names
     speakers = {name: f"x{i % 3}" for i, name in enumerate(names)}
     dataset = tiny.write_dataset(tmp_path / "other", tiny.material().corpus, speakers=speakers)
@@ -218,7 +218,7 @@ def test_a_run_learns_the_labels_of_a_table(run, tmp_path):
 
 def test_a_run_from_a_workdir_keeps_the_directions_of_the_same_labels(run, tmp_path):
     """The first step, whose learning rate is zero, shows what a run starts from."""
-    teacher = load_raw(run)[0]["teacher"]["ecapa"]["params"]
+    teacher = load_state(run)["teacher"]["ecapa"]["params"]
     names = Utterances(tiny.material().dataset).names
     other = write_table(tmp_path / "other", {name: f"c{i % 5}" for i, name in enumerate(names)})
     for settings, same, said in (
@@ -228,7 +228,7 @@ def test_a_run_from_a_workdir_keeps_the_directions_of_the_same_labels(run, tmp_p
         workdir = tmp_path / str(same)
         status, text = tiny.train_here(workdir, *SUPERVISED, *settings, f"--init={run}", "--stop-at-step=1")
         assert status == 0 and said in text, text
-        begun = load_raw(workdir)[0]["student"]["ecapa"]["params"]
+        begun = load_state(workdir)["student"]["ecapa"]["params"]
         for ours, theirs in zip(jax.tree.leaves(begun["backbone"]), jax.tree.leaves(teacher["backbone"])):
             np.testing.assert_array_equal(ours, theirs)
         directions, theirs = (params["speaker_head"]["directions"] for params in (begun, teacher))

@@ -15,7 +15,7 @@ from memo_jax.inference.workdir import workdir_model
 from memo_jax.log import read_metrics
 from memo_jax.training import recipe as recipes
 from memo_jax.training import train as training
-from memo_jax.training.checkpoint import load_raw
+from memo_jax.training.checkpoint import load_state
 from memo_jax.training.recipe import build_branches, build_recipe
 from runs import assert_same_state, rows_without_times
 
@@ -112,7 +112,7 @@ def test_any_two_backbones_learn_together(tmp_path, monkeypatch):
     losses = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     for name in ("resnet", "campplus"):
         assert losses and all(np.isfinite(row[f"loss/cross/{name}"]) for row in losses)
-        networks = (load_raw(tmp_path / "run", step)[0]["student"][name] for step in (2, 4))
+        networks = (load_state(tmp_path / "run", step)["student"][name] for step in (2, 4))
         start, end = ({kind: parts["backbone"] for kind, parts in network.items()} for network in networks)
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), start, end)
         assert all(jax.tree.leaves(moved["batch_stats"])) and np.mean(jax.tree.leaves(moved["params"])) > 0.9
