@@ -18,7 +18,7 @@ from sklearn.metrics import roc_curve
 
 from memo_jax.files import as_json
 from memo_jax.scoring import metrics
-from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
+from memo_jax.scoring.score import P_TARGETS, error_intervals, error_report
 from memo_jax.scoring.trials import read_trials, trial_pairs
 
 
@@ -85,7 +85,7 @@ def main(arguments=None) -> dict:
     mark("error_rates")
     reference = reference_rates(embeddings, pairs, trials.target)
     mark("reference")
-    interval = eer_interval(scores, trials, replicates=options.replicates)["eer_interval"]
+    interval = error_intervals(scores, trials, replicates=options.replicates)["eer_interval"]
     mark("interval")
     took = {name: end - begin for (_, begin, _), (name, end, _) in zip(marks, marks[1:])}
     cpu = {name: end - begin for (_, _, begin), (name, _, end) in zip(marks, marks[1:])}

@@ -26,7 +26,7 @@ from memo_jax.scoring.score import (
     DECIMALS,
     P_TARGETS,
     REPLICATES,
-    eer_interval,
+    error_intervals,
     error_report,
     interval_note,
     rates_text,
@@ -217,13 +217,13 @@ def evaluate(
       save_threshold: one of CRITERIA: save the threshold at this criterion, and a calibration, with the model.
       save_calibration: file for the same, for models that cannot be written; the criterion is `save_threshold` or EER.
       enrollments: table of speakers enrolled by several recordings, see `read_trials`.
-      replicates: how many draws of speakers the bootstrap takes for the interval; 0 for no interval.
+      replicates: how many draws of speakers the bootstrap takes for intervals; 0 for none.
       quiet: show no progress.
 
     Returns:
-      What results.json holds: `eer` (percent), `eer_interval`, `min_dcf_0.01`, `min_dcf_0.05`, `trials`, `targets`,
-      the error rates of plain log-mel statistics under `log_mel_statistics`, and which network and data these belong
-      to.
+      What results.json holds: `eer` (percent), `min_dcf_0.01`, `min_dcf_0.05`, the interval of each, such as
+      `eer_interval`, `trials`, `targets`, the error rates of plain log-mel statistics under `log_mel_statistics`, and
+      which network and data these belong to.
 
     Raises:
       ValueError: bad trials, recordings that the dataset lacks, an embedding that is not finite, a list without labels
@@ -267,7 +267,7 @@ def evaluate(
     baseline = evaluation.statistics_scores(quiet)
     statistics = error_report(baseline, target)
     results |= error_report(scores, target) | {"targets": int(target.sum()), "log_mel_statistics": statistics}
-    results |= eer_interval(scores, evaluation.trials, evaluation.speakers(), replicates)
+    results |= error_intervals(scores, evaluation.trials, evaluation.speakers(), replicates)
     results["worse_than_statistics"] = [key for key in RATES if results[key] > statistics[key]]
     plot_det({results["network"]: (scores, target), BASELINE: (baseline, target)}, output / "det.png")
     write_scores(output / "scores.txt", evaluation.trials, scores)

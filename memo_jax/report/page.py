@@ -23,7 +23,7 @@ from memo_jax.report.pictures import figure_element, picture, swatch, theme_css,
 from memo_jax.report.template import PAGE, SCRIPT, STYLE_SHEET
 from memo_jax.scoring import metrics
 from memo_jax.scoring.figures import BASELINE, det_figure, embedding_map_figure, score_histogram_figure, system_looks
-from memo_jax.scoring.score import P_TARGETS, eer_interval, error_report
+from memo_jax.scoring.score import P_TARGETS, error_intervals, error_report, in_brackets
 from memo_jax.training.goodput import PARTS, shares_text
 from memo_jax.training.recipe import reads_labels
 from memo_jax.training.run_record import read_run
@@ -102,7 +102,7 @@ def tested_run(
         scores["all branches, scores averaged"] = metrics.average_scores(list(scores.values()))
     scores[BASELINE] = evaluation.statistics_scores()
     rates = {
-        name: error_report(found, evaluation.target) | eer_interval(found, evaluation.trials, evaluation.speakers())
+        name: error_report(found, evaluation.target) | error_intervals(found, evaluation.trials, evaluation.speakers())
         for name, found in scores.items()
     }
     best = min(embeddings, key=lambda name: rates[name]["eer"])
@@ -272,20 +272,20 @@ def test_section(tested: Tested, data: str | os.PathLike, trials: str | os.PathL
     """Returns error rates as a table, DET curves and score histograms."""
     evaluation = tested.evaluation
     target, looks = evaluation.target, system_looks(tested.rates)
-    columns = ("EER", "95 % interval", *(f"minDCF({p})" for p in P_TARGETS), "threshold of EER")
+    columns = ("EER", *(f"minDCF({p})" for p in P_TARGETS), "threshold of EER")
     lines = []
     for name, rates in tested.rates.items():
-        interval = rates["eer_interval"]
         cells = (
-            f"{rates['eer']:.2f} %",
-            f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else "–",
-            *(f"{rates[f'min_dcf_{p}']:.3f}" for p in P_TARGETS),
+            f"{rates['eer']:.2f} %" + in_brackets(rates["eer_interval"], 2),
+            *(f"{rates[f'min_dcf_{p}']:.3f}" + in_brackets(rates[f"min_dcf_{p}_interval"], 3) for p in P_TARGETS),
             f"{rates['eer_threshold']:.3f}",
         )
         row = "".join(f'<td data-column="{column}">{cell}</td>' for column, cell in zip(columns, cells))
         lines.append(f"<tr><th scope=row>{swatch(looks[name])}{html.escape(name)}</th>{row}</tr>")
     reason = next((rates["no_interval"] for rates in tested.rates.values() if not rates["eer_interval"]), None)
-    intervals = "The intervals are by bootstrap over speakers." if reason is None else f"No interval: {reason}."
+    intervals = f"No interval: {reason}."
+    if reason is None:
+        intervals = "In brackets are 95 % intervals, by bootstrap over speakers."
     said = (
         f"<p>{plural(len(target), 'trial')} of {html.escape(Path(trials).name)}, {int(target.sum()):,} of them target "
         f"trials, over {plural(len(evaluation.rows), 'recording')} of {html.escape(str(data))}. "

@@ -224,10 +224,11 @@ def _meeting_point(fnr_before, fpr_before, fnr_after, fpr_after) -> tuple[float,
     return fnr_before + share * (fnr_after - fnr_before), share
 
 
-class WeightedEer:
-    """`eer` of the same trials under changing weights: sorted once, and the rates are computed where they are needed.
+class WeightedTrials:
+    """Metrics of the same trials under changing weights: sorted once, and rates are computed only where needed.
 
-    For weights that are whole numbers, whose sums are exact, it equals `eer` bit for bit. Errors as for `error_rates`.
+    For weights that are whole numbers, whose sums are exact, they equal `eer` and `min_dcf` bit for bit. Errors as for
+    `error_rates`.
 
     Attributes:
       targets, nontargets: rows of these trials in the order that their weights are given in.
@@ -241,12 +242,19 @@ class WeightedEer:
         self.targets, self.nontargets = rows[target[rows]], rows[~target[rows]]
         self._sums = [np.zeros(len(rows) + 1) for rows in (self.targets, self.nontargets)]
 
-    def __call__(self, target_weights: np.ndarray, nontarget_weights: np.ndarray) -> float:
-        """The equal error rate, a fraction, under weights that leave some targets and some nontargets."""
+    def weigh(self, target_weights: np.ndarray, nontarget_weights: np.ndarray) -> None:
+        """Takes weights that leave some targets and some nontargets."""
         for sums, weights in zip(self._sums, (target_weights, nontarget_weights)):
             np.cumsum(weights, out=sums[1:])
+
+    def eer(self) -> float:
+        """Returns the equal error rate, a fraction."""
         after = bisect.bisect_left(range(len(self._thresholds) + 1), 0.0, key=lambda i: np.subtract(*self._rates(i)))
         return float(_meeting_point(*self._rates(after - 1), *self._rates(after))[0])
+
+    def min_dcf(self, p_target: float) -> float:
+        """Returns the least detection cost at a prior, with costs of 1."""
+        return float(np.min(detection_cost(*self._rates(slice(None)), p_target)))
 
     def _rates(self, index):
         (targets, nontargets), (targets_below, nontargets_below) = self._sums, self._below

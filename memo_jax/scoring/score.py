@@ -35,22 +35,28 @@ def error_report(scores: np.ndarray, target: np.ndarray) -> dict[str, float]:
     }
 
 
-def eer_interval(
+def error_intervals(
     scores: np.ndarray, trials: Trials, speakers: Speakers = speaker_folder, replicates: int = REPLICATES
 ) -> dict[str, Any]:
-    """Returns the 95 % interval of the EER by the bootstrap over speakers.
+    """Returns the 95 % intervals of EER and minDCF by the bootstrap over speakers.
 
     Returns:
-      {"eer_interval": [low, high] in percent}, or {"eer_interval": None, "no_interval": why there is none}.
+      {"eer_interval": [low, high] in percent, "min_dcf_P_interval": [low, high] for every P of P_TARGETS}, or None for
+      each of them and "no_interval", why there is none.
     """
+    measures = {"eer_interval": (100, metrics.eer)}
+    measures |= {f"min_dcf_{p}_interval": (1, confidence.MinDcf(p)) for p in P_TARGETS}
     if replicates == 0:
-        return {"eer_interval": None, "no_interval": "the number of bootstrap replicates is 0"}
+        return dict.fromkeys(measures) | {"no_interval": "the number of bootstrap replicates is 0"}
+    intervals = {}
     try:
         pairs = speaker_pairs(trials, speakers)
-        interval = confidence.bootstrap_interval(metrics.eer, scores, trials.target, pairs, replicates=replicates)
+        for name, (unit, metric) in measures.items():
+            found = confidence.bootstrap_interval(metric, scores, trials.target, pairs, replicates=replicates)
+            intervals[name] = [unit * end for end in found]
     except ValueError as error:
-        return {"eer_interval": None, "no_interval": one_line(error)}
-    return {"eer_interval": [100 * end for end in interval]}
+        return dict.fromkeys(measures) | {"no_interval": one_line(error)}
+    return intervals
 
 
 def calibrated_report(
@@ -126,12 +132,12 @@ def score(
       scores_file: where to write `score enrol test` lines.
 
     Returns:
-      {"eer": percent, "eer_interval": [low, high] or None, "eer_threshold", "min_dcf_0.01", "min_dcf_0.05", "trials",
-      "targets"}, with calibration also "act_dcf_0.01", "act_dcf_0.05", "cllr", "min_cllr", with a comparison
-      "comparison": {"eer", "min_dcf_…", "difference", "interval", "p_value"}. Whatever makes error rates come out too
-      low is counted: "self_trials" (of a recording with itself), with a cohort "cohort_in_trials" (its recordings that
-      are in the trials), with calibration "calibration_trials_in_both" (trials that it was fitted on). Without labels,
-      rates are missing.
+      {"eer": percent, "eer_threshold", "min_dcf_0.01", "min_dcf_0.05", and of each rate the interval, "eer_interval",
+      "min_dcf_0.01_interval", …: [low, high] or None, "trials", "targets"}, with calibration also "act_dcf_0.01",
+      "act_dcf_0.05", "cllr", "min_cllr", with a comparison "comparison": {"eer", "min_dcf_…", "difference", "interval",
+      "p_value"}. Whatever makes error rates come out too low is counted: "self_trials" (of a recording with itself),
+      with a cohort "cohort_in_trials" (its recordings that are in the trials), with calibration
+      "calibration_trials_in_both" (trials that it was fitted on). Without labels, rates are missing.
 
     Raises:
       ValueError: bad input, named; also when cohort and embeddings are from different models.
@@ -193,7 +199,7 @@ def _labelled_results(
         table = read_table(speakers, "name", "speaker")
         speaker_pairs(trials, table)  # a table that does not fit is an error, uninformative names are not
     results = {"targets": int(trials.target.sum())} | error_report(scores, trials.target)
-    results |= eer_interval(scores, trials, table, replicates)
+    results |= error_intervals(scores, trials, table, replicates)
     if calibration_trials is not None:
         tuning = read_trials(calibration_trials, enrollments)
         tuning.require_both_kinds()
@@ -260,17 +266,23 @@ def write_scores(path: str | os.PathLike, trials: Trials, scores: np.ndarray) ->
 
 
 def rates_text(row: Mapping) -> str:
-    """Returns "EER 3.21 % (2.9–3.5), minDCF(0.01) …" of an `error_report`, with its interval where it has one."""
-    interval = row.get("eer_interval")
-    between = f" ({interval[0]:.2f}–{interval[1]:.2f})" if interval else ""
-    costs = ", ".join(f"minDCF({p}) {row[f'min_dcf_{p}']:.3f}" for p in P_TARGETS)
-    return f"EER {row['eer']:6.2f} %{between}, {costs}"
+    """Returns "EER 3.21 % (2.9–3.5), minDCF(0.01) …" of an `error_report`, with intervals where it has them."""
+    equal = f"EER {row['eer']:6.2f} %{in_brackets(row.get('eer_interval'), 2)}"
+    costs = (
+        f"minDCF({p}) {row[f'min_dcf_{p}']:.3f}{in_brackets(row.get(f'min_dcf_{p}_interval'), 3)}" for p in P_TARGETS
+    )
+    return ", ".join([equal, *costs])
+
+
+def in_brackets(interval: Sequence[float] | None, digits: int) -> str:
+    """Returns " (2.94–3.51)" of an interval; "" without one."""
+    return f" ({interval[0]:.{digits}f}–{interval[1]:.{digits}f})" if interval else ""
 
 
 def interval_note(results: Mapping) -> str:
     """Returns a line that says what the brackets of `rates_text` are, or why there are none."""
     if results["eer_interval"]:
-        return "  (in brackets the 95 % interval, by bootstrap over speakers)"
+        return "  (in brackets 95 % intervals, by bootstrap over speakers)"
     return f"  (no interval: {results['no_interval']})"
 
 

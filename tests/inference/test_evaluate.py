@@ -114,7 +114,16 @@ def test_results_name_what_they_are_and_match_the_scores_beside_them(output):
     assert {*ERRORS, "eer_threshold"} == set(results["log_mel_statistics"])
     low, high = results["eer_interval"]
     assert 0 <= low <= results["eer"] <= high <= 100
-    for figure in (f"EER {results['eer']:6.2f} %", "log-mel statistics", "45 trials, 5 of them target", "det.png"):
+    least, most = results["min_dcf_0.05_interval"]
+    assert 0 <= least <= results["min_dcf_0.05"] <= most <= 1
+    cost = f"minDCF(0.05) {results['min_dcf_0.05']:.3f} ({least:.3f}–{most:.3f})"
+    for figure in (
+        f"EER {results['eer']:6.2f} % ({low:.2f}–{high:.2f})",
+        cost,
+        "log-mel statistics",
+        "45 trials, 5 of them target",
+        "det.png",
+    ):
         assert figure in text
 
 

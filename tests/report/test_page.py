@@ -175,8 +175,8 @@ def test_intervals_are_those_of_an_evaluation(made, tmp_path):
     assert status == 0, text
     found = json.loads((tmp_path / "results.json").read_text())
     row = Page(re.search(r"<tr><th scope=row><svg[^>]*>[^>]*></svg>ecapa teacher.*?</tr>", made)[0]).text
-    low, high = found["eer_interval"]
-    assert f"{found['eer']:.2f} %{low:.2f} to {high:.2f}{found['min_dcf_0.01']:.3f}" in row
+    (low, high), (least, most) = found["eer_interval"], found["min_dcf_0.01_interval"]
+    assert f"{found['eer']:.2f} % ({low:.2f}–{high:.2f}){found['min_dcf_0.01']:.3f} ({least:.3f}–{most:.3f})" in row
 
 
 def test_the_dataset_is_the_one_of_the_run_wherever_the_report_is_made(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from memo_jax.scoring.confidence import bootstrap_interval, paired_bootstrap
+from memo_jax.scoring.confidence import MinDcf, bootstrap_interval, paired_bootstrap
 from memo_jax.scoring.metrics import eer, min_dcf
 
 
@@ -58,17 +58,18 @@ def test_weights_follow_the_drawn_speakers():
 
 
 @pytest.mark.parametrize("decimals", [1, 16], ids=["ties", "no ties"])
-def test_the_eer_is_that_of_the_metric_under_the_same_weights(decimals):
-    """The fast path for the equal error rate and the general one for every metric agree bit for bit."""
+@pytest.mark.parametrize("metric", [eer, MinDcf(0.05)], ids=["eer", "min_dcf"])
+def test_a_fast_path_is_the_metric_under_the_same_weights(metric, decimals):
+    """The fast path of EER and minDCF and the general one for every metric agree bit for bit."""
     scores, target, pairs = population(3)
     worse = scores + np.random.default_rng(0).normal(size=len(scores))
     scores, other = np.round(scores, decimals), np.round(worse, decimals)
 
     def slowly(scores, target, weights):
-        return eer(scores, target, weights)
+        return metric(scores, target, weights)
 
-    assert bootstrap_interval(eer, scores, target, pairs) == bootstrap_interval(slowly, scores, target, pairs)
-    quick, slow = (paired_bootstrap(metric, scores, other, target, pairs, replicates=100) for metric in (eer, slowly))
+    assert bootstrap_interval(metric, scores, target, pairs) == bootstrap_interval(slowly, scores, target, pairs)
+    quick, slow = (paired_bootstrap(path, scores, other, target, pairs, replicates=100) for path in (metric, slowly))
     assert quick == slow
 
 

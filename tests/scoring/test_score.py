@@ -74,8 +74,9 @@ def assert_rates(found, scores, target):
 def test_error_rates_are_those_of_scikit_learn(folder):
     found = score(folder)
     assert_rates(found, *plain_scores(folder))
-    low, high = found["eer_interval"]
-    assert 0 < low < found["eer"] < high < 50
+    for rate, most in (("eer", 50), ("min_dcf_0.01", 1), ("min_dcf_0.05", 1)):
+        low, high = found[f"{rate}_interval"]
+        assert 0 < low < found[rate] < high <= most, rate
     trials = read_trials(folder / "trials.txt")
     assert (found["trials"], found["targets"]) == (len(trials), trials.target.sum()) and found["models"] == ["one"]
 
