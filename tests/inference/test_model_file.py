@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from memo_jax.inference.model_file import (
+    DEFAULT_MODEL,
     Decision,
     Model,
     ModelFileError,
@@ -183,3 +184,14 @@ def test_a_decision_is_replaced_and_the_tensors_stay_bit_by_bit(tmp_path):
     with pytest.raises(ModelFileError, match="m.safetensors: not a model file, or damaged"):
         save_decision_in_file(path, decision)
     assert path.read_bytes() == whole[:-8]
+
+
+def test_the_card_describes_the_network_of_the_package():
+    """Size, fingerprint, threshold and calibration on the card are those of the file, which stays below 8 MB."""
+    model, size = read_model(DEFAULT_MODEL), DEFAULT_MODEL.stat().st_size
+    card = " ".join(DEFAULT_MODEL.with_suffix(".md").read_text().split())
+    decision = model.decision
+    assert size < 8e6 and f"float16, {size / 1e6:.1f} MB; fingerprint {model.fingerprint}" in card
+    assert f"**Threshold** {decision.threshold:.3f} (" in card
+    sign = "−" if decision.offset < 0 else "+"
+    assert f"calibration {decision.scale:.3f} · score {sign} {abs(decision.offset):.3f} " in card
