@@ -193,15 +193,15 @@ def basic_block(x: Var, variables: Variables, strides: tuple[int, int]) -> Var:
     return op.relu(op.add(x, shortcut))
 
 
-def plane_stem(x: Var, variables: Variables) -> Var:
-    """Mirrors the first convolution of a network of planes: [B, T, F] → [B, C, T, F]."""
+def plane_stem(x: Var, variables: Variables, stride: int = 1) -> Var:
+    """Mirrors the first convolution of a network of planes: [B, T, F] → [B, C, T / stride, F / stride]."""
     x = op.unsqueeze(x, constant([1], np.int64))
-    return op.relu(norm(plane_conv(x, inside(variables, "stem")), inside(variables, "stem_norm")))
+    return op.relu(norm(plane_conv(x, inside(variables, "stem"), (stride, stride)), inside(variables, "stem_norm")))
 
 
 def resnet(network: ResNet34, variables: Variables, x: Var) -> Var:
     """Mirrors `resnet.ResNet34`: [B, T, F] → [B, D]."""
-    x = plane_stem(x, variables)
+    x = plane_stem(x, variables, network.stride)
     for stage, count in enumerate(network.blocks):
         for i in range(count):
             stride = 2 if stage and i == 0 else 1
@@ -246,7 +246,7 @@ def dense_layer(x: Var, variables: Variables, dilation: int) -> Var:
 
 def campplus_planes(network: CAMPPlus, variables: Variables, x: Var) -> Var:
     """Mirrors `campplus.FrontEndConvolution`: [B, T, F] → [B, 4·F, T]."""
-    x = plane_stem(x, variables)
+    x = plane_stem(x, variables, network.stride)
     for stage, count in enumerate(network.plane_blocks):
         for i in range(count):
             x = basic_block(x, inside(variables, f"stage_{stage}_block_{i}"), (1, 2 if i == 0 else 1))

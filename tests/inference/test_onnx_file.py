@@ -31,7 +31,11 @@ NETWORKS = {
         {"channels": (16, 16, 24, 16, 48), "global_context": False},
         "speechbrain_fbank",
     ),
-    "resnet": ("resnet", {"base_channels": 4, "blocks": (2, 1, 1, 1), "second_embedding": True}, "kaldi_fbank"),
+    "resnet": (
+        "resnet",
+        {"base_channels": 4, "blocks": (2, 1, 1, 1), "second_embedding": True, "stride": 2},
+        "kaldi_fbank",
+    ),
     "campplus": (
         "campplus",
         {"layers": (2, 2, 2), "growth": 8, "stem_channels": 16, "plane_channels": 4},
