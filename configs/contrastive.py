@@ -13,12 +13,11 @@ def get_config():
     """Returns one branch that learns by its contrastive loss only."""
     config = small.get_config()
     config.total_steps = 16000
-    config.data.batch_size = 48
-    config.data.local_crops = 0
+
+    config.augment.clean = 1 / 6
+    config.augment.both = 1 / 3
 
     config.model.branches = ("ecapa",)
-    config.model.ecapa_channels = (128, 128, 128, 128, 384)  # few, for the sake of many epochs
-    config.model.ecapa_stride = 2  # half the frames, so twice as many steps in the same time
     # Every run has a projection head; here nothing is learned through it.
     config.model.head_hidden = 16
     config.model.head_bottleneck = 16
@@ -26,11 +25,10 @@ def get_config():
 
     config.loss.self = 0.0
     config.loss.cross = 0.0
-    config.loss.contrastive_temperature = 0.05
-    config.loss.contrastive_margin = 0.1
+    config.loss.mean_entropy = 0.0
+    config.loss.koleo = 0.0
 
-    config.optimizer.warmup_steps = 100
-
+    config.checkpoint.every_steps = 100
     config.checkpoint.keep_every_epochs = -1.0
     config.checkpoint.keep_every_steps = 2000
     config.evaluation.every_steps = 2000

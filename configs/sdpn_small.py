@@ -12,7 +12,6 @@ import small
 def get_config():
     """Returns a small SDPN."""
     config = sdpn_voxceleb2.with_sdpn(small.get_config())
-    config.data.batch_size = 48
     config.data.local_crops = 4
-    config.model.prototypes = 256
+    config.data.local_seconds = 0.6
     return config

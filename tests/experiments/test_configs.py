@@ -26,10 +26,10 @@ FULL_SIZE = {
 
 
 def test_the_promised_configs_are_there():
-    assert {path.stem for path in CONFIGS} >= {"base", "memo_voxceleb2", "dino_voxceleb2", "demo", "small"}
+    assert {path.stem for path in CONFIGS} >= {"base", "memo_voxceleb2", "dino_voxceleb2", "demo", "small", "medium"}
 
 
-RUN_ELSEWHERE = {"base", "demo", "study"}  # by test_demo and test_study
+RUN_ELSEWHERE = {"base", "demo", "study", "medium"}  # by test_demo and test_study; medium.py has the step of small.py
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in RUN_ELSEWHERE], ids=lambda path: path.stem)
@@ -47,6 +47,13 @@ def test_a_full_size_step_fits_together(path):
         assert counts == FULL_SIZE[path.stem]
     else:
         assert sum(counts.values()) < 5e6, "for machines without an accelerator"
+
+
+def test_medium_is_small_for_longer():
+    small, medium = (load_config(tiny.ROOT / "configs" / f"{name}.py") for name in ("small", "medium"))
+    assert medium.total_steps > small.total_steps
+    medium.total_steps = small.total_steps
+    assert medium == small
 
 
 def test_the_dino_config_is_memo_without_its_parts():
