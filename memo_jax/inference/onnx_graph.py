@@ -246,7 +246,7 @@ def dense_layer(x: Var, variables: Variables, dilation: int) -> Var:
 
 def campplus_planes(network: CAMPPlus, variables: Variables, x: Var) -> Var:
     """Mirrors `campplus.FrontEndConvolution`: [B, T, F] → [B, 4·F, T]."""
-    x = plane_stem(x, variables, network.stride)
+    x = plane_stem(x, variables)
     for stage, count in enumerate(network.plane_blocks):
         for i in range(count):
             x = basic_block(x, inside(variables, f"stage_{stage}_block_{i}"), (1, 2 if i == 0 else 1))
