@@ -67,8 +67,12 @@ def folded(model, mean: np.ndarray, matrix: np.ndarray, **provenance):
 
     Raises ValueError for a network whose last layer is not affine.
     """
-    if model.backbone != "ecapa" or model.arguments.get("embedding_norm"):
-        raise ValueError(f"only an ecapa without a norm after its embedding can be whitened, this is {model.backbone}")
+    after = {"ecapa": "embedding_norm", "resnet": "second_embedding"}  # what may come after the layer
+    if model.backbone not in after or model.arguments.get(after[model.backbone]):
+        raise ValueError(
+            f"only an ecapa without embedding_norm or a resnet without second_embedding can be whitened, this is a "
+            f"{model.backbone} with {dict(model.arguments)}"
+        )
     layer = model.variables["params"]["embedding"]
     layer = {
         "kernel": (np.asarray(layer["kernel"], np.float64) @ matrix).astype(np.float32),
@@ -87,6 +91,7 @@ def main(arguments=None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", required=True, help="workdir of a run, or a model file")
+    parser.add_argument("--branch", help="of a workdir: which backbone, ecapa or the only one by default")
     parser.add_argument("--role", choices=("teacher", "student"), help="of a workdir: which network")
     parser.add_argument("--step", type=int, help="of a workdir: which checkpoint, the last by default")
     parser.add_argument("--data", type=Path, required=True, help="dataset whose recordings are used, none of a trial")
@@ -103,7 +108,8 @@ def main(arguments=None) -> int:
     from memo_jax.inference.model_file import write_model
 
     try:
-        model, data = load_model(options.model, role=options.role, step=options.step), Utterances(options.data)
+        model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
+        data = Utterances(options.data)
         folded(model, np.zeros(model.dimension), np.eye(model.dimension))  # fails before the work, not after it
         rows = np.sort(np.random.default_rng(options.seed).permutation(len(data))[: options.recordings])
         if len(rows) <= model.dimension:

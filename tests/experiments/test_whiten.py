@@ -1,5 +1,6 @@
 """Whitening without labels: its effect on embeddings, and that the network it writes yields whitened ones."""
 
+import functools
 import sys
 
 import jax
@@ -48,14 +49,20 @@ def test_full_whitening_leaves_unit_covariance():
     np.testing.assert_allclose(np.cov((unit @ matrix).T), np.eye(8), atol=0.02)
 
 
-@pytest.fixture
-def network(tmp_path):
-    """A file of an untrained ECAPA-TDNN of 8 numbers, and the dataset."""
-    backbone = build_backbone("ecapa", channels=(16, 16, 16, 16, 48), embedding_dim=8, stride=2)
-    variables = backbone.init(jax.random.key(0), jnp.zeros((2, 32, 80)), train=True)
-    return write_model(
-        tmp_path / "m.safetensors", model_of_backbone(backbone, dict(variables))
-    ), tiny.material().dataset
+SIZES = {"ecapa": {"channels": (16, 16, 16, 16, 48), "stride": 2}, "resnet": {"base_channels": 4, "blocks": (1, 1)}}
+
+
+def written_network(path, name, **more):
+    """Writes an untrained network with embeddings of 8 numbers; returns its file."""
+    backbone = build_backbone(name, embedding_dim=8, **SIZES[name], **more)
+    variables = jax.jit(functools.partial(backbone.init, train=True))(jax.random.key(0), jnp.zeros((2, 32, 80)))
+    return write_model(path, model_of_backbone(backbone, dict(variables)))
+
+
+@pytest.fixture(params=SIZES)
+def network(tmp_path, request):
+    """A file of an untrained network of each kind, and the dataset."""
+    return written_network(tmp_path / "m.safetensors", request.param), tiny.material().dataset
 
 
 def test_the_network_it_writes_gives_whitened_embeddings(network, tmp_path, capsys):
@@ -72,13 +79,14 @@ def test_the_network_it_writes_gives_whitened_embeddings(network, tmp_path, caps
     assert new.provenance["whitened"]["recordings"] == 15 and new.fingerprint != old.fingerprint
 
 
-def test_what_cannot_be_whitened_is_named(network, tmp_path, capsys):
-    path, dataset = network
+def test_what_cannot_be_whitened_is_named(tmp_path, capsys):
+    path, dataset = written_network(tmp_path / "m.safetensors", "ecapa"), tiny.material().dataset
+    normed = written_network(tmp_path / "n.safetensors", "ecapa", embedding_norm=True)
     output = tmp_path / "w.safetensors"
     for model, more, said in (
         (path, ["--recordings", "8"], "8 recordings are too few for embeddings of 8 numbers"),
         (tmp_path / "nowhere", [], "nowhere"),
-        (tiny.model_file(), [], "only an ecapa"),
+        (normed, [], "only an ecapa without embedding_norm or a resnet without second_embedding"),
     ):
         assert whiten.main(["--model", str(model), "--data", str(dataset), "--output", str(output), *more]) == 2
         assert said in capsys.readouterr().err and not output.exists()
