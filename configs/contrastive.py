@@ -1,4 +1,4 @@
-"""AM-NT-Xent alone on one ECAPA-TDNN: what 147 CPU-minutes teach without labels.
+"""AM-NT-Xent alone on one ECAPA-TDNN, with the authors' augmentation: what 147 CPU-minutes teach without labels.
 
     memo-jax train --config configs/contrastive.py --workdir runs/contrastive --config.data.train=DATASET …
     python experiments/whiten.py --model runs/contrastive --data DATASET --output contrastive.safetensors

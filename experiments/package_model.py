@@ -3,7 +3,7 @@
     python experiments/package_model.py --speech speech --output package
 
 Runs, in order, the commands that experiments/learning.md explains: the validation list, the datasets, training,
-whitening, threshold and calibration by the validation list, float16, and the tests. What is there already is not
+threshold and calibration by the validation list, float16, and the tests. What is there already is not
 remade, and training resumes where it stopped. `--config.KEY=VALUE` reaches the training.
 
 The folder of speech has speechocean762/, librispeech/ and commonvoice/ with train/ and test/, commonvoice/unlabelled/,
@@ -36,7 +36,7 @@ def steps(speech: Path, output: Path, overrides: list[str]) -> list[Step]:
     """Returns the commands in order; `overrides` are arguments of training."""
     memo_jax, script = [sys.executable, "-m", "memo_jax"], [sys.executable]
     lists, data, run = output / "lists", output / "data", output / "run"
-    whitened, final = output / "network.safetensors", output / "default_model.safetensors"
+    network, final = output / "network.safetensors", output / "default_model.safetensors"
 
     def prepared(name: str, *inputs: Path) -> Step:
         given = [argument for path in inputs for argument in ("--input", path)]
@@ -72,13 +72,9 @@ def steps(speech: Path, output: Path, overrides: list[str]) -> list[Step]:
             + overrides,
             None,
         ),
-        Step(
-            [*script, EXPERIMENTS / "whiten.py", "--model", run, "--branch", BRANCH, "--data", data / "train"]
-            + ["--output", whitened],
-            whitened,
-        ),
-        evaluated(whitened, "validation", lists / "trials.txt", "--save-threshold", "eer"),
-        Step([*memo_jax, "export", "--model", whitened, "--weights", "float16", "--output", final], final),
+        Step([*memo_jax, "export", "--model", run, "--branch", BRANCH, "--output", network], network),
+        evaluated(network, "validation", lists / "trials.txt", "--save-threshold", "eer"),
+        Step([*memo_jax, "export", "--model", network, "--weights", "float16", "--output", final], final),
         *(evaluated(final, f"{name}-test", speech / "trials" / f"{name}-test.txt") for name in TESTS),
     ]
 
