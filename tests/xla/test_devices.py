@@ -74,4 +74,4 @@ def test_an_embedder_says_what_it_is(runtime):
         "cpu:0",
     ):
         assert part in said
-    assert re.search(r"ecapa teacher, step \d+ ", repr(Embedder.load()))
+    assert re.search(r"resnet teacher, step \d+ ", repr(Embedder.load()))
