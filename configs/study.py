@@ -1,6 +1,6 @@
 """The study's MeMo: cheap enough to train many variants on one core.
 
-python experiments/run.py --config configs/study.py --data DATASET … (see experiments/README.md)
+    python experiments/run.py --config configs/study.py --data DATASET … (see experiments/README.md)
 
 Steps take a second or two; schedules are for 300 of them.
 """

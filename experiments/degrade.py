@@ -34,6 +34,7 @@ def recordings_below(folder: Path) -> list[np.ndarray]:
     return [read_audio(path).astype(np.float64) for path in paths]
 
 
+# Not the functions of `training.augment`: they would compile for every length of a recording.
 def degraded(wave: np.ndarray, noises: list[np.ndarray], rooms: list[np.ndarray], rng) -> np.ndarray:
     """Returns a wave [L] in a room, in one case of two, with noise at a random level, as loud as before."""
     heard = wave.astype(np.float64)

@@ -3,8 +3,8 @@
     python experiments/package_model.py --speech speech --output package
 
 Runs, in order, the commands that experiments/learning.md explains: the validation list, the datasets, training,
-threshold and calibration by the validation list, float16, and the tests. What is there already is not
-remade, and training resumes where it stopped. `--config.KEY=VALUE` reaches the training.
+threshold and calibration by the validation list, float16, and the tests. What is there already is not remade, and
+training resumes where it stopped. `--config.KEY=VALUE` reaches the training.
 
 The folder of speech has speechocean762/, librispeech/ and commonvoice/ with train/ and test/, commonvoice/unlabelled/,
 commands/, noise/esc10/, noise/music/, rirs/, and trials/ with a list for each test set.
