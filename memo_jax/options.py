@@ -80,7 +80,12 @@ def device_options() -> argparse.ArgumentParser:
 def network_options() -> argparse.ArgumentParser:
     """Options that choose a network within a workdir."""
     options = shared_by_commands()
-    options.add_argument("--branch", help="workdirs only: which backbone (default: ecapa, or the only one)")
+    options.add_argument(
+        "--branch",
+        metavar="NAME[,NAME]",
+        help="workdirs only: which backbone, or several as one network with their mean score, such as ecapa,resnet "
+        "(default: ecapa, or the only one)",
+    )
     options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
     options.add_argument(
         "--step",

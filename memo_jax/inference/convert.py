@@ -12,7 +12,7 @@ import numpy as np
 from memo_jax.features import FRONT_ENDS
 from memo_jax.files import check_writable, is_zip, one_line, replacing
 from memo_jax.inference import interop
-from memo_jax.inference.model_file import Model, model_of_backbone, write_model
+from memo_jax.inference.model_file import ENSEMBLE, Model, model_of_backbone, write_model
 from memo_jax.models import parameter_count
 from memo_jax.version import __version__
 
@@ -111,8 +111,10 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
 
     Raises ValueError if the toolkit has no such network.
     """
+    if model.backbone == ENSEMBLE:
+        raise ValueError(f"{kind} has no ensembles: convert each of {', '.join(model.arguments)} on its own (--branch)")
     if model.arguments.get("stride", 1) != 1:
-        raise ValueError(f"{kind} has no ecapa whose first convolution has a stride")
+        raise ValueError(f"{kind} has no {model.backbone} whose first convolution has a stride")
     tensors = interop.backbone_to_torch(
         model.variables, kind, model.backbone, model.arguments.get("form", "speechbrain")
     )

@@ -22,7 +22,7 @@ from memo_jax.inference.model_file import (
     read_decision,
     read_model,
 )
-from memo_jax.inference.runtime import cached_graph, chosen_runtime, computes_in_float32, onnx_function
+from memo_jax.inference.runtime import cached_graph, chosen_runtime, onnx_function, other_precision
 from memo_jax.scoring.metrics import unit_norm
 
 # A path, an array, or an array with its rate in Hz.
@@ -103,7 +103,7 @@ class Embedder:
             check_installed()
         self.model, self.vad = model, vad
         self.runtime = chosen_runtime(runtime)
-        if runtime == "auto" and not computes_in_float32(model):
+        if runtime == "auto" and other_precision(model):
             self.runtime = "jax"
         self.channel = channel
         self.decision = model.decision if calibration is None else read_decision(calibration, model.fingerprint)
@@ -135,7 +135,8 @@ class Embedder:
         Args:
           path: workdir, possibly gs://…, a file that `memo-jax export` or `memo-jax convert` wrote, or
             "hf:org/name@revision" (`hub`). None is the network that comes with the package.
-          branch: of a workdir: which backbone; "ecapa" by default, or the only one.
+          branch: of a workdir: which backbone; "ecapa" by default, or the only one. "ecapa,resnet" is both as one
+            network, whose score is the mean of theirs.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
           gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 FILE_FORMAT = 2
 METADATA_KEY = "memo_jax"
+ENSEMBLE = "ensemble"  # the name by which `models.build_backbone` builds several backbones as one
 STORED_WEIGHTS = {"float32": "<f4", "float16": "<f2"}  # how a file may hold them
 MOST_VALUES, LARGEST_SIZE = 64, 1 << 20  # of an argument of a backbone
 DEFAULT_MODEL = Path(__file__).with_name("default_model.safetensors")  # comes with the package; see its card
@@ -121,8 +122,8 @@ class Model:
     """A network that embeds recordings.
 
     Attributes:
-      backbone: its name in `models.BACKBONES`.
-      arguments: what the backbone is built with: plain numbers, texts and tuples.
+      backbone: its name in `models.BACKBONES`, or "ensemble" for several of them as one network.
+      arguments: what the backbone is built with: plain numbers, texts and tuples; {member: arguments} of an ensemble.
       variables: {"params", "batch_stats"} of the backbone alone, arrays of float32.
       front_end: how waves become the network's input: a name in `features.FRONT_ENDS`.
       provenance: where the network comes from, for people and reports; JSON.
@@ -154,8 +155,13 @@ class Model:
     @property
     def dimension(self) -> int:
         """D, the length of an embedding."""
-        stated = self.arguments.get("embedding_dim")
-        return self.module.embedding_dim if stated is None else stated
+        stated = [arguments.get("embedding_dim") for arguments in self.member_arguments.values()]
+        return self.module.embedding_dim if None in stated else sum(stated)
+
+    @property
+    def member_arguments(self) -> Mapping[str, Mapping[str, Any]]:
+        """{backbone: arguments} of an ensemble's members, or of the only network."""
+        return self.arguments if self.backbone == ENSEMBLE else {self.backbone: self.arguments}
 
     def embed_waves(self, waves: jax.Array, lengths: jax.Array) -> jax.Array:
         """Waves float [N, L] in [-1, 1] at 16 kHz, zeros after lengths [N] → embeddings [N, D]; can be traced."""
@@ -211,6 +217,42 @@ def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **field
         if field.name not in ("parent", "name", *EXECUTION_FIELDS)
     }
     return Model(name, {key: _argument(value) for key, value in arguments.items()}, variables, **fields)
+
+
+def ensemble_of(models: Sequence[Model], provenance: Mapping[str, Any]) -> Model:
+    """Returns several models as one, whose cosine is the mean of theirs (`models.ensemble`).
+
+    Raises:
+      ValueError: two of the same backbone, one that is an ensemble itself, or different front ends.
+    """
+    names = [model.backbone for model in models]
+    if len(set(names)) < len(names) or ENSEMBLE in names:
+        raise ValueError(f"an ensemble is of different backbones, not of {', '.join(names)}")
+    front_ends = sorted({model.front_end for model in models})
+    if len(front_ends) > 1:
+        raise ValueError(f"the networks of an ensemble take the same input, not {' and '.join(front_ends)}")
+    variables: dict[str, Any] = {}
+    for model in models:
+        for kind, tree in model.variables.items():
+            variables.setdefault(kind, {})[f"members_{model.backbone}"] = tree
+    arguments = {model.backbone: dict(model.arguments) for model in models}
+    return Model(ENSEMBLE, arguments, variables, front_ends[0], provenance)
+
+
+def members_of(model: Model) -> list[Model]:
+    """Returns the models that an ensemble is of, or the model itself where it is none."""
+    if model.backbone != ENSEMBLE:
+        return [model]
+    return [
+        Model(
+            name,
+            arguments,
+            {kind: tree[f"members_{name}"] for kind, tree in model.variables.items() if f"members_{name}" in tree},
+            model.front_end,
+            model.provenance,
+        )
+        for name, arguments in model.arguments.items()
+    ]
 
 
 def _argument(value):
@@ -363,9 +405,12 @@ def described_model(header: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
         from memo_jax.features import FRONT_ENDS
         from memo_jax.models import BACKBONES
 
-        if header["backbone"] not in BACKBONES or header["front_end"] not in FRONT_ENDS:
-            raise ValueError(f"this version of memo-jax has no {header['backbone']} with {header['front_end']}")
-        _check_arguments(header["backbone"], arguments)
+        members = arguments if header["backbone"] == ENSEMBLE else {header["backbone"]: arguments}
+        if not members or not BACKBONES.keys() >= members.keys() or header["front_end"] not in FRONT_ENDS:
+            kinds = ", ".join(members) or "empty ensemble"
+            raise ValueError(f"this version of memo-jax has no {kinds} with {header['front_end']}")
+        for name, fields in members.items():
+            _check_arguments(name, fields)
     variables: dict[str, Any] = {}
     for name, tensor in tensors.items():
         *parents, leaf = name.split("/")
@@ -451,4 +496,6 @@ def _json_ready(arguments):
 
 
 def _tuples(value):
+    if isinstance(value, dict):
+        return {key: _tuples(inner) for key, inner in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -21,6 +21,7 @@ from memo_jax import features
 from memo_jax.models import Variables
 from memo_jax.models.campplus import SEGMENT, CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN, padding_of
+from memo_jax.models.ensemble import Ensemble
 from memo_jax.models.resnet import ResNet34
 
 
@@ -270,6 +271,19 @@ def campplus(network: CAMPPlus, variables: Variables, x: Var) -> Var:
     return norm(last_axis_removed(embedding), inside(variables, "embedding_norm"))
 
 
+# Several networks as one
+
+
+def ensemble(network: Ensemble, variables: Variables, x: Var) -> Var:
+    """Mirrors `ensemble.Ensemble`: [B, T, F] → [B, D]."""
+    parts = [
+        _embedding(member, inside(variables, f"members_{name}"), x) for name, member in sorted(network.members.items())
+    ]
+    lengths = [op.sqrt(op.reduce_sum(op.mul(part, part), constant([1], np.int64))) for part in parts]
+    unit = [op.div(part, op.max([length, constant(1e-12)])) for part, length in zip(parts, lengths, strict=True)]
+    return op.concat(unit, axis=1)
+
+
 # Front ends, in two parts: waves [B, L] in [-1, 1] → spectrum [B, T, 80], and spectrum → what the network takes
 
 
@@ -362,4 +376,5 @@ def of_waveforms(network: nn.Module, front_end: str, variables: Variables) -> tu
 
 
 def _embedding(network, variables, x):
-    return {ECAPATDNN: ecapa, ResNet34: resnet, CAMPPlus: campplus}[type(network)](network, variables, x)
+    backbones = {ECAPATDNN: ecapa, ResNet34: resnet, CAMPPlus: campplus, Ensemble: ensemble}
+    return backbones[type(network)](network, variables, x)

@@ -126,17 +126,16 @@ def onnx_function(model: Model) -> OnnxFunction:
     return OnnxFunction(graph)
 
 
-def computes_in_float32(model: Model) -> bool:
-    """Tells whether a network computes in float32 throughout."""
-    return model.arguments.get("dtype", "float32") == "float32"
+def other_precision(model: Model) -> str | None:
+    """Returns the first type other than float32 that a network computes in, if there is one."""
+    types = (arguments.get("dtype", "float32") for arguments in model.member_arguments.values())
+    return next((name for name in types if name != "float32"), None)
 
 
 def check_precision(model: Model) -> None:
     """Raises ValueError unless the network computes in float32, as onnxruntime would."""
-    if not computes_in_float32(model):
-        raise ValueError(
-            f"this network computes in {model.arguments['dtype']}, onnxruntime would in float32: use the runtime jax"
-        )
+    if other := other_precision(model):
+        raise ValueError(f"this network computes in {other}, onnxruntime would in float32: use the runtime jax")
 
 
 def cached_graph(fingerprint: str) -> bytes | None:

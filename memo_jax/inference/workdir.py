@@ -8,7 +8,15 @@ import jax
 
 from memo_jax import config as configs
 from memo_jax.files import as_path, in_bucket, parse_json, read_text, write_text
-from memo_jax.inference.model_file import Decision, Model, model_of_backbone, read_model, save_decision_in_file
+from memo_jax.inference.model_file import (
+    Decision,
+    Model,
+    ensemble_of,
+    members_of,
+    model_of_backbone,
+    read_model,
+    save_decision_in_file,
+)
 from memo_jax.models import SPEAKER_HEAD, Variables
 from memo_jax.training.checkpoint import load_state
 from memo_jax.training.saved_checkpoint import saved_steps
@@ -24,8 +32,8 @@ def workdir_model(
     """Returns a network of a training workdir, without its heads, as a model.
 
     Step 0 is the network before training, which the config's seed and `init` determine. The branch is "ecapa" by
-    default, or the first. Raises FileNotFoundError where nothing has been trained, ValueError for a branch that the run
-    does not have.
+    default, or the first; "ecapa,resnet" is an ensemble. Raises FileNotFoundError where nothing has been trained,
+    ValueError for a branch that the run does not have.
     """
     from memo_jax.training.program import create_state
     from memo_jax.training.recipe import build_branches, build_recipe
@@ -34,47 +42,58 @@ def workdir_model(
     branches = build_branches(config)
     if branch is None:
         branch = "ecapa" if "ecapa" in branches else next(iter(branches))
-    if branch not in branches:
-        raise ValueError(f"the run in {workdir} has no branch {branch!r}: choose one of {', '.join(branches)}")
+    chosen = branch.split(",")
+    for name in chosen:
+        if name not in branches:
+            raise ValueError(f"the run in {workdir} has no branch {name!r}: choose one of {', '.join(branches)}")
     if role not in ("teacher", "student"):
         raise ValueError(f"role {role!r}: choose teacher or student")
     if step == 0:
         mesh = sharding.data_mesh()
-        variables = create_state(config, build_recipe(config, 1), mesh, starting_parts(config)).teacher[branch]
+        variables = create_state(config, build_recipe(config, 1), mesh, starting_parts(config)).teacher
     else:
         if step is None and (steps := saved_steps(workdir)):
             step = steps[-1]
-        state = load_state(workdir, step, only=[role])
-        variables = state[role][branch]
-    model = model_of_backbone(
-        branches[branch].backbone,
-        # Host arrays, as training evaluates them, so that programs which training has compiled are reused.
-        jax.device_get(backbone_variables(variables)),
-        front_end=config.features.front_end,
-        provenance={
-            "workdir": str(workdir),
-            "branch": branch,
-            "role": role,
-            "step": int(step),
-            "config": json.loads(configs.config_to_json(config)),
-        },
-    )
+        variables = load_state(workdir, step, only=[role])[role]
+    provenance = {
+        "workdir": str(workdir),
+        "branch": branch,
+        "role": role,
+        "step": int(step),
+        "config": json.loads(configs.config_to_json(config)),
+    }
+    models = [
+        model_of_backbone(
+            branches[name].backbone,
+            # Host arrays, as training evaluates them, so that programs which training has compiled are reused.
+            jax.device_get(backbone_variables(variables[name])),
+            front_end=config.features.front_end,
+            provenance=provenance,
+        )
+        for name in chosen
+    ]
+    model = models[0] if len(models) == 1 else ensemble_of(models, provenance)
     return dataclasses.replace(model, decision=read_decisions(workdir).get(model.fingerprint))
 
 
 def starting_parts(config: configs.ConfigDict) -> dict[str, Variables]:
     """Returns the parts of networks that a run starts from, as `train` takes them; {} where `config.init` is empty.
 
-    Of a model file it is the backbone of its branch, of a workdir the teachers' backbones and speaker heads.
+    Of a model file it is the backbone of its branch, or those of an ensemble that are branches here, of a workdir the
+    teachers' backbones and speaker heads.
 
     Raises ValueError naming the file or workdir where the config has no branch with exactly that network.
     """
     if not config.init:
         return {}
     if not in_bucket(config.init) and not os.path.isdir(config.init):
-        model = read_model(config.init)
-        _check_fits(config, model)
-        return {model.backbone: {kind: {"backbone": tree} for kind, tree in model.variables.items()}}
+        members = members_of(read_model(config.init))
+        models = [model for model in members if model.backbone in config.model.branches] or members[:1]
+        for model in models:
+            _check_fits(config, model)
+        return {
+            model.backbone: {kind: {"backbone": tree} for kind, tree in model.variables.items()} for model in models
+        }
     from memo_jax.training.recipe import build_branches
 
     theirs = configs.workdir_config(config.init)

@@ -1,18 +1,20 @@
 """Networks: a branch is a backbone with its projection heads.
 
 Read `ecapa`, `resnet` or `campplus` first, the backbones, then `heads`. `layers` has what they share, `blocks` how
-residual blocks are run and rematerialised, `packed` a layout of planes for TPUs.
+residual blocks are run and rematerialised, `packed` a layout of planes for TPUs, `ensemble` several backbones as one.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from memo_jax.models.campplus import CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN
+from memo_jax.models.ensemble import Ensemble
 from memo_jax.models.heads import DINOHead, SpeakerHead
 from memo_jax.models.resnet import ResNet34
 
@@ -64,11 +66,13 @@ SPEAKER_HEAD = "speaker_head"  # its key in the parameters of a branch
 
 
 def build_backbone(name: str, **arguments) -> nn.Module:
-    """Returns the backbone of this name with these fields.
+    """Returns the backbone of this name with these fields; of an ensemble they are {backbone: its fields}.
 
     Raises:
       ValueError: an unknown name; the message lists the known ones.
     """
+    if name == "ensemble":
+        return Ensemble(flax.core.freeze({kind: build_backbone(kind, **fields) for kind, fields in arguments.items()}))
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     return BACKBONES[name](**arguments)
