@@ -15,8 +15,9 @@ import package_model  # noqa: E402
 
 
 def result_of(command: list[str]) -> str:
-    """The file or folder that a command writes."""
-    return command[command.index("--workdir" if "--workdir" in command else "--output") + 1]
+    """The file or folder that a command writes, and at the end of the commands the one that it reads."""
+    names = ("--workdir", "--output", "--package")
+    return command[command.index(next(name for name in names if name in command)) + 1]
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def taken(monkeypatch):
     def run(command, check):
         commands.append(command)
         Path(result_of(command)).mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "trials.txt"):  # the last file of an evaluation, of a list
+            Path(result_of(command), name).touch()
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(package_model.subprocess, "run", run)
@@ -37,6 +40,7 @@ def test_every_command_is_understood_and_reads_what_those_before_it_wrote(taken,
     speech, output = tmp_path / "speech", tmp_path / "package"
     assert package_model.main(["--speech", str(speech), "--output", str(output), "--config.total_steps=5"]) == 0
     written = {"lists/trials.txt", "lists/train", "lists/validation"}  # by validation.py
+    written |= {"degraded/trials.txt", "degraded/recordings"}  # by degrade.py
     for command in taken:
         if command[1] == "-m":
             _, rest = cli.build_parser().parse_known_args(command[3:])
@@ -61,7 +65,8 @@ def test_existing_outputs_are_not_remade_and_a_failure_ends_it(taken, tmp_path, 
     first = list(taken)
     taken.clear()
     assert package_model.main(arguments) == 0
-    assert taken == [command for command in first if "train" in command[3:4]], "training finds out by itself"
+    expected = [command for command in first if "train" in command[3:4] or "--package" in command]
+    assert taken == expected, "training finds out by itself, and the numbers of the card are printed again"
     monkeypatch.setattr(package_model.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 7))
     assert package_model.main(arguments) == 7 and "run the same command again" in capsys.readouterr().out
 

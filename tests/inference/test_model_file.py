@@ -192,6 +192,6 @@ def test_the_card_describes_the_network_of_the_package():
     card = " ".join(DEFAULT_MODEL.with_suffix(".md").read_text().split())
     decision = model.decision
     assert size < 8e6 and f"float16, {size / 1e6:.1f} MB; fingerprint {model.fingerprint}" in card
-    assert f"**Threshold** {decision.threshold:.3f} (" in card
+    assert f"Threshold {decision.threshold:.3f} (" in card
     sign = "−" if decision.offset < 0 else "+"
     assert f"calibration {decision.scale:.3f} · score {sign} {abs(decision.offset):.3f} " in card
