@@ -126,7 +126,7 @@ def pseudo_label(
                     clustered = clusters_of_round(folder, utterances, options, labels, quiet)
                     train_round(config, folder, from_scratch, start.backbone, quiet)
                 network = read_model(folder / MODEL)
-                measured = trials.rates(network.module, network.variables, network.front_end)
+                measured = trials.rates(trials.network_scores(network.module, network.variables, network.front_end))
                 kept = {"clusters": None, "purity": None, "nmi": None}
                 row = {"round": number} | measured | {key: clustered.get(key) for key in kept}
                 write_text(folder / RESULTS, json.dumps(row, indent=2) + "\n")

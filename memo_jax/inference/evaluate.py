@@ -98,10 +98,13 @@ class TrialEvaluation:
         sides = self.trials.side_embeddings(embeddings[self._positions])
         return np.round(metrics.cosine_scores(sides, self.trials.pairs), DECIMALS)
 
-    def rates(self, backbone: nn.Module, variables: Any, front_end: str = "log_mel") -> dict[str, float]:
-        """Returns the RATES of a backbone with these variables and this front end; the EER in percent."""
-        function = embedding_function(backbone, variables, front_end)
-        report = error_report(self.scores(self.embeddings(function, quiet=True)), self.target)
+    def network_scores(self, backbone: nn.Module, variables: Any, front_end: str = "log_mel") -> np.ndarray:
+        """Returns the scores [N] by a backbone with these variables and this front end."""
+        return self.scores(self.embeddings(embedding_function(backbone, variables, front_end), quiet=True))
+
+    def rates(self, scores: np.ndarray) -> dict[str, float]:
+        """Returns the RATES of scores [N]; the EER in percent."""
+        report = error_report(scores, self.target)
         return {key: report[key] for key in RATES}
 
     def statistics_scores(self, quiet: bool = False) -> np.ndarray:
@@ -130,7 +133,8 @@ class TrialEvaluation:
 def training_evaluation(config: ConfigDict) -> Callable[[Any, dict[str, Any]], dict[str, float]] | None:
     """Returns what `train` evaluates with: a function (recipe, {branch: backbone variables}) → {"RATE/BRANCH": value}.
 
-    The rates are RATES: "eer" in percent, "min_dcf_0.01", "min_dcf_0.05".
+    The rates are RATES: "eer" in percent, "min_dcf_0.01", "min_dcf_0.05". Where there are several branches, the last
+    ones are those of their mean score, under all their names, such as "ecapa,resnet".
     None if the config names no trial list. Raises ValueError if only one of evaluation.data and evaluation.trials is
     given, and like `TrialEvaluation`.
     """
@@ -143,12 +147,13 @@ def training_evaluation(config: ConfigDict) -> Callable[[Any, dict[str, Any]], d
     trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
 
     def evaluation(recipe, backbones):
-        front_end = config.features.front_end
-        return {
-            f"{key}/{name}": value
+        scores = {
+            name: trials.network_scores(branch.backbone, backbones[name], config.features.front_end)
             for name, branch in recipe.branches.items()
-            for key, value in trials.rates(branch.backbone, backbones[name], front_end).items()
         }
+        if len(scores) > 1:
+            scores[",".join(scores)] = metrics.average_scores(list(scores.values()))
+        return {f"{key}/{name}": rate for name, found in scores.items() for key, rate in trials.rates(found).items()}
 
     return evaluation
 

@@ -59,7 +59,7 @@ def test_a_run_writes_what_the_readme_promises():
     assert [row["step"] for row in rows] == list(range(7))
     assert [row["step"] for row in rows if "eer/ecapa" in row] == [0, 5, 6]
     for row in (rows[0], rows[5], rows[6]):
-        for branch in ("ecapa", "resnet"):
+        for branch in ("ecapa", "resnet", "ecapa,resnet"):
             assert 0 <= row[f"eer/{branch}"] <= 100
             assert all(0 <= row[f"min_dcf_{prior}/{branch}"] <= 1 for prior in (0.01, 0.05))
     wanted = {"loss", "lr", "momentum", "teacher_temp", "epoch", "gate/open", "gate/loss", "gate/alignment"}
@@ -136,8 +136,8 @@ def test_the_picture_is_a_picture(output):
 
 
 def test_evaluation_gives_what_training_logged(output, workdir, tmp_path):
-    """The EER of either branch after the last step and (`--step 0`) before the first equals that of the run's own
-    evaluations: checkpoint, initialisation and scoring are the same everywhere."""
+    """The EER of either branch and of their mean, after the last step and (`--step 0`) before the first, is that of the
+    run's own evaluations: checkpoint, initialisation and scoring are the same everywhere."""
     rows = read_metrics(workdir)
     for key in ERRORS:
         assert results_of(output[0])[key] == pytest.approx(rows[-1][f"{key}/ecapa"])
@@ -145,6 +145,9 @@ def test_evaluation_gives_what_training_logged(output, workdir, tmp_path):
     assert status == 0 and results_of(tmp_path)["step"] == 0
     assert json.loads(text[text.index("{") :]) == results_of(tmp_path)
     assert results_of(tmp_path)["eer"] == pytest.approx(rows[0]["eer/resnet"])
+    status, text = evaluate(tmp_path, "--branch", "ecapa,resnet")
+    for key in ERRORS:
+        assert results_of(tmp_path)[key] == pytest.approx(rows[-1][f"{key}/ecapa,resnet"])
 
 
 def test_both_forms_of_a_trial_list_give_the_same(output, tmp_path):
