@@ -144,7 +144,7 @@ def get_config() -> ConfigDict:
     teacher.view = "global"
     teacher.temp = 0.04  # temperature of the teacher softmax in the first epoch
     teacher.end_temp = 0.07  # temperature after the warm-up
-    teacher.temp_warmup_epochs = 30  # epochs over which the temperature rises, one step per epoch
+    teacher.temp_warmup_epochs = 30  # epochs over which the temperature rises linearly, changing once per epoch
 
     # Positives from other recordings: k-means of the teacher's embeddings, and teachers that see crops of a partner.
     positives = config.positives = ConfigDict()

@@ -18,7 +18,7 @@ def get_config():
     config.data.batch_size = 48
     config.data.global_seconds = 1.0
     config.data.local_crops = 0
-    # More augmentation helps where recordings differ in noise and rooms, less where they do not.
+    # More augmentation is better where recordings differ in noise and rooms; where they do not, less is.
     config.augment.clean = 0.5
     config.augment.both = 0.17
     config.augment.bank_seconds = 5.0

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Files of the repository that are pages of the site.
 PAGES = {
     "experiments/README.md": "study.md",
+    "experiments/learning.md": "learning.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "configs/base.py": "reference/configuration.md",
@@ -192,7 +193,7 @@ def on_files(files, config):
     from mkdocs.structure.files import File
 
     made = {"reference/configuration.md": configuration_page(), "reference/commands.md": commands_page()}
-    for source in ("experiments/README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for source in ("experiments/README.md", "experiments/learning.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         made[PAGES[source]] = with_links((ROOT / source).read_text(encoding="utf-8"), source)
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))

@@ -236,21 +236,19 @@ def evaluate_both(output, test, trials):
 
 def draw(output, trials, results):
     """The two pictures: learning_curve.png, and det.png of all three systems, from what the evaluations wrote."""
-    import numpy as np
-
     from memo_jax.report.learning_curves import plot_learning_curve
     from memo_jax.scoring.figures import plot_det
+    from memo_jax.scoring.score import read_scores
     from memo_jax.scoring.trials import read_trials
 
-    target = read_trials(trials).target
+    listed = read_trials(trials)
     files = {
         "trained without labels": output / "trained" / "scores.txt",
         "untrained": output / "untrained" / "scores.txt",
         "log-mel statistics": output / "trained" / "log_mel_statistics.txt",
     }
-    scores = {name: np.loadtxt(file, usecols=0, delimiter="\t", comments=None) for name, file in files.items()}
     plot_det(
-        {name: (values, target) for name, values in scores.items()},
+        {name: (read_scores(file, listed), listed.target) for name, file in files.items()},
         output / "det.png",
         title="Speakers never heard in training",
     )

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from memo_jax.inference.model_file import Decision, flattened, read_model
+from memo_jax.inference.model_file import Decision, read_model
+from memo_jax.models import parameter_count
 from memo_jax.scoring.calibration import Calibration, cllr, fit_calibration
+from memo_jax.scoring.score import read_scores
 from memo_jax.scoring.trials import read_trials
 
 RATES = {"eer": ("EER, %", 2), "min_dcf_0.01": ("minDCF(0.01)", 3), "min_dcf_0.05": ("minDCF(0.05)", 3)}
@@ -23,14 +25,19 @@ RATES = {"eer": ("EER, %", 2), "min_dcf_0.01": ("minDCF(0.01)", 3), "min_dcf_0.0
 
 def markdown(rows: list[list[str]]) -> str:
     """Returns a Markdown table; the first row is the head."""
-    head, *others = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|" + "---|" * len(rows[0]), *others])
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def error_rates(results: dict[str, dict[str, Any]]) -> str:
-    """Returns the table of error rates with 95 % intervals, from {list: results.json of `memo-jax eval`}."""
+    """Returns the table of error rates with 95 % intervals, from {list: results.json of `memo-jax eval`}.
+
+    Raises ValueError naming a list without intervals.
+    """
     rows = [["list", *(title for title, _ in RATES.values()), "log-mel statistics"]]
     for name, result in results.items():
+        if not result.get("eer_interval"):
+            raise ValueError(f"{name}: its results have no intervals: evaluate it again, with --replicates 300")
         cells = []
         for key, (_, digits) in RATES.items():
             low, high = result[f"{key}_interval"]
@@ -48,10 +55,7 @@ def probabilities(folders: dict[str, Path], results: dict[str, dict[str, Any]], 
     rows = [["list", "different people above 0.5, %", "same people below 0.5, %", "Cllr", "Cllr, calibrated there"]]
     for name, folder in folders.items():
         trials = read_trials(results[name]["trial_list"])
-        lines = [line.split("\t") for line in (folder / "scores.txt").read_text(encoding="utf-8").splitlines()]
-        if [line[1:] for line in lines] != [list(pair) for pair in zip(trials.enrol, trials.test)]:
-            raise ValueError(f"{folder / 'scores.txt'}: not the scores of the trials in {results[name]['trial_list']}")
-        scores, target = np.array([float(line[0]) for line in lines]), np.asarray(trials.target, bool)
+        scores, target = read_scores(folder / "scores.txt", trials), trials.target
         llrs = Calibration(decision.scale, decision.offset)(scores)
         rows.append(
             [
@@ -76,8 +80,14 @@ def main(arguments=None) -> int:
         results = {name: json.loads((path / "results.json").read_text()) for name, path in folders.items()}
         if model.decision is None or not results:
             raise ValueError(f"{package} has no {'results' if model.decision else 'threshold'}: run package_model.py")
+        networks = {model.fingerprint, read_model(package / "network.safetensors").fingerprint}
+        for name, result in results.items():
+            if result["fingerprint"] not in networks:
+                raise ValueError(
+                    f"{folders[name]}: results of another network: remove it and run package_model.py again"
+                )
         decision, size = model.decision, (package / "default_model.safetensors").stat().st_size
-        parameters = sum(np.size(array) for array in flattened(model.variables["params"]).values())
+        parameters = parameter_count(model.variables["params"])
         print(f"{size / 1e6:.1f} MB, {parameters:,} parameters, fingerprint {model.fingerprint}")
         print(f"threshold {decision.threshold:.3f}, calibration {decision.scale:.3f} · score {decision.offset:+.3f}\n")
         print(error_rates(results), probabilities(folders, results, decision), sep="\n\n")

@@ -8,7 +8,8 @@ the card. What is there already is not remade, and training resumes where it sto
 training.
 
 The folder of speech has speechocean762/, librispeech/ and commonvoice/ with train/ and test/, commonvoice/unlabelled/,
-commands/, noise/esc10/, noise/music/, noise/speech_commands/, rirs/real/, and trials/ with a list for each test set.
+commands/, noise/esc10/, noise/music/, noise/speech_commands/, rirs/ with rirs/real/, and trials/ with a list for each
+test set.
 
 Writes into the output folder: `lists/`, `degraded/`, `data/`, `run/`, `network.safetensors` (float32, with threshold
 and calibration), `default_model.safetensors` (the same in float16), and `results/` with the error rates of each list.

@@ -12,6 +12,7 @@ import study_figures
 from memo_jax.files import as_json, write_text
 from memo_jax.log import progress
 from memo_jax.scoring import confidence, metrics
+from memo_jax.scoring.score import read_scores
 from memo_jax.scoring.trials import read_trials, speaker_pairs
 from study_figures import main_branch
 
@@ -88,10 +89,7 @@ class Scores:
     def _read(self, run: Run) -> np.ndarray:
         path = run.folder / "test" / self.name / main_branch(run.result) / "scores.txt"
         if path not in self._of_run:
-            rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-            if [row[1:] for row in rows] != [list(pair) for pair in zip(self.trials.enrol, self.trials.test)]:
-                raise ValueError(f"{path}: not the scores of the trials in {self.name}.txt")
-            self._of_run[path] = np.array([float(row[0]) for row in rows])
+            self._of_run[path] = read_scores(path, self.trials)
         return self._of_run[path]
 
 

@@ -10,7 +10,8 @@ directions embeddings vary for other reasons. Three steps, each linear, computed
    square root of W + floor · (mean eigenvalue of W), where W is the covariance of the halves about their mean;
 3. partial whitening: times (T + the same floor)^(-power/2), where T is the covariance of what step 2 leaves.
 
-W and T are those of unit vectors. As the last layer of an ECAPA-TDNN is affine, the product is again an ECAPA-TDNN.
+W and T are those of unit vectors. As the last layer of the networks is affine, the product is again such a
+network.
 """
 
 import argparse
@@ -70,7 +71,7 @@ def folded(model, mean: np.ndarray, matrix: np.ndarray, **provenance):
     after = {"ecapa": "embedding_norm", "resnet": "second_embedding"}  # what may come after the layer
     if model.backbone not in after or model.arguments.get(after[model.backbone]):
         raise ValueError(
-            f"only an ecapa without embedding_norm or a resnet without second_embedding can be whitened, this is a "
+            f"only an ecapa without embedding_norm or a resnet without second_embedding can be whitened, this is: "
             f"{model.backbone} with {dict(model.arguments)}"
         )
     layer = model.variables["params"]["embedding"]
@@ -91,7 +92,7 @@ def main(arguments=None) -> int:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", required=True, help="workdir of a run, or a model file")
-    parser.add_argument("--branch", help="of a workdir: which backbone, ecapa or the only one by default")
+    parser.add_argument("--branch", help="of a workdir: which backbone, ecapa or the first by default")
     parser.add_argument("--role", choices=("teacher", "student"), help="of a workdir: which network")
     parser.add_argument("--step", type=int, help="of a workdir: which checkpoint, the last by default")
     parser.add_argument("--data", type=Path, required=True, help="dataset whose recordings are used, none of a trial")

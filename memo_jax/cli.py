@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
 PROCESS_LOST = 76  # another process of a distributed run has died
-BUCKET_OPTIONS = {"train": {"workdir"}, "report": {"workdir"}} | dict.fromkeys(
+BUCKET_OPTIONS = {"train": {"workdir", "init"}, "report": {"workdir"}} | dict.fromkeys(
     ("eval", "embed", "cluster", "verify", "enroll", "identify", "app", "export", "pseudo-label"), {"model"}
 )  # these may be gs://…
 
@@ -106,13 +106,15 @@ def check_overwrites(options: argparse.Namespace) -> None:
     """Raises ValueError if the file to be written is also one to be read, which would be lost."""
     given = vars(options)
     read = [(name, path) for name, value in given.items() for path in (value if isinstance(value, list) else [value])]
-    for name in ("output", "scores", "figure"):
-        written = given.get(name)
-        if not isinstance(written, Path) or not written.is_file():
-            continue
-        for other, path in read:
-            if other != name and isinstance(path, (str, Path)) and os.path.isfile(path) and written.samefile(path):
-                raise ValueError(f"--{name} {written} is also an input ({other}): choose another name")
+    for name in ("output", "scores", "figure", "save_calibration"):
+        value = given.get(name)
+        for written in value if isinstance(value, list) else [value]:
+            if not isinstance(written, Path) or not written.is_file():
+                continue
+            for other, path in read:
+                if other != name and isinstance(path, (str, Path)) and os.path.isfile(path) and written.samefile(path):
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option} {written} is also an input ({other}): choose another name")
 
 
 def run_prepare(options: argparse.Namespace) -> int:
@@ -371,7 +373,8 @@ def run_cluster(options: argparse.Namespace) -> None:
     if (options.embeddings is None) == (options.data is None):
         raise ValueError("give either --embeddings FILE, or --data DATASET to be embedded with --model")
     of_network = [name for name in ("model", "branch", "role", "step") if getattr(options, name) is not None]
-    of_network += [name for name in ("crops",) if options.crops]
+    if options.crops:
+        of_network.append("crops")
     if options.embeddings is not None and of_network:
         raise ValueError(f"--{of_network[0]} is for --data: these embeddings exist already")
     for path in filter(None, (options.output, options.figure)):

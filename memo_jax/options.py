@@ -84,7 +84,7 @@ def network_options() -> argparse.ArgumentParser:
         "--branch",
         metavar="NAME[,NAME]",
         help="workdirs only: which backbone, or several as one network with their mean score, such as ecapa,resnet "
-        "(default: ecapa, or the only one)",
+        "(default: ecapa, or the first)",
     )
     options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
     options.add_argument(
@@ -134,14 +134,14 @@ def threshold_options() -> argparse.ArgumentParser:
 
 
 def replicates_options() -> argparse.ArgumentParser:
-    """Options of commands that report an interval of the error rate."""
+    """Options of commands that report intervals of the error rates."""
     options = shared_by_commands()
     options.add_argument(
         "--replicates",
         type=replicates,
         default=1000,
         metavar="N",
-        help="bootstrap replicates for the interval of the EER; 0 for no interval (default: %(default)s)",
+        help="bootstrap replicates for the intervals of EER and minDCF; 0 for none (default: %(default)s)",
     )
     return options
 

@@ -11,7 +11,7 @@ from memo_jax.files import check_local, read_text, replacing, write_text
 from memo_jax.inference.cluster import ITERATIONS, cluster_text, cluster_to_table, embeddings_of, known_labels
 from memo_jax.inference.embedder import load_model
 from memo_jax.inference.evaluate import RATES, TrialEvaluation, training_evaluation
-from memo_jax.inference.model_file import Model, read_model, write_model
+from memo_jax.inference.model_file import read_model, write_model
 from memo_jax.inference.workdir import starting_parts, workdir_model
 from memo_jax.locks import exclusive
 from memo_jax.log import say
@@ -92,8 +92,7 @@ def pseudo_label(
     trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
     utterances = Utterances(config.data.train)
     start = load_model(model)
-    if not isinstance(start, Model):
-        raise ValueError(f"{model} is an exported program: give the workdir or model file that it comes from")
+    branch = ",".join(name for name in start.member_arguments if name in config.model.branches) or None
     options = {
         "model": start.fingerprint,
         "dataset": utterances.fingerprint,
@@ -124,7 +123,7 @@ def pseudo_label(
                 clustered: dict = {}
                 if number:
                     clustered = clusters_of_round(folder, utterances, options, labels, quiet)
-                    train_round(config, folder, from_scratch, start.backbone, quiet)
+                    train_round(config, folder, from_scratch, branch, quiet)
                 network = read_model(folder / MODEL)
                 measured = trials.rates(trials.network_scores(network.module, network.variables, network.front_end))
                 kept = {"clusters": None, "purity": None, "nmi": None}
@@ -177,14 +176,13 @@ def clusters_of_round(
     return json.loads(text)
 
 
-def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, backbone: str, quiet: bool) -> None:
-    """Trains on the clusters of a round, or resumes it, and writes the teacher as its model."""
+def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, branch: str | None, quiet: bool) -> None:
+    """Trains on the clusters of a round, or resumes it, and writes the teacher of `branch` as its model."""
     changes = [f"--config.supervised.labels={folder / CLUSTERS}"]
     if not from_scratch:
         changes.append(f"--config.init={previous(folder) / MODEL}")
     of_round = configs.with_overrides(config, changes)
     train(of_round, folder, evaluation=training_evaluation(of_round), start=starting_parts(of_round), quiet=quiet)
-    branch = backbone if backbone in config.model.branches else None
     write_model(folder / MODEL, workdir_model(folder, branch))
 
 

@@ -137,11 +137,13 @@ def evaluate_again(path: Path, output: Path, name: str, config: configs.ConfigDi
             role=old["role"],
             step=old["step"],
             crops=old["crops"],
+            crop_seconds=old["crop_seconds"],
+            enrollments=old["enrollments"],
             replicates=0,
             quiet=quiet,
         )
     new = json.loads(made.read_text(encoding="utf-8"))
-    return {f"{name}: {rate}": abs(new[rate] - old[rate]) for rate in RATES if new[rate] != old[rate]}
+    return {f"{name}: {rate}": abs(new[rate] - old[rate]) for rate in RATES if rate in old and new[rate] != old[rate]}
 
 
 def environment_differences(run: Path, output: Path) -> list[str]:

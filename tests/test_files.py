@@ -66,6 +66,11 @@ def test_an_output_that_is_an_input_is_refused(again, tmp_path, monkeypatch):
     assert status == 2 and "is also an input (trials): choose another name" in text
     status, text = tiny.here("convert", "t.txt", "--output", again)
     assert status == 2 and "is also an input (input)" in text
+    status, text = tiny.here("export", "--model", "t.txt", "--output", "new.safetensors", again)
+    assert status == 2 and "is also an input (model)" in text
+    more = ("--model", "e.npz", "--data", "data", "--output", "results", "--save-calibration", again)
+    status, text = tiny.here("eval", "--trials", "t.txt", *more)
+    assert status == 2 and "is also an input (trials)" in text and "--save-calibration" in text
     assert (tmp_path / "t.txt").read_text() == "1 a b\n"
 
 

@@ -9,7 +9,8 @@ import tiny
 from memo_jax import pseudo_label as rounds
 from memo_jax.data.batches import Utterances
 from memo_jax.inference import cluster as clustering
-from memo_jax.inference.model_file import read_model
+from memo_jax.inference.model_file import read_model, write_model
+from memo_jax.inference.workdir import workdir_model
 from memo_jax.scoring.trials import read_table
 from memo_jax.training import monitor
 
@@ -112,6 +113,24 @@ def test_what_cannot_work_is_refused_before_the_work(more, said, tmp_path):
     given = [text for text in given if text.split("=")[0] not in [f"--config.{m}".split("=")[0] for m in more]]
     status, text = tiny.here(*given, *(text if text.startswith("--") else f"--config.{text}" for text in more))
     assert status == 2 and said in text and not (tmp_path / "run" / "round_1").exists(), text
+
+
+def test_rounds_that_start_from_both_networks_end_with_both(tmp_path, monkeypatch):
+    """As the network of the package does; training itself is left out."""
+    both, taken = workdir_model(tiny.trained_run()[0], "ecapa,resnet"), []
+
+    def trained(folder, branch):
+        taken.append(branch)
+        return both
+
+    monkeypatch.setattr(rounds, "train", lambda *_, **__: None)
+    monkeypatch.setattr(rounds, "starting_parts", lambda _: {})
+    monkeypatch.setattr(rounds, "workdir_model", trained)
+    model = write_model(tmp_path / "both.safetensors", both)
+    arguments = tiny.round_arguments(tmp_path / "run", "model.branches=ecapa,resnet", f"--model={model}")
+    status, text = tiny.here(*arguments)
+    assert status == 0 and taken == ["ecapa,resnet"] * 2, (taken, text)
+    assert read_model(tmp_path / "run" / "best.safetensors").fingerprint == both.fingerprint
 
 
 def test_a_round_that_is_worse_is_called_worse():

@@ -21,24 +21,20 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of four steps, evaluated into its own folder."""
+    """A run of four steps, evaluated into its own folder: on trials, on crops, and on a list without labels."""
     workdir, data = tmp_path_factory.mktemp("run") / "run", tiny.material()
     status, text = tiny.train_here(workdir, "--stop-at-step=4", "checkpoint.every_steps=2")
     assert status == 0, text
-    status, text = tiny.here(
-        "eval",
-        "--workdir",
-        workdir,
-        "--data",
-        data.dataset,
-        "--trials",
-        data.trials,
-        "--output",
-        workdir / "test",
-        "--replicates",
-        0,
-    )
-    assert status == 0, text
+    pairs = workdir.with_name("pairs.txt")
+    pairs.write_text("".join(f"{line.split(maxsplit=1)[1]}\n" for line in data.trials.read_text().splitlines()))
+    for name, trials, more in (
+        ("test", data.trials, ()),
+        ("crops", data.trials, ("--crops", 2, "--crop-seconds", 0.6)),
+        ("pairs", pairs, ()),
+    ):
+        options = ("--data", data.dataset, "--trials", trials, "--output", workdir / name, "--replicates", 0, *more)
+        status, text = tiny.here("eval", "--workdir", workdir, *options)
+        assert status == 0, text
     return workdir
 
 
@@ -53,6 +49,8 @@ def again(run, tmp_path_factory):
 def test_the_same_seed_gives_bit_identical_metrics_parameters_and_rates(run, again):
     output, text, status = again
     assert status == 0 and text.endswith("identical\n") and "4 rows of metrics compared" in text, text
+    assert json.loads((output / "crops" / "results.json").read_text())["crop_seconds"] == 0.6
+    assert (output / "pairs" / "scores.txt").read_text() == (run / "pairs" / "scores.txt").read_text()
     assert "metrics: no difference" in text and "parameters: no difference" in text
     assert saved_steps(output)[-1] == saved_steps(run)[-1] == 4 and (output / "test" / "results.json").exists()
     assert "warning" not in text

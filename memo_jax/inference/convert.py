@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 
 from memo_jax.features import FRONT_ENDS
@@ -113,8 +114,7 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
     """
     if model.backbone == ENSEMBLE:
         raise ValueError(f"{kind} has no ensembles: convert each of {', '.join(model.arguments)} on its own (--branch)")
-    if model.arguments.get("stride", 1) != 1:
-        raise ValueError(f"{kind} has no {model.backbone} whose first convolution has a stride")
+    _check_stride(kind, model.backbone, model.module)
     tensors = interop.backbone_to_torch(
         model.variables, kind, model.backbone, model.arguments.get("form", "speechbrain")
     )
@@ -123,6 +123,12 @@ def model_to_torch(model: Model, kind: str) -> Tensors:
     return tensors | {
         name: np.array(counts.get(name, 0) if isinstance(counts, dict) else counts, np.int64) for name in counters
     }
+
+
+def _check_stride(kind: str, name: str, backbone: nn.Module) -> None:
+    """Raises ValueError for a backbone with a stride in its first convolution, which no toolkit has."""
+    if getattr(backbone, "stride", 1) != 1:
+        raise ValueError(f"{kind} has no {name} whose first convolution has a stride")
 
 
 def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensors]:
@@ -370,21 +376,26 @@ def convert_back(
     Raises:
       ValueError: an unknown kind, or a network that the toolkit lacks. Others as for `Embedder.load`, `write_tensors`.
     """
+    from memo_jax.config import workdir_config
     from memo_jax.inference.embedder import load_model
     from memo_jax.training.checkpoint import load_state
+    from memo_jax.training.recipe import build_branches
 
     if kind not in interop.TOOLKITS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.TOOLKITS)}")
     check_tensors_output(output)
     whole = kind == "speaker-net" and os.path.isdir(source) and branch is None and role is None
-    if whole:
-        loaded = load_state(source, step, only=["student", "teacher"])
-        front_end = interop.FRONT_END_OF_KIND[kind]
-    else:
-        loaded = load_model(source, branch=branch, role=role, step=step)
-        front_end = loaded.front_end
     try:
-        tensors = speaker_net_of_branches(loaded) if whole else model_to_torch(loaded, kind)
+        if whole:
+            config = workdir_config(source)
+            for name, one in build_branches(config).items():
+                _check_stride(kind, name, one.backbone)
+            front_end = config.features.front_end
+            tensors = speaker_net_of_branches(load_state(source, step, only=["student", "teacher"]))
+        else:
+            loaded = load_model(source, branch=branch, role=role, step=step)
+            front_end = loaded.front_end
+            tensors = model_to_torch(loaded, kind)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     path = write_tensors(output, tensors, {FRONT_END_KEY: front_end})

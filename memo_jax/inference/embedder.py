@@ -19,10 +19,11 @@ from memo_jax.inference.model_file import (
     check_finite,
     check_threshold,
     is_never_known,
+    other_precision,
     read_decision,
     read_model,
 )
-from memo_jax.inference.runtime import cached_graph, chosen_runtime, onnx_function, other_precision
+from memo_jax.inference.runtime import cached_graph, chosen_runtime, onnx_function
 from memo_jax.scoring.metrics import unit_norm
 
 # A path, an array, or an array with its rate in Hz.
@@ -135,7 +136,7 @@ class Embedder:
         Args:
           path: workdir, possibly gs://…, a file that `memo-jax export` or `memo-jax convert` wrote, or
             "hf:org/name@revision" (`hub`). None is the network that comes with the package.
-          branch: of a workdir: which backbone; "ecapa" by default, or the only one. "ecapa,resnet" is both as one
+          branch: of a workdir: which backbone; "ecapa" by default, or the first. "ecapa,resnet" is both as one
             network, whose score is the mean of theirs.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.

@@ -145,6 +145,7 @@ def training_evaluation(config: ConfigDict) -> Callable[[Any, dict[str, Any]], d
     if not config.evaluation.data:
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
     trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
+    trials.trials.require_both_kinds()
 
     def evaluation(recipe, backbones):
         scores = {
@@ -264,6 +265,8 @@ def evaluate(
         "data": str(data),
         "trial_list": str(trials),
         "crops": crops,
+        "crop_seconds": crop_seconds,
+        "enrollments": None if enrollments is None else str(enrollments),
     }
     if target is None:
         write_scores(output / "scores.txt", evaluation.trials, scores)
@@ -277,22 +280,21 @@ def evaluate(
     plot_det({results["network"]: (scores, target), BASELINE: (baseline, target)}, output / "det.png")
     write_scores(output / "scores.txt", evaluation.trials, scores)
     write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
-    decision = None
     try:
         if tuned:
             decision = tuned_decision(scores, target, save_threshold or "eer", trials)
             results["saved_threshold"] = decision.threshold
             results["calibration"] = {"scale": decision.scale, "offset": decision.offset}
+            if save_calibration is not None:
+                write_decision(save_calibration, decision, network.fingerprint)
+            if save_threshold is not None:
+                from memo_jax.inference.workdir import save_decision
+
+                save_decision(model, network, decision)
             places = {"the model": save_threshold, str(save_calibration): save_calibration}
             results["saved_in"] = [place for place, given in places.items() if given is not None]
     finally:  # results are worth having even without a threshold
         write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
-    if save_calibration is not None:
-        write_decision(save_calibration, decision, network.fingerprint)
-    if save_threshold is not None:
-        from memo_jax.inference.workdir import save_decision
-
-        save_decision(model, network, decision)
     return results
 
 
@@ -326,8 +328,9 @@ def evaluation_text(results: dict) -> str:
     if "eer" not in results:
         return f"{', '.join(counts)}\n  the list has no labels: scores are written, error rates are unknown"
     lines = [f"{counts[0]}, {results['targets']:,} of them target, {counts[1]}"]
+    width = max(28, len(results["network"]))
     for name, row in ((results["network"], results), (BASELINE, results["log_mel_statistics"])):
-        lines.append(f"  {name:<28} {rates_text(row)}")
+        lines.append(f"  {name:<{width}} {rates_text(row)}")
     lines += [interval_note(results), *warnings_of(results)]
     if results["worse_than_statistics"]:
         names = ", ".join("EER" if key == "eer" else f"minDCF({key[8:]})" for key in results["worse_than_statistics"])

@@ -133,7 +133,7 @@ def model_card(
         for key, kind, name in [("eer", "eer", "Equal error rate (%)")] + [
             (key, "min_dcf", f"Minimum detection cost, p(target) = {key.removeprefix('min_dcf_')}")
             for key in sorted(result)
-            if key.startswith("min_dcf_")
+            if key.startswith("min_dcf_") and not key.endswith("_interval")
         ]:
             metrics.append(
                 hub.EvalResult(

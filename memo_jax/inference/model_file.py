@@ -469,6 +469,18 @@ def check_model(model: Model) -> None:
     check_finite(model)
 
 
+def other_precision(model: Model) -> str | None:
+    """Returns the first type other than float32 that a network computes in, if there is one."""
+    types = (arguments.get("dtype", "float32") for arguments in model.member_arguments.values())
+    return next((name for name in types if name != "float32"), None)
+
+
+def check_precision(model: Model) -> None:
+    """Raises ValueError unless the network computes in float32, as it would in ONNX files."""
+    if other := other_precision(model):
+        raise ValueError(f"this network computes in {other}, which only JAX does: onnxruntime would in float32")
+
+
 def check_finite(model: Model) -> None:
     """Raises ValueError, naming the tensor, for NaN, infinity or a negative variance: embeddings would be NaN."""
     for name, leaf in flattened(model.variables).items():

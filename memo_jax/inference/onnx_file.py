@@ -16,7 +16,7 @@ import numpy as np
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.features import FRONT_ENDS
 from memo_jax.files import replacing
-from memo_jax.inference.model_file import Model, ModelFileError, check_model
+from memo_jax.inference.model_file import Model, ModelFileError, check_model, check_precision
 from memo_jax.inference.network import embed_waves
 from memo_jax.version import __version__
 
@@ -58,7 +58,8 @@ def write_onnx(
 
     Raises:
       ImportError: the extra `onnx` is not installed.
-      ValueError: an unknown form, or a runtime that does not compute the model's front end.
+      ValueError: an unknown form, a runtime that does not compute the model's front end, or a network that does not
+        compute in float32.
     """
     if inputs not in INPUTS or weights not in ONNX_WEIGHTS:
         raise ValueError(f"inputs {inputs!r} with weights {weights!r}: choose from {INPUTS} and {ONNX_WEIGHTS}")
@@ -66,6 +67,7 @@ def write_onnx(
         raise ValueError(
             f"runtime {runtime!r} with inputs {inputs!r}: choose one of {tuple(OTHER_RUNTIMES)}, with feats"
         )
+    check_precision(model)
     needed, metadata = OTHER_RUNTIMES.get(runtime, (model.front_end, {}))
     if needed != model.front_end:
         difference = (

@@ -18,7 +18,7 @@ import numpy as np
 
 from memo_jax.files import replacing
 from memo_jax.inference.batches import windows
-from memo_jax.inference.model_file import Model
+from memo_jax.inference.model_file import Model, check_precision
 from memo_jax.version import __version__
 from memo_jax.xla.devices import chosen_devices
 
@@ -124,18 +124,6 @@ def onnx_function(model: Model) -> OnnxFunction:
         with contextlib.suppress(OSError):  # a full or read-only cache only costs time
             _keep(model.fingerprint, graph)
     return OnnxFunction(graph)
-
-
-def other_precision(model: Model) -> str | None:
-    """Returns the first type other than float32 that a network computes in, if there is one."""
-    types = (arguments.get("dtype", "float32") for arguments in model.member_arguments.values())
-    return next((name for name in types if name != "float32"), None)
-
-
-def check_precision(model: Model) -> None:
-    """Raises ValueError unless the network computes in float32, as onnxruntime would."""
-    if other := other_precision(model):
-        raise ValueError(f"this network computes in {other}, onnxruntime would in float32: use the runtime jax")
 
 
 def cached_graph(fingerprint: str) -> bytes | None:

@@ -99,7 +99,8 @@ def tested_run(
         embeddings[name] = evaluation.embeddings(model.function)
         scores[name] = evaluation.scores(embeddings[name])
     if len(scores) > 1:
-        scores["all branches, scores averaged"] = metrics.average_scores(list(scores.values()))
+        together = f"{','.join(config.model.branches)} teacher, step {model.provenance['step']}"
+        scores[together] = metrics.average_scores(list(scores.values()))
     scores[BASELINE] = evaluation.statistics_scores()
     rates = {
         name: error_report(found, evaluation.target) | error_intervals(found, evaluation.trials, evaluation.speakers())
@@ -193,16 +194,23 @@ def run_facts(workdir: str | os.PathLike, config: configs.ConfigDict, rows: Sequ
         banks.append("babble of the batch")
     facts["Augmentation"] = ", ".join(banks) or "none"
     weights = config.loss
-    losses = [f"self-distillation × {weights.self:g}"]
-    if len(config.model.branches) > 1 and weights.cross:
-        losses.append(f"cross-distillation × {weights.cross:g} ({weights.cross_head} head)")
-    if g.rule != "never" and weights.contrastive:
-        losses.append(f"contrastive × {weights.contrastive:g} while the gate is open")
+    terms = {
+        "self-distillation": weights.self,
+        f"cross-distillation ({weights.cross_head} head)": weights.cross if len(config.model.branches) > 1 else 0,
+        "mean entropy": weights.mean_entropy,
+        "KoLeo": weights.koleo,
+        "variance": weights.variance,
+        "covariance": weights.covariance,
+        "contrastive, while the gate is open": weights.contrastive if g.rule != "never" else 0,
+        "AAM-softmax on labels": config.supervised.weight,
+    }
+    if terms["contrastive, while the gate is open"]:
         closed = gate_closing_step(rows)
         facts["Gate"] = f"rule “{g.rule}”, " + (f"closed at step {closed:,}" if closed is not None else "not closed")
     if p := config.positives.clusters:
         facts["Positives"] = f"the teachers' crops from partners by {p:,} clusters, {config.positives.cluster}"
-    facts["Losses"] = f"{', '.join(losses)}; {config.model.prototypes:,} prototypes"
+    facts["Losses"] = ", ".join(f"{name} × {weight:g}" for name, weight in terms.items() if weight)
+    facts["Losses"] += f"; {config.model.prototypes:,} prototypes"
     optimizer = config.optimizer
     facts["Optimiser"] = (
         f"{optimizer.name}, learning rate {optimizer.learning_rate:g} at a batch of 256; teacher "

@@ -18,6 +18,7 @@ from memo_jax.scoring.trials import (
     recording_rows,
     speaker_folder,
     speaker_pairs,
+    text_lines,
 )
 
 P_TARGETS = (0.01, 0.05)
@@ -263,6 +264,17 @@ def write_scores(path: str | os.PathLike, trials: Trials, scores: np.ndarray) ->
     """Writes `score enrol test` lines, tab-separated, in the order of the trial list."""
     rows = zip(scores, trials.enrol, trials.test, strict=True)
     write_text(path, "".join(f"{s:.{DECIMALS}f}\t{a}\t{b}\n" for s, a, b in rows))
+
+
+def read_scores(path: str | os.PathLike, trials: Trials) -> np.ndarray:
+    """Returns the scores [N] that `write_scores` wrote for these trials.
+
+    Raises ValueError naming the file if it is of other trials.
+    """
+    lines = [line.split("\t") for line in text_lines(path, "scores")]
+    if [line[1:] for line in lines] != [list(pair) for pair in zip(trials.enrol, trials.test, strict=True)]:
+        raise ValueError(f"{path}: not the scores of these trials")
+    return np.array([float(line[0]) for line in lines])
 
 
 def rates_text(row: Mapping) -> str:

@@ -38,7 +38,7 @@ class Gate:
 
     Attributes:
       closed: whether the contrastive term is off; once true it stays true.
-      closed_at: the first step without the term; −1 while the gate is open.
+      closed_at: the first step without the term; −1 while the gate is open, and under the rule `never`.
       loss, alignment: running means of contrastive loss and alignment, each averaged over branches.
       reference: the smoothed loss at the start of the current window.
       conflicting: for how many steps in a row the smoothed alignment has been below the threshold.

@@ -111,7 +111,7 @@ def in_first(action: Callable[[], T]) -> T | None:
             result = action()
         except (OSError, ValueError) as error:
             failure = error
-    text = str(failure or "").encode()[:TEXT_BYTES]
+    text = b"" if failure is None else (str(failure) or type(failure).__name__).encode()[:TEXT_BYTES]
     told = from_first(np.frombuffer(text.ljust(TEXT_BYTES, b"\0"), np.uint8))
     if text := told.tobytes().rstrip(b"\0").decode(errors="replace"):
         raise failure or OSError(text)

@@ -25,6 +25,9 @@ from memo_jax.training.supervision import Supervision
 
 POSITIVE = (
     "log_every_steps",
+    "augment.bank_seconds",
+    "augment.bank_megabytes",
+    "augment.rir_seconds",
     "model.embedding_dim",
     "model.ecapa_stride",
     "model.resnet_stride",
@@ -61,6 +64,9 @@ CHOICES = {
     "positives.cluster": ("nearest", "own"),
 }
 FRACTIONS = (
+    "augment.clean",
+    "augment.both",
+    "augment.reverb_share",
     "positives.keep_own",
     "loss.center_momentum",
     "loss.contrastive_margin",
@@ -107,6 +113,7 @@ def check_ranges(config: configs.ConfigDict) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
     for keys, fits, wanted in (
         (POSITIVE, lambda value: value > 0, "above 0"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "at least 0"),
         (FRACTIONS, lambda value: 0 <= value <= 1, "in [0, 1]"),
     ):
         for key in keys:
@@ -146,10 +153,6 @@ def check_ranges(config: configs.ConfigDict) -> None:
             )
     elif config.data.global_crops < 2:
         raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
-    for key in NOT_NEGATIVE:
-        group, name = key.split(".")
-        if config[group][name] < 0:
-            raise ValueError(f"{key} is {config[group][name]}: must be at least 0")
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
     scale = config.model.ecapa_scale
     if scale < 2:
@@ -212,11 +215,14 @@ def build_branches(config: configs.ConfigDict, speakers: int = 1) -> dict[str, B
             "plane_channels": model.campplus_plane_channels,
         },
     }
+    for name in names:
+        if name not in arguments:
+            raise ValueError(f"model.branches {names}: choose from {', '.join(arguments)}")
     crosses = len(names) > 1 and config.loss.cross != 0 and config.loss.cross_head == "cross"
     head = DINOHead(model.prototypes, model.head_hidden, model.head_bottleneck, dtype)
     return {
         name: Branch(
-            build_backbone(name, embedding_dim=model.embedding_dim, dtype=dtype, **arguments.get(name, {})),
+            build_backbone(name, embedding_dim=model.embedding_dim, dtype=dtype, **arguments[name]),
             head,
             ("self", "cross") if crosses else ("self",),
             speakers if config.supervised.weight else 0,

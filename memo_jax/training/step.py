@@ -622,8 +622,8 @@ def train_step_on_features(
       gated: of the same batch, for recipes with a loss gate.
 
     Returns:
-      The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is −1,
-      or the first step without it.
+      The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is
+      that of `Gate`.
     """
     names, schedules = list(recipe.branches), recipe.schedules
     teachers = all_teacher_outputs(state, views, recipe)

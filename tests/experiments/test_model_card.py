@@ -18,7 +18,8 @@ import model_card  # noqa: E402
 def package(tmp_path):
     """What package_model.py writes, of a tiny network and one list."""
     material = tiny.material()
-    shutil.copy(tiny.model_file(), tmp_path / "default_model.safetensors")
+    for name in ("default_model", "network"):
+        shutil.copy(tiny.model_file(), tmp_path / f"{name}.safetensors")
     options = ["--data", material.dataset, "--trials", material.trials, "--output", tmp_path / "results" / "a-list"]
     status, text = tiny.here("eval", "--model", tmp_path / "default_model.safetensors", *options, "--replicates", "20")
     assert status == 0, text
@@ -49,7 +50,16 @@ def test_what_is_missing_or_of_another_list_is_named(package, capsys):
     scores = package / "results" / "a-list" / "scores.txt"
     scores.write_text("\n".join(reversed(scores.read_text().splitlines())) + "\n")
     assert model_card.main(["--package", str(package)]) == 2
-    assert f"{scores}: not the scores of the trials in" in capsys.readouterr().err
+    assert f"{scores}: not the scores of these trials" in capsys.readouterr().err
+    results = scores.with_name("results.json")
+    text = results.read_text()
+    for changes, said in (
+        ({"fingerprint": "another"}, f"{scores.parent}: results of another network"),
+        ({"eer_interval": None}, "a-list: its results have no intervals"),
+    ):
+        results.write_text(json.dumps(json.loads(text) | changes))
+        assert model_card.main(["--package", str(package)]) == 2
+        assert said in capsys.readouterr().err
     shutil.rmtree(package / "results")
     assert model_card.main(["--package", str(package)]) == 2
     assert f"{package} has no results: run package_model.py" in capsys.readouterr().err

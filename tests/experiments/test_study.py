@@ -410,7 +410,7 @@ def test_scores_of_other_trials_and_damaged_results_are_refused(made_up, tmp_pat
     output = shutil.copytree(made_up[0], tmp_path / "study")
     scores = output / "steps" / "dino-ecapa" / "seed-0" / "test" / "one" / "ecapa" / "scores.txt"
     scores.write_text("".join(scores.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(ValueError, match=f"{scores}: not the scores of the trials in one.txt"):
+    with pytest.raises(ValueError, match=f"{scores}: not the scores of these trials"):
         study_results.collect(output, tmp_path / "collected", replicates=2)
     damaged = output / "steps" / "dino-ecapa" / "seed-0" / "result.json"
     damaged.write_text("{")

@@ -3,6 +3,8 @@
 That the networks compute what PyTorch's do is tested by `make parity`.
 """
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -272,6 +274,16 @@ def speaker_net_variables():
         role: {name: variables_of(branch, seed=10 * i + len(name)) for name, branch in branches.items()}
         for i, role in enumerate(("student", "teacher"))
     }
+
+
+def test_a_run_with_a_stride_is_no_checkpoint_of_the_authors(tmp_path):
+    """It would be read there as a network without a stride, and embed wrongly."""
+    run = shutil.copytree(tiny.trained_run()[0], tmp_path / "run")
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"resnet_stride": 1', '"resnet_stride": 2'))
+    status, printed = tiny.here("convert", run, "--to", "speaker-net", "--output", tmp_path / "out.safetensors")
+    assert status == 2 and "speaker-net has no resnet whose first convolution has a stride" in printed, printed
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def assert_branches(path, variables):

@@ -47,6 +47,7 @@ def test_a_pushed_model_is_loaded_by_name_and_by_revision(hub, tmp_path):
     results.write_text(
         json.dumps(
             {"eer": 3.21, "min_dcf_0.01": 0.3, "min_dcf_0.05": 0.2, "trials": 45, "trial_list": "lists/test.txt"}
+            | {"eer_interval": [3.0, 3.4], "min_dcf_0.01_interval": [0.2, 0.4], "min_dcf_0.05_interval": None}
         )
     )
     done = run(

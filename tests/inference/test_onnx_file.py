@@ -138,6 +138,14 @@ def test_a_runtime_with_another_front_end_is_refused_unless_that_is_accepted(tmp
     assert onnx_file.front_end_cosine(model_of("campplus"), "sherpa_fbank") == pytest.approx(1, abs=1e-5)
 
 
+def test_a_network_of_lower_precision_is_refused(tmp_path):
+    model = model_of("resnet")
+    model = dataclasses.replace(model, arguments=model.arguments | {"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="computes in bfloat16, which only JAX does"):
+        onnx_file.write_onnx(tmp_path / "a.onnx", model)
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_writes_an_onnx_file_beside_the_others(tmp_path):
     outputs = [tmp_path / "a.onnx", tmp_path / "a.safetensors"]
     status, text = tiny.here("export", "--model", tiny.model_file(), "--output", *outputs, "--json")

@@ -20,7 +20,10 @@ import tiny
         (["total_steps=0"], "total_epochs or total_steps"),
         (["total_epochs=2"], "exactly one of total_epochs, total_steps"),
         (["log_every_steps=0"], "log_every_steps is 0"),
-        (["model.branches=xvector"], "unknown backbone 'xvector': choose one of ecapa, resnet"),
+        (["model.branches=xvector"], "model.branches ('xvector',): choose from ecapa, resnet, campplus"),
+        (["model.branches=ensemble"], "model.branches ('ensemble',): choose from ecapa, resnet, campplus"),
+        (["augment.rir_seconds=0"], "augment.rir_seconds is 0"),
+        (["augment.clean=1.5"], "augment.clean is 1.5"),
         (["model.branches=ecapa", "model.ecapa_channels=16,16"], "model.ecapa_channels is (16, 16)"),
         (["model.ecapa_scale=3"], "multiples of model.ecapa_scale, 3"),
         (["model.ecapa_scale=1"], "model.ecapa_scale is 1: must be at least 2"),
@@ -51,6 +54,15 @@ import tiny
 def test_a_config_that_cannot_work_is_refused_and_leaves_nothing(settings, message, tmp_path):
     status, text = tiny.train_here(tmp_path / "run", *settings)
     assert status == 2 and "memo-jax: error: " in text and message in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_list_without_labels_is_refused_before_training(tmp_path):
+    lines = tiny.material().trials.read_text().splitlines()
+    (tmp_path / "pairs.txt").write_text("".join(f"{line.split(maxsplit=1)[1]}\n" for line in lines))
+    evaluated = [f"evaluation.data={tiny.material().dataset}", f"evaluation.trials={tmp_path / 'pairs.txt'}"]
+    status, text = tiny.train_here(tmp_path / "run", *evaluated)
+    assert status == 2 and "pairs.txt" in text and text.count("\n") == 1, text
     assert not (tmp_path / "run").exists()
 
 
