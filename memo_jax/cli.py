@@ -189,14 +189,15 @@ def run_train(options: argparse.Namespace) -> None:
         from memo_jax.inference.evaluate import training_evaluation
         from memo_jax.inference.workdir import starting_parts
         from memo_jax.training.profile import profiled_steps
+        from memo_jax.training.saved_checkpoint import saved_steps
         from memo_jax.training.train import train
 
-        evaluation, start = training_evaluation(config), starting_parts(config)
+        resumes = bool(saved_steps(options.workdir))  # then the networks that it began with are not needed
         train(
             config,
             options.workdir,
-            evaluation=evaluation,
-            start=start,
+            evaluation=training_evaluation(config),
+            start=None if resumes else starting_parts(config),
             stop_at_step=options.stop_at_step,
             profile=options.profile and profiled_steps(options.profile),
         )

@@ -147,39 +147,46 @@ def config_differences(a: ConfigDict, b: ConfigDict) -> list[str]:
     return lines
 
 
-def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int, total: int | None = None) -> int:
+def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
     """Returns a duration in steps, whatever unit the config gives it in (after big_vision's `steps`).
 
-    Exactly one of the keys `<name>_epochs`, `<name>_steps` and `<name>_percent` (of `total`) must be set, to a number
-    ≥ 0. None, a negative number and an absent key mean unset. Epochs and percentages may be fractions; give them a
-    float or `placeholder(float)` as the default, so that overrides may be fractions, too. A duration above 0 is at
-    least 1 step.
+    Exactly one of the keys `<name>_epochs` and `<name>_steps` must be set, to a number ≥ 0. None, a negative number and
+    an absent key mean unset. Epochs may be fractions; give them a float or `placeholder(float)` as the default, so that
+    overrides may be fractions, too. A duration above 0 is at least 1 step.
 
     Args:
-        config: the config, or the group of it that holds the keys.
-        name: "total", "warmup", …
+        config: of the run.
+        name: "total", "optimizer.warmup", …
         steps_per_epoch: at least 1.
-        total: length of the whole run in steps, which percents refer to.
 
     Raises:
-        ValueError: none or several of the keys are set, or a percent is given without a total.
+        ValueError: none or both of the keys are set, or the number is not finite.
     """
     if steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {steps_per_epoch}: the dataset holds fewer utterances than a batch")
-    steps_per_unit = {"epochs": steps_per_epoch, "steps": 1, "percent": None if total is None else total / 100}
-    values = {unit: config.get(f"{name}_{unit}") for unit in steps_per_unit}
+    steps_per_unit = {"epochs": steps_per_epoch, "steps": 1}
+    group, _, stem = name.rpartition(".")
+    keys = config[group] if group else config
+    values = {unit: keys.get(f"{stem}_{unit}") for unit in steps_per_unit}
     given = {unit: value for unit, value in values.items() if value is not None and value >= 0}
     if len(given) != 1:
         shown = ", ".join(f"{name}_{unit}={value}" for unit, value in given.items()) or "none of them"
-        present = [f"{name}_{unit}" for unit in steps_per_unit if f"{name}_{unit}" in config]
-        choices = ", ".join(present or [f"{name}_epochs", f"{name}_steps"])
         raise ValueError(
-            f"exactly one of {choices} must be set (0 or more; None or -1 means unset), but the config sets {shown}"
+            f"exactly one of {name}_epochs, {name}_steps must be set (0 or more; None or -1 means unset), but the "
+            f"config sets {shown}"
         )
     ((unit, value),) = given.items()
-    if not math.isfinite(value) or steps_per_unit[unit] is None:
-        raise ValueError(f"{name}_{unit}={value} cannot be converted to steps: give {name}_epochs or {name}_steps")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}_{unit}={value} cannot be converted to steps: give a number")
     return max(round(value * steps_per_unit[unit]), 1 if value > 0 else 0)
+
+
+def interval_in_steps(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
+    """Returns how often something happens, in steps; as `duration_in_steps`, but 0 raises ValueError as well."""
+    steps = duration_in_steps(config, name, steps_per_epoch)
+    if steps < 1:
+        raise ValueError(f"{name}_epochs or {name}_steps is 0: give an interval above 0")
+    return steps
 
 
 def _file_and_argument(text: str) -> tuple[Path, str | None]:

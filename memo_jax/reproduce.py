@@ -19,7 +19,7 @@ from memo_jax.training.run_record import read_run
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 
-MOVABLE = (*FREE_ON_RESUME, "augment.noise", "augment.music", "augment.speech", "augment.rirs")
+MOVABLE = (*FREE_ON_RESUME, "init", "augment.noise", "augment.music", "augment.speech", "augment.rirs")
 
 
 def reproduce(
@@ -69,15 +69,22 @@ def reproduce(
         evaluation, start = training_evaluation(again), starting_parts(again)
         train(again, output, evaluation=evaluation, start=start, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
-        "parameters": compare_parameters(run, output),
+        "parameters": {},
         "environment": environment_differences(run, output),
         "evaluations": {},
         "output": str(output),
     }
+    if steps := set(saved_steps(run)) & set(saved_steps(output)):
+        found["parameters"] = compare_parameters(run, output, max(steps))
+    else:
+        found["missing"].append("parameters, for want of a checkpoint of the same step")
     for path in sorted(run.rglob("results.json")):
         if output.resolve() not in path.resolve().parents:
-            name = str(path.parent.relative_to(run))
-            found["evaluations"] |= evaluate_again(path, output, name, again, quiet)
+            name, evaluated = str(path.parent.relative_to(run)), json.loads(path.read_text(encoding="utf-8"))
+            if evaluated["step"] and evaluated["step"] not in saved_steps(output):
+                found["missing"].append(f"{name}, of step {evaluated['step']}, whose checkpoint is not kept")
+            else:
+                found["evaluations"] |= evaluate_again(evaluated, output, name, again, quiet)
     found["identical"] = not (found["metrics"] or found["parameters"] or found["evaluations"] or found["missing"])
     return found
 
@@ -85,9 +92,10 @@ def reproduce(
 def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
     """Returns "steps" compared, "metrics" {name: largest absolute difference} and "missing" steps and names.
 
-    An interrupted run has also logged the steps at which it was interrupted. Rows that only one of the runs has are
-    therefore ignored, except the last one, which both must have.
+    An interrupted run has also logged the steps at which it was interrupted, and an evaluation where its end was then.
+    Rows and error rates that only one of the runs has are therefore ignored, except the last row, which both must have.
     """
+    evaluated = tuple(f"{rate}/" for rate in RATES)
     rows = [{row["step"]: row for row in run} for run in (old, new)]
     both = sorted(rows[0].keys() & rows[1].keys())
     metrics, missing = {}, []
@@ -100,18 +108,16 @@ def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
                 continue
             # A number that is not finite was logged as null.
             if (a.get(name) is None) != (b.get(name) is None):
-                missing.append(f"{name} at step {step}")
+                if not name.startswith(evaluated):
+                    missing.append(f"{name} at step {step}")
             elif a.get(name) != b.get(name):
                 metrics[name] = max(metrics.get(name, 0.0), abs(a[name] - b[name]))
     return {"steps": len(both), "metrics": metrics, "missing": missing}
 
 
-def compare_parameters(run: Path, output: Path) -> dict[str, float]:
-    """Returns {part of the state: largest absolute difference} at the latest checkpoint that both runs have."""
-    steps = set(saved_steps(run)) & set(saved_steps(output))
-    if not steps:
-        return {}
-    states = [load_state(folder, max(steps)) for folder in (run, output)]
+def compare_parameters(run: Path, output: Path, step: int) -> dict[str, float]:
+    """Returns {part of the state: largest absolute difference} at a checkpoint that both runs have."""
+    states = [load_state(folder, step) for folder in (run, output)]
     differences = {}
     leaves = [jax.tree_util.tree_flatten_with_path(state)[0] for state in states]
     for (path, a), (_, b) in zip(*leaves, strict=True):
@@ -123,9 +129,9 @@ def compare_parameters(run: Path, output: Path) -> dict[str, float]:
     return differences
 
 
-def evaluate_again(path: Path, output: Path, name: str, config: configs.ConfigDict, quiet: bool) -> dict[str, float]:
+def evaluate_again(old: dict, output: Path, name: str, config: configs.ConfigDict, quiet: bool) -> dict[str, float]:
     """Returns {rate of an evaluation: absolute difference} for the rates that differ on the new run."""
-    old, made = json.loads(path.read_text(encoding="utf-8")), output / name / path.name
+    made = output / name / "results.json"
     if not made.exists():
         data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
         evaluate(

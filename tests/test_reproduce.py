@@ -89,6 +89,25 @@ def test_changed_parameters_and_rates_are_reported(run, again, tmp_path):
     assert found["evaluations"] == {"test: eer": pytest.approx(3)} and not found["metrics"]
 
 
+def test_only_what_both_runs_have_is_compared(run, again, tmp_path):
+    """A run that was interrupted has evaluated elsewhere, and a checkpoint that was evaluated may be gone."""
+    workdir, output = changed(run, tmp_path, again)
+    rows = read_metrics(workdir)
+    rows[1]["eer/resnet"] = 12.0
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, text = tiny.here("reproduce", workdir, "--output", output)
+    assert status == 0 and text.endswith("identical\n"), text
+    shutil.rmtree(workdir / "checkpoints")
+    results = json.loads((workdir / "test" / "results.json").read_text())
+    (workdir / "test" / "results.json").write_text(json.dumps(results | {"step": 3}))
+    status, text = tiny.here("reproduce", workdir, "--output", output, "--json")
+    found = json.loads(text[text.index("{") :])
+    assert status == 1 and found["missing"] == [
+        "parameters, for want of a checkpoint of the same step",
+        "test, of step 3, whose checkpoint is not kept",
+    ]
+
+
 def test_other_versions_code_data_and_machines_are_warned_of(run, again, tmp_path):
     workdir, output = changed(run, tmp_path, again)
     record = read_run(workdir)

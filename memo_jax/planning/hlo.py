@@ -34,7 +34,8 @@ def collective_seconds(text: str, chip: Tpu | Gpu, chips: int) -> float:
     """
     total = 0.0
     for kind, size, estimate in _collectives(text):
-        rounds = (2 if kind == "all-reduce" else 1) * (chips - 1) / chips
+        # Of a reduce-scatter, the size is that of one chip's share.
+        rounds = {"all-reduce": 2, "reduce-scatter": chips}.get(kind, 1) * (chips - 1) / chips
         total += rounds * size / chip.links if estimate is None else estimate
     return total
 

@@ -57,11 +57,11 @@ class Gate:
 def check_rule(rule: GateRule) -> None:
     """Raises ValueError, naming the setting, for a rule that cannot work."""
     if rule.name not in RULES:
-        raise ValueError(f"gate rule {rule.name!r}: choose one of {', '.join(RULES)}")
+        raise ValueError(f"gate.rule is {rule.name!r}: choose one of {', '.join(RULES)}")
     if not 0 <= rule.smoothing < 1:
-        raise ValueError(f"gate smoothing {rule.smoothing}: must lie in [0, 1)")
+        raise ValueError(f"gate.smoothing is {rule.smoothing}: must lie in [0, 1)")
     if rule.name in ("plateau", "conflict") and rule.window < 1:
-        raise ValueError(f"gate window {rule.window} steps: must be at least 1")
+        raise ValueError(f"gate.window is {rule.window} steps: must be at least 1")
 
 
 def initial_gate(rule: GateRule) -> Gate:

@@ -1,6 +1,5 @@
 """What a run is made from, checked before anything is written: dataset, labels, recipe, and how long it is."""
 
-import functools
 import zlib
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ from memo_jax.data.batches import (
     training_batches,
 )
 from memo_jax.log import plural
-from memo_jax.training.gate import check_rule
 from memo_jax.training.monitor import Evaluation
 from memo_jax.training.positives import Positives
 from memo_jax.training.recipe import build_recipe, crop_numbers, has_loss_gate, reads_labels
@@ -55,13 +53,11 @@ def checked_inputs(config: configs.ConfigDict, evaluation: Evaluation | None) ->
     labels, label_note = labels_of(config, utterances)
     recipe = build_recipe(config, epoch_steps, 1 if labels is None else int(labels.max()) + 1, len(utterances))
     positives = Positives(config, utterances, epoch_steps) if config.positives.clusters else None
-    check_rule(recipe.gate_rule)
     if config.checkpoint.keep < 1:
         raise ValueError(f"checkpoint.keep is {config.checkpoint.keep}: at least 1 checkpoint must stay")
     devices = sharding.data_mesh().size
     if config.data.batch_size % devices:
         raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {devices} devices")
-    steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
     inputs = Inputs(
         utterances,
         labels,
@@ -69,10 +65,10 @@ def checked_inputs(config: configs.ConfigDict, evaluation: Evaluation | None) ->
         recipe,
         positives,
         epoch_steps,
-        total=steps(config, "total"),
-        save_every=max(steps(config.checkpoint, "every"), 1),
-        keep_every=steps(config.checkpoint, "keep_every"),
-        evaluate_every=max(steps(config.evaluation, "every"), 1),
+        total=configs.duration_in_steps(config, "total", epoch_steps),
+        save_every=configs.interval_in_steps(config, "checkpoint.every", epoch_steps),
+        keep_every=configs.duration_in_steps(config, "checkpoint.keep_every", epoch_steps),
+        evaluate_every=configs.interval_in_steps(config, "evaluation.every", epoch_steps),
     )
     batches_of(config, inputs, 0).close()  # checks the crops; reads nothing yet
     return inputs

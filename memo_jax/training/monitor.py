@@ -70,21 +70,30 @@ class Monitor:
         self.lasting: dict[str, float] = {}  # metrics of every row until they are replaced
         self._gate_closed = False
         self._pending = None  # number and metrics of the step whose metrics have not been read yet
-        self._collapse = CollapseWatch(config.collapse, config.model.prototypes)
+        self._collapse = CollapseWatch(config.collapse, config.model.prototypes, config.loss.targets)
         self._mark = time.perf_counter()
 
-    def starts_from(self, state: TrainState, untrained: dict | None = None) -> None:
-        """Notes the state before the first step of this start.
+    def starts_from(self, state: TrainState, untrained: dict) -> None:
+        """Notes the state before the first step of a run.
 
         Args:
           state: its gate is read.
-          untrained: the teachers' backbones at the beginning of a run. They are evaluated after the first step, so that
-            the two programs are not compiled at the same time.
+          untrained: the teachers' backbones. They are evaluated after the first step, so that the two programs are not
+            compiled at the same time.
         """
         self.goodput.started()
         self._gate_closed = bool(state.gate.closed)
-        if untrained and self.evaluation:
-            self.untrained = untrained
+        self.untrained = untrained if self.evaluation else None
+
+    def resumes_from(self, state: TrainState, kept: dict) -> None:
+        """Notes the state of a checkpoint, and what `kept` returned when it was saved."""
+        self.goodput.started()
+        self._gate_closed = bool(state.gate.closed)
+        self._collapse.steps = dict(kept["collapse"])
+
+    def kept(self) -> dict:
+        """Returns what a run that resumes needs to watch on as if it had not been interrupted, as JSON can hold it."""
+        return {"collapse": {name: steps for name, steps in self._collapse.steps.items() if steps}}
 
     @property
     def running(self) -> dict[str, jax.Array] | None:
@@ -158,6 +167,7 @@ class CollapseWatch:
 
     limits: object  # config.collapse
     prototypes: int
+    targets: str = "centered"  # config.loss.targets; without a centre its momentum is no remedy
     steps: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
@@ -165,17 +175,19 @@ class CollapseWatch:
         for name, value in metrics.items():
             if name.startswith(("loss", "gradient_norm")) and not math.isfinite(value):
                 raise TrainingStopped(f"step {step}: {name} is {value}. {TO_TRY}")
-        uniform = math.log(self.prototypes)
+        uniform, has_center = math.log(self.prototypes), self.targets == "centered"
         for name, value in metrics.items():
             kind = name.split("/")[0]
             bad, advice = {
                 "teacher_entropy": (
                     value > (1 - self.limits.min_entropy_gap) * uniform,
-                    "the teacher is uniform over the prototypes: lower teacher.temp or raise loss.center_momentum",
+                    "the teacher is uniform over the prototypes: lower teacher.temp"
+                    + (" or raise loss.center_momentum" if has_center else ""),
                 ),
                 "mean_teacher_entropy": (
                     value < self.limits.min_mean_entropy * uniform,
-                    "the teacher gives all utterances one prototype: raise teacher.temp or lower loss.center_momentum",
+                    "the teacher gives all utterances one prototype: raise teacher.temp"
+                    + (" or lower loss.center_momentum" if has_center else ""),
                 ),
                 "embedding_std": (
                     value < self.limits.min_embedding_std,

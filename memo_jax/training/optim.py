@@ -107,6 +107,22 @@ def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> o
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_adam(prototypes_from: int) -> optax.GradientTransformation:
+    """Returns Adam, which corrects for starting at zero: prototypes start only after `prototypes_from` steps."""
+    adam = optax.scale_by_adam()
+
+    def update(updates, state, params=None):
+        late = state._replace(count=jnp.maximum(state.count - prototypes_from, 0))
+        of_prototypes, _ = adam.update(updates, late, params)
+        of_others, state = adam.update(updates, state, params)
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, late, other: late if is_prototypes(path) else other, of_prototypes, of_others
+        )
+        return updates, state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
 def has_decay(params: Any) -> Any:
     """Returns a mask that is true where weight decay applies: not on biases and other 1-D parameters."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
@@ -135,7 +151,7 @@ def build_optimizer(
         once = optax.stateless(lambda updates, params: jax.tree.map(materialize_on_cpu, updates))
         body = [decay, optax.trace(sgd_momentum), once]
     elif name == "adamw":
-        body = [optax.scale_by_adam(), decay]
+        body = [scale_by_adam(schedules.prototypes_from), decay]
     else:
         raise ValueError(f"unknown optimizer {name!r}: choose sgd or adamw")
     rate = optax.scale_by_learning_rate(lambda step: materialize_on_cpu(schedules.learning_rate(step)))

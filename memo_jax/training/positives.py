@@ -20,7 +20,7 @@ from memo_jax.data.batches import Utterances, reference_batches
 from memo_jax.features import FRONT_ENDS
 from memo_jax.models import Variables
 from memo_jax.models.layers import l2_normalize
-from memo_jax.training.kmeans import nearest_other_centroid, spherical_kmeans
+from memo_jax.training.kmeans import MAX_ROWS, nearest_other_centroid, spherical_kmeans
 from memo_jax.training.state import TrainState, backbone_variables
 from memo_jax.training.step import Recipe
 from memo_jax.xla import sharding
@@ -47,13 +47,18 @@ class Positives:
 
     def __init__(self, config: configs.ConfigDict, utterances: Utterances, epoch_steps: int):
         self.config, self.utterances = config, utterances
-        self.first = configs.duration_in_steps(config.positives, "from", epoch_steps)
-        self.every = max(configs.duration_in_steps(config.positives, "every", epoch_steps), 1)
+        self.first = configs.duration_in_steps(config, "positives.from", epoch_steps)
+        self.every = configs.interval_in_steps(config, "positives.every", epoch_steps)
         self._embed = None
         if config.positives.clusters > len(utterances):
             raise ValueError(
                 f"positives.clusters is {config.positives.clusters}: more than the {len(utterances)} utterances of "
                 f"{utterances.path}"
+            )
+        if len(utterances) > MAX_ROWS:
+            raise ValueError(
+                f"positives.clusters: {utterances.path} has {len(utterances)} utterances, and at most {MAX_ROWS} can "
+                "be clustered"
             )
         self._references(ROWS, 0).close()  # checks the length
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from optax import constant_schedule
 
 from memo_jax import config as configs
 from memo_jax.audio import SAMPLE_RATE
@@ -19,7 +18,7 @@ from memo_jax.models.heads import DINOHead
 from memo_jax.training import optim
 from memo_jax.training.augment import CATEGORIES
 from memo_jax.training.front_end import Views, training_views
-from memo_jax.training.gate import GateRule
+from memo_jax.training.gate import RULES, GateRule, check_rule
 from memo_jax.training.step import LossWeights, Recipe
 from memo_jax.training.supervision import Supervision
 
@@ -38,6 +37,7 @@ POSITIVE = (
     "model.head_hidden",
     "model.head_bottleneck",
     "model.prototypes",
+    "optimizer.learning_rate",
     "loss.student_temp",
     "loss.contrastive_temperature",
     "supervised.scale",
@@ -47,6 +47,12 @@ POSITIVE = (
     "positives.iterations",
 )
 NOT_NEGATIVE = (
+    "split_above_megabytes",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "loss.self",
+    "loss.cross",
+    "loss.contrastive",
     "loss.mean_entropy",
     "loss.koleo",
     "loss.variance",
@@ -59,7 +65,11 @@ CHOICES = {
     "model.ecapa_remat": REMATS,
     "model.resnet_remat": REMATS,
     "features.front_end": FRONT_ENDS,
+    "model.dtype": ("float32", "bfloat16"),
     "loss.targets": ("centered", "sinkhorn"),
+    "loss.cross_head": ("cross", "self"),
+    "optimizer.name": ("sgd", "adamw"),
+    "gate.rule": RULES,
     "teacher.view": ("global", "clean"),
     "positives.cluster": ("nearest", "own"),
 }
@@ -121,6 +131,13 @@ def check_ranges(config: configs.ConfigDict) -> None:
             value = (config[group] if group else config)[name]
             if not fits(value):
                 raise ValueError(f"{key} is {value}: must be {wanted}")
+    for kind in CATEGORIES:
+        key, snr = f"augment.{kind}_snr_db", config.augment[f"{kind}_snr_db"]
+        if len(snr) != 2 or not snr[0] <= snr[1]:
+            raise ValueError(f"{key} is {snr}: give the lowest and the highest, in dB")
+    clean, both = config.augment.clean, config.augment.both
+    if clean < 1 and clean + both > 1 + 1e-6:  # two shares that are rounded
+        raise ValueError(f"augment.clean is {clean} and augment.both {both}: together they must be at most 1")
     if not 0 <= config.augment.masked_bins <= MEL_BINS:
         raise ValueError(f"augment.masked_bins is {config.augment.masked_bins}: must be 0 to {MEL_BINS}")
     if not 0 <= config.supervised.margin <= math.pi / 2:
@@ -183,10 +200,6 @@ def build_branches(config: configs.ConfigDict, speakers: int = 1) -> dict[str, B
     model, names = config.model, tuple(config.model.branches)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"model.branches {names}: name at least one backbone, each once")
-    if config.loss.cross_head not in ("cross", "self"):
-        raise ValueError(f"loss.cross_head {config.loss.cross_head!r}: choose cross or self")
-    if model.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"model.dtype {model.dtype!r}: choose float32 or bfloat16")
     dtype = jnp.dtype(model.dtype)
     blocks = len(model.ecapa_channels) - 2
     arguments = {
@@ -243,25 +256,25 @@ def build_recipe(config: configs.ConfigDict, epoch_steps: int, speakers: int = 1
     Raises:
       ValueError: a value that cannot work; the message names its key.
     """
-    steps = functools.partial(configs.duration_in_steps, steps_per_epoch=epoch_steps)
-    total = steps(config, "total")
+    check_ranges(config)
+    steps = functools.partial(configs.duration_in_steps, config, steps_per_epoch=epoch_steps)
+    total = steps("total")
     if total < 1:
         raise ValueError("the run has no steps: set total_epochs or total_steps above 0")
-    warmup, regularizes = steps(config.loss, "regularizer_warmup"), config.loss.variance or config.loss.covariance
     schedules = optim.Schedules(
         optim.cosine_learning_rate(
             optim.scaled_learning_rate(config.optimizer.learning_rate, config.data.batch_size),
             config.optimizer.end_learning_rate,
-            min(steps(config.optimizer, "warmup"), total),
+            min(steps("optimizer.warmup"), total),
             total,
         ),
         optim.cosine_momentum(config.teacher.momentum, config.teacher.end_momentum, total),
         optim.epoch_teacher_temp(
             config.teacher.temp, config.teacher.end_temp, config.teacher.temp_warmup_epochs, epoch_steps
         ),
-        steps(config.optimizer, "freeze_prototypes"),
-        optim.rising_margin(config.supervised.margin, steps(config.supervised, "margin_warmup")),
-        optim.rising_regularization(config.loss.regularizer_start, warmup) if regularizes else constant_schedule(1.0),
+        steps("optimizer.freeze_prototypes"),
+        optim.rising_margin(config.supervised.margin, steps("supervised.margin_warmup")),
+        optim.rising_regularization(config.loss.regularizer_start, steps("loss.regularizer_warmup")),
     )
     optimizer = optim.build_optimizer(
         config.optimizer.name,
@@ -274,12 +287,13 @@ def build_recipe(config: configs.ConfigDict, epoch_steps: int, speakers: int = 1
     rule = GateRule(
         gate.rule,
         gate.smoothing,
-        steps(gate, "window"),
-        steps(gate, "min"),
+        steps("gate.window"),
+        steps("gate.min"),
         gate.min_improvement,
         gate.min_alignment,
-        steps(gate, "stop"),
+        steps("gate.stop"),
     )
+    check_rule(rule)
     supervised = config.supervised
     supervision = Supervision(
         supervised.weight,

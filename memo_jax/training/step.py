@@ -412,7 +412,8 @@ def contrastive_gradient(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the contrastive loss, its gradient at the embeddings [V, B, D], and the alignment of the two gradients.
 
-    `distillation_gradient` is that of the distillation loss at the same embeddings. Once the gate has closed, all three
+    `distillation_gradient` is that of the distillation loss, with the regularisers of its heads, at the same
+    embeddings. Once the gate has closed, all three
     are zero and nothing is computed: the term is skipped, not multiplied by zero.
     """
 
@@ -541,6 +542,7 @@ def update_branch(
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
 
+    of_heads = cotangent[0]  # of the distillation loss, with the regularisers of its heads
     if weights.koleo:
         others["koleo"], at_embeddings = jax.value_and_grad(koleo_loss)(embeddings, weights)
         cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
@@ -554,7 +556,7 @@ def update_branch(
     contrastive = None
     if recipe.is_contrastive:
         loss, gradient, cosine = contrastive_gradient(
-            embeddings[0], teachers[name].embeddings, cotangent[0], state.gate.closed, weights, views.shared, labels
+            embeddings[0], teachers[name].embeddings, of_heads, state.gate.closed, weights, views.shared, labels
         )
         contrastive = loss, cosine
         cotangent[0] = cotangent[0] + gradient

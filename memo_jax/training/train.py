@@ -64,7 +64,7 @@ def train(
         checkpoints.
       evaluation: tests the teachers while training; `inference.evaluate.training_evaluation(config)`.
       start: parts of networks of the model file or workdir that `config.init` names, as in `program.create_state`;
-        `inference.workdir.starting_parts(config)`.
+        `inference.workdir.starting_parts(config)`. A run that resumes needs none.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
       profile: steps that the first process profiles into <workdir>/profile.
       quiet: show no progress.
@@ -75,8 +75,6 @@ def train(
       OSError: the dataset, a bank or the workdir cannot be read or written, or another process trains in the workdir.
       StopRequested: one of the processes received SIGTERM; the state has been saved.
     """
-    if config.init and not start:
-        raise ValueError(f"init is {config.init}, but train() was given no network to start from")
     workdir, inputs = as_path(workdir), checked_inputs(config, evaluation)
     check_bucket(workdir)
     end = inputs.total if stop_at_step is None else min(stop_at_step, inputs.total)
@@ -85,9 +83,12 @@ def train(
         stop = stack.enter_context(processes.StopRequest())
         lock = processes.in_first(lambda: stack.enter_context(exclusive(workdir, inside=True)))
         begin = check_same_run(workdir, config, inputs)
+        if config.init and not start and not begin:
+            raise ValueError(f"init is {config.init}, but train() was given no network to start from")
         profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profile, begin, end, active=first)))
         banks = load_augmentation_banks(config)
-        processes.check_agreement(agreed_inputs(config, inputs, banks))
+        steps = {"the latest checkpoint": str(begin), "the step to stop at": str(end)}
+        processes.check_agreement(agreed_inputs(config, inputs, banks) | steps)
         interrupts.check()
         feed = stack.enter_context(Feed(config, inputs, mesh, banks, begin, compiles=begin < end))
         if first:  # only now: a config that cannot work claims no workdir
@@ -102,7 +103,10 @@ def train(
         monitor = Monitor(
             config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
         )
-        monitor.starts_from(state, teacher_backbones(state) if begin == 0 else None)
+        if begin:
+            monitor.resumes_from(state, load_extra(workdir))
+        else:
+            monitor.starts_from(state, teacher_backbones(state))
         feed.open(state, monitor)
         for number in range(begin + 1, end + 1):
             state = take_step(number, state, inputs, feed, monitor, profiler)
@@ -148,11 +152,11 @@ def save(
     number: int, state: TrainState, inputs: Inputs, checkpoints: Checkpointer, monitor: Monitor, lock: Lock | None
 ) -> None:
     """Saves the state after step `number`; the first process, which has the lock, checks that it still does."""
-    with monitor.goodput.counting("checkpoint"):
+    with monitor.between_steps("checkpoint"):
         if lock:
             lock.check()
         monitor.log.upload()  # so that a run resumed from there has all rows up to it
-        checkpoints.save(number, state, data_identity(inputs) | {"version": __version__})
+        checkpoints.save(number, state, data_identity(inputs) | monitor.kept() | {"version": __version__})
 
 
 def with_new_loss_gate(
@@ -315,6 +319,11 @@ def announcement(
         f"augmentation: {bank_text}",
     ]
     lines += filter(None, (inputs.label_note, start_note))
+    if inputs.positives and inputs.positives.first >= inputs.total:
+        lines.append(
+            f"positives.clusters is set, but partners would first be drawn after step {inputs.positives.first}: lower "
+            "positives.from_epochs or positives.from_steps to have any"
+        )
     if extended_from:
         lines.append(
             f"extended from {extended_from} to {inputs.total} steps: the schedules span the new length from step "

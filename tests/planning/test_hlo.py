@@ -125,5 +125,5 @@ def test_collectives_of_a_program_for_a_gpu():
         '%d = f32[8]{0} all-reduce-done(%r), backend_config={"reification_cost":[]}',
     )
     assert collectives(program) == {"all-reduce": (1, 32), "reduce-scatter": (1, 24)}
-    assert collective_seconds(program, H100, 8) == pytest.approx(26.5e-6 + 24 * 7 / 8 / 450e9)
+    assert collective_seconds(program, H100, 8) == pytest.approx(26.5e-6 + 24 * 7 / 450e9)
     assert estimated_seconds(program, H100) == 0

@@ -143,9 +143,9 @@ def test_gate_resumes_from_its_saved_state(name):
     "rule, message",
     [
         (GateRule("plato"), "'plato'.*plateau, conflict, step, always, never"),
-        (GateRule("plateau", smoothing=1.0), "smoothing 1.0"),
-        (GateRule("plateau", smoothing=-0.1), "smoothing -0.1"),
-        (GateRule("conflict", window=0), "window 0"),
+        (GateRule("plateau", smoothing=1.0), "gate.smoothing is 1.0"),
+        (GateRule("plateau", smoothing=-0.1), "gate.smoothing is -0.1"),
+        (GateRule("conflict", window=0), "gate.window is 0"),
     ],
 )
 def test_rules_that_cannot_work_are_refused(rule, message):

@@ -39,6 +39,9 @@ def test_a_run_starts_from_the_network_of_a_model_file(model_file, tmp_path):
     trained = [workdir_model(tmp_path / "run", "resnet", "student", step) for step in (0, 2)]
     moved = [np.abs(a - b).max() for a, b in zip(*(jax.tree.leaves(m.variables["params"]) for m in trained))]
     assert 0 < max(moved) < 0.1, "the run took its first steps from there"
+    path.unlink()  # a run that resumes has all in its checkpoint
+    status, text = tiny.train_here(tmp_path / "run", f"--init={path}", "--stop-at-step=3")
+    assert status == 0 and "resumed after step 2" in text, text
 
 
 def test_a_model_file_of_another_network_is_refused(model_file, tmp_path):

@@ -54,6 +54,14 @@ def test_a_collapse_stops_the_run_and_says_what_to_try(tmp_path):
     assert saved_steps(tmp_path) == []
 
 
+def test_a_resumed_run_goes_on_counting(tmp_path):
+    """Else a run that is interrupted often enough would never be stopped."""
+    settings = ("collapse.min_embedding_std=1.5", "collapse.patience_steps=4")
+    assert tiny.train_here(tmp_path, *settings, "--stop-at-step=2")[0] == 0
+    status, text = tiny.train_here(tmp_path, *settings)
+    assert status == 3 and "step 4: collapsed" in text and "for 4 steps" in text, text
+
+
 def test_each_indicator_of_collapse_must_be_bad_for_long_without_a_break():
     limits = tiny.tiny_config("collapse.patience_steps=3").collapse
     uniform = np.log(64)
@@ -73,6 +81,9 @@ def test_each_indicator_of_collapse_must_be_bad_for_long_without_a_break():
             watch.check(step, good | {name: value})
         with pytest.raises(monitor.TrainingStopped, match=f"step 6: collapsed; {name}"):
             watch.check(6, good | {name: bad})
+    watch = monitor.CollapseWatch(limits, 64, "sinkhorn", {"teacher_entropy/self/a": 2})  # as a resumed run
+    with pytest.raises(monitor.TrainingStopped, match="lower teacher.temp$"):
+        watch.check(6, good | {"teacher_entropy/self/a": 0.9999 * uniform})
     for name in ("loss", "loss/self/a", "gradient_norm"):
         with pytest.raises(monitor.TrainingStopped, match=f"step 1: {name} is inf"):
             monitor.CollapseWatch(limits, 64).check(1, good | {name: np.inf})

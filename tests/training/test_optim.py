@@ -154,10 +154,11 @@ def test_frozen_prototypes_and_all_that_is_kept_for_them_stay_as_they_were(name)
     assert not any(np.array_equal(now, before) for now, before in zip(after, start, strict=True))
 
 
-def test_prototypes_start_as_if_the_frozen_steps_had_not_been():
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_prototypes_start_as_if_the_frozen_steps_had_not_been(name):
     """Training them from step 3 equals training them from step 0 on the later gradients alone (constant rate)."""
     build = lambda until: optim.build_optimizer(  # noqa: E731
-        "sgd", constant_schedules(until), weight_decay=DECAY, clip_norm=CLIP
+        name, constant_schedules(until), weight_decay=DECAY, clip_norm=CLIP
     )
     params, gradients = tensors(0), [tensors(step + 1) for step in range(7)]
     late = trained(build(3), params, gradients)[-1][0]

@@ -135,6 +135,11 @@ def test_until_the_first_draw_a_run_is_the_one_without_positives(run, tmp_path):
     assert rows[-1]["positives/same_speaker"] == pytest.approx((speakers == speakers[table])[others].mean())
 
 
+def test_partners_that_no_step_would_see_are_announced(tmp_path):
+    text = train(tmp_path, *SETTINGS, "positives.from_steps=99", "--stop-at-step=1")
+    assert "partners would first be drawn after step 99: lower positives.from_epochs" in text
+
+
 @pytest.mark.parametrize("stops", [(5,), (4, 6, 8)])
 def test_a_run_stopped_before_at_or_after_a_draw_resumes_exactly(run, tmp_path, stops):
     for stop in stops:
