@@ -522,7 +522,12 @@ def parts_of(options) -> dict:
         dtype = name.partition(",")[0]
         parts[f"torch/{name}"] = functools.partial(torch_step, dtype=dtype, arguments=arguments)
     parts |= {"trace": trace, "plan": plan, "training": training}
-    return {name: part for name, part in parts.items() if re.search(options.parts, name)}
+    return parts
+
+
+def chosen(options) -> list[str]:
+    """Names of the parts to run."""
+    return [name for name in parts_of(options) if re.search(options.parts, name)]
 
 
 def step_at(options, *, dtype: str, batch: int) -> dict:
@@ -572,7 +577,7 @@ def run_all(options, arguments: list[str]) -> int:
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",  # of a GPU's memory; the default is 0.75
     } | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    for number, name in enumerate(parts := [n for n in parts_of(options) if not part_file(options, n).is_file()]):
+    for number, name in enumerate(parts := [n for n in chosen(options) if not part_file(options, n).is_file()]):
         remaining = end - time.monotonic()
         if remaining <= 0:
             break
@@ -601,14 +606,15 @@ def run_all(options, arguments: list[str]) -> int:
     else:
         left = False
     results = write_results(options)
-    print(f"{options.output / 'results.md'}: {len(results)} of {len(parts_of(options))} parts done")
+    done = [name for name in chosen(options) if name in results]
+    print(f"{options.output / 'results.md'}: {len(done)} of {len(chosen(options))} parts done")
     if left:
         say(f"{options.minutes:g} minutes are over: the same command continues with {parts[number]}")
         return GO_ON
     wrong = [
         name
-        for name, result in results.items()
-        if result.get("passed") is False or ("error" in result and not result.get("out_of_memory"))
+        for name in done
+        if results[name].get("passed") is False or ("error" in results[name] and not results[name].get("out_of_memory"))
     ]
     for name in wrong:
         say(f"{name}: {summary(results[name])} (see {part_file(options, name).with_suffix('.log')})")

@@ -21,7 +21,8 @@ from scipy.signal import fftconvolve
 
 from memo_jax.audio import SAMPLE_RATE, is_audio_name, read_audio
 from memo_jax.data.batches import Utterances
-from memo_jax.scoring.trials import read_trials
+from memo_jax.data.trial_lists import write_trials
+from memo_jax.scoring.trials import name_without_extension, read_trials
 
 SNR_DB = (5.0, 20.0)
 
@@ -50,7 +51,7 @@ def degraded(wave: np.ndarray, noises: list[np.ndarray], rooms: list[np.ndarray]
 
 def flac_name(name: str, degrade: bool) -> str:
     """Returns what a recording is called in the output folder."""
-    return str(Path(name).with_suffix(".degraded.flac" if degrade else ".flac"))
+    return name_without_extension(name) + (".degraded.flac" if degrade else ".flac")
 
 
 def main(arguments=None) -> int:
@@ -64,6 +65,10 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     try:
         dataset, trials = Utterances(options.data), read_trials(options.trials)
+        trials.require_both_kinds()
+        names = {flac_name(name, False) for name in trials.recordings}
+        if len(names) < len(trials.recordings):
+            raise ValueError(f"{options.trials}: names of recordings differ only in their extensions")
         noises, rooms = recordings_below(options.noise), recordings_below(options.rirs)
         rows = {name: row for row, name in enumerate(dataset.names)}
         for name in trials.recordings:
@@ -76,8 +81,7 @@ def main(arguments=None) -> int:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 soundfile.write(path, degraded(wave, noises, rooms, rng) if degrade else wave, SAMPLE_RATE)
         lines = zip(trials.target, trials.enrol, trials.test)
-        text = "".join(f"{int(t)} {flac_name(a, False)} {flac_name(b, True)}\n" for t, a, b in lines)
-        (options.output / "trials.txt").write_text(text)
+        write_trials(options.output / "trials.txt", [(t, flac_name(a, False), flac_name(b, True)) for t, a, b in lines])
     except (ValueError, OSError) as error:
         print(f"degrade.py: error: {error}", file=sys.stderr)
         return 2

@@ -361,6 +361,12 @@ def run_embed(options: argparse.Namespace) -> int:
     check_writable(check_output_name(options.output))
     embedder = load_embedder(options)
     from memo_jax.inference.embed_recordings import embed_recordings, embedding_text
+    from memo_jax.inference.embedder import MIN_SECONDS
+
+    if embedder.runtime == "onnx" and options.min_seconds < MIN_SECONDS:
+        raise ValueError(
+            f"--min-seconds below {MIN_SECONDS} needs --runtime jax: ONNX graphs are not made for so little"
+        )
 
     report = embed_recordings(
         embedder, options.input, options.output, min_seconds=options.min_seconds, window=options.window, hop=options.hop
@@ -472,7 +478,7 @@ def run_app(options: argparse.Namespace) -> None:
     if options.gallery is not None:
         from memo_jax.scoring.embedding_file import check_output_name
 
-        check_writable(check_output_name(options.gallery))
+        check_writable(check_output_name(options.gallery, gallery=True))
     from memo_jax.app.page import serve
 
     embedder = load_embedder(options, options.gallery)
@@ -496,9 +502,16 @@ def run_export(options: argparse.Namespace) -> None:
     from memo_jax.inference.export import check_outputs, export
 
     check_outputs(options.output)
+    of_onnx = {"onnx-input": options.onnx_input, "onnx-runtime": options.onnx_runtime}
+    of_onnx |= {"other-front-end": options.other_front_end}
+    if not any(output.suffix.lower() == ".onnx" for output in options.output):
+        for name in (name for name, value in of_onnx.items() if value):
+            raise ValueError(f"--{name} is for an ONNX file: give an --output that ends in .onnx")
+    if options.onnx_runtime and options.onnx_input == "waveform":
+        raise ValueError(f"--onnx-runtime {options.onnx_runtime} takes features: leave out --onnx-input waveform")
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)
     onnx_options = {
-        "inputs": "feats" if options.onnx_runtime else options.onnx_input,
+        "inputs": "feats" if options.onnx_runtime else options.onnx_input or "waveform",
         "weights": options.weights,
         "runtime": options.onnx_runtime,
         "other_front_end": options.other_front_end,

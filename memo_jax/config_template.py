@@ -76,6 +76,5 @@ def write_config(name: str, output: str | os.PathLike | None = None) -> Path:
         raise ValueError(f"{path}: the name of a config file ends in .py")
     if path.exists():
         raise FileExistsError(f"{path} exists already: choose another name with --output")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return path

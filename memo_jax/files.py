@@ -158,6 +158,8 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
             yield partial
         return
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target is path:  # a link into a missing folder is more likely a mistake
+        make_folder(path.parent)
     partial = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
         yield partial
@@ -219,7 +221,10 @@ def check_writable(path: str | os.PathLike) -> None:
         raise IsADirectoryError(f"{path} is a folder: give the name of a file")
     if path.exists() and not path.is_file():
         return  # a device or a pipe
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent}: no such folder, where a link leads to")
     folder = next(folder for folder in path.parents if folder.exists())  # those below it can be created
     try:
         with tempfile.TemporaryFile(dir=folder):

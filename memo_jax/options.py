@@ -83,7 +83,7 @@ def network_options() -> argparse.ArgumentParser:
     options.add_argument(
         "--branch",
         metavar="NAME[,NAME]",
-        help="workdirs only: which backbone, or several as one network with their mean score, such as ecapa,resnet "
+        help="of a workdir: which backbone, or several as one network with their mean score, such as ecapa,resnet "
         "(default: ecapa, or the first)",
     )
     options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
@@ -614,8 +614,7 @@ def add_export(command: Command) -> None:
     added.add_argument(
         "--onnx-input",
         choices=("waveform", "feats"),
-        default="waveform",
-        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: %(default)s)",
+        help="of an ONNX file: waveforms at 16 kHz, or features of the model's front end (default: waveform)",
     )
     added.add_argument(
         "--weights",

@@ -13,6 +13,8 @@ from memo_jax.files import check_local
 from memo_jax.inference.evaluate import RATES, evaluate, training_evaluation
 from memo_jax.inference.workdir import starting_parts
 from memo_jax.log import read_metrics
+from memo_jax.scoring.score import read_scores
+from memo_jax.scoring.trials import read_trials
 from memo_jax.training.checkpoint import load_state
 from memo_jax.training.monitor import TIMES
 from memo_jax.training.run_record import read_run
@@ -84,7 +86,7 @@ def reproduce(
             if evaluated["step"] and evaluated["step"] not in saved_steps(output):
                 found["missing"].append(f"{name}, of step {evaluated['step']}, whose checkpoint is not kept")
             else:
-                found["evaluations"] |= evaluate_again(evaluated, output, name, again, quiet)
+                found["evaluations"] |= evaluate_again(evaluated, run, output, name, again, quiet)
     found["identical"] = not (found["metrics"] or found["parameters"] or found["evaluations"] or found["missing"])
     return found
 
@@ -129,8 +131,13 @@ def compare_parameters(run: Path, output: Path, step: int) -> dict[str, float]:
     return differences
 
 
-def evaluate_again(old: dict, output: Path, name: str, config: configs.ConfigDict, quiet: bool) -> dict[str, float]:
-    """Returns {rate of an evaluation: absolute difference} for the rates that differ on the new run."""
+def evaluate_again(
+    old: dict, run: Path, output: Path, name: str, config: configs.ConfigDict, quiet: bool
+) -> dict[str, float]:
+    """Returns {rate of an evaluation: absolute difference} for the rates that differ on the new run.
+
+    Of a list without labels, it is the largest difference of a score.
+    """
     made = output / name / "results.json"
     if not made.exists():
         data = old["data"] if Path(old["data"]).exists() else config.evaluation.data
@@ -143,13 +150,17 @@ def evaluate_again(old: dict, output: Path, name: str, config: configs.ConfigDic
             role=old["role"],
             step=old["step"],
             crops=old["crops"],
-            crop_seconds=old["crop_seconds"],
-            enrollments=old["enrollments"],
+            crop_seconds=old.get("crop_seconds", 4.0),
+            enrollments=old.get("enrollments"),
             replicates=0,
             quiet=quiet,
         )
     new = json.loads(made.read_text(encoding="utf-8"))
-    return {f"{name}: {rate}": abs(new[rate] - old[rate]) for rate in RATES if rate in old and new[rate] != old[rate]}
+    if "eer" not in old:
+        trials = read_trials(old["trial_list"], old.get("enrollments"))
+        one, other = (read_scores(folder / name / "scores.txt", trials) for folder in (run, output))
+        return {} if np.array_equal(one, other) else {f"{name}: scores": float(np.abs(one - other).max())}
+    return {f"{name}: {rate}": abs(new[rate] - old[rate]) for rate in RATES if new[rate] != old[rate]}
 
 
 def environment_differences(run: Path, output: Path) -> list[str]:

@@ -48,6 +48,15 @@ class FakeHub:
             def do_GET(self):
                 path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
                 hub.requests.append((self.command, path))
+                match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/main", path)
+                if match and match[1] in hub.repositories:
+                    files = hub.repositories[match[1]][-1]
+                    return self.answer_json(
+                        [
+                            {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                            for name, body in files.items()
+                        ]
+                    )
                 match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
                 if match is None:
                     return self.missing("RepoNotFound")
@@ -97,6 +106,8 @@ class FakeHub:
                     row = json.loads(line)
                     if row["key"] == "file":
                         files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+                    elif row["key"] == "deletedFile":
+                        files.pop(row["value"]["path"])
                 hub.repositories[repository].append(files)
                 number = len(hub.repositories[repository]) - 1
                 url = f"{hub.url}/{repository}/commit/{hub.commit(number)}"

@@ -89,6 +89,20 @@ def test_changed_parameters_and_rates_are_reported(run, again, tmp_path):
     assert found["evaluations"] == {"test: eer": pytest.approx(3)} and not found["metrics"]
 
 
+def test_changed_scores_of_a_list_without_labels_are_reported(run, again, tmp_path):
+    workdir, output = changed(run, tmp_path, again)
+    lines = (workdir / "pairs" / "scores.txt").read_text().splitlines()
+    score, *names = lines[3].split("\t")
+    lines[3] = "\t".join([f"{float(score) - 0.25:.6f}", *names])
+    (workdir / "pairs" / "scores.txt").write_text("\n".join(lines) + "\n")
+    results = json.loads((workdir / "pairs" / "results.json").read_text())
+    old = {key: value for key, value in results.items() if key not in ("crop_seconds", "enrollments")}
+    (workdir / "pairs" / "results.json").write_text(json.dumps(old))  # as earlier versions wrote it
+    status, text = tiny.here("reproduce", workdir, "--output", output, "--json")
+    found = json.loads(text[text.index("{") :])
+    assert status == 1 and found["evaluations"] == {"pairs: scores": pytest.approx(0.25)}
+
+
 def test_only_what_both_runs_have_is_compared(run, again, tmp_path):
     """A run that was interrupted has evaluated elsewhere, and a checkpoint that was evaluated may be gone."""
     workdir, output = changed(run, tmp_path, again)

@@ -10,6 +10,7 @@ from memo_jax.app.people_map import Voice, map_html
 from memo_jax.audio import AudioError, read_audio, speech_of
 from memo_jax.files import one_line
 from memo_jax.inference.embedder import Embedder
+from memo_jax.inference.gallery import Gallery
 from memo_jax.log import plural
 from memo_jax.scoring.metrics import unit_norm
 
@@ -58,12 +59,15 @@ class Answers:
         """The path of a recording → (HTML of who speaks, the page's recordings)."""
         name = "Unknown voice"
         kept = {key: row for key, row in current.items() if key != name}
-        if not len(self.embedder.gallery):
+        gallery, problem = self._gallery()
+        if problem:
+            return problem, kept
+        if not len(gallery):
             return notice("Nobody is enrolled yet. Enrol people first, then ask who speaks."), kept
         row, problem = self._embedded(path, "Recording")
         if problem:
             return problem, kept
-        nearest, score = self.embedder.gallery.ranking(row)[0]
+        nearest, score = gallery.ranking(row)[0]
         known = score >= self.embedder.threshold
         verdict = f"This is {nearest}" if known else "Nobody who is enrolled"
         return self._scored(verdict, score, known, "" if known else f"nearest: {nearest}"), kept | {name: row}
@@ -93,6 +97,7 @@ class Answers:
             return notice("Choose whom to remove.")
         try:
             with self._changing:
+                self.embedder.reload_gallery()
                 self.embedder.remove(name)
         except (ValueError, OSError) as error:
             return notice(one_line(error))
@@ -100,13 +105,22 @@ class Answers:
 
     def people(self) -> list[str]:
         """Names of everybody enrolled."""
-        return list(self.embedder.gallery.names)
+        return list(self._gallery()[0].names)
 
     def map(self, current: Current) -> str:
         """HTML of the map of people and of the page's recordings."""
-        gallery = self.embedder.gallery
+        gallery = self._gallery()[0]
         voices = [Voice(name, row, True) for name, row in zip(gallery.names, gallery.directions)]
         return map_html(voices + [Voice(name, row, False) for name, row in current.items()])
+
+    def _gallery(self) -> tuple[Gallery, str | None]:
+        """Returns the gallery as its file has it now, and None; or as it was, and HTML of why it cannot be read."""
+        try:
+            with self._changing:
+                self.embedder.reload_gallery()
+        except (ValueError, OSError) as error:
+            return self.embedder.gallery, notice(one_line(error))
+        return self.embedder.gallery, None
 
     def _embedded(self, path, name) -> tuple[np.ndarray | None, str | None]:
         """Returns (embedding, None), or (None, HTML of what is wrong with the recording)."""

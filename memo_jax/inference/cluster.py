@@ -222,7 +222,6 @@ def cluster_to_table(
             "labelled": len(speakers),
             "speakers": len(set(speakers)),
         }
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
     write_clusters(output, embeddings.names, assignment)
     if figure is not None:
         Path(figure).parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from memo_jax.features import FRONT_ENDS
 from memo_jax.files import check_writable, is_zip, one_line, replacing
 from memo_jax.inference import interop
 from memo_jax.inference.model_file import ENSEMBLE, Model, model_of_backbone, write_model
-from memo_jax.models import parameter_count
+from memo_jax.models import SPEAKER_HEAD, parameter_count
 from memo_jax.version import __version__
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -132,12 +132,17 @@ def _check_stride(kind: str, name: str, backbone: nn.Module) -> None:
 
 
 def speaker_net_of_branches(variables: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensors]:
-    """Returns {role: {backbone: variables}} as the MeMo authors save it: {"teacher_ecapa": {name: array}, …}."""
-    return {
-        f"{role}_{backbone}": {f"module.{name}": x for name, x in interop.branch_to_torch(branch, backbone).items()}
-        for role, branches in variables.items()
-        for backbone, branch in branches.items()
-    }
+    """Returns {role: {backbone: variables}} as the MeMo authors save it: {"teacher_ecapa": {name: array}, …}.
+
+    Heads that compare embeddings with known speakers are left out: the authors have none.
+    """
+    networks = {}
+    for role, branches in variables.items():
+        for backbone, branch in branches.items():
+            params = {part: tree for part, tree in branch["params"].items() if part != SPEAKER_HEAD}
+            named = interop.branch_to_torch(dict(branch) | {"params": params}, backbone)
+            networks[f"{role}_{backbone}"] = {f"module.{name}": x for name, x in named.items()}
+    return networks
 
 
 def networks_of(tensors: Mapping[str, np.ndarray | Unusable]) -> dict[str, Tensors]:
@@ -385,23 +390,31 @@ def convert_back(
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(interop.TOOLKITS)}")
     check_tensors_output(output)
     whole = kind == "speaker-net" and os.path.isdir(source) and branch is None and role is None
+    if whole and step == 0:
+        raise ValueError(f"{source}: of the untrained networks, only one can be converted: add --branch")
+    if whole:
+        config, loaded = workdir_config(source), load_state(source, step, only=["student", "teacher"])
+        front_end = config.features.front_end
+    else:
+        loaded = load_model(source, branch=branch, role=role, step=step)
+        front_end = loaded.front_end
     try:
         if whole:
-            config = workdir_config(source)
             for name, one in build_branches(config).items():
                 _check_stride(kind, name, one.backbone)
-            front_end = config.features.front_end
-            tensors = speaker_net_of_branches(load_state(source, step, only=["student", "teacher"]))
+            tensors = speaker_net_of_branches(loaded)
         else:
-            loaded = load_model(source, branch=branch, role=role, step=step)
-            front_end = loaded.front_end
             tensors = model_to_torch(loaded, kind)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     path = write_tensors(output, tensors, {FRONT_END_KEY: front_end})
     if whole:
-        return f"speaker-net {', '.join(tensors)}, with heads; their input is {front_end}\n{output}"
-    lines = [f"{kind} {loaded.backbone}, {len(tensors)} tensors; its input is {front_end}", f"{output}"]
+        lines = [
+            f"speaker-net {', '.join(tensors)}, with their projection heads; their input is {front_end}",
+            f"{output}",
+        ]
+    else:
+        lines = [f"{kind} {loaded.backbone}, {len(tensors)} tensors; its input is {front_end}", f"{output}"]
     theirs = interop.FRONT_END_OF_KIND[kind]
     if theirs != front_end:
         lines.insert(1, f"{kind} itself computes {theirs}: embeddings there need {front_end} as input")

@@ -19,6 +19,7 @@ from memo_jax.inference.model_file import (
     check_finite,
     check_threshold,
     is_never_known,
+    members_of,
     other_precision,
     read_decision,
     read_model,
@@ -112,10 +113,8 @@ class Embedder:
         self.threshold_source = UNTUNED if self.decision is None else self.decision.source
         self.apply = onnx_function(model) if self.runtime == "onnx" else model.function
         self._gallery_path = gallery
-        if gallery is not None and os.path.exists(gallery):
-            self.gallery = Gallery.load(gallery, self.fingerprint, self.dimension)
-        else:
-            self.gallery = Gallery(self.fingerprint)
+        self.gallery = Gallery(self.fingerprint)
+        self.reload_gallery()
 
     @classmethod
     def load(
@@ -137,7 +136,7 @@ class Embedder:
           path: workdir, possibly gs://…, a file that `memo-jax export` or `memo-jax convert` wrote, or
             "hf:org/name@revision" (`hub`). None is the network that comes with the package.
           branch: of a workdir: which backbone; "ecapa" by default, or the first. "ecapa,resnet" is both as one
-            network, whose score is the mean of theirs.
+            network, whose score is the mean of theirs. Of a file with such a network: one of its backbones.
           role: of a workdir: "teacher" (the moving average, default) or "student".
           step: of a workdir: which checkpoint; the latest by default, 0 is the untrained network.
           gallery: file (npz or parquet) of enrolled people; read if it exists, written at every enrolment.
@@ -242,6 +241,20 @@ class Embedder:
         """
         return None if self.decision is None else self.decision.probability(score, prior)
 
+    def reload_gallery(self) -> None:
+        """Reads the gallery's file again, if it has one: others may have changed it.
+
+        Raises:
+          OSError, ValueError: as for `Gallery.load`.
+        """
+        if self._gallery_path is not None:
+            there = os.path.exists(self._gallery_path)
+            self.gallery = (
+                Gallery.load(self._gallery_path, self.fingerprint, self.dimension)
+                if there
+                else Gallery(self.fingerprint)
+            )
+
     def enroll(self, name: str, recordings: AnyRecording | Iterable[AnyRecording], rate: int | None = None) -> None:
         """Adds a person to the gallery with one recording or several.
 
@@ -252,6 +265,7 @@ class Embedder:
           ValueError: the name is taken or not possible, there is no recording, or one cannot be used (see `embed`).
           OSError: the file cannot be read or written, or another process holds it (LockedError).
         """
+        self.reload_gallery()
         self.gallery.check_new_name(name)
         embeddings = np.atleast_2d(self.embed(recordings, rate))
         if self._gallery_path is None:
@@ -349,13 +363,18 @@ def load_model(
         return model
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such workdir or model file")
-    if given:
-        raise ValueError(f"{path} is a file with a single network: --{given[0]} is for workdirs")
     if is_zip(path):
         from memo_jax.inference.export import read_program
 
-        return read_program(path)
-    return read_model(path, is_known)
+        model = read_program(path)
+    else:
+        model = read_model(path, is_known)
+    if not given:
+        return model
+    members = {member.backbone: member for member in members_of(model)}
+    if given == ["branch"] and len(members) > 1 and branch in members:
+        return members[branch]
+    raise ValueError(f"{path} is a file of {' and '.join(members)}: --{given[0]} is for workdirs, which have more")
 
 
 def check_embedding(name: str, embedding: np.ndarray) -> None:

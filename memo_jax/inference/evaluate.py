@@ -189,7 +189,7 @@ class Crops:
 
 
 def evaluate(
-    model: str | os.PathLike | None,
+    model: str | os.PathLike,
     data: str | os.PathLike,
     trials: str | os.PathLike,
     output: str | os.PathLike,

@@ -12,6 +12,7 @@ import numpy as np
 
 from memo_jax.files import check_writable, replacing
 from memo_jax.inference.model_file import (
+    STORED_WEIGHTS,
     Model,
     ModelFileError,
     check_model,
@@ -53,10 +54,12 @@ def export(model: Model, outputs: Iterable[str | os.PathLike], weights: str = "f
     """
     outputs = [Path(output) for output in outputs]
     check_outputs(outputs)
-    if weights != "float32" and any(output.suffix.lower() == ".zip" for output in outputs):
+    kinds = {output.suffix.lower() for output in outputs}
+    if weights != "float32" and ".zip" in kinds:
         raise ValueError(f"an exported program (.zip) has float32 weights: {weights} is for .safetensors and .onnx")
+    if ".safetensors" in kinds and weights not in STORED_WEIGHTS:
+        raise ValueError(f"a model file has {' or '.join(STORED_WEIGHTS)} weights: {weights} is for .onnx")
     for output in outputs:
-        output.parent.mkdir(parents=True, exist_ok=True)
         kind = output.suffix.lower()
         options = {} if kind == ".zip" else {"weights": weights}
         WRITERS[kind](output, model, **options, **(onnx_options if kind == ".onnx" else {}))

@@ -9,7 +9,13 @@ import numpy as np
 
 from memo_jax.files import is_text
 from memo_jax.locks import LockedError, exclusive
-from memo_jax.scoring.embedding_file import Embeddings, check_same_model, read_embeddings, write_embeddings
+from memo_jax.scoring.embedding_file import (
+    Embeddings,
+    check_output_name,
+    check_same_model,
+    read_embeddings,
+    write_embeddings,
+)
 from memo_jax.scoring.metrics import unit_norm
 
 LOCK_SECONDS = 30.0  # how long a change waits for another process to finish its own
@@ -123,8 +129,10 @@ def changing_gallery(path: str | os.PathLike, model: str = "", dimension: int | 
     waits for the others, up to LOCK_SECONDS.
 
     Raises:
+      ValueError: a file of a kind that does not keep the model.
       LockedError: another process holds the gallery for longer. Others as for `Gallery.load` and `Gallery.save`.
     """
+    check_output_name(path, gallery=True)
     deadline = time.monotonic() + LOCK_SECONDS
     with contextlib.ExitStack() as stack:
         while True:

@@ -103,6 +103,7 @@ def push(
             commit = api.upload_folder(
                 repo_id=repository,
                 folder_path=folder,
+                delete_patterns=None if onnx else ONNX,  # that of the weights before
                 commit_message=f"Upload {model.backbone} {model.fingerprint[:8]} by memo_jax {__version__}",
             )
         except Exception as error:
@@ -122,13 +123,18 @@ def model_card(
     """Returns the text of a model card: metadata for the Hub's search, use, results; arguments as for `push`.
 
     Raises:
-      ValueError: results without an EER. ImportError: the extra `hub` is not installed.
+      ValueError: results without an EER, or of another network. ImportError: the extra `hub` is not installed.
     """
     hub = _huggingface_hub()
     metrics = []
     for result in results:
         if "eer" not in result:
             raise ValueError("these results have no EER: give the results.json that `memo-jax eval` writes")
+        if result.get("fingerprint", model.fingerprint) != model.fingerprint:
+            raise ValueError(
+                f"these results are of another network ({result['fingerprint']}, not {model.fingerprint}): evaluate "
+                "this one"
+            )
         trials = Path(str(result.get("trial_list", "trials"))).name
         for key, kind, name in [("eer", "eer", "Equal error rate (%)")] + [
             (key, "min_dcf", f"Minimum detection cost, p(target) = {key.removeprefix('min_dcf_')}")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from memo_jax.files import one_line, replacing, write_text
+from memo_jax.files import one_line, parse_json, replacing, write_text
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -102,7 +102,7 @@ def read_decision(path: str | os.PathLike, fingerprint: str) -> Decision:
     """
     text = Path(path).read_bytes()
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         model = fields.pop("model")
         decision = Decision(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -249,7 +249,7 @@ def members_of(model: Model) -> list[Model]:
             arguments,
             {kind: tree[f"members_{name}"] for kind, tree in model.variables.items() if f"members_{name}" in tree},
             model.front_end,
-            model.provenance,
+            {**model.provenance, "branch": name},
         )
         for name, arguments in model.arguments.items()
     ]

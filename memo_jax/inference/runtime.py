@@ -149,7 +149,6 @@ def graph_path(fingerprint: str) -> Path:
 def _keep(fingerprint: str, graph: bytes) -> None:
     """Writes a graph into the cache, whole or not at all, and removes those of other versions of this code."""
     path = graph_path(fingerprint)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_bytes(MAGIC + hashlib.sha256(graph).digest() + graph)
     for other in path.parent.glob(f"{fingerprint}-*{ENDING}"):

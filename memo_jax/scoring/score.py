@@ -145,11 +145,17 @@ def score(
     """
     if cohorts and len(cohorts) != len(embeddings):
         raise ValueError(f"{len(cohorts)} cohorts for {len(embeddings)} files of embeddings: give one for each")
+    if cohorts and not (mean_subtraction or as_norm):
+        raise ValueError("a cohort is for --mean-subtraction or --as-norm N: add one of them, or leave out --cohort")
     listed = read_trials(trials, enrollments)
     if listed.target is None and scores_file is None:
         raise ValueError(f"{trials} has no labels, so only scores can be written: give --scores FILE")
     if listed.target is not None:
         listed.require_both_kinds()
+    else:
+        given = {"calibrate": calibration_trials, "compare": compare, "speakers": speakers}
+        for name in (name for name, value in given.items() if value):
+            raise ValueError(f"{trials} has no labels, so there are no error rates: leave out --{name}")
     systems = [read_embeddings(path) for path in embeddings]
     backgrounds = [read_embeddings(path) for path in cohorts] or [None] * len(systems)
     for path, system, background, cohort in zip(embeddings, systems, backgrounds, cohorts):

@@ -67,3 +67,13 @@ def test_what_is_missing_is_named(folders, capsys):
     (folders / "noise" / "0.wav").unlink()
     assert degrade.main(arguments(folders, "one")) == 2
     assert f"{folders / 'noise'}: no recordings" in capsys.readouterr().err
+
+
+def test_names_that_cannot_be_told_apart_and_lists_without_labels_are_refused(folders, capsys):
+    lines = tiny.material().trials.read_text().splitlines()
+    (folders / "pairs.txt").write_text("".join(f"{line.split(maxsplit=1)[1]}\n" for line in lines))
+    (folders / "alike.txt").write_text("1 s0/0.wav s0/0.flac\n0 s0/0.wav s1/0.wav\n")
+    for name, said in (("pairs", "pairs.txt has no labels"), ("alike", "differ only in their extensions")):
+        assert degrade.main(arguments(folders, name, "--trials", str(folders / f"{name}.txt"))) == 2
+        assert said in capsys.readouterr().err and not (folders / name).exists()
+    assert degrade.flac_name("a b/utt.1", True) == "a b/utt.1.degraded.flac"

@@ -283,7 +283,23 @@ def test_a_run_with_a_stride_is_no_checkpoint_of_the_authors(tmp_path):
     (run / "config.json").write_text(text.replace('"resnet_stride": 1', '"resnet_stride": 2'))
     status, printed = tiny.here("convert", run, "--to", "speaker-net", "--output", tmp_path / "out.safetensors")
     assert status == 2 and "speaker-net has no resnet whose first convolution has a stride" in printed, printed
-    assert not (tmp_path / "out.safetensors").exists()
+    assert printed.count(str(run)) == 1
+    (run / "config.json").write_text(text.replace('"front_end": "log_mel"', '"front_end": "kaldi_fbank"'))
+    status, printed = tiny.here("convert", run, "--to", "speaker-net", "--output", tmp_path / "out.safetensors")
+    assert status == 0 and "speaker-net itself computes log_mel: embeddings there need kaldi_fbank" in printed, printed
+    status, printed = tiny.here(
+        "convert", run, "--to", "speaker-net", "--step", "0", "--output", tmp_path / "untrained.pt"
+    )
+    assert status == 2 and "add --branch" in printed
+
+
+def test_heads_for_known_speakers_are_left_out():
+    variables = speaker_net_variables()
+    wanted = convert.speaker_net_of_branches(variables)
+    for branch in variables["student"].values():
+        branch["params"] |= {"speaker_head": {"directions": np.ones((16, 3), np.float32)}}
+    found = convert.speaker_net_of_branches(variables)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def assert_branches(path, variables):

@@ -131,6 +131,22 @@ def test_nobody_enrolled_and_a_gallery_that_cannot_be_written(embedder, corpus, 
     assert not broken.gallery.names
 
 
+def test_what_others_do_to_the_file_of_a_gallery_is_seen(corpus, tmp_path):
+    path, recording = tmp_path / "people.npz", corpus / "s0" / "0.wav"
+    one, other = (Embedder.load(tiny.model_file(), gallery=path) for _ in range(2))
+    one.enroll("Ada", recording)
+    other.enroll("Bo", recording)
+    with pytest.raises(ValueError, match="'Bo' is enrolled already"):
+        one.enroll("Bo", recording)
+    other.remove("Ada")
+    one.enroll("Ada", recording)
+    assert Answers(other).people() == ["Bo", "Ada"]
+    assert one.gallery.names == other.gallery.names == ["Bo", "Ada"]
+    with pytest.raises(ValueError, match="people.npy"):
+        Embedder.load(tiny.model_file(), gallery=tmp_path / "people.npy").enroll("Ada", recording)
+    assert [file.name for file in tmp_path.iterdir()] == ["people.npz"]
+
+
 def test_a_gallery_of_another_model_is_refused(corpus, tmp_path):
     gallery = tmp_path / "people.npz"
     Embedder.load(tiny.model_file(), gallery=gallery).enroll("Ada", corpus / "s0" / "0.wav")
@@ -190,7 +206,7 @@ def test_what_is_no_model_is_named(tmp_path):
     (tmp_path / "text").write_text("text")
     with pytest.raises(ModelFileError, match="not a model file"):
         Embedder.load(tmp_path / "text")
-    with pytest.raises(ValueError, match="single network"):
+    with pytest.raises(ValueError, match="is a file of resnet: --branch is for workdirs"):
         Embedder.load(tiny.model_file(), branch="ecapa")
 
 

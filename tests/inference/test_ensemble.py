@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 import tiny
 from memo_jax import Embedder
+from memo_jax.inference.embedder import load_model
 from memo_jax.inference.model_file import (
     ModelFileError,
     ensemble_of,
@@ -84,6 +85,16 @@ def test_an_ensemble_is_exported_evaluated_and_verified_as_any_network(networks,
     assert rates in of_scores, (rates, of_scores)
     status, text = tiny.here("verify", *recordings()[:2], "--model", path, "--runtime", "jax")
     assert status in (0, 1) and "score" in text, text
+
+
+def test_a_member_of_an_ensembles_file_can_be_taken(networks, tmp_path):
+    path = write_model(tmp_path / "both.safetensors", networks[2])
+    for network in networks[:2]:
+        taken = load_model(path, branch=network.backbone)
+        assert taken.fingerprint == network.fingerprint and taken.name == network.name
+    for options in ({"branch": "campplus"}, {"branch": "ecapa", "step": 4}):
+        with pytest.raises(ValueError, match="both.safetensors is a file of ecapa and resnet: --branch is for"):
+            load_model(path, **options)
 
 
 def test_what_is_no_ensemble_is_refused(networks, tmp_path):

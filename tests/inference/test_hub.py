@@ -70,6 +70,14 @@ def test_a_pushed_model_is_loaded_by_name_and_by_revision(hub, tmp_path):
     assert {row.dataset_name for row in card.data.eval_results} == {"test.txt"}
     assert 'Embedder.load("hf:org/voices")' in card.text
 
+    hub.repositories["org/voices"][-1]["model.onnx"] = b"of weights before"
+    done = run(hub, tmp_path, "-m", "memo_jax", "push", tiny.model_file(), "org/voices", "--no-onnx")
+    assert done.returncode == 0 and "model.onnx" not in hub.repositories["org/voices"].pop(), done.stderr
+    del hub.repositories["org/voices"][-1]["model.onnx"]
+    results.write_text(json.dumps({"eer": 3.21, "trial_list": "test.txt", "fingerprint": "of another"}))
+    done = run(hub, tmp_path, "-m", "memo_jax", "push", tiny.model_file(), "org/voices", "--results", results)
+    assert done.returncode == 2 and "these results are of another network (of another, not" in done.stderr, done.stderr
+
     other = tiny.untrained_model()
     changed = tmp_path / "changed.safetensors"
     write_model(
@@ -81,7 +89,9 @@ def test_a_pushed_model_is_loaded_by_name_and_by_revision(hub, tmp_path):
     done = run(hub, tmp_path, "-c", LOAD, *names, token=None)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [read_model(changed).fingerprint, fingerprint]
-    assert {path.split("/")[-1] for method, path in hub.requests if method == "GET"} == {"model.safetensors"}
+    assert {path.split("/")[-1] for method, path in hub.requests if method == "GET" and "/resolve/" in path} == {
+        "model.safetensors"
+    }
 
 
 def test_a_download_that_breaks_off_is_not_used(hub, tmp_path):

@@ -223,6 +223,19 @@ def test_a_cohort_of_trial_recordings_is_found_under_other_names(folder, tmp_pat
         assert score(folder, "--cohort", tmp_path / "c.npz", "--mean-subtraction")["cohort_in_trials"] == count
 
 
+def test_options_without_effect_are_refused(folder, tmp_path):
+    needed = ("score", "--embeddings", folder / "one.npz", "--trials")
+    status, text = tiny.here(*needed, folder / "trials.txt", "--cohort", folder / "one.npz")
+    assert status == 2 and "a cohort is for --mean-subtraction or --as-norm N" in text
+    lines = (folder / "trials.txt").read_text().splitlines()
+    (tmp_path / "pairs.txt").write_text("".join(f"{line.split(maxsplit=1)[1]}\n" for line in lines))
+    for option in ("--calibrate", "--compare", "--speakers"):
+        scores = tmp_path / "new" / "scores.txt"
+        status, text = tiny.here(*needed, tmp_path / "pairs.txt", "--scores", scores, option, "gone")
+        assert status == 2 and f"there are no error rates: leave out {option}" in text and not scores.exists()
+    assert tiny.here(*needed, tmp_path / "pairs.txt", "--scores", scores)[0] == 0 and scores.exists()
+
+
 def test_calibration_on_the_trials_themselves_is_warned_of(folder, tmp_path):
     lines = (folder / "trials.txt").read_text().splitlines()
     label, first, second = lines[0].split()
