@@ -103,6 +103,7 @@ def _end_at_second(watched: int) -> None:
 
 def end() -> NoReturn:
     """Ends the process at once: waits neither for threads nor for exit handlers."""
-    sys.stdout.flush()
+    with contextlib.suppress(Exception):  # a pipe that is closed
+        sys.stdout.flush()
     print("memo-jax: interrupted", file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)

@@ -61,7 +61,8 @@ def exclusive(path: str | os.PathLike, *, inside: bool = False) -> Iterator[Lock
     path = as_path(path)
     if not inside and not path.name:
         raise ValueError(f"{path} cannot be replaced: give the name of something in it")
-    file = path / ".lock" if inside else path.with_name(f".{path.name}.lock")
+    real = path if in_bucket(path) else Path(os.path.realpath(path))  # a link and its target are one output
+    file = real / ".lock" if inside else real.with_name(f".{real.name}.lock")
     if in_bucket(path):
         with _Lease(path, file) as lease:
             yield lease
@@ -101,14 +102,19 @@ def _make_folders(folder: Path) -> list[Path]:
 def _flocked(path: Path, file: Path) -> int:
     """Returns the descriptor of the lock file, locked."""
     while True:
+        made = not file.exists()
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LockedError(_taken(path, os.read(descriptor, 10_000))) from None
+            except OSError as error:
+                if made and error.errno in NO_FLOCK:  # else a lease would take it for another process's
+                    os.unlink(file)
+                raise
             # The previous holder removes the file when it ends: this may be the removed one.
-            if os.path.exists(file) and os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            if _is_at(file, descriptor):
                 try:
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, _owner())
@@ -122,6 +128,14 @@ def _flocked(path: Path, file: Path) -> int:
         os.close(descriptor)
 
 
+def _is_at(file: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at its path."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
 class _Lease(Lock):
     """An object or file that its owner renews, for places without `flock`."""
 
@@ -131,7 +145,8 @@ class _Lease(Lock):
         self._lost, self._end = "", threading.Event()
 
     def __enter__(self) -> "_Lease":
-        deadline, seen, told = time.monotonic() + STALE_SECONDS, None, False
+        deadline, seen = time.monotonic() + STALE_SECONDS, None
+        told = taken_over = False
         while not self._create():
             content = self._read()
             if content != seen and seen is not None:
@@ -141,13 +156,14 @@ class _Lease(Lock):
                 continue
             if time.monotonic() > deadline or _is_dead(content):
                 self._remove()
+                taken_over = True
                 seen, deadline = None, time.monotonic() + STALE_SECONDS
                 continue
             if not told:
                 print(f"{_taken(self._path, content)} (waiting to see if it is alive)", file=sys.stderr, flush=True)
                 told = True
             time.sleep(POLL_SECONDS)
-        if told:
+        if told or taken_over:
             time.sleep(POLL_SECONDS)  # two that took over the same lease may each have written theirs
             if not self._is_mine():
                 raise LockedError(_taken(self._path, self._read()))
@@ -156,7 +172,7 @@ class _Lease(Lock):
 
     def __exit__(self, *exception) -> None:
         self._end.set()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # whatever a bucket's library raises: the work is done
             if self._is_mine():
                 self._remove()
 
@@ -167,7 +183,7 @@ class _Lease(Lock):
 
     def _renew(self) -> None:
         while not self._end.wait(RENEWAL_SECONDS):
-            with contextlib.suppress(OSError):  # a bucket that cannot be reached for a moment
+            with contextlib.suppress(Exception):  # whatever a library raises for a bucket that is away for a moment
                 if not self._is_mine():
                     self._lost = f"{self._path}: the lock was lost: {_taken(self._path, self._read())}"
                     return

@@ -134,6 +134,37 @@ def leased(request, tmp_path, monkeypatch, quick):
     return tmp_path / "run"
 
 
+def test_a_link_and_what_it_leads_to_have_one_lock(tmp_path):
+    (tmp_path / "set").symlink_to(tmp_path / "big")
+    with exclusive(tmp_path / "set"), pytest.raises(LockedError), exclusive(tmp_path / "big"):
+        pass
+
+
+def test_a_lease_begins_at_once(leased, capfd):
+    """Where there is no flock, trying it leaves nothing behind that the lease would wait for."""
+    began = time.monotonic()
+    with exclusive(leased, inside=True):
+        assert time.monotonic() - began < 0.5
+    assert not capfd.readouterr().err
+
+
+def test_a_lease_survives_a_request_that_fails(leased, monkeypatch):
+    """A bucket's library raises errors that are no OSError."""
+    owner, calls = locks._owner, []
+
+    def failing_once(token=""):
+        calls.append(token)
+        if len(calls) == 2:
+            raise RuntimeError("a gateway timed out")
+        return owner(token)
+
+    monkeypatch.setattr(locks, "_owner", failing_once)
+    with exclusive(leased, inside=True) as lock:
+        time.sleep(0.6)
+        lock.check()
+    assert len(calls) > 2
+
+
 def test_a_lease_is_kept_while_renewed_and_removed_at_the_end(leased):
     with exclusive(leased, inside=True) as lock:
         time.sleep(1.5)

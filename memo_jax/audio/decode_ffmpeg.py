@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from memo_jax.audio.error import BLOCK_SAMPLES, AudioError, check_rate
+from memo_jax.audio.error import BLOCK_SAMPLES, NOT_OF_THE_FILE, AudioError, check_rate
 from memo_jax.audio.part import Part
 from memo_jax.audio.window import View, Window, file_number
 
@@ -121,6 +121,8 @@ class FfmpegDecoder:
             self._read(offset - HEADER)
         except OSError as error:
             self._closing.close()
+            if error.errno in NOT_OF_THE_FILE:
+                raise
             raise AudioError(self._name, f"ffmpeg cannot be given this {self._kind}: {error.strerror}") from None
         except BaseException:
             self._closing.close()

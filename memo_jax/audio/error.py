@@ -1,5 +1,6 @@
 """The error for a recording that cannot be used, and the limits that all decoders share."""
 
+import errno
 import os
 
 SAMPLE_RATE = 16000  # Hz; everything in this project is computed at this rate
@@ -8,6 +9,10 @@ SAMPLE_RATES = (
     768000,
 )  # Hz; a header with any other rate is wrong, and resampling by its ratio could exhaust memory
 BLOCK_SAMPLES = 1 << 20  # samples over all channels decoded at a time
+
+
+# Errors of the machine, not of a recording: a full disk, no more open files, memory or processes.
+NOT_OF_THE_FILE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 class AudioError(ValueError):

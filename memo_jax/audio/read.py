@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from memo_jax.audio.containers import find_parts
 from memo_jax.audio.decode_ffmpeg import DEMUXERS, FfmpegDecoder
 from memo_jax.audio.decode_soundfile import NotReadable, SoundFileDecoder
-from memo_jax.audio.error import SAMPLE_RATE, AudioError, check_rate
+from memo_jax.audio.error import NOT_OF_THE_FILE, SAMPLE_RATE, AudioError, check_rate
 from memo_jax.audio.samples import FULL_SCALE, Collector, Mixer, to_int16
 from memo_jax.audio.window import Window
 
@@ -232,6 +232,8 @@ def _excerpt(window, start, end) -> Iterator[tuple[int, np.ndarray]]:
                 anything = True
                 yield decoder.rate, block
             passed += math.nan if decoder.passed is None else decoder.passed
+    if end is not None and passed >= start and round((end - start) * SAMPLE_RATE) < 1:
+        raise AudioError(window.name, f"no samples between {start:g} s and {end:g} s")
     if (start and not anything) or (end is not None and passed < end - SPAN_OVERSHOOT):
         until = "the end" if end is None else f"{end:g} s"
         length = "the recording is shorter" if math.isnan(passed) else f"the recording has {passed:.2f} s"
@@ -302,6 +304,8 @@ def _opened(source):
         try:
             yield window
         except OSError as error:
+            if error.errno in NOT_OF_THE_FILE:
+                raise
             raise AudioError(name, f"cannot be read: {error.strerror}") from None
 
 
@@ -311,6 +315,8 @@ def _open_file(path):
             path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
         )  # NONBLOCK: do not wait for the writer of a named pipe
     except OSError as error:
+        if error.errno in NOT_OF_THE_FILE:
+            raise
         missing = isinstance(error, FileNotFoundError)
         raise AudioError(path, "no such file" if missing else f"cannot be opened: {error.strerror}") from None
     except ValueError as error:  # a name with a zero in it

@@ -124,7 +124,7 @@ class TarStream:
 
     def __init__(self, path: str | os.PathLike):
         self.path = os.fspath(path)
-        with _damage_named(self.path):
+        with _reading(self.path):
             self._tar = _Tar(self.path)
 
     def copy(self, extent: Extent, file: BinaryIO) -> None:
@@ -133,15 +133,20 @@ class TarStream:
         Raises:
           ValueError: the archive is damaged, or not the one that the extent belongs to.
         """
-        with _damage_named(self.path):
+        with _reading(self.path):
             while self._tar.number < extent.number:
                 info = self._tar.next()
                 if info is None:
                     raise EOFError("it has fewer files than before")
             if info.size != extent.size:
                 raise ValueError("it has changed")
-            for data in _chunks(self._tar.file, extent.size):
-                file.write(data)
+        chunks = _chunks(self._tar.file, extent.size)
+        while True:
+            with _reading(self.path):
+                data = next(chunks, None)
+            if data is None:
+                return
+            file.write(data)  # an error here is of the output, not of the archive
 
     def close(self) -> None:
         """Closes the archive."""
@@ -408,6 +413,18 @@ def _clean(name):
 
 def _too_large(size):
     return f"too large to be read from an archive: {size / 1e9:.1f} GB, unpack it"
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """As `_damage_named`; names the archive also where its disk fails."""
+    try:
+        with _damage_named(path):
+            yield
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}): make it available and repeat the command"
+        ) from None
 
 
 @contextlib.contextmanager

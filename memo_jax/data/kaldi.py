@@ -59,7 +59,7 @@ def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> I
         if source.endswith("|") and not run_commands:
             raise ValueError(
                 f"{os.path.join(folder, 'wav.scp')}: {name} is the output of a command, {source!r}. "
-                "Commands run with your permissions: read them, and allow them with --run-commands"
+                "Commands run with your permissions: read them, and allow them with memo-jax prepare --run-commands"
             )
     segments = dict(_segments(folder, recordings)) if _has(folder, "segments") else None
     if segments == {}:
@@ -74,7 +74,7 @@ def kaldi_utterances(folder: str | os.PathLike, run_commands: bool = False) -> I
 def _segments(folder, recordings):
     """Yields (utterance, (recording, span, channel)) of the lines of segments."""
     for name, rest, number in _table(folder, "segments"):
-        recording, *numbers = rest.split()
+        recording, *numbers = re.split(f"[{BLANKS}]+", rest.strip(BLANKS))
         try:
             begin, end = map(float, numbers[:2])
             channel = [1 + int(text) for text in numbers[2:]]
@@ -93,7 +93,11 @@ def _speakers(folder, utterances):
     """The speakers of {utterance: recording} that utt2spk has; reports how many it lacks, and refuses one of others."""
     if not _has(folder, "utt2spk"):
         return {}
-    table = {name: rest for name, rest, _ in _table(folder, "utt2spk")}
+    table = {}
+    for name, rest, number in _table(folder, "utt2spk"):
+        if set(rest) & set(BLANKS):
+            raise _line_error(folder, "utt2spk", number, "expected 'utterance speaker'")
+        table[name] = rest
     speakers = {name: table.get(name, table.get(recording)) for name, recording in utterances.items()}
     missing = [name for name, speaker in speakers.items() if speaker is None]
     path = os.path.join(folder, "utt2spk")

@@ -46,6 +46,7 @@ def planned(
             )
         if plan and not problem:
             _, recordings, left_out = plan
+            _check_ffmpeg(recordings)
             return recordings, left_out + _late(recordings, inputs, find, output)
         say(f"starting {output} over: {problem or 'its plan is missing or damaged'}")
         unfinished.discard()

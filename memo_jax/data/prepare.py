@@ -80,13 +80,14 @@ def prepare(
     """
     inputs = [inputs] if isinstance(inputs, (str, os.PathLike, TfdsInput)) else list(inputs)
     inputs = [given if isinstance(given, TfdsInput) else os.fspath(given) for given in inputs]
-    output, target = Path(output), Path(os.path.abspath(output))
+    output, target = Path(output), Path(os.path.realpath(output))
     if vad:
         check_installed()
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
     command = {
         "inputs": [given.text if isinstance(given, TfdsInput) else os.path.abspath(given) for given in inputs],
+        "working_folder": os.getcwd(),  # recordings are named relative to it
         "min_seconds": min_seconds,
         "max_seconds": max_seconds,
         "channel": channel,

@@ -212,7 +212,7 @@ def _open_source(recording, spool) -> BinaryIO:
 
 
 class _Named:
-    """An open file under another name: that of the recording, whose extension tells how to decode it."""
+    """An open file under the name of its recording, for messages."""
 
     def __init__(self, file, name):
         self._file, self.name = file, name
@@ -291,7 +291,7 @@ def _add_archive(archive, inside, found, left_out):
         elif problem := _name_problem(name) or member.problem:
             left_out.append((os.path.join(archive, member.name), problem))
         else:
-            if voxceleb := _voxceleb_part(name):
+            if voxceleb := _voxceleb_part(member.name):
                 name = voxceleb + os.path.basename(name)
             found.append(Recording(name, _speaker(name), kind, archive, member.name, member.extent))
     if speakers:  # a shard of wespeaker: key.wav and key.spk
@@ -337,8 +337,8 @@ def _add_tfds(given, found, left_out):
 def _listed_shards(path):
     """Yields the archives that the lines of a list name, relative to the current folder or else to the list's."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        lines = [line.strip() for line in file if line.strip()]
-    for number, line in enumerate(lines, 1):
+        lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+    for number, line in lines:
         beside = os.path.join(os.path.dirname(path), line)
         shard = line if os.path.exists(line) or not os.path.exists(beside) else beside
         if not is_archive_name(shard):

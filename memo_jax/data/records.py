@@ -40,6 +40,7 @@ SEGMENT_SAMPLES = 12 * SAMPLE_RATE
 SHARD_OPTIONS = "group_size:1,uncompressed"
 # No reading ahead and no threads of its own: what is read is scattered over the entire file.
 READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+MOST_READERS = 512  # open shards: processes may usually open 1,024 files
 
 
 class ShardWriter:
@@ -325,6 +326,8 @@ class Shards:
             from array_record.python.array_record_module import ArrayRecordReader
 
             _check_there(self._files[shard])
+            while len(self._readers) >= MOST_READERS:
+                self._readers.pop(next(iter(self._readers)))  # the one opened first
             reader = self._readers[shard] = ArrayRecordReader(self._files[shard], READER_OPTIONS)
         return [segment_of(record) for record in reader.read(positions)]
 

@@ -36,7 +36,7 @@ def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
         utterances = Utterances(path)
         speakers = dict(zip(utterances.names, utterances.speakers, strict=True))
     else:
-        found, unusable = find_recordings([path])
+        found, unusable = find_recordings([path], run_commands=True)  # for their names: none is run
         speakers = {recording.name: recording.speaker for recording in found}
     known = {name: speaker for name, speaker in speakers.items() if speaker}
     if not known:

@@ -137,7 +137,7 @@ def changing_gallery(path: str | os.PathLike, model: str = "", dimension: int | 
     with contextlib.ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(exclusive(path))
+                lock = stack.enter_context(exclusive(path))
                 break
             except LockedError:
                 if time.monotonic() > deadline:
@@ -145,6 +145,7 @@ def changing_gallery(path: str | os.PathLike, model: str = "", dimension: int | 
                 time.sleep(LOCK_POLL_SECONDS)
         gallery = Gallery.load(path, model, dimension) if os.path.exists(path) else Gallery(model)
         yield gallery
+        lock.check()
         gallery.save(path)
 
 

@@ -1,5 +1,6 @@
 """Folders, archives, Kaldi folders and shards: which recordings they hold, under which names, and their samples."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 
 import tiny
-from memo_jax.audio import AudioError
+from memo_jax.audio import AudioError, read
 from memo_jax.data import recordings as recordings_module
 from memo_jax.data.recordings import Kind, find_recordings, input_kind, read_recording
+from memo_jax.data.trial_lists import labelled_recordings
 from recording_files import WRITERS, audio_bytes, noise, write_files, write_tar, write_zip
 
 VOXCELEB = ["id10270/5r0dWxy17C8/00001.wav", "id10270/5r0dWxy17C8/00002.wav", "id10271/1gtz-CUIygI/00001.wav"]
@@ -82,8 +84,26 @@ def test_a_folder_in_an_archive_can_be_the_input_and_voxceleb_is_recognised(tmp_
     assert named(find_recordings([path / "LibriSpeech/train"])[0]) == [("19/198/0.wav", "19"), ("26/495/0.wav", "26")]
     path = WRITERS[suffix](tmp_path / f"vox{suffix}", {f"dev/aac/{name}": audio_bytes(noise()) for name in VOXCELEB})
     assert named(find_recordings([path])[0]) == [(name, name[:7]) for name in VOXCELEB]
+    for folder in ("dev/aac/" + VOXCELEB[0][:7], "dev/aac/" + VOXCELEB[0].rpartition("/")[0]):
+        found = named(find_recordings([path / folder])[0])
+        assert found == [(name, name[:7]) for name in VOXCELEB if f"dev/aac/{name}".startswith(folder + "/")]
     with pytest.raises(FileNotFoundError, match="no such folder of recordings or archive"):
         find_recordings([tmp_path / "out.zip" / "folder"])
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EMFILE])
+def test_faults_of_the_machine_are_none_of_a_recording(tmp_path, monkeypatch, error):
+    """Else every recording that is read while a disk is full would be left out for ever."""
+    write_files(tmp_path, {"a.wav": None})
+    (recording,), _ = find_recordings([tmp_path])
+
+    def failing(*_):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(read.os, "open", failing)
+    with pytest.raises(OSError, match=os.strerror(error)) as raised:
+        read_recording(recording, max_seconds=9)
+    assert not isinstance(raised.value, AudioError)
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".stored.zip", ".tar", ".tar.gz", ".tar.xz"])
@@ -195,6 +215,8 @@ def test_commands_of_kaldi_run_only_when_told(tmp_path):
     )
     with pytest.raises(ValueError, match="utt-1 is the output of a command, 'touch .*--run-commands"):
         find_recordings([folder])
+    with pytest.raises(ValueError, match="no recording has a known speaker"):
+        labelled_recordings(folder)  # reads names only
     assert not (tmp_path / "ran").exists()
     good, bad = find_recordings([folder], run_commands=True)[0]
     np.testing.assert_array_equal(read_recording(good, max_seconds=9), noise())
@@ -395,6 +417,8 @@ def test_members_of_a_zip_that_cannot_be_read_are_listed(tmp_path):
         ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 left"]}, "segments, line 1: expected .*channel"),
         ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 -1"]}, "segments, line 1: expected .*channel"),
         ({"wav_scp": ["rec a.wav"], "segments": ["utt rec 0 1 0 0"]}, "segments, line 1: expected .*channel"),
+        ({"wav_scp": ["rec a.wav"], "segments": ["utt \u3000"]}, "segments, line 1: expected"),
+        ({"wav_scp": ["utt a.wav"], "utt2spk": ["utt anna mary"]}, "utt2spk, line 1: expected 'utterance speaker'"),
         ({"wav_scp": []}, "wav.scp: no recordings: the file is empty"),
         ({"wav_scp": ["rec a.wav"], "segments": []}, "segments: no utterances: the file is empty"),
     ],
@@ -435,8 +459,8 @@ def test_shards_of_wespeaker(tmp_path, monkeypatch):
     assert named(recordings) == expected and left_out == []
     np.testing.assert_array_equal(read_recording(recordings[2], max_seconds=9), noise(seed=1))
     assert named(find_recordings([tmp_path / "shards_0.tar", tmp_path / "shards_1.tar"])[0]) == expected
-    (tmp_path / "bad.list").write_text("shards_0.tar\nshards_7.tar\n")
-    with pytest.raises(FileNotFoundError, match="bad.list, line 2: shards_7.tar: no such file"):
+    (tmp_path / "bad.list").write_text("shards_0.tar\n\nshards_7.tar\n")
+    with pytest.raises(FileNotFoundError, match="bad.list, line 3: shards_7.tar: no such file"):
         find_recordings([tmp_path / "bad.list"])
 
 

@@ -188,6 +188,23 @@ def test_another_command_is_refused_and_starts_over_when_told(speech, tmp_path, 
     assert not (tmp_path / ".set.partial").exists()
 
 
+def test_paths_are_relative_to_the_folder_in_which_it_was_begun(speech, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    interrupted(monkeypatch, "speech", "out", 7)
+    monkeypatch.chdir("/")
+    with pytest.raises(FileExistsError, match=f"begun with working folder {tmp_path} and not /"):
+        prepare(speech, tmp_path / "out", workers=1)
+    monkeypatch.chdir(tmp_path)
+    assert prepare("speech", "out", workers=1)["utterances"] == COUNT
+
+
+def test_a_link_to_a_dataset_stays_a_link(speech, tmp_path):
+    prepare(speech, tmp_path / "big" / "set", workers=1)
+    (tmp_path / "set").symlink_to(tmp_path / "big" / "set")
+    prepare(speech / "s0", tmp_path / "set", workers=1, overwrite=True)
+    assert (tmp_path / "set").is_symlink() and len(Utterances(tmp_path / "big" / "set")) == COUNT // 4
+
+
 def test_overwriting_resumes_too_and_the_earlier_dataset_stays_until_the_end(speech, tmp_path, monkeypatch):
     prepare(speech / "s1", tmp_path / "set", workers=1)
     interrupted(monkeypatch, speech, tmp_path / "set", 10, overwrite=True)

@@ -11,6 +11,7 @@ import soundfile
 
 import memo_jax
 import tiny
+from memo_jax.app.answers import Answers
 from memo_jax.audio import AudioError, read_audio
 from memo_jax.inference.embedder import DEFAULT_THRESHOLD, Embedder
 from memo_jax.inference.model_file import ModelFileError, write_model
