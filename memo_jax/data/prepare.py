@@ -100,7 +100,7 @@ def prepare(
         "bytes_per_shard": BYTES_PER_SHARD,
     }
     find = functools.partial(_find, exclude=output, run_commands=run_commands, speakers=speakers)
-    with exclusive(target):
+    with exclusive(target) as lock:
         unfinished = Unfinished(target)
         if report := unfinished.finished(command):
             say(f"{output} was already finished when the previous run was killed")
@@ -115,6 +115,7 @@ def prepare(
                 _write_parts(unfinished, parts, inputs, options, workers or os.cpu_count())
                 report = _finish(unfinished, len(parts), left_out)
                 if report["utterances"]:
+                    lock.check()
                     unfinished.publish(command, report, overwrite)
                 unfinished.discard()
         except KeyboardInterrupt:

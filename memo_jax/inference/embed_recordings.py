@@ -242,11 +242,11 @@ def embed_recordings(
     sources, unlistable = find_sources(inputs, embedder.channel)
     check_names(output, [source.name for source in sources])
     output.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive(output):
-        return _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet)
+    with exclusive(output) as lock:
+        return _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet, lock)
 
 
-def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
+def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet, lock):
     options = {"model": embedder.fingerprint, "channel": embedder.channel, "min_seconds": min_seconds}
     options |= {"vad": True} if embedder.vad else {}
     options |= {} if windows is None else windows._asdict()
@@ -302,6 +302,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet):
             with contextlib.suppress(OSError):  # the error that ends the run is the one to report
                 begun.save()
             raise
+    lock.check()
     found = _write(output, sources, begun, left_out, embedder.fingerprint, windows)
     return {
         "output": str(output),
