@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memo_jax import interrupts
-from memo_jax.files import as_json, check_local, check_writable, one_line, parse_json
+from memo_jax.files import as_json, as_path, check_bucket, check_local, check_writable, one_line, parse_json
 from memo_jax.options import build_parser
 from memo_jax.xla.memory import keep_freed_memory
 from memo_jax.xla.program_cache import keep_compiled_programs
@@ -192,6 +192,7 @@ def run_train(options: argparse.Namespace) -> None:
         from memo_jax.training.saved_checkpoint import saved_steps
         from memo_jax.training.train import train
 
+        check_bucket(as_path(options.workdir))
         resumes = bool(saved_steps(options.workdir))  # then the networks that it began with are not needed
         train(
             config,
