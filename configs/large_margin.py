@@ -20,5 +20,5 @@ def get_config():
     config.supervised.margin_warmup_epochs = 0.0
     config.supervised.loss_gate_after_epochs = 1
     config.supervised.correct_labels_after_epochs = 1
-    config.optimizer.learning_rate = 2e-3  # a fifth of the runs before: the network is trained already
+    config.optimizer.learning_rate = 2e-3  # a fifth of the previous run's: the network is trained already
     return config

@@ -15,6 +15,7 @@ was interrupted goes on where the same command is given again. `--config.KEY=VAL
 """
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -26,8 +27,10 @@ from memo_jax.config import load_config
 from memo_jax.scoring import confidence, metrics
 from memo_jax.scoring.score import error_report, read_scores
 from memo_jax.scoring.trials import Trials, read_trials, speaker_pairs
+from memo_jax.training.saved_checkpoint import saved_steps
 from model_card import markdown
 
+STOPPED = 3  # exit status of training that has collapsed
 KINDS = {
     "together": (),
     "self": ("loss.cross=0",),
@@ -49,9 +52,15 @@ def train(options, kind: str, seed: int, name: str, networks: list[str]) -> None
     for test, (data, trials) in options.tests.items():
         for network in networks:
             results = workdir / test / network
-            if not (results / "results.json").exists():
+            step = saved_steps(workdir)[-1]  # a longer run is tested again
+            if tested_step(results / "results.json") != step:
                 arguments = ["eval", "--model", workdir, "--branch", network, "--data", data, "--trials", trials]
                 called([*arguments, "--output", results, "--replicates", "0"])
+
+
+def tested_step(results: Path) -> int | None:
+    """Returns the step whose network was tested, None if none was."""
+    return json.loads(results.read_text())["step"] if results.exists() else None
 
 
 def called(arguments: list) -> None:
@@ -59,7 +68,8 @@ def called(arguments: list) -> None:
     command = [sys.executable, "-m", "memo_jax", *map(str, arguments)]
     print(f"$ {' '.join(command)}", file=sys.stderr, flush=True)
     if status := subprocess.run(command, check=False).returncode:
-        raise ValueError(f"memo-jax {arguments[0]} ended with status {status}; the same command goes on from there")
+        more = "" if status == STOPPED else "; the same command goes on from there"
+        raise ValueError(f"memo-jax {arguments[0]} ended with status {status}{more}")
 
 
 def scores_of(options, kind: str, test: str, trials: Trials) -> dict[str, np.ndarray]:

@@ -71,7 +71,7 @@ def folded(model, mean: np.ndarray, matrix: np.ndarray, **provenance):
     after = {"ecapa": "embedding_norm", "resnet": "second_embedding"}  # what may come after the layer
     if model.backbone not in after or model.arguments.get(after[model.backbone]):
         raise ValueError(
-            f"only an ecapa without embedding_norm or a resnet without second_embedding can be whitened, this is: "
+            f"only an ecapa without embedding_norm or a resnet without second_embedding can be whitened, not "
             f"{model.backbone} with {dict(model.arguments)}"
         )
     layer = model.variables["params"]["embedding"]

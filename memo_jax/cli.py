@@ -366,7 +366,7 @@ def run_embed(options: argparse.Namespace) -> int:
 
     if embedder.runtime == "onnx" and options.min_seconds < MIN_SECONDS:
         raise ValueError(
-            f"--min-seconds below {MIN_SECONDS} needs --runtime jax: ONNX graphs are not made for so little"
+            f"--min-seconds below {MIN_SECONDS} needs --runtime jax: the graph takes half a second or more"
         )
 
     report = embed_recordings(

@@ -62,6 +62,8 @@ def exclusive(path: str | os.PathLike, *, inside: bool = False) -> Iterator[Lock
     if not inside and not path.name:
         raise ValueError(f"{path} cannot be replaced: give the name of something in it")
     real = path if in_bucket(path) else Path(os.path.realpath(path))  # a link and its target are one output
+    if real != path and path.is_symlink() and not real.parent.is_dir():
+        raise FileNotFoundError(f"{real.parent}: no such folder, where the link {path} leads to")
     file = real / ".lock" if inside else real.with_name(f".{real.name}.lock")
     if in_bucket(path):
         with _Lease(path, file) as lease:
@@ -102,8 +104,12 @@ def _make_folders(folder: Path) -> list[Path]:
 def _flocked(path: Path, file: Path) -> int:
     """Returns the descriptor of the lock file, locked."""
     while True:
-        made = not file.exists()
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        made = True
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            made = False
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -84,7 +84,7 @@ def network_options() -> argparse.ArgumentParser:
         "--branch",
         metavar="NAME[,NAME]",
         help="of a workdir: which backbone, or several as one network with their mean score, such as ecapa,resnet "
-        "(default: ecapa, or the first)",
+        "(default: ecapa, or the first); of a file with several networks: one of them (default: all)",
     )
     options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
     options.add_argument(

@@ -172,11 +172,6 @@ MISTAKES = [
     "embed",
     "embed a.wav",
     "app --gallery people.npy",
-    f"embed a.wav {MODEL} --output e.npz --runtime onnx --min-seconds 0.1",
-    f"export {MODEL} --output a.safetensors --onnx-input feats",
-    f"export {MODEL} --output a.safetensors --other-front-end",
-    f"export {MODEL} --output a.onnx --onnx-input waveform --onnx-runtime sherpa-onnx",
-    f"export {MODEL} --output a.onnx b.safetensors --weights int8",
     f"embed a.wav {MODEL} --output e.csv",
     f"embed a.wav {MODEL} --output e",
     f"embed a.wav {MODEL} --output .",
@@ -272,6 +267,24 @@ MISTAKES = [
     "--verzion",
     "verfy a.wav b.wav",
 ]
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("embed a.wav --output e.npz --runtime onnx --min-seconds 0.1", "needs --runtime jax"),
+        ("export --output a.safetensors --onnx-input feats", "--onnx-input is for an ONNX file"),
+        ("export --output a.safetensors --other-front-end", "--other-front-end is for an ONNX file"),
+        ("export --output a.onnx --onnx-input waveform --onnx-runtime sherpa-onnx", "takes features"),
+        ("export --output a.onnx b.safetensors --weights int8", "int8 is for .onnx"),
+        ("app --gallery people.npy", "people.npy"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_named(line, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, *rest = line.split()
+    status, text = tiny.here(command, *rest, "--model", tiny.model_file())
+    assert status == 2 and said in text and text.count("\n") == 1 and not list(tmp_path.iterdir()), text
 
 
 @pytest.mark.parametrize("line", MISTAKES)

@@ -116,8 +116,7 @@ class Answers:
     def _gallery(self) -> tuple[Gallery, str | None]:
         """Returns the gallery as its file has it now, and None; or as it was, and HTML of why it cannot be read."""
         try:
-            with self._changing:
-                self.embedder.reload_gallery()
+            self.embedder.reload_gallery()
         except (ValueError, OSError) as error:
             return self.embedder.gallery, notice(one_line(error))
         return self.embedder.gallery, None

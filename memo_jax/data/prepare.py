@@ -87,7 +87,7 @@ def prepare(
         raise ValueError(f"workers is {workers}; expected 1 or more")
     command = {
         "inputs": [given.text if isinstance(given, TfdsInput) else os.path.abspath(given) for given in inputs],
-        "working_folder": os.getcwd(),  # recordings are named relative to it
+        "working_folder": os.getcwd() if any(map(_may_be_relative, inputs)) else None,
         "min_seconds": min_seconds,
         "max_seconds": max_seconds,
         "channel": channel,
@@ -152,6 +152,13 @@ def fingerprint_of(rows: Iterable[Sequence[str]]) -> str:
     for name, _, seconds, checksum, *_ in rows:
         digest.update(json.dumps([name, seconds, checksum]).encode())
     return digest.hexdigest()
+
+
+def _may_be_relative(given) -> bool:
+    """Whether recordings of an input may be named relative to the current folder."""
+    if isinstance(given, TfdsInput):
+        return False
+    return not os.path.isabs(given) or given.endswith(".list") or os.path.exists(os.path.join(given, "wav.scp"))
 
 
 def _find(inputs, exclude, run_commands, speakers):

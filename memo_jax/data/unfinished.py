@@ -10,6 +10,7 @@ then, and goes back if the run ends between the two steps.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from memo_jax.audio.error import NOT_OF_THE_FILE
 from memo_jax.data.archives import Extent
 from memo_jax.data.recordings import Kind, Recording
 from memo_jax.data.records import CHECKSUMS
@@ -160,7 +162,7 @@ def finish_part(folder: Path, number: int, part: dict) -> None:
 
 @contextlib.contextmanager
 def explained_write_errors(unfinished: Unfinished, output: Path) -> Iterator[None]:
-    """Turns any error of the disk into one that names the output; unreadable recordings are not handled here."""
+    """Turns any error of the disk or the machine into one that names the output, and says what is kept of it."""
     try:
         yield
     except FileExistsError:
@@ -169,7 +171,8 @@ def explained_write_errors(unfinished: Unfinished, output: Path) -> Iterator[Non
         kept = "nothing was kept"
         if unfinished.has_parts():
             kept = "what is done is kept, and the same command continues from there"
-        raise OSError(f"cannot write {output}: {error.strerror or error}; {kept}") from error
+        what = "prepare" if error.errno in NOT_OF_THE_FILE and error.errno != errno.ENOSPC else "write"
+        raise OSError(f"cannot {what} {output}: {error.strerror or error}; {kept}") from error
 
 
 def is_dataset(path: Path) -> bool:

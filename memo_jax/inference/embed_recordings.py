@@ -23,6 +23,7 @@ from memo_jax.audio import (
     read_excerpt,
     speech_of,
 )
+from memo_jax.audio.error import NOT_OF_THE_FILE
 from memo_jax.data.batches import Utterances
 from memo_jax.data.recordings import UNLISTABLE, Kind, Recording, find_recordings, input_kind, is_hidden, read_recording
 from memo_jax.files import is_text, one_line, replacing, write_text
@@ -435,6 +436,8 @@ def _decoded(sources, todo, stamps, min_seconds, vad) -> Iterator[tuple[int, np.
         except AudioError as error:
             return i, None, error.reason
         except OSError as error:  # of a dataset with a damaged shard
+            if error.errno in NOT_OF_THE_FILE:
+                raise
             return i, None, f"cannot be read: {one_line(error)}"
         stamps[sources[i].name] = stamp
         return i, samples, None

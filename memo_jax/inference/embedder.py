@@ -259,7 +259,7 @@ class Embedder:
         """Adds a person to the gallery with one recording or several.
 
         If the gallery has a file, the person is added to what the file holds by then, in a single locked step: others
-        who enrol at the same time lose nothing. If that fails, the gallery in memory is unchanged.
+        who enrol at the same time lose nothing. If that fails, the file is unchanged.
 
         Raises:
           ValueError: the name is taken or not possible, there is no recording, or one cannot be used (see `embed`).
@@ -347,9 +347,7 @@ def load_model(
     given = [name for name, value in (("branch", branch), ("role", role), ("step", step)) if value is not None]
     path = DEFAULT_MODEL if path is None else path
     if is_hub_name(path):
-        if given:
-            raise ValueError(f"{path} has a single network: --{given[0]} is for workdirs")
-        return read_hub_model(path, is_known)
+        return _chosen_member(read_hub_model(path, is_known), path, given, branch)
     path = as_path(path)
     check_bucket(path)
     if in_bucket(path) or os.path.isdir(path):
@@ -369,11 +367,18 @@ def load_model(
         model = read_program(path)
     else:
         model = read_model(path, is_known)
-    if not given:
-        return model
+    return _chosen_member(model, path, given, branch)
+
+
+def _chosen_member(model: Model, path, given: list[str], branch: str | None) -> Model:
+    """Returns the network of a file that the options `given` choose: all of it, or a member of an ensemble."""
     members = {member.backbone: member for member in members_of(model)}
-    if given == ["branch"] and len(members) > 1 and branch in members:
+    if not given or (given == ["branch"] and set(branch.split(",")) == set(members)):
+        return model
+    if given == ["branch"] and branch in members:
         return members[branch]
+    if given[0] == "branch" and len(members) > 1:
+        raise ValueError(f"{path} holds {' and '.join(members)}: choose one of them with --branch, or leave it out")
     raise ValueError(f"{path} is a file of {' and '.join(members)}: --{given[0]} is for workdirs, which have more")
 
 

@@ -478,7 +478,9 @@ def other_precision(model: Model) -> str | None:
 def check_precision(model: Model) -> None:
     """Raises ValueError unless the network computes in float32, as it would in ONNX files."""
     if other := other_precision(model):
-        raise ValueError(f"this network computes in {other}, which only JAX does: onnxruntime would in float32")
+        raise ValueError(
+            f"this network computes in {other}, which only JAX does, not ONNX files: use --runtime jax, or push --no-onnx"
+        )
 
 
 def check_finite(model: Model) -> None:

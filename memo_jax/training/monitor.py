@@ -89,7 +89,7 @@ class Monitor:
         """Notes the state of a checkpoint, and what `kept` returned when it was saved."""
         self.goodput.started()
         self._gate_closed = bool(state.gate.closed)
-        self._collapse.steps = dict(kept["collapse"])
+        self._collapse.steps = dict(kept.get("collapse", {}))
 
     def kept(self) -> dict:
         """Returns what a run that resumes needs to watch on as if it had not been interrupted, as JSON can hold it."""

@@ -192,7 +192,7 @@ def test_paths_are_relative_to_the_folder_in_which_it_was_begun(speech, tmp_path
     monkeypatch.chdir(tmp_path)
     interrupted(monkeypatch, "speech", "out", 7)
     monkeypatch.chdir("/")
-    with pytest.raises(FileExistsError, match=f"begun with working folder {tmp_path} and not /"):
+    with pytest.raises(FileExistsError, match=f"begun in the folder {tmp_path}, to which its inputs are relative"):
         prepare(speech, tmp_path / "out", workers=1)
     monkeypatch.chdir(tmp_path)
     assert prepare("speech", "out", workers=1)["utterances"] == COUNT

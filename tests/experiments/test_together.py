@@ -21,7 +21,7 @@ NOISE = {"together": 0.3, "self": 0.6, "alone": 1.0}  # of made-up scores
 @pytest.fixture
 def commands(monkeypatch):
     """The commands that were run; `eval` writes made-up scores, better or worse by the kind of run."""
-    taken, trials = [], read_trials(tiny.material().trials)
+    taken, steps, trials = [], [5], read_trials(tiny.material().trials)
 
     def run(command, check):
         taken.append(command[3:])
@@ -31,10 +31,11 @@ def commands(monkeypatch):
             rng = np.random.default_rng([seed, len(command), sum(map(ord, str(output)))])
             output.mkdir(parents=True)
             write_scores(output / "scores.txt", trials, trials.target + rng.normal(0, NOISE[kind], len(trials)))
-            (output / "results.json").touch()
+            (output / "results.json").write_text('{"step": 5}')
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(together.subprocess, "run", run)
+    monkeypatch.setattr(together, "saved_steps", lambda workdir: steps)
     return taken
 
 

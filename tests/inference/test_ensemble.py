@@ -92,8 +92,12 @@ def test_a_member_of_an_ensembles_file_can_be_taken(networks, tmp_path):
     for network in networks[:2]:
         taken = load_model(path, branch=network.backbone)
         assert taken.fingerprint == network.fingerprint and taken.name == network.name
-    for options in ({"branch": "campplus"}, {"branch": "ecapa", "step": 4}):
-        with pytest.raises(ValueError, match="both.safetensors is a file of ecapa and resnet: --branch is for"):
+    assert load_model(path, branch="resnet,ecapa").fingerprint == networks[2].fingerprint
+    for options, said in (
+        ({"branch": "campplus"}, "both.safetensors holds ecapa and resnet: choose one of them with --branch"),
+        ({"step": 4}, "both.safetensors is a file of ecapa and resnet: --step is for workdirs"),
+    ):
+        with pytest.raises(ValueError, match=said):
             load_model(path, **options)
 
 
