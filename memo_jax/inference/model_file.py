@@ -479,7 +479,7 @@ def check_precision(model: Model) -> None:
     """Raises ValueError unless the network computes in float32, as it would in ONNX files."""
     if other := other_precision(model):
         raise ValueError(
-            f"this network computes in {other}, which only JAX does, not ONNX files: use --runtime jax, or push --no-onnx"
+            f"this network computes in {other}, which JAX does and ONNX files do not: use --runtime jax, push --no-onnx"
         )
 
 
