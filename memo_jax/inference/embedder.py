@@ -247,13 +247,12 @@ class Embedder:
         Raises:
           OSError, ValueError: as for `Gallery.load`.
         """
-        if self._gallery_path is not None:
-            there = os.path.exists(self._gallery_path)
-            self.gallery = (
-                Gallery.load(self._gallery_path, self.fingerprint, self.dimension)
-                if there
-                else Gallery(self.fingerprint)
-            )
+        if self._gallery_path is None:
+            return
+        if os.path.exists(self._gallery_path):
+            self.gallery = Gallery.load(self._gallery_path, self.fingerprint, self.dimension)
+        else:
+            self.gallery = Gallery(self.fingerprint)
 
     def enroll(self, name: str, recordings: AnyRecording | Iterable[AnyRecording], rate: int | None = None) -> None:
         """Adds a person to the gallery with one recording or several.

@@ -625,7 +625,7 @@ def train_step_on_features(
 
     Returns:
       The new state, and metrics. `gate/open` says whether this step used the contrastive term; `gate/closed_at` is
-      that of `Gate`.
+      as in `gate.Gate`.
     """
     names, schedules = list(recipe.branches), recipe.schedules
     teachers = all_teacher_outputs(state, views, recipe)
