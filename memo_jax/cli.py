@@ -62,6 +62,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     if unknown or (overrides and options.command not in ("train", "pseudo-label", "plan", "reproduce")):
         parser.error(f"unknown argument {(unknown or overrides)[0]!r}: see `memo-jax {options.command} --help`")
     options.overrides = overrides
+    if "crop_seconds" in options and options.crop_seconds is None:
+        options.crop_seconds = 4.0
+    elif "crop_seconds" in options and not options.crops:
+        parser.error("--crop-seconds is the length of crops: add --crops R")
     return options
 
 

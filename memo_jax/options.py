@@ -404,7 +404,7 @@ def add_eval(command: Command) -> None:
     added.add_argument(
         "--crops", type=count, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
     )
-    added.add_argument("--crop-seconds", type=seconds, default=4.0, metavar="S", help="default: %(default)s")
+    added.add_argument("--crop-seconds", type=seconds, metavar="S", help="of --crops; default: 4.0")
     added.add_argument(
         "--save-threshold",
         nargs="?",
@@ -499,7 +499,7 @@ def clustering_options() -> argparse.ArgumentParser:
         metavar="R",
         help="embed R crops of each utterance, and take their mean, instead of whole utterances",
     )
-    options.add_argument("--crop-seconds", type=seconds, default=4.0, metavar="S", help="default: %(default)s")
+    options.add_argument("--crop-seconds", type=seconds, metavar="S", help="of --crops; default: 4.0")
     options.add_argument(
         "--labels",
         type=Path,

@@ -87,6 +87,7 @@ def test_the_package_is_a_command():
         ),
         ("eval --model m --data d --trials t --output o --crop-seconds inf".split(), "'inf' is not a finite number"),
         ("eval --model m --data d --trials t --output o --crops -2".split(), "--crops: '-2' is not a whole number"),
+        ("eval --model m --data d --trials t --output o --crop-seconds 1".split(), "add --crops R"),
         ("prepare --input a --output b --min-seconds nan".split(), "--min-seconds: 'nan' is not a finite number"),
         ("verify a b --threshold ١".split(), "--threshold: '١' is not a finite number"),
         ("trials a --output b --seed 1_0".split(), "--seed: '1_0' is not a whole number of at least 0"),
