@@ -21,7 +21,6 @@ from memo_jax.inference.network import embedding_function, statistics_of_waves
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
 from memo_jax.scoring.calibration import fit_calibration
-from memo_jax.scoring.figures import BASELINE, plot_det
 from memo_jax.scoring.score import (
     DECIMALS,
     P_TARGETS,
@@ -272,6 +271,9 @@ def evaluate(
         write_scores(output / "scores.txt", evaluation.trials, scores)
         write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         return results
+    # Not at the top: training imports this module, draws nothing, and would wait half a second for matplotlib.
+    from memo_jax.scoring.figures import BASELINE, plot_det
+
     baseline = evaluation.statistics_scores(quiet)
     statistics = error_report(baseline, target)
     results |= error_report(scores, target) | {"targets": int(target.sum()), "log_mel_statistics": statistics}
@@ -324,6 +326,8 @@ def tuned_decision(scores: np.ndarray, target: np.ndarray, criterion: str, trial
 
 def evaluation_text(results: dict) -> str:
     """Returns the results of `evaluate` as human-readable text."""
+    from memo_jax.scoring.figures import BASELINE
+
     counts = [plural(results["trials"], "trial"), plural(results["recordings"], "recording")]
     if "eer" not in results:
         return f"{', '.join(counts)}\n  the list has no labels: scores are written, error rates are unknown"

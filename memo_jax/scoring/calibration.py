@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import isotonic_regression, minimize
 from scipy.special import expit, logit
 
 from memo_jax.scoring.metrics import cumulative_weights, detection_cost
@@ -41,6 +40,8 @@ def fit_calibration(
 
     Source: Brümmer and du Preez, "Application-independent evaluation of speaker detection", 2006.
     """
+    from scipy.optimize import minimize  # takes half a second to import; most commands do without it
+
     detection_cost(0.0, 0.0, p_target)  # checks the prior
     values, targets, nontargets = _class_weights(scores, target, weights)
     if len(values) == 1 or not np.isfinite(values[[0, -1]]).all():
@@ -108,6 +109,8 @@ def min_cllr(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = N
     That calibration is found by pooling adjacent violators. Depends on the order of the scores only; in [0, 1], and
     never above `cllr`.
     """
+    from scipy.optimize import isotonic_regression
+
     _, targets, nontargets = _class_weights(scores, target, weights)
     present = targets + nontargets > 0  # the bootstrap gives weight 0 to whole groups
     targets, nontargets = targets[present] / targets.sum(), nontargets[present] / nontargets.sum()
