@@ -73,22 +73,18 @@ class Monitor:
         self._collapse = CollapseWatch(config.collapse, config.model.prototypes, config.loss.targets)
         self._mark = time.perf_counter()
 
-    def starts_from(self, state: TrainState, untrained: dict) -> None:
-        """Notes the state before the first step of a run.
+    def begins(self, state: TrainState, untrained: dict | None, kept: dict) -> None:
+        """Notes the state that the run begins or resumes with.
 
         Args:
           state: its gate is read.
-          untrained: the teachers' backbones. They are evaluated after the first step, so that the two programs are not
-            compiled at the same time.
+          untrained: the teachers' backbones of a new run. They are evaluated after the first step, so that the two
+            programs are not compiled at the same time. None for a run that resumes.
+          kept: what `kept` returned when the checkpoint was saved; empty for a new run.
         """
         self.goodput.started()
         self._gate_closed = bool(state.gate.closed)
         self.untrained = untrained if self.evaluation else None
-
-    def resumes_from(self, state: TrainState, kept: dict) -> None:
-        """Notes the state of a checkpoint, and what `kept` returned when it was saved."""
-        self.goodput.started()
-        self._gate_closed = bool(state.gate.closed)
         self._collapse.steps = dict(kept.get("collapse", {}))
 
     def kept(self) -> dict:

@@ -103,10 +103,7 @@ def train(
         monitor = Monitor(
             config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
         )
-        if begin:
-            monitor.resumes_from(state, load_extra(workdir))
-        else:
-            monitor.starts_from(state, teacher_backbones(state))
+        monitor.begins(state, None if begin else teacher_backbones(state), load_extra(workdir) if begin else {})
         feed.open(state, monitor)
         for number in range(begin + 1, end + 1):
             state = take_step(number, state, inputs, feed, monitor, profiler)
