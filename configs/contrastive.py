@@ -3,7 +3,7 @@
     memo-jax train --config configs/contrastive.py --workdir runs/contrastive --config.data.train=DATASET …
     python experiments/whiten.py --model runs/contrastive --data DATASET --output contrastive.safetensors
 
-All commands, what else was tried, and all numbers are in experiments/learning.md.
+Commands, what else was tried, and the main numbers are in experiments/learning.md, section "A contrastive loss alone".
 """
 
 import small
