@@ -184,7 +184,7 @@ def run_train(options: argparse.Namespace) -> None:
     """Runs memo-jax train."""
     from memo_jax.config import load_run_config
 
-    start_from = [] if options.init is None else [f"--config.init={options.init}"]
+    start_from = [] if options.init is None else [f"--config.init={as_path(options.init)}"]
     config = load_run_config(options.config, options.overrides + start_from)
     keep_compiled_programs()
     keep_freed_memory()
@@ -361,17 +361,18 @@ def run_convert(options: argparse.Namespace) -> None:
 
 def run_embed(options: argparse.Namespace) -> int:
     """Runs memo-jax embed."""
+    from memo_jax.inference.embedder import MIN_SECONDS
     from memo_jax.scoring.embedding_file import check_output_name
 
     check_writable(check_output_name(options.output))
+    if options.min_seconds < MIN_SECONDS:
+        if options.runtime == "onnx":
+            raise ValueError(
+                f"--min-seconds below {MIN_SECONDS} needs --runtime jax: ONNX graphs are not tested on less"
+            )
+        options.runtime = "jax"
     embedder = load_embedder(options)
     from memo_jax.inference.embed_recordings import embed_recordings, embedding_text
-    from memo_jax.inference.embedder import MIN_SECONDS
-
-    if embedder.runtime == "onnx" and options.min_seconds < MIN_SECONDS:
-        raise ValueError(
-            f"--min-seconds below {MIN_SECONDS} needs --runtime jax: the graph takes half a second or more"
-        )
 
     report = embed_recordings(
         embedder, options.input, options.output, min_seconds=options.min_seconds, window=options.window, hop=options.hop
@@ -512,6 +513,8 @@ def run_export(options: argparse.Namespace) -> None:
     if not any(output.suffix.lower() == ".onnx" for output in options.output):
         for name in (name for name, value in of_onnx.items() if value):
             raise ValueError(f"--{name} is for an ONNX file: give an --output that ends in .onnx")
+    if options.other_front_end and not options.onnx_runtime:
+        raise ValueError("--other-front-end is for --onnx-runtime: add that, or leave it out")
     if options.onnx_runtime and options.onnx_input == "waveform":
         raise ValueError(f"--onnx-runtime {options.onnx_runtime} takes features: leave out --onnx-input waveform")
     model = load_model(options.model, branch=options.branch, role=options.role, step=options.step)

@@ -68,7 +68,8 @@ def reproduce(
     last = old[-1]["step"]
     check_same_config(output, again)
     if last not in saved_steps(output):  # an earlier call has trained it
-        evaluation, start = training_evaluation(again), starting_parts(again)
+        evaluation = training_evaluation(again)
+        start = None if saved_steps(output) else starting_parts(again)  # an interrupted call has begun it
         train(again, output, evaluation=evaluation, start=start, stop_at_step=last, quiet=quiet)
     found = compare_metrics(old, read_metrics(output)) | {
         "parameters": {},

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
+from memo_jax.audio.error import NOT_OF_THE_FILE
 from memo_jax.files import one_line
 
 ZIP_SUFFIXES = (".zip",)
@@ -353,6 +354,8 @@ def _unpacked(path, extent):
     except zlib.error as error:
         raise ValueError(f"damaged in its archive: {error}") from None
     except OSError as error:
+        if error.errno in NOT_OF_THE_FILE:
+            raise
         raise ValueError(f"cannot be opened: {error.strerror}") from None
 
 
@@ -422,6 +425,8 @@ def _reading(path):
         with _damage_named(path):
             yield
     except OSError as error:
+        if error.errno in NOT_OF_THE_FILE:
+            raise
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}): make it available and repeat the command"
         ) from None

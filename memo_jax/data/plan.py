@@ -80,8 +80,12 @@ def _late(recordings, inputs, find, output):
 def _difference(header, command):
     """Returns how the command that a plan was made for differs from this one, as a clause; "" if it does not."""
     for key, value in command.items():
+        if (
+            key == "working_folder" and header.get(key) is None
+        ):  # its inputs were absolute, so they are found from anywhere
+            continue
         if header.get(key) != value:
-            if key == "working_folder" and header.get(key):
+            if key == "working_folder":
                 return f"it was begun in the folder {header[key]}, to which its inputs are relative"
             return f"it was begun with {key.replace('_', ' ')} {header.get(key)} and not {value}"
     for path, state in header["archives"].items():

@@ -25,6 +25,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from memo_jax.audio import MAX_SECONDS, AudioError, is_audio_name, read_audio
+from memo_jax.audio.error import NOT_OF_THE_FILE
 from memo_jax.data import kaldi, tfds_audio
 from memo_jax.data.archives import LARGEST_MEMBER, Extent, is_archive_name, is_compressed_tar, members, open_member
 from memo_jax.data.tfds_audio import TfdsInput
@@ -405,6 +406,8 @@ def _wav_extent(path, offset):
     except FileNotFoundError:
         raise ValueError("no such file") from None
     except OSError as error:
+        if error.errno in NOT_OF_THE_FILE:
+            raise
         raise ValueError(f"cannot be opened: {error.strerror}") from None
     if header[:4] != b"RIFF" or header[8:] != b"WAVE":
         raise ValueError(f"no wav at byte {offset:,} of the ark: only those that hold wav files can be read")

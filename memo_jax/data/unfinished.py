@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -172,7 +173,8 @@ def explained_write_errors(unfinished: Unfinished, output: Path) -> Iterator[Non
         if unfinished.has_parts():
             kept = "what is done is kept, and the same command continues from there"
         what = "prepare" if error.errno in NOT_OF_THE_FILE and error.errno != errno.ENOSPC else "write"
-        raise OSError(f"cannot {what} {output}: {error.strerror or error}; {kept}") from error
+        place = f", there or in {tempfile.gettempdir()}" if error.errno == errno.ENOSPC else ""
+        raise OSError(f"cannot {what} {output}: {error.strerror or error}{place}; {kept}") from error
 
 
 def is_dataset(path: Path) -> bool:

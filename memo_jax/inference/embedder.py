@@ -148,8 +148,8 @@ class Embedder:
         Raises:
           FileNotFoundError: nothing there, or a workdir without checkpoints.
           ModelFileError: (a ValueError) a file that is not a model, or is damaged.
-          ValueError: no such branch, weights that are not finite, a gallery of another model, or a branch, role or step
-            given with a file.
+          ValueError: no such branch, weights that are not finite, a gallery of another model, a role or step
+            given with a file, or a branch that it does not hold.
           ImportError: an extra that is needed is not installed.
         """
         onnx = chosen_runtime(runtime) == "onnx"
@@ -376,9 +376,10 @@ def _chosen_member(model: Model, path, given: list[str], branch: str | None) -> 
         return model
     if given == ["branch"] and branch in members:
         return members[branch]
-    if given[0] == "branch" and len(members) > 1:
-        raise ValueError(f"{path} holds {' and '.join(members)}: choose one of them with --branch, or leave it out")
-    raise ValueError(f"{path} is a file of {' and '.join(members)}: --{given[0]} is for workdirs, which have more")
+    wrong = [name for name in given if name != "branch"] or (given if len(members) == 1 else [])
+    if wrong:
+        raise ValueError(f"{path} is a file of {' and '.join(members)}: --{wrong[0]} is for workdirs, which have more")
+    raise ValueError(f"{path} holds {' and '.join(members)}: choose one of them with --branch, or leave it out")
 
 
 def check_embedding(name: str, embedding: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from memo_jax.files import as_path, check_writable, in_bucket, is_zip, write_tex
 from memo_jax.inference.batches import WaveFunction, apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
-from memo_jax.inference.model_file import Decision, write_decision
+from memo_jax.inference.model_file import Decision, check_holds_only, write_decision
 from memo_jax.inference.network import embedding_function, statistics_of_waves
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
@@ -241,6 +241,8 @@ def evaluate(
             f"{model}: no threshold can be saved there: give the workdir or model file that it is from, then export or "
             "push that again"
         )
+    if save_threshold is not None and not in_bucket(model) and os.path.isfile(model):
+        check_holds_only(model, network)
     evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
     target = evaluation.target
     tuned = save_threshold is not None or save_calibration is not None
@@ -282,20 +284,22 @@ def evaluate(
     plot_det({results["network"]: (scores, target), BASELINE: (baseline, target)}, output / "det.png")
     write_scores(output / "scores.txt", evaluation.trials, scores)
     write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
+    saved_in = []
     try:
         if tuned:
             decision = tuned_decision(scores, target, save_threshold or "eer", trials)
-            results["saved_threshold"] = decision.threshold
-            results["calibration"] = {"scale": decision.scale, "offset": decision.offset}
-            if save_calibration is not None:
-                write_decision(save_calibration, decision, network.fingerprint)
             if save_threshold is not None:
                 from memo_jax.inference.workdir import save_decision
 
                 save_decision(model, network, decision)
-            places = {"the model": save_threshold, str(save_calibration): save_calibration}
-            results["saved_in"] = [place for place, given in places.items() if given is not None]
+                saved_in.append("the model")
+            if save_calibration is not None:
+                write_decision(save_calibration, decision, network.fingerprint)
+                saved_in.append(str(save_calibration))
     finally:  # results are worth having even without a threshold
+        if saved_in:
+            calibration = {"scale": decision.scale, "offset": decision.offset}
+            results |= {"saved_threshold": decision.threshold, "calibration": calibration, "saved_in": saved_in}
         write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results
 

@@ -297,6 +297,15 @@ def write_model(path: str | os.PathLike, model: Model, weights: str = "float32")
     return Path(path)
 
 
+def check_holds_only(path: str | os.PathLike, model: Model) -> None:
+    """Raises ValueError if a model file holds other networks beside a model: its one threshold is that of them all."""
+    if read_model(path).fingerprint != model.fingerprint:
+        raise ValueError(
+            f"{path} keeps one threshold, that of all its networks together: leave out --branch, or use "
+            "--save-calibration FILE"
+        )
+
+
 def save_decision_in_file(path: str | os.PathLike, decision: Decision) -> None:
     """Replaces the decision in a model file, whole or not at all; its tensors stay the same, bit for bit.
 

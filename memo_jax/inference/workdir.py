@@ -11,6 +11,7 @@ from memo_jax.files import as_path, in_bucket, parse_json, read_text, write_text
 from memo_jax.inference.model_file import (
     Decision,
     Model,
+    check_holds_only,
     ensemble_of,
     members_of,
     model_of_backbone,
@@ -149,4 +150,5 @@ def save_decision(path: str | os.PathLike, model: Model, decision: Decision) -> 
         decisions = {key: dataclasses.asdict(value) for key, value in kept.items()}
         write_text(as_path(path) / DECISIONS, json.dumps(decisions, indent=2, ensure_ascii=False) + "\n")
     else:
+        check_holds_only(path, model)
         save_decision_in_file(path, decision)

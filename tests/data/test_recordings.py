@@ -106,6 +106,21 @@ def test_faults_of_the_machine_are_none_of_a_recording(tmp_path, monkeypatch, er
     assert not isinstance(raised.value, AudioError)
 
 
+def test_faults_of_the_machine_are_none_of_an_archive(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "in.zip", {"a.wav": audio_bytes(noise())}, zipfile.ZIP_STORED)
+    (recording,), _ = find_recordings([path])
+
+    def failing(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        read_recording(recording, max_seconds=9)
+    monkeypatch.setattr(zipfile, "ZipFile", failing)
+    with pytest.raises(OSError, match="Too many open files"):
+        find_recordings([path])
+
+
 @pytest.mark.parametrize("suffix", [".zip", ".stored.zip", ".tar", ".tar.gz", ".tar.xz"])
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 def test_an_archive_cut_short_is_an_error(tmp_path, suffix, kept):

@@ -198,6 +198,13 @@ def test_paths_are_relative_to_the_folder_in_which_it_was_begun(speech, tmp_path
     assert prepare("speech", "out", workers=1)["utterances"] == COUNT
 
 
+def test_what_was_begun_with_whole_paths_resumes_with_relative_ones(speech, tmp_path, monkeypatch):
+    interrupted(monkeypatch, speech, tmp_path / "out", 7)
+    monkeypatch.chdir(tmp_path)
+    again, _ = read_again(monkeypatch, "speech", "out")
+    assert again == COUNT - 6
+
+
 def test_a_link_to_a_dataset_stays_a_link(speech, tmp_path):
     prepare(speech, tmp_path / "big" / "set", workers=1)
     (tmp_path / "set").symlink_to(tmp_path / "big" / "set")

@@ -11,6 +11,7 @@ import tiny
 from memo_jax import Embedder
 from memo_jax.inference.embedder import load_model
 from memo_jax.inference.model_file import (
+    Decision,
     ModelFileError,
     ensemble_of,
     flattened,
@@ -19,7 +20,7 @@ from memo_jax.inference.model_file import (
     read_model,
     write_model,
 )
-from memo_jax.inference.workdir import starting_parts, workdir_model
+from memo_jax.inference.workdir import save_decision, starting_parts, workdir_model
 from memo_jax.training.program import create_state
 from memo_jax.training.recipe import build_recipe
 from memo_jax.training.state import backbone_variables
@@ -85,6 +86,12 @@ def test_an_ensemble_is_exported_evaluated_and_verified_as_any_network(networks,
     assert rates in of_scores, (rates, of_scores)
     status, text = tiny.here("verify", *recordings()[:2], "--model", path, "--runtime", "jax")
     assert status in (0, 1) and "score" in text, text
+    before = path.read_bytes()
+    status, text = tiny.here("eval", *options, *on_trials, "--branch", "ecapa")
+    assert status == 2 and "keeps one threshold, that of all its networks together: leave out --branch" in text
+    with pytest.raises(ValueError, match="keeps one threshold"):
+        save_decision(path, load_model(path, branch="ecapa"), Decision(0.1, 1.0, 0.0, "a list"))
+    assert path.read_bytes() == before
 
 
 def test_a_member_of_an_ensembles_file_can_be_taken(networks, tmp_path):
@@ -96,6 +103,10 @@ def test_a_member_of_an_ensembles_file_can_be_taken(networks, tmp_path):
     for options, said in (
         ({"branch": "campplus"}, "both.safetensors holds ecapa and resnet: choose one of them with --branch"),
         ({"step": 4}, "both.safetensors is a file of ecapa and resnet: --step is for workdirs"),
+        (
+            {"branch": "ecapa", "role": "student"},
+            "both.safetensors is a file of ecapa and resnet: --role is for workdirs",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             load_model(path, **options)

@@ -130,6 +130,8 @@ def test_a_runtime_with_another_front_end_is_refused_unless_that_is_accepted(tmp
     command = ["export", "--model", path, "--output", tmp_path / "a.onnx", "--onnx-runtime", "sherpa-onnx"]
     status, text = tiny.here(*command)
     assert status == 2 and "sherpa_fbank" in text and "cosine of" in text and not (tmp_path / "a.onnx").exists()
+    status, text = tiny.here(*command[:-2], "--other-front-end")
+    assert status == 2 and "--other-front-end is for --onnx-runtime" in text
     status, text = tiny.here(*command, "--other-front-end")
     assert status == 0 and "cosine of" in text
     metadata = onnxruntime.InferenceSession(tmp_path / "a.onnx").get_modelmeta().custom_metadata_map

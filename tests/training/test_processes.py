@@ -130,8 +130,8 @@ def test_the_end_of_the_first_process_which_coordinates_ends_all(runs):
 
 
 def test_another_number_of_processes_resumes_and_a_killed_one_ends_all(runs):
-    """Two resume the run of one. SIGKILL of one of them ends the other. One process resumes from the last checkpoint, and
-    the losses are those of one that did it all."""
+    """Two resume the run of one. SIGKILL of one of them ends the other. One process resumes from the last checkpoint,
+    and the losses are those of one that did it all."""
     workdir = shutil.copytree(runs.folder / "alone", runs.folder / "killed")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     (workdir / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp").mkdir()  # half-written, never to be chosen
