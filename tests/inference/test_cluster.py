@@ -100,18 +100,16 @@ def test_the_command_writes_a_table_and_reports(embedded, tmp_path):
 def test_the_command_embeds_a_dataset(tmp_path):
     """Crops or whole utterances; labels of a dataset are its speakers; the default numbers are printed."""
     dataset = tiny.material().dataset
-    tables = {}
-    for crops in (0, 2):
-        table = tmp_path / f"{crops}.tsv"
+    for number, crops in enumerate(((), ("--crops=2", "--crop-seconds=0.5"))):
+        table = tmp_path / f"{number}.tsv"
         status, text = tiny.here(
-            *("cluster", "--model", tiny.model_file(), "--data", dataset, "-o", table, "--labels", dataset),
-            *(f"--crops={crops}", "--crop-seconds=0.5"),
+            *("cluster", "--model", tiny.model_file(), "--data", dataset, "-o", table, "--labels", dataset), *crops
         )
         assert status == 0, text
         assert "20 utterances in 2 clusters (ward linkage, defaults for this many utterances)" in text
         assert "against 5 speakers of 20 utterances" in text
-        tables[crops] = read_table(table, "name", "cluster")
-        assert list(tables[crops]) == Utterances(dataset).names and set(tables[crops].values()) == {"0", "1"}
+        clusters = read_table(table, "name", "cluster")
+        assert list(clusters) == Utterances(dataset).names and set(clusters.values()) == {"0", "1"}
 
 
 def test_bad_input_is_named_and_nothing_is_written(embedded, tmp_path):
