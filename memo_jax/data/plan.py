@@ -80,9 +80,8 @@ def _late(recordings, inputs, find, output):
 def _difference(header, command):
     """Returns how the command that a plan was made for differs from this one, as a clause; "" if it does not."""
     for key, value in command.items():
-        if (
-            key == "working_folder" and header.get(key) is None
-        ):  # its inputs were absolute, so they are found from anywhere
+        # Inputs of a dataset that was begun without a working folder are absolute, so they are found from anywhere.
+        if key == "working_folder" and header.get(key) is None:
             continue
         if header.get(key) != value:
             if key == "working_folder":
