@@ -130,14 +130,14 @@ def test_the_end_of_the_first_process_which_coordinates_ends_all(runs):
 
 
 def test_another_number_of_processes_resumes_and_a_killed_one_ends_all(runs):
-    """Two resume the run of one. SIGKILL of one of them ends the other. One process resumes from the last checkpoint,
+    """Four resume the run of one. SIGKILL of one of them ends the others. One process resumes from the last checkpoint,
     and the losses are those of one that did it all."""
     workdir = shutil.copytree(runs.folder / "alone", runs.folder / "killed")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     (workdir / "checkpoints" / f"{STEPS}.orbax-checkpoint-tmp").mkdir()  # half-written, never to be chosen
-    first, killed = start(2, command(workdir), signals=[(signal.SIGKILL, 1, KILLED_AT)])
-    assert_ended_with(killed, [first])
-    assert f"resumed after step {SAVED}" in first.text
+    results = start(4, command(workdir), signals=[(signal.SIGKILL, 2, KILLED_AT)])
+    assert_ended_with(results[2], results[:2] + results[3:])
+    assert f"resumed after step {SAVED}" in results[0].text
     assert saved_steps(workdir)[-1] == SAVED
     with pytest.MonkeyPatch.context() as patch:
         patch_for_tests(patch.setattr)
