@@ -23,13 +23,14 @@ define INSTALL
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(COMPILE) 'memo-jax[$(EXTRAS)]'
 endef
 
-.PHONY: help demo docs lint format test soak test-onnx test-tfds parity install clean
+.PHONY: help demo docs lint format test test-timed soak test-onnx test-tfds parity install clean
 
 help:
 	@echo "make demo                      train on synthetic speech, less than 10 minutes on 2 cores"
 	@echo "make demo SPEECH=/my/speech    the same on your own recordings, one folder per speaker"
 	@echo "make demo OUTPUT=other         write into a folder other than demo_output"
 	@echo "make test                      run the tests"
+	@echo "make test-timed                which workarounds for XLA still pay: on a quiet machine, with a new jaxlib"
 	@echo "make soak                      kill, fill disks and damage files at random: COUNT=100 SEED=0, an hour or so"
 	@echo "make lint                      check style and formatting; make format rewrites the files"
 	@echo "make docs                      build the documentation into site/"
@@ -59,6 +60,10 @@ docs: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# They compare speeds, so nothing else may run.
+test-timed: $(INSTALLED)
+	MEMO_JAX_TIMED_TESTS=1 $(VENV)/bin/python -m pytest -n 0 tests/xla/test_workarounds.py
 
 # The test suite runs a few trials of each campaign; this runs many. CAMPAIGNS="training damage" for some; see tests/soak.
 soak: $(INSTALLED)

@@ -2,8 +2,8 @@
 
     memo-jax train --config configs/small.py --workdir runs/small --config.data.train=DATASET …
 
-It takes about 95 CPU-minutes. How it was chosen, on validation data, and what it reaches is in experiments/learning.md,
-section "MeMo": each of the two networks is good, and the mean of their scores is better.
+It takes about 95 CPU-minutes. How most of it was chosen, on validation data, and what it reaches is in
+experiments/learning.md, section "MeMo": each of the two networks is good, and the mean of their scores is better.
 """
 
 import base

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "experiments/README.md": "study.md",
     "experiments/learning.md": "learning.md",
+    "experiments/faults.md": "faults.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "configs/base.py": "reference/configuration.md",
@@ -193,7 +194,13 @@ def on_files(files, config):
     from mkdocs.structure.files import File
 
     made = {"reference/configuration.md": configuration_page(), "reference/commands.md": commands_page()}
-    for source in ("experiments/README.md", "experiments/learning.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for source in (
+        "experiments/README.md",
+        "experiments/learning.md",
+        "experiments/faults.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    ):
         made[PAGES[source]] = with_links((ROOT / source).read_text(encoding="utf-8"), source)
     for name, content in made.items():
         files.append(File.generated(config, name, content=content))

@@ -177,7 +177,10 @@ def clusters_of_round(
 
 
 def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, branch: str | None, quiet: bool) -> None:
-    """Trains on the clusters of a round, or resumes it, and writes the teacher of `branch` as its model."""
+    """Trains on the clusters of a round, or resumes it, and writes the teacher of `branch` as its model.
+
+    Raises as `train` does.
+    """
     changes = [f"--config.supervised.labels={folder / CLUSTERS}"]
     if not from_scratch:
         changes.append(f"--config.init={previous(folder) / MODEL}")

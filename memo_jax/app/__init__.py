@@ -1,4 +1,5 @@
 """A page on this machine: compare two recordings, enrol people, and ask who speaks; `memo-jax app`, extra `[app]`.
 
-`page` builds and serves it, `answers` turns recordings into what it shows, `people_map` draws where voices lie.
+Read `page` first: it builds and serves it. `answers` turns recordings into what it shows, `people_map` draws where
+voices lie.
 """

@@ -89,7 +89,7 @@ def kind_at(window: Window, place: int) -> str | None:
 
 
 def first_frame(window: Window, place: int) -> int | None:
-    """Returns where, within 64 KiB, the first MP3 or AAC frame is that two more follow: streams begin anywhere."""
+    """Returns the position, within 64 KiB, of the first MP3 or AAC frame followed by two more, or None."""
     data = window.read(place, 1 << 16)
     start = data.find(b"\xff")
     while start >= 0:

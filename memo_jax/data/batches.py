@@ -360,7 +360,7 @@ class _References:
 class TrainingBatches:
     """Iterator over numbered batches that reads ahead; made by `training_batches` and `reference_batches`."""
 
-    def __init__(self, batches, start, workers, prefetch):
+    def __init__(self, batches: "_Batches | _References", start: int, workers: int, prefetch: int):
         self._batches, self._workers, self._prefetch = batches, workers, prefetch
         self._step, self._reader, self._closed = start, None, False
 

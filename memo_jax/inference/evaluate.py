@@ -273,7 +273,7 @@ def evaluate(
         write_scores(output / "scores.txt", evaluation.trials, scores)
         write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
         return results
-    # Not at the top: training imports this module, draws nothing, and would wait half a second for matplotlib.
+    # Not at the top: `memo-jax train` imports this module, draws nothing, and would wait half a second for matplotlib.
     from memo_jax.scoring.figures import BASELINE, plot_det
 
     baseline = evaluation.statistics_scores(quiet)

@@ -144,7 +144,10 @@ def read_decisions(workdir: str | os.PathLike) -> dict[str, Decision]:
 
 
 def save_decision(path: str | os.PathLike, model: Model, decision: Decision) -> None:
-    """Keeps a decision with a model: in the model file at `path`, or beside the checkpoints of the workdir there."""
+    """Keeps a decision with a model: in the model file at `path`, or beside the checkpoints of the workdir there.
+
+    Raises ValueError for a file that holds other networks, or a damaged file of decisions.
+    """
     if in_bucket(path) or os.path.isdir(path):
         kept = read_decisions(path) | {model.fingerprint: decision}
         decisions = {key: dataclasses.asdict(value) for key, value in kept.items()}

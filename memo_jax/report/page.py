@@ -89,7 +89,10 @@ def tested_run(
     trials: str | os.PathLike,
     step: int | None = None,
 ) -> Tested:
-    """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics."""
+    """Returns how the teachers of a run do on trials, each branch alone, their average, and the log-mel statistics.
+
+    Raises ValueError where the trials are not of both kinds, or their recordings are missing from the dataset.
+    """
     evaluation = TrialEvaluation(Utterances(data), trials)
     evaluation.trials.require_both_kinds()
     scores, embeddings = {}, {}

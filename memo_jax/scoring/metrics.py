@@ -271,7 +271,7 @@ def min_dcf_point(
     c_fa: float = 1,
     weights: ArrayLike | None = None,
 ) -> OperatingPoint:
-    """Returns the minimum detection cost (see `min_dcf`) and the threshold that reaches it."""
+    """Returns the minimum detection cost and the threshold that reaches it; arguments and errors as of `min_dcf`."""
     thresholds, fnr, fpr = error_rates(scores, target, weights)
     costs = detection_cost(fnr, fpr, p_target, c_miss, c_fa)
     best = int(np.argmin(costs))

@@ -55,6 +55,9 @@ def training_views(
       masked_bins: width of the widest band of mel bins that a crop loses, 0 to 80; see `mask_bins`.
       clean_teachers: crops for teachers only are neither augmented nor masked.
       **settings: the shares and ranges that `augment` takes.
+
+    Raises:
+      ValueError: as `augment` does.
     """
 
     def views_of(crops, augment_number, mask_number, clean=False):

@@ -75,7 +75,10 @@ def checked_inputs(config: configs.ConfigDict, evaluation: Evaluation | None) ->
 
 
 def labels_of(config: configs.ConfigDict, utterances: Utterances) -> tuple[np.ndarray | None, str]:
-    """Returns the utterances' labels, None for training without, and what to report about those of a table, or ""."""
+    """Returns the utterances' labels, None for training without, and what to report about those of a table, or "".
+
+    Raises ValueError as `speaker_numbers` and `table_numbers` do.
+    """
     if not reads_labels(config):
         return None, ""
     table = config.supervised.labels
@@ -93,7 +96,10 @@ def labels_of(config: configs.ConfigDict, utterances: Utterances) -> tuple[np.nd
 def batches_of(
     config: configs.ConfigDict, inputs: Inputs, start: int, partners: np.ndarray | None = None
 ) -> TrainingBatches:
-    """Returns this process's batches of the steps after `start`, with the teachers' crops from `partners`, if given."""
+    """Returns this process's batches of the steps after `start`, with the teachers' crops from `partners`, if given.
+
+    Raises ValueError as `training_batches` does.
+    """
     numbers = crop_numbers(config, partners is not None)
     return training_batches(
         inputs.utterances,

@@ -19,8 +19,8 @@ from memo_jax.xla.sharding import parts_here
 # Metrics that depend on the speed of the machine, not on the course of the run.
 TIMES = ("seconds_per_step", "utterances_per_second", "cpu_seconds", *GOODPUT_METRICS)
 TO_TRY = (
-    "Try a lower optimizer.learning_rate, a longer optimizer.warmup, a smaller optimizer.clip_norm, or "
-    "model.dtype=float32"
+    "Try a lower optimizer.learning_rate, a longer warm-up (optimizer.warmup_epochs or optimizer.warmup_steps), a "
+    "smaller optimizer.clip_norm, or model.dtype=float32"
 )
 
 # (recipe, {branch: variables of the teacher's backbone}) → {"eer/BRANCH": percent, "min_dcf_0.01/BRANCH": cost, …}
@@ -88,7 +88,7 @@ class Monitor:
         self._collapse.steps = dict(kept.get("collapse", {}))
 
     def kept(self) -> dict:
-        """Returns what a run that resumes needs to watch on as if it had not been interrupted, as JSON can hold it."""
+        """Returns, as JSON, the counts that a resumed run needs to go on watching."""
         return {"collapse": {name: steps for name, steps in self._collapse.steps.items() if steps}}
 
     @property

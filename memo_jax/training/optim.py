@@ -108,7 +108,7 @@ def freeze_prototypes(inner: optax.GradientTransformation, until_step: int) -> o
 
 
 def scale_by_adam(prototypes_from: int) -> optax.GradientTransformation:
-    """Returns Adam, which corrects for starting at zero: prototypes start only after `prototypes_from` steps."""
+    """Returns Adam whose bias correction starts, for prototypes, at step `prototypes_from`."""
     adam = optax.scale_by_adam()
 
     def update(updates, state, params=None):

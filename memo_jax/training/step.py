@@ -1,12 +1,12 @@
 """The train step: every student descends MeMo's objective, every teacher follows its student.
 
-Branch b (an ECAPA-TDNN, say, or a ResNet34) has a student and a teacher of one architecture. The students see V views
-of an utterance and the teachers W: the first of the students', the global crops, or views of their own (`Views`). Let
-e_b(v) be the student's embedding of view v, z_b^h(v) the projection of head h and s_b^h(v) its logits; with a bar they
-are the teacher's, through which no gradient flows. The objective (`objective`) is
+Branch b of M (an ECAPA-TDNN, say, or a ResNet34) has a student and a teacher of one architecture. The students see V
+views of an utterance and the teachers W: the first of the students', the global crops, or views of their own (`Views`).
+Let e_b(v) be the student's embedding of view v, z_b^h(v) the projection of head h and s_b^h(v) its logits; with a bar
+they are the teacher's, through which no gradient flows. The objective (`objective`) is
 
-    L = Σ_b [ D_bb^self + λ/(B−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + R_b ]
-    R_b = u · S_b + κ · N_b + Σ_h [ ρ · E_b^h + r · (ν · V_b^h + ξ · X_b^h) ]
+    L = Σ_b [ D_bb^self + λ/(M−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + R_b ]
+    R_b = u · S_b + κ · N_b + Σ_h [ ρ · E_b^h + r · (ν · A_b^h + ξ · X_b^h) ]
 
 with, over the batch and the pairs of a teacher's view i and a student's view v (v≠i where they share views),
 
@@ -20,7 +20,7 @@ and, of configs that ask for them (u, κ, ρ, ν and ξ are 0 otherwise, and not
     S_b    = AAM-softmax of e_b over all views, by labels                                             supervised
     N_b    = Σ_v −mean_n ln(‖x_n − x_nearest(n)‖ + 1e-8), with x = e_b(v) / ‖e_b(v)‖                  KoLeo
     E_b^h  = ln K − H(mean softmax(s_b^h(v) / τ_s))                                                   mean entropy
-    V_b^h, X_b^h = VICReg's variance and covariance terms of z_b^h, the mean over views; r warms up
+    A_b^h, X_b^h = VICReg's variance and covariance terms of z_b^h, the mean over views; r warms up
 
 Then, with the momenta m and μ and the student's new parameters θ_b, in this order:
 
@@ -413,8 +413,8 @@ def contrastive_gradient(
     """Returns the contrastive loss, its gradient at the embeddings [V, B, D], and the alignment of the two gradients.
 
     `distillation_gradient` is that of the distillation loss, with the regularisers of its heads, at the same
-    embeddings. Once the gate has closed, all three
-    are zero and nothing is computed: the term is skipped, not multiplied by zero.
+    embeddings. Once the gate has closed, all three are zero and nothing is computed: the term is skipped, not
+    multiplied by zero.
     """
 
     def open_gate(embeddings, distillation_gradient):
@@ -494,8 +494,8 @@ def update_branch(
 
     The backward pass is cut at the embedding, where the gradients of both kinds of loss meet: their cosine, which the
     `conflict` gate reads, costs nothing. Each head is updated before the next one's gradient is computed. On a CPU, at
-    the authors' sizes and a batch of 4, XLA plans 0.38 GB of temporaries for this, and 0.79 GB for
-    `value_and_grad(objective)`. For TPUs and GPUs it plans the same time for both (experiments/README.md).
+    the authors' sizes and a batch of 4, XLA plans 0.38 GB of temporaries for this, and 0.79 GB for the gradient of the
+    whole objective with crops recomputed. For TPUs and GPUs it plans the same time for both (experiments/README.md).
     """
     branch, weights = recipe.branches[name], recipe.weights
     params, averages = state.student[name]["params"], state.teacher[name]["params"]
@@ -542,7 +542,7 @@ def update_branch(
         gradient, cotangent, embeddings = materialize_on_cpu((gradient, cotangent, embeddings))
         update(part, gradient)
 
-    of_heads = cotangent[0]  # of the distillation loss, with the regularisers of its heads
+    head_cotangent = cotangent[0]  # of the distillation loss, with the regularisers of its heads
     if weights.koleo:
         others["koleo"], at_embeddings = jax.value_and_grad(koleo_loss)(embeddings, weights)
         cotangent = jax.tree.map(jnp.add, cotangent, at_embeddings)
@@ -556,7 +556,7 @@ def update_branch(
     contrastive = None
     if recipe.is_contrastive:
         loss, gradient, cosine = contrastive_gradient(
-            embeddings[0], teachers[name].embeddings, of_heads, state.gate.closed, weights, views.shared, labels
+            embeddings[0], teachers[name].embeddings, head_cotangent, state.gate.closed, weights, views.shared, labels
         )
         contrastive = loss, cosine
         cotangent[0] = cotangent[0] + gradient

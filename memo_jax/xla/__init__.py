@@ -1,12 +1,11 @@
 """Compiler options and workarounds for XLA, and the placement of arrays on devices.
 
-`devices` chooses a device, `flags` sets XLA's flags and `sharding` places arrays; `compiler` has compiler options and
-barriers, `reductions` and `products` write sums and products in the form that compiles well. `memory` keeps memory
-that was freed, and `program_cache` keeps compiled programs for the next process. Each workaround for one backend is
-here, with its reason, and other packages call it by a plain name. Each has a test in
-tests/xla/test_workarounds.py that fails once the installed jaxlib no longer needs it, and says what to delete; those
-that compare speeds run on request. Without a GPU, a test can only check that the workaround for GPUs is part of the
-program.
+Read `compiler` first: it has compiler options and barriers. `reductions` and `products` write sums and products in the
+form that compiles well. `devices` chooses a device, `flags` sets XLA's flags and `sharding` places arrays. `memory`
+keeps memory that was freed, and `program_cache` compiled programs for the next process. Each workaround for one backend
+is here, with its reason, and other packages call it by a plain name. Each has a test in tests/xla/test_workarounds.py
+that fails once the installed jaxlib no longer needs it, and says what to delete; `make test-timed` runs those that
+compare speeds. Without a GPU, a test can only check that the workaround for GPUs is part of the program.
 
 | workaround | what XLA does without it | seen with |
 |---|---|---|

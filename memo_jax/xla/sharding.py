@@ -36,7 +36,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def split_longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Returns the sharding of an array whose longest axis that the devices can share evenly is split over them."""
+    """Returns a sharding that splits the longest axis which the devices can share evenly."""
     axes = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
     if not axes:
         return replicated(mesh)

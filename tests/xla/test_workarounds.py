@@ -98,7 +98,7 @@ print(json.dumps(report))
 
 
 timed = pytest.mark.skipif(
-    "MEMO_JAX_TIMED_TESTS" not in os.environ, reason="compares speeds: set MEMO_JAX_TIMED_TESTS=1 on a quiet machine"
+    "MEMO_JAX_TIMED_TESTS" not in os.environ, reason="compares speeds: `make test-timed` on a quiet machine"
 )
 
 
