@@ -13,7 +13,7 @@ from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, check_speech, s
 from memo_jax.audio.speech import check_installed
 from memo_jax.data.archives import LARGEST_MEMBER, TarStream
 from memo_jax.data.plan import planned, reasons
-from memo_jax.data.recordings import Kind, find_recordings, input_kind, read_recording
+from memo_jax.data.recordings import VOXCELEB_SPEAKER, Kind, find_recordings, input_kind, read_recording
 from memo_jax.data.records import LEFT_OUT, MANIFEST, MANIFEST_COLUMNS, SEGMENT_SAMPLES, ShardWriter, write_metadata
 from memo_jax.data.tfds_audio import TfdsInput
 from memo_jax.data.unfinished import Unfinished, explained_write_errors, finish_part, is_dataset, is_empty_folder
@@ -167,7 +167,21 @@ def _find(inputs, exclude, run_commands, speakers):
     recordings, left_out = find_recordings(inputs, exclude, run_commands)
     if speakers is not None:
         recordings = [item._replace(speaker=speakers.get(item.name, "")) for item in recordings]
+    elif shared := _shared_speakers(recordings, inputs):
+        say(
+            f"{plural(len(shared), 'speaker')} ({', '.join(shared[:3])}{', …' * (len(shared) > 3)}) in more than one "
+            "input: taken as the same people; if they are others, rename their folders"
+        )
     return recordings, left_out
+
+
+def _shared_speakers(recordings, inputs):
+    """Speakers whom folders or archives of more than one input have; VoxCeleb's names are the same everywhere."""
+    roots = collections.defaultdict(set)
+    for item in recordings:
+        if item.root in inputs and item.speaker and not VOXCELEB_SPEAKER.fullmatch(item.speaker):
+            roots[item.speaker].add(item.root)
+    return sorted(speaker for speaker, of_speaker in roots.items() if len(of_speaker) > 1)
 
 
 def _parts(recordings):

@@ -71,6 +71,14 @@ def test_several_folders_make_one_dataset(tmp_path):
         prepare([tmp_path / "one", tmp_path / "two"], tmp_path / "other", workers=1)
 
 
+def test_a_name_that_two_folders_give_a_speaker_is_reported(tmp_path, capsys):
+    """But for VoxCeleb's names, which are the same people everywhere."""
+    for number, name in enumerate(("one/7", "two/7", "one/8", "two/9", "one/id00012", "two/id00012")):
+        write_recording(tmp_path / name / f"{number}.wav")
+    report = prepare([tmp_path / "one", tmp_path / "two"], tmp_path / "set", workers=1)
+    assert report["speakers"] == 4 and "1 speaker (7) in more than one input: taken as" in capsys.readouterr().err
+
+
 def test_other_readers_of_tfds_open_it_without_tensorflow(speech, tmp_path):
     prepare(speech, tmp_path / "set", workers=1)
     program = (
