@@ -3,8 +3,9 @@ r"""The first hour on a machine with GPUs or TPUs, in one command: is it right, 
     python experiments/accelerator.py --output OUTPUT [--data DATA] [--config FILE] [--config.KEY=VALUE …]
 
 Needs nothing but this repository and an installed memo-jax. It does its parts one after the other, each in a process of
-its own, and ends with 75 once `--minutes` are over: the same command resumes. Each part leaves OUTPUT/parts/PART.json,
-which alone marks it as done: delete it to run the part again. OUTPUT/results.md and results.json show all of them.
+its own, and ends with 75 once `--minutes` are over, or on SIGTERM: the same command resumes. Each part leaves
+OUTPUT/parts/PART.json, which alone marks it as done: delete it to run the part again. OUTPUT/results.md and
+results.json show all of them. Their order is this, but steps at larger batches come after the trace:
 
     machine                  devices, best rate of a matrix product and of a copy
     parity                   reference steps of a PyTorch program, replayed in float32, within that file's tolerances
@@ -13,24 +14,26 @@ which alone marks it as done: delete it to run the part again. OUTPUT/results.md
     flops                    of a step, by the definition of the networks
     step/DTYPE/BATCH         the authors' step, augmentation included, on all devices, at BATCH utterances a device,
                              until one does not fit
-    lever/NAME               the same in bfloat16 at the smallest batch, with one setting changed (mean_first: batch
-                             statistics in two passes, as on a CPU)
-    lever/NAME/larger        of those that save memory, at the first batch that does not fit without it
     torch/VARIANT            the same step in PyTorch from the same weights, beside ours, both from mel power (where
-                             PyTorch and the package speakerlab-slim are installed), and whether the losses agree
+                             PyTorch and the package speakerlab-slim are installed), and whether the losses agree;
+                             compiled, its ECAPA-TDNN is several graphs
     trace                    a profile of three steps for XProf and TensorBoard, and the memory's, for pprof
+    lever/NAME               the step in bfloat16 at the smallest batch, with one setting changed (mean_first: batch
+                             statistics in two passes, as on a CPU; tpu recipe: all settings of memo_voxceleb2_tpu.py)
+    lever/NAME/larger        of those that save memory, at the first batch that does not fit without it
     plan                     what `memo-jax plan` says of this machine, beside what was measured
-    training                 rows of the study at the authors' sizes, and their EER (where DATA is given)
+    training                 rows of the study at the authors' sizes, and their EER (where there is DATA, see below)
 
 DATA holds `train` and `test`, both made by `memo-jax prepare`, `trials.txt` (of test), and, if there are any, the
 folders `noise`, `music` and `rirs`; accelerator_data.py makes a small one of larger datasets. Without it, the synthetic
 speech of `make demo` is made where the package espeakng-loader is installed, and nothing is trained elsewhere.
 
 The exit status is 0 when all parts are done, 1 when numbers are wrong or a part failed for another reason than lack of
-memory, 75 when time is up, 2 for bad arguments.
+memory, 75 when time is up, 2 for bad arguments, and where JAX does not see the accelerator that is there.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
@@ -48,11 +51,14 @@ EXPERIMENTS = Path(__file__).resolve().parent
 ROOT = EXPERIMENTS.parent
 sys.path[:0] = [str(EXPERIMENTS / "benchmarks")]
 
+import numpy as np  # noqa: E402
+
 from memo_jax import config as configs  # noqa: E402
 from memo_jax.files import as_json, write_text  # noqa: E402
 from memo_jax.log import say  # noqa: E402
+from run import end_with_parent  # noqa: E402
 
-GO_ON = 75
+GO_ON, REFUSED = 75, 2
 SAVE_SECONDS = 60  # that a part may take to end when time is up
 LEVERS = {
     "crop_remat": ("model.crop_remat=true",),
@@ -64,6 +70,7 @@ LEVERS = {
     "resnet_packed": ("model.resnet_packed=true",),
     "resnet_scan": ("model.resnet_scan=true",),
     "ecapa_stride=2": ("model.ecapa_stride=2",),
+    "tpu recipe": ("model.resnet_packed=true", "model.resnet_scan=true", "model.resnet_remat=norms"),
 }
 TORCH_VARIANTS = {
     "float32": (),
@@ -73,10 +80,15 @@ TORCH_VARIANTS = {
     "bfloat16, compiled": ("--compile",),
     "bfloat16, compiled, channels last": ("--compile", "--channels-last"),
 }
-GPUS = {"H200": "h200", "H100": "h100", "A100": "a100", "B200": "b200"}
+GPUS = {"H200": "h200", "H100": "h100", "A100": "a100", "B200": "b200"}  # as words: a GH200 is another one
+OTHER_GPUS = re.compile("pcie|nvl", re.IGNORECASE)  # the data sheets are of the SXM form
 TPUS = {"v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "v4": "v4"}  # the first in a name
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of TPUs on a host
+DEVICE_FILES = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")  # of a GPU and of TPUs
 OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OutOfMemory|Ran out of memory")
+# XLA's notes, among them that its allocator "ran out of memory", which "is not a failure": a smaller one is used then.
+NOTES = re.compile(r"^[IW]\d{4} .*|^\d{4}-\d\d-\d\d \S+: [IW] .*|.*not a failure.*", re.MULTILINE)
+MAY_NOT_FIT = ("step/", "lever/", "torch/")
 # A rounding of bfloat16 is 2^-9 of a number; all roundings of a step together moved no loss by more.
 BFLOAT16_TOLERANCE = 0.02
 # In bfloat16 ours and PyTorch's were 0.004 apart, at a small size on a CPU. Float32 is TensorFloat-32 on a GPU, a
@@ -90,10 +102,18 @@ SCOPES = ("augment", "mel", "teacher", "student", "backbone", "head", "distribut
 SCOPES += ("update", "supervised", "ecapa", "resnet", "campplus")
 EPOCH_STEPS = 1000  # of the recipe that is timed
 ROW_SECONDS = 60  # that a row of the study takes beside steps and compiling: processes start, evaluations, the test
+# Utterances/s that the loader gave on two cores: experiments/README.md, "Loader", ours in a thread, crops as here.
+LOADER_RATE = 1629
+# As synthetic.example_banks: 32 rows of 6 s (192,000 bytes each), and no fraction of a row.
+PLANNED_BANKS = ("augment.noise=x", "augment.music=x", "augment.rirs=x", "augment.bank_megabytes=6.2")
 
 
 class Skip(Exception):
     """A part that cannot run here, and why."""
+
+
+class NoAccelerator(Exception):
+    """JAX does not see the accelerator that is there."""
 
 
 # Parts: each runs in a process of its own and returns what its file will hold.
@@ -106,6 +126,7 @@ def machine(options) -> dict:
 
     import step_parts
 
+    require_accelerator(jax.devices()[0].platform)
     rates = {dtype: step_parts.machine_limits(dtype) for dtype in ("float32", "bfloat16")}
     device = jax.devices()[0]
     return {
@@ -147,7 +168,8 @@ def bfloat16(options) -> dict:
         losses_of(config_of(options, f"model.dtype={dtype}"), jax.devices()[:1]) for dtype in ("bfloat16", "float32")
     )
     found = differences(ours, exact)
-    return {"passed": found[0] <= BFLOAT16_TOLERANCE, "relative_differences": found, "tolerance": BFLOAT16_TOLERANCE}
+    passed = bool(found[0] <= BFLOAT16_TOLERANCE and np.isfinite(found).all())
+    return {"passed": passed, "relative_differences": found, "tolerance": BFLOAT16_TOLERANCE}
 
 
 def devices(options) -> dict:
@@ -190,7 +212,8 @@ def step(options, *overrides, batch: int) -> dict:
         program.wait()
         seconds.append((time.perf_counter() - begin) / options.steps)
     median, limits = statistics.median(seconds), result_of(options, "machine")
-    needed = result_of(options, "flops")["flops_per_utterance"] * batch
+    needed = result_of(options, "flops").get("flops_per_utterance")
+    peak, bandwidth = limits.get("flops_per_second", {}).get(config.model.dtype), limits.get("bytes_per_second")
     analysis, memory = program.compiled.cost_analysis() or {}, program.compiled.memory_analysis()
     moved = analysis.get("bytes accessed")
     planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -205,9 +228,9 @@ def step(options, *overrides, batch: int) -> dict:
         "compile_seconds": program.compile_seconds,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compiled_bytes": planned,
-        "fraction_of_peak": needed / median / limits["flops_per_second"][config.model.dtype],
+        "fraction_of_peak": needed * batch / median / peak if needed and peak else None,
         # XLA's count of what operations read and write, which is less where caches help.
-        "fraction_of_bandwidth": moved / median / limits["bytes_per_second"] if moved else None,
+        "fraction_of_bandwidth": moved / median / bandwidth if moved and bandwidth else None,
     }
 
 
@@ -216,7 +239,7 @@ def torch_step(options, *, dtype: str, arguments: tuple[str, ...]) -> dict:
     for module in ("torch", "speakerlab"):
         if importlib.util.find_spec(module) is None:
             raise Skip(f"the module {module} is not installed")
-    platform = {"gpu": "cuda"}.get(platform_of(options), platform_of(options))
+    platform = machine_of(options)["platform"].replace("gpu", "cuda")
     if platform not in ("cpu", "cuda"):
         raise Skip(f"PyTorch has no {platform} here")
     if platform == "cuda":
@@ -243,7 +266,7 @@ def torch_step(options, *, dtype: str, arguments: tuple[str, ...]) -> dict:
     ]
     script = EXPERIMENTS / "benchmarks" / "train_step.py"
     command = [sys.executable, str(script), f"--platform={platform}", "--json", *sizes, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent)
     if done.returncode:
         raise SystemExit(done.returncode)
     found, tolerance = json.loads(done.stdout.splitlines()[-1]), TORCH_TOLERANCES[dtype]
@@ -274,19 +297,19 @@ def trace(options) -> dict:
 
 def plan(options) -> dict:
     """What `memo-jax plan` says of these devices, beside what was measured."""
-    limits = result_of(options, "machine")
-    chip = next((chip for name, chip in (GPUS | TPUS).items() if name in limits["kind"]), None)
-    if chip is None:
-        raise Skip(f"`memo-jax plan` has no data sheet of {limits['kind']}")
+    limits = machine_of(options)
+    chip = chip_of(limits)
     count = limits["devices"]
     shape = str(count) if limits["platform"] == "gpu" else SLICES.get(count)
     if shape is None:
         raise Skip(f"no topology of {count} chips is known here")
     measured = result_of(options, f"step/bfloat16/{options.batches[0]}")
-    texts = [*options.overrides, "model.dtype=bfloat16", f"data.batch_size={small_batch(options)}"]
+    texts = [*without_length(options.overrides), *PLANNED_BANKS, "model.dtype=bfloat16"]
+    texts.append(f"data.batch_size={small_batch(options)}")
     command = [sys.executable, "-m", "memo_jax", "plan", f"--config={options.config}", f"--topology={chip}:{shape}"]
     command += ["--json", *(f"--config.{text}" for text in texts)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=end_with_parent)
     if done.returncode not in (0, 1):
         raise SystemExit(done.returncode)
     planned = json.loads(done.stdout)
@@ -305,14 +328,22 @@ def training(options) -> dict:
     folder = options.output / "training"
     command = [sys.executable, str(EXPERIMENTS / "run.py"), f"--data={data / 'train'}", "--seeds=0", "--replicates=100"]
     command += [f"--test=test={data / 'test'}:{data / 'trials.txt'}", f"--output={folder}", f"--results={folder}"]
-    command += [f"--rows={options.rows}", f"--config={options.training_config}"]
+    # Nobody else runs them: a claim is of a process that ended, perhaps on another machine.
+    command += [f"--rows={options.rows}", f"--config={options.training_config}", "--take-over"]
     command += [f"--{kind}={data / kind}" for kind in ("noise", "music", "rirs") if (data / kind).is_dir()]
     command += [f"--config.{text}" for text in training_overrides(options)]
     say(shlex.join(command))
-    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    signal.signal(signal.SIGTERM, lambda *_: runner.terminate())  # it lets the training save where it is
-    if status := runner.wait():
-        raise SystemExit(status)
+    runner, stopped = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent), []
+
+    def stop(*_):
+        stopped.append(True)
+        runner.terminate()  # it lets the training save where it is
+
+    signal.signal(signal.SIGTERM, stop)
+    status = runner.wait()
+    if stopped:
+        raise SystemExit(GO_ON)
+    import ablation
     import study_results
 
     rows = {}
@@ -323,7 +354,10 @@ def training(options) -> dict:
             "steps": run.result["steps"],
             "eer": {branch: found["eer"] for branch, found in tested.items()},
         }
-    return {"rows": rows}
+    missing = [row for row in ablation.chosen_rows(options.rows) if row not in rows]
+    errors = [f"experiments/run.py ended with {status}"] if status else []
+    errors += [f"no result of {', '.join(missing)}"] if missing else []
+    return {"rows": rows} | ({"error": "; ".join(errors)} if errors else {})
 
 
 # What parts share.
@@ -384,13 +418,16 @@ def traced_spans(file: Path, scope_of: dict[str, str]) -> list[tuple[str, float,
 
     spans, inside = [], ("while", "conditional", "call")  # their operations are in the trace, too
     planes = {plane.name: plane for plane in ProfileData.from_file(str(file)).planes}
-    plane = next((planes[name] for name in sorted(planes) if name.startswith("/device:")), planes.get("/host:CPU"))
+    devices = (name for name in sorted(planes) if name.startswith(("/device:GPU:", "/device:TPU:")))
+    plane = planes[next(devices, "/host:CPU")]
     for line in plane.lines:
         for event in line.events:
             named = event.name.split(" ")[0].lstrip("%") if line.name == "XLA Ops" else None  # as on TPUs
             operation = dict(event.stats).get("hlo_op", named)
             if operation in scope_of and not operation.startswith(inside):
                 spans.append((scope_of[operation], event.start_ns / 1e9, event.duration_ns / 1e9))
+    if not spans:
+        raise ValueError(f"{file}: {plane.name} has no operation of the step, of {', '.join(sorted(planes))}")
     return spans
 
 
@@ -399,7 +436,7 @@ def draw_timeline(spans: list[tuple[str, float, float]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = list(dict.fromkeys(scope for scope, _, _ in sorted(spans, key=lambda span: span[1])))
-    first = min((begin for _, begin, _ in spans), default=0.0)
+    first = min(begin for _, begin, _ in spans)
     figure = Figure(figsize=(9, 1 + 0.22 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     for place, scope in enumerate(rows):
@@ -413,16 +450,21 @@ def draw_timeline(spans: list[tuple[str, float, float]], file: Path) -> None:
 
 def config_of(options, *overrides):
     """The config with the command line's overrides, and these, "key=value"."""
-    texts = [*options.overrides, *overrides]
+    texts = [*without_length(options.overrides), *overrides]
     config = configs.load_config(options.config, [f"--config.{text}" for text in texts])
     if not any(text.startswith("data.batch_size=") for text in overrides):
         config.data.batch_size = options.batches[0]
     return config
 
 
+def without_length(overrides: list[str]) -> list[str]:
+    """Overrides without those of a run's length, which are for training, whose config gives it in another unit."""
+    return [text for text in overrides if not text.startswith(("total_steps=", "total_epochs="))]
+
+
 def small_batch(options) -> int:
     """The smallest batch, of all devices."""
-    return options.batches[0] * result_of(options, "machine")["devices"]
+    return options.batches[0] * machine_of(options)["devices"]
 
 
 def losses_of(config, of_devices) -> list[dict[str, float]]:
@@ -435,8 +477,9 @@ def losses_of(config, of_devices) -> list[dict[str, float]]:
 
 
 def differences(ours: list[dict], exact: list[dict]) -> list[float]:
-    """Of each step, the largest relative difference of a loss."""
-    return [max(abs(a[name] / b[name] - 1) for name in b if b[name]) for a, b in zip(ours, exact, strict=True)]
+    """Of each step, the largest relative difference of a loss; NaN where one is."""
+    pairs = zip(ours, exact, strict=True)
+    return [float(np.max([abs(a[name] / b[name] - 1) for name in b if b[name]])) for a, b in pairs]
 
 
 def part_file(options, name: str) -> Path:
@@ -450,9 +493,41 @@ def result_of(options, name: str) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def platform_of(options) -> str:
-    """Returns what the machine part found: cpu, gpu or tpu."""
-    return result_of(options, "machine")["platform"]
+def machine_of(options) -> dict:
+    """Result of the part machine, for parts that cannot do without."""
+    found = result_of(options, "machine")
+    if "platform" not in found:
+        raise Skip("the part machine has no result")
+    return found
+
+
+def require_accelerator(platform: str) -> None:
+    """Raises NoAccelerator where JAX fell back to the CPU; its plugin may be missing."""
+    found = next((file for file in DEVICE_FILES if Path(file).exists()), None)
+    if platform == "cpu" and found and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise NoAccelerator(
+            f"there is {found}, but JAX sees no accelerator: install the extra cuda13, cuda12 (for an older driver) or "
+            "tpu, or put JAX_PLATFORMS=cpu before the command"
+        )
+
+
+def chip_of(limits: dict) -> str:
+    """The name that `memo-jax plan` has for the machine's chips; Skip where its data sheet is of others."""
+    from memo_jax.planning.chips import CHIPS
+
+    kind, memory, fraction = limits["kind"], limits.get("memory_bytes"), 1.0
+    if limits["platform"] == "gpu":
+        chip = next((chip for name, chip in GPUS.items() if re.search(rf"\b{name}\b", kind)), None)
+        chip = None if OTHER_GPUS.search(kind) else chip
+        fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    else:
+        chip = next((chip for name, chip in TPUS.items() if name in kind), None)
+    if chip is None:
+        raise Skip(f"`memo-jax plan` has no data sheet of {kind}")
+    if memory and not 0.8 < memory / fraction / CHIPS[chip].memory < 1.2:
+        sizes = f"{memory / fraction / 1e9:.0f} GB of memory, not {CHIPS[chip].memory / 1e9:.0f}"
+        raise Skip(f"`memo-jax plan` has no data sheet of this {kind}: it has {sizes}")
+    return chip
 
 
 def training_overrides(options) -> list[str]:
@@ -466,7 +541,9 @@ def training_overrides(options) -> list[str]:
     measured = result_of(options, f"step/bfloat16/{options.batches[0]}")
     if "utterances_per_second" not in measured:
         raise Skip(f"step/bfloat16/{options.batches[0]} was not measured, and tells how many steps there is time for")
-    rate = measured["utterances_per_second"] / config.data.batch_size
+    # No more steps than of the measured batch, should that be larger, and than the loader has batches.
+    rate = min(measured["utterances_per_second"], LOADER_RATE) / config.data.batch_size
+    rate = min(rate, 1 / measured["seconds"])
     seconds = 60 * options.training_minutes / len(ablation.chosen_rows(options.rows))
     seconds -= measured["compile_seconds"] + ROW_SECONDS
     factor = max(seconds * rate / config.total_steps, 1.0)
@@ -510,19 +587,23 @@ def demo_data(folder: Path) -> Path:
 def parts_of(options) -> dict:
     """{name: function of the options} of all parts, in order."""
     parts = {"machine": machine, "parity": parity, "bfloat16": bfloat16, "devices": devices, "flops": flops}
-    for dtype in ("bfloat16", "float32"):
-        for batch in options.batches:
-            parts[f"step/{dtype}/{batch}"] = functools.partial(step_at, dtype=dtype, batch=batch)
+    steps = {
+        f"step/{dtype}/{batch}": functools.partial(step_at, dtype=dtype, batch=batch)
+        for dtype in ("bfloat16", "float32")
+        for batch in options.batches
+    }
+    smallest = [name for name in steps if name.endswith(f"/{options.batches[0]}")]
+    parts |= {name: steps[name] for name in smallest}
+    for name, arguments in TORCH_VARIANTS.items():
+        dtype = name.partition(",")[0]
+        parts[f"torch/{name}"] = functools.partial(torch_step, dtype=dtype, arguments=arguments)
+    parts |= {"trace": trace} | steps
     for name, overrides in LEVERS.items():
         parts[f"lever/{name}"] = functools.partial(lever, overrides=overrides)
         if "remat" in name:
             parts[f"lever/{name}/larger"] = functools.partial(lever, overrides=overrides, larger=True)
     parts["lever/mean_first"] = mean_first
-    for name, arguments in TORCH_VARIANTS.items():
-        dtype = name.partition(",")[0]
-        parts[f"torch/{name}"] = functools.partial(torch_step, dtype=dtype, arguments=arguments)
-    parts |= {"trace": trace, "plan": plan, "training": training}
-    return parts
+    return parts | {"plan": plan, "training": training}
 
 
 def chosen(options) -> list[str]:
@@ -571,10 +652,12 @@ def run_part(options) -> None:
 def run_all(options, arguments: list[str]) -> int:
     """Runs the parts that are not done, until time is up; returns the exit status."""
     end, left = time.monotonic() + 60 * options.minutes, True
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(GO_ON))  # `ended` then ends the part
     part_file(options, "machine").parent.mkdir(parents=True, exist_ok=True)
     environment = {
         "JAX_COMPILATION_CACHE_DIR": str(options.output / "xla"),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",  # of a GPU's memory; the default is 0.75
+        "JAX_TRACEBACK_FILTERING": "off",  # its note would be the last line
     } | os.environ
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     for number, name in enumerate(parts := [n for n in chosen(options) if not part_file(options, n).is_file()]):
@@ -583,13 +666,15 @@ def run_all(options, arguments: list[str]) -> int:
             break
         say(f"{name} …")
         log = part_file(options, name).with_suffix(".log")
-        with open(log, "a") as stream:
+        with open(log, "a" if name == "training" else "w") as stream:  # training goes on where it was
             child = subprocess.Popen(
                 [sys.executable, __file__, *arguments, f"--part={name}"],
                 stdout=stream,
                 stderr=stream,
-                env=environment,
+                # `flops` counts on a CPU, wherever the others run.
+                env=environment | ({"JAX_PLATFORMS": "cpu"} if name == "flops" else {}),
                 start_new_session=True,
+                preexec_fn=end_with_parent,
             )
         if not ended(child, remaining):
             if number or name == "training":  # it had less than the full time, or resumes where it was
@@ -599,7 +684,11 @@ def run_all(options, arguments: list[str]) -> int:
         elif child.returncode:
             text = log.read_text(errors="replace")
             failure = {"error": (text.strip().splitlines() or [f"status {child.returncode}"])[-1][:500]}
-            failure |= {"out_of_memory": True} if OUT_OF_MEMORY.search(text) else {}
+            if name == "machine" and child.returncode == REFUSED:
+                say(f"accelerator.py: error: {failure['error']}")
+                return REFUSED  # and the part is left to be done
+            if name.startswith(MAY_NOT_FIT) and OUT_OF_MEMORY.search(NOTES.sub("", text)):
+                failure["out_of_memory"] = True
             write_text(part_file(options, name), json.dumps(failure))
         write_results(options)
         say(f"  {summary(result_of(options, name))}")
@@ -622,22 +711,28 @@ def run_all(options, arguments: list[str]) -> int:
 
 
 def ended(child: subprocess.Popen, seconds: float) -> bool:
-    """Waits for a part; ends it, with all that it started, and returns False when it takes longer."""
+    """Waits for a part, and returns False when it takes longer; ends it, with all that it started, in any case."""
     try:
         child.wait(seconds)
         return True
     except subprocess.TimeoutExpired:
-        child.terminate()  # a training saves where it is
-        try:
-            child.wait(SAVE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        child.wait()
         return False
+    finally:  # also on Ctrl-C and SIGTERM, and for what a failed part has left
+        end_part(child)
+
+
+def end_part(child: subprocess.Popen) -> None:
+    """Ends a part and all that it started; what were left of it would hold the accelerator."""
+    try:
+        if child.poll() is None:
+            child.terminate()  # a training saves where it is
+            child.wait(SAVE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def summary(result: dict) -> str:
@@ -652,6 +747,8 @@ def summary(result: dict) -> str:
         return "passed" if result["passed"] else "WRONG"
     if "utterances_per_second" in result:
         return f"{result['seconds']:.4g} s, {result['utterances_per_second']:.4g} utterances/s"
+    if "kind" in result:
+        return f"{result['devices']} × {result['kind']} ({result['platform']})"
     return "done"
 
 
@@ -670,13 +767,13 @@ def markdown(results: dict[str, dict]) -> str:
     if "kind" in limits:
         rates = ", ".join(f"{rate / 1e12:.4g} in {dtype}" for dtype, rate in limits["flops_per_second"].items())
         lines += [
-            f"{limits['devices']} × {limits['kind']} ({limits['platform']}), jax {limits['jax']}, jaxlib "
+            f"{summary(limits)}, jax {limits['jax']}, jaxlib "
             f"{limits['jaxlib']}, Python {limits['python']}. Best matrix product of a device: {rates} TFLOP/s; best "
             f"copy: {limits['bytes_per_second'] / 1e12:.4g} TB/s.",
             "",
         ]
     lines += ["| check | result |", "|---|---|"]
-    for name in ("parity", "bfloat16", "devices"):
+    for name in ("machine", "parity", "bfloat16", "devices", "flops"):
         if name in results:
             lines.append(f"| {name} | {summary(results[name])} |")
     steps = {name: result for name, result in results.items() if name.startswith(("step/", "lever/"))}
@@ -691,11 +788,15 @@ def markdown(results: dict[str, dict]) -> str:
         if "seconds" not in row:
             lines.append(f"| {name} | | {summary(row)} | | | | | |")
             continue
-        share, memory = row["fraction_of_bandwidth"], row["peak_bytes"] or row["compiled_bytes"]
+        of_peak, of_bandwidth = (
+            "" if row[key] is None else format(row[key], digits)
+            for key, digits in (("fraction_of_peak", ".1%"), ("fraction_of_bandwidth", ".0%"))
+        )
+        memory = f"{(row['peak_bytes'] or row['compiled_bytes']) / 1e9:.2f}"
+        memory += "" if row["peak_bytes"] else " (compiled)"
         lines.append(
             f"| {name} | {row['batch_a_device']} | {row['seconds']:.4g} | {row['utterances_per_second']:.4g} | "
-            f"{row['fraction_of_peak']:.1%} | {'' if share is None else format(share, '.0%')} | {memory / 1e9:.2f} | "
-            f"{row['compile_seconds']:.0f} |"
+            f"{of_peak} | {of_bandwidth} | {memory} | {row['compile_seconds']:.0f} |"
         )
     beside = {name: result for name, result in results.items() if name.startswith("torch/")}
     if beside:
@@ -714,6 +815,9 @@ def markdown(results: dict[str, dict]) -> str:
     others = {name: results[name] for name in ("trace", "plan", "training") if name in results}
     for name, row in others.items():
         lines += ["", f"**{name}**: {summary(row)}"]
+        if "seconds_by_scope" in row:
+            lines += ["", "| scope | ms a step |", "|---|---|"]
+            lines += [f"| {scope} | {1e3 * seconds:.3g} |" for scope, seconds in row["seconds_by_scope"].items()]
         if "topology" in row:
             lines.append(
                 f"{row['topology']}: {seconds_and_bytes(row, 'planned', 'does not fit by plan')}; "
@@ -746,7 +850,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="DATA", help="what to train on, see above")
     parser.add_argument("--minutes", type=float, default=8.5, help="of one call (default: %(default)s)")
     parser.add_argument("--training-minutes", type=float, default=20.0, help="of all rows (default: %(default)s)")
-    parser.add_argument("--rows", default="main", help="of the study, as experiments/run.py takes them (default: main)")
+    rows = "dino-ecapa,memo-plateau,contrastive-alone"
+    parser.add_argument("--rows", default=rows, help="of the study, as run.py takes them (default: %(default)s)")
     parser.add_argument("--parts", default="", metavar="REGEX", help="only those whose name it matches")
     batches = "32,64,128,256,512,1024"
     parser.add_argument("--batches", default=batches, help="utterances a device (default: %(default)s)")
@@ -778,10 +883,14 @@ def main(arguments: list[str] | None = None) -> int:
         missing = [name for name in ("train", "test", "trials.txt") if not (options.data / name).exists()]
         if missing:
             parser.error(f"--data {options.data}: has no {missing[0]}")
-    try:
-        if options.part:
+    if options.part:
+        try:
             run_part(options)
-            return 0
+        except NoAccelerator as error:
+            print(error, file=sys.stderr)
+            return REFUSED
+        return 0
+    try:
         config_of(options)
         return run_all(options, arguments)
     except (OSError, ValueError, KeyError) as error:

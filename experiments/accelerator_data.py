@@ -162,7 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     said = [f"{kind}: {plural(count, nouns.get(kind, 'row'))}" for kind, count in counts.items()]
     print(f"{options.output}: {size_of(options.output) / MEGABYTE:.1f} MB; {', '.join(said)}")
     if counts["train"] < (batch := configs.load_config(TRAINING_CONFIG).data.batch_size):
-        print(f"fewer than a batch of {batch}: give accelerator.py --config.data.batch_size={counts['train']}")
+        fitting = counts["train"] // 8 * 8 or counts["train"]  # that up to eight devices can share
+        print(f"fewer than a batch of {batch}: give accelerator.py --config.data.batch_size={fitting}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """MeMo's training step in PyTorch, independent of memo_jax, for experiments/make_reference.py.
 
 Everything is written out step by step and pair by pair, as the recipes' formulae are. The backbones are those of the
-package speakerlab-slim: ECAPA-TDNN in speechbrain's form, ResNet34 in wespeaker's.
+package speakerlab-slim: ECAPA-TDNN in speechbrain's form, ResNet34 in wespeaker's. The ECAPA-TDNN's own forward tries
+its layers with an argument that some refuse, so torch.compile makes a graph of each layer, not one of the network.
 """
 
 import copy
@@ -95,9 +96,9 @@ def build_students(config: dict) -> dict[str, Branch]:
     return {name: Branch(name, config) for name in config.get("branches", BRANCHES)}
 
 
-def normalized_log_mel(mel: np.ndarray, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+def normalized_log_mel(mel: np.ndarray | torch.Tensor, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
     """Returns log-mel [N, T, 80] of mel power [N, 80, T], of mean 0 and variance 1 over time."""
-    log = torch.log(torch.from_numpy(mel.astype(np.float32)).to(device, dtype) + 1e-6)
+    log = torch.log(torch.as_tensor(mel, dtype=torch.float32).to(device, dtype) + 1e-6)
     return F.instance_norm(log, eps=1e-5).transpose(1, 2)
 
 
@@ -182,11 +183,15 @@ class Training:
         )
 
     def compile(self) -> None:
-        """Compiles the networks and the distillation loss with torch.compile."""
+        """Compiles the networks and the distillation loss with torch.compile, for each of their shapes."""
+        # Blocks of a class share a limit of 8 graphs, beyond which they would run uncompiled. PyTorch 2.6 has it under
+        # another name.
+        limits = torch._dynamo.config
+        setattr(limits, "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit", 64)
         for branch in (*self.students.values(), *self.teachers.values()):
             for part in (branch.backbone, branch.self_head, branch.cross_head):
-                part.compile()
-        self.distillation_loss = torch.compile(distillation_loss)
+                part.compile(dynamic=False)
+        self.distillation_loss = torch.compile(distillation_loss, dynamic=False)
 
     def student_outputs(self, branch: Branch, inputs) -> dict[str, list[torch.Tensor]]:
         """Returns global embeddings and both heads' logits, view by view; batch norms see global, then local views."""
@@ -262,8 +267,7 @@ class Training:
             for parameter in student.parameters():
                 if parameter.grad is not None:
                     coefficient = self.config["clip_per_parameter"] / (parameter.grad.norm() + 1e-6)
-                    if coefficient < 1:
-                        parameter.grad.mul_(coefficient)
+                    parameter.grad.mul_(coefficient.clamp(max=1))  # an `if` would wait for the GPU
 
     def freeze_prototypes(self) -> None:
         """Takes the prototypes' gradients away."""

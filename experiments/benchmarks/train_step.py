@@ -9,8 +9,10 @@ backbones of the package speakerlab-slim, heads and losses written as the public
 Ours recomputes the norms of its ResNet in the backward pass (`model.resnet_remat=norms`), which costs no time here, and
 all crops but those of one length (`model.crop_remat`), as configs/base.py does and `--no-crop-remat` does not.
 Both begin with the same weights and see the same input, in two processes on the same cores that take turns, so that
-whatever else the machine does affects both. With `--platform cuda` both take their steps on the first GPU, in
-TensorFloat-32 or (theirs by autocast) in bfloat16, and the memory is the most that each has had allocated there.
+whatever else the machine does affects both. With `--platform cuda` both take their steps on the first GPU, with all
+cores of the machine, in TensorFloat-32 or (theirs by autocast) in bfloat16, and the memory is the most that each has
+had allocated there: theirs in a timed step, ours since the process began. With `--compile`, theirs is not one graph:
+the forward of speakerlab's ECAPA-TDNN has a try statement, at which torch.compile divides it.
 
 Prints, for each, the median and the extremes of a step's wall time, its CPU time, utterances a second and the peak
 memory of its process, libraries included; then `ratio` and `memory_ratio` (theirs ÷ ours), `cpu_ratio`,
@@ -94,12 +96,14 @@ class TorchSteps:
     def __init__(self, options, weights: Path):
         import torch
 
-        torch.set_num_threads(options.threads)
+        if options.platform == "cpu":
+            torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
         sys.path.insert(0, str(EXPERIMENTS))
         from torch_steps import Training, build_students
 
-        config, self.mels, self.platform = reference_config(options), mel_power(options), options.platform
+        config, self.platform = reference_config(options), options.platform
+        self.mels = [torch.from_numpy(mel).to(self.platform) for mel in mel_power(options)]
         self.dtype = getattr(torch, options.dtype)
         torch.set_float32_matmul_precision("high")  # TensorFloat-32 where there is one, as JAX's default
         torch.backends.cudnn.benchmark = True
@@ -149,10 +153,12 @@ class TorchSteps:
             torch.cuda.synchronize()
 
     def device_peak(self) -> int:
-        """Most bytes that tensors have had on the GPU."""
+        """Most bytes that tensors have had on the GPU since the last call, which leaves cuDNN's search out."""
         import torch
 
-        return torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
 
 
 class JaxSteps:
@@ -216,7 +222,7 @@ class JaxSteps:
         return lambda: product(x).block_until_ready()
 
     def device_peak(self) -> int:
-        """Most bytes that arrays and temporaries have had on the GPU."""
+        """Most bytes that arrays and temporaries have had on the GPU since the process began."""
         import jax
 
         return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
@@ -238,9 +244,11 @@ def forget_peak() -> None:
 
 def work(options) -> None:
     """A worker: does what the lines of its standard input say and answers each by a line of JSON."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    if options.platform == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     steps = {"torch": TorchSteps, "jax": JaxSteps}[options.worker](options, options.weights)
-    forget_peak()
+    if options.platform == "cpu":
+        forget_peak()
     answers = sys.stdout
     print(json.dumps({"compile_seconds": getattr(steps, "compile_seconds", None)}), file=answers, flush=True)
     for command in sys.stdin:
@@ -265,7 +273,11 @@ class Worker:
     """A process that takes one side's steps when told to."""
 
     def __init__(self, side: str, arguments: list[str], weights: Path, threads: int, platform: str):
-        limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        sys.path.insert(0, str(EXPERIMENTS))
+        from run import end_with_parent
+
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS") if platform == "cpu" else ()
+        limits = {name: str(threads) for name in names}
         self.side = side
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments, "--worker", side, "--weights", str(weights)],
@@ -275,6 +287,7 @@ class Worker:
             env=os.environ
             | limits
             | {"JAX_PLATFORMS": platform, "OMP_WAIT_POLICY": "PASSIVE", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            preexec_fn=end_with_parent,  # it would hold the GPU
         )
         self.begun = self.answer()
 
@@ -312,7 +325,7 @@ def timing_summary(rows: list[dict], batch: int) -> dict:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="cores of each side (default 2)")
+    parser.add_argument("--threads", type=int, default=2, help="cores of each side on a CPU (default 2)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not (default 5)")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--platform", choices=("cpu", "cuda"), default="cpu")
@@ -364,7 +377,7 @@ def main(arguments=None) -> dict | None:
     result = {
         "ours": timing_summary([row["jax"] for row in rows[1:]], options.batch),
         "theirs": timing_summary([row["torch"] for row in rows[1:]], options.batch),
-        "threads": options.threads,
+        "threads": options.threads if options.platform == "cpu" else None,
         "batch": options.batch,
         "compile_seconds": ours.begun["compile_seconds"],
         "max_relative_loss_difference": differences[0],

@@ -1,11 +1,14 @@
 """experiments/accelerator.py at smoke size on a CPU: every part returns what its table needs, and calls resume."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +16,21 @@ import soundfile
 
 import tiny
 import tiny_processes
+from memo_jax import config as configs
 from memo_jax import models
 from memo_jax.data.batches import Utterances
+from memo_jax.planning import plan as planning
 from memo_jax.scoring.trials import read_trials, recording_rows
 from memo_jax.training import recipe
-from memo_jax.xla import reductions
+from memo_jax.xla import reductions, sharding
 
 sys.path[:0] = [str(tiny.ROOT / "experiments"), str(tiny.ROOT / "experiments" / "benchmarks")]
 import accelerator  # noqa: E402
 import accelerator_data  # noqa: E402
 import parity  # noqa: E402
 import run as study  # noqa: E402
+import step_parts  # noqa: E402
+import synthetic  # noqa: E402
 import train_step  # noqa: E402
 
 SCRIPT = tiny.ROOT / "experiments" / "accelerator.py"
@@ -72,6 +79,14 @@ def command(output, *more):
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def sigterm_of_pytest():
+    """The command handles the signal in this process; here its handler ends with the tests."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
     """A network of one layer, which compiles in no time; the tests are about what surrounds it."""
@@ -115,13 +130,12 @@ def whole(tmp_path_factory):
         return programs[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        import step_parts
-
         tiny_processes.patch_for_tests(patch.setattr)
         patch.setattr(step_parts, "machine_limits", limits.get)
         patch.setattr(parity, "compare", lambda path: compared | {"passed_tolerance": []})
         patch.setattr(reductions, "MEAN_FIRST_ON", ("cpu",))
         patch.setattr(accelerator.subprocess, "Popen", InThisProcess)
+        patch.setattr(accelerator, "end_part", lambda child: None)
         patch.setattr(accelerator, "Program", program_once)
         only = "--parts=^(machine|parity|bfloat16|devices|flops|step|lever/(crop|mean)|torch/float32$|trace|plan)"
         assert accelerator.main(arguments(folder, "--batches=4", only)) == 0
@@ -135,9 +149,24 @@ def test_a_whole_command(whole):
     steps = {"step/bfloat16/4", "step/float32/4", "lever/crop_remat", "lever/mean_first"}
     assert results.keys() - skipped == {"machine", "parity", "bfloat16", "flops", "trace", *steps}
     rows = {line.split(" | ")[0].strip("| "): line for line in (whole / "results.md").read_text().splitlines()}
-    assert rows.keys() >= steps | {"lever/crop_remat/larger", "torch/float32", "parity", "bfloat16", "devices"}
+    checks = {"machine", "parity", "bfloat16", "devices", "flops"}
+    assert rows.keys() >= steps | checks | {"lever/crop_remat/larger", "torch/float32"}
+    assert rows["machine"] == "| machine | 1 × cpu (cpu) |"
     for name in steps:
         assert rows[name].startswith(f"| {name} | 4 | {results[name]['seconds']:.4g} |")
+        assert f"| {results[name]['compiled_bytes'] / 1e9:.2f} (compiled) |" in rows[name], "a CPU tells no peak"
+    seconds = results["trace"]["seconds_by_scope"]["resnet/teacher/backbone"]
+    assert rows["resnet/teacher/backbone"] == f"| resnet/teacher/backbone | {1e3 * seconds:.3g} |"
+
+
+def test_the_order_of_parts(output):
+    """What tells most comes first: an hour may end sooner."""
+    names = list(accelerator.parts_of(parsed(output)))
+    assert names[:7] == [*"machine parity bfloat16 devices flops".split(), "step/bfloat16/4", "step/float32/4"]
+    others = [*accelerator.TORCH_VARIANTS]
+    assert names[7 : 8 + len(others)] == [*(f"torch/{name}" for name in others), "trace"]
+    assert names[8 + len(others) :][:3] == ["step/bfloat16/8", "step/float32/8", "lever/crop_remat"]
+    assert names[-2:] == ["plan", "training"]
 
 
 def test_the_machine(whole):
@@ -163,11 +192,112 @@ def test_bfloat16_is_compared_with_float32(whole, output, monkeypatch):
     assert not part(output, "bfloat16")["passed"]
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_bfloat16_has_no_nan(step, output, monkeypatch):
+    def losses(config, devices):
+        steps = [{"a": 1.0, "b": 1.0, "c": 1.0} for _ in range(2)]
+        steps[step]["b"] = np.nan if config.model.dtype == "bfloat16" else 1.0
+        return steps
+
+    monkeypatch.setattr(accelerator, "losses_of", losses)
+    assert part(output, "bfloat16")["passed"] is False
+
+
+def test_a_step_is_measured_where_nothing_is_known_to_compare_it_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "Program", NoProgram)
+    found = part(tmp_path, "step/bfloat16/4", "--config.total_steps=3")
+    assert found["fraction_of_peak"] is None and found["fraction_of_bandwidth"] is None and found["seconds"] > 0
+    assert " |  |  | " in accelerator.markdown({"step/bfloat16/4": found})
+
+
+def test_a_length_of_the_run_is_for_training(tmp_path):
+    """Its config gives it in steps, that of the other parts in epochs."""
+    authors = f"--config={tiny.ROOT / 'configs' / 'memo_voxceleb2.py'}"
+    assert accelerator.config_of(parsed(tmp_path, authors, "--config.total_steps=3")).total_epochs == 150
+
+
+def test_a_machine_whose_accelerator_jax_does_not_see_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(accelerator, "DEVICE_FILES", (str(tmp_path / "no"), str(tmp_path / "nvidia0")))
+    monkeypatch.setattr(step_parts, "machine_limits", lambda dtype: (1.0, 1.0))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert part(tmp_path / "out", "machine")["platform"] == "cpu"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert accelerator.main(arguments(tmp_path / "other", "--part=machine")) == accelerator.REFUSED
+    assert "install the extra cuda13" in capsys.readouterr().err
+    assert not (tmp_path / "other" / "parts" / "machine.json").exists()
+
+
+def test_a_refused_machine_ends_the_command(tmp_path, monkeypatch, capsys):
+    class Refused(InThisProcess):
+        def __init__(self, command, stdout, **_):
+            assert command[-1] == "--part=machine"
+            print("install the extra cuda13", file=stdout, flush=True)
+            self.returncode = accelerator.REFUSED
+
+    monkeypatch.setattr(accelerator.subprocess, "Popen", Refused)
+    monkeypatch.setattr(accelerator, "end_part", lambda child: None)
+    assert accelerator.main(arguments(tmp_path)) == accelerator.REFUSED
+    assert "install the extra cuda13" in capsys.readouterr().err
+    assert not (tmp_path / "parts" / "machine.json").exists(), "the next call tries again"
+
+
+XLA_NOTE = """W0000 00:00:1 bfc_allocator.cc:310] Allocator (GPU_0_bfc) ran out of memory trying to allocate 2.00GiB
+with freed_by_count=0. The caller indicates that this is not a failure, but this may mean that there could be gains.
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("step/float32/4", "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n", "does not fit"),
+        ("torch/float32", "torch.OutOfMemoryError: CUDA out of memory.\nended with 1\n", "does not fit"),
+        ("lever/crop_remat", XLA_NOTE + "ValueError: other\n", "failed: ValueError: other"),
+        ("step/float32/4", XLA_NOTE + "RESOURCE_EXHAUSTED\n", "does not fit"),
+        ("parity", "RESOURCE_EXHAUSTED\n", "failed: RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_only_lack_of_memory_where_it_may_lack_is_excused(name, text, line, output, monkeypatch):
+    class Failed(InThisProcess):
+        def __init__(self, command, stdout, env, **_):
+            assert env["JAX_TRACEBACK_FILTERING"] == "off"
+            print(text, file=stdout, flush=True)
+            self.returncode = 1
+
+    log = accelerator.part_file(types.SimpleNamespace(output=output), name).with_suffix(".log")
+    log.write_text("RESOURCE_EXHAUSTED, in an earlier attempt\n")
+    monkeypatch.setattr(accelerator.subprocess, "Popen", Failed)
+    monkeypatch.setattr(accelerator, "end_part", lambda child: None)
+    assert accelerator.main(arguments(output, f"--parts=^{name}$")) == int(line != "does not fit")
+    assert accelerator.summary(accelerator.result_of(types.SimpleNamespace(output=output), name)) == line
+
+
+def test_flops_are_counted_on_a_cpu(output, monkeypatch):
+    seen = {}
+
+    class Seen(InThisProcess):
+        def __init__(self, command, stdout, env, **_):
+            seen[command[-1]] = env["JAX_PLATFORMS"]
+            self.returncode = 1
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(accelerator.subprocess, "Popen", Seen)
+    monkeypatch.setattr(accelerator, "end_part", lambda child: None)
+    (output / "parts" / "flops.json").unlink()
+    assert accelerator.main(arguments(output, "--parts=^(flops|step/float32/4)$")) == 1
+    assert seen == {"--part=flops": "cpu", "--part=step/float32/4": "cuda"}
+
+
 def test_the_trace(whole):
     seconds = json.loads((whole / "parts" / "trace.json").read_text())["seconds_by_scope"]
     assert seconds.keys() >= {"resnet/teacher/backbone", "resnet/student/backbone, backward", "resnet/student/update"}
     assert all(value > 0 for value in seconds.values()) and (whole / "timeline.png").stat().st_size > 5_000
     assert (whole / "profile" / "memory.prof").stat().st_size > 0
+
+
+def test_a_trace_without_the_step_is_an_error(whole):
+    with pytest.raises(ValueError, match="no operation of the step"):
+        accelerator.traced_spans(max((whole / "profile").rglob("*.xplane.pb")), {"another": "program"})
 
 
 class NoProgram:
@@ -208,6 +338,13 @@ def test_a_lever_changes_the_step_and_one_that_saves_memory_is_tried_where_memor
         assert "skipped" in part(output, f"lever/{name}/larger", *more)
         put(output, "step/bfloat16/8", {"error": "RESOURCE_EXHAUSTED", "out_of_memory": True})
         assert built(f"lever/{name}/larger") == (8, *changed)
+
+
+def test_the_recipe_for_tpus_is_measured():
+    plain, tpu = (configs.load_config(tiny.ROOT / "configs" / f"memo_voxceleb2{end}.py", []) for end in ("", "_tpu"))
+    overrides = [f"--config.{text}" for text in (*accelerator.LEVERS["tpu recipe"], "model.dtype=bfloat16")]
+    changed = configs.load_config(tiny.ROOT / "configs" / "memo_voxceleb2.py", overrides)
+    assert changed == tpu and changed != plain
 
 
 def test_batch_statistics_are_measured_with_the_mean_first(output, monkeypatch):
@@ -277,6 +414,53 @@ def test_the_plan_beside_the_measurement(kind, devices, measured, status, planne
         assert line in accelerator.markdown({"plan": found}).splitlines()
 
 
+def test_the_plan_is_of_the_program_that_is_measured(output, monkeypatch):
+    """With banks as large, of folders that need not exist."""
+    put(output, "machine", MACHINE | {"kind": "NVIDIA H100 80GB HBM3", "platform": "gpu"})
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=json.dumps(PLANNED))
+
+    monkeypatch.setattr(accelerator.subprocess, "run", run)
+    authors = tiny.ROOT / "configs" / "memo_voxceleb2.py"
+    part(output, "plan", f"--config={authors}", "--config.total_steps=3")
+    config = configs.load_config(authors, [text for text in commands[0] if text.startswith("--config.")])
+    planned, measured = planning._banks(config.augment, sharding.data_mesh(None)), synthetic.example_banks()
+    assert planned.keys() == measured.keys()
+    assert all(planned[kind].shape == measured[kind].shape for kind in ("noise", "music"))
+    assert planned["rir"].shape[1:] == measured["rir"].shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "gigabytes", "chip"),
+    [
+        ("NVIDIA H100 80GB HBM3", "gpu", 76, "h100"),
+        ("NVIDIA H100 80GB HBM3", "gpu", None, "h100"),
+        ("NVIDIA H100 80GB HBM3", "gpu", 38, None),  # a part of one
+        ("NVIDIA H100 PCIe", "gpu", 76, None),
+        ("NVIDIA H100 NVL", "gpu", 90, None),
+        ("NVIDIA H200", "gpu", 136, "h200"),
+        ("NVIDIA GH200 480GB", "gpu", 92, None),
+        ("NVIDIA GB200", "gpu", 172, None),
+        ("NVIDIA A100-SXM4-80GB", "gpu", 76, "a100"),
+        ("NVIDIA A100-SXM4-40GB", "gpu", 38, None),
+        ("TPU v5 lite", "tpu", 16.9, "v5e"),
+        ("TPU v5p", "tpu", 102, "v5p"),
+        ("TPU v6 lite", "tpu", 16.9, None),
+    ],
+)
+def test_a_data_sheet_is_of_the_chip(kind, platform, gigabytes, chip, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    limits = {"kind": kind, "platform": platform, "memory_bytes": gigabytes and gigabytes * 1e9}
+    if chip:
+        assert accelerator.chip_of(limits) == chip
+    else:
+        with pytest.raises(accelerator.Skip, match="no data sheet of"):
+            accelerator.chip_of(limits)
+
+
 def test_all_devices_are_compared_with_one(tmp_path):
     """In a process with two (virtual) devices, with a ResNet: the one-layer network amplifies rounding to 1.1e-5."""
     put(tmp_path, "machine", MACHINE)
@@ -316,14 +500,40 @@ def test_rows_are_trained_and_tested(tmp_path):
     """On a package that came with the machine."""
     assert pack(tmp_path / "data") == 0
     more = ("--rows=dino-resnet", f"--data={tmp_path / 'data'}", "--config.total_steps=3", "--config.gate.stop_steps=2")
-    (row,) = part(tmp_path / "out", "training", *more)["rows"].items()
+    found = part(tmp_path / "out", "training", *more)
+    (row,) = found["rows"].items()
+    assert "error" not in found
     assert row[0] == "dino-resnet" and row[1]["steps"] == 3 and 0 < row[1]["eer"]["resnet"] < 100
     assert "| dino-resnet | 3 | resnet " in accelerator.markdown({"training": {"rows": dict([row])}})
 
 
+def test_rows_that_are_missing_are_an_error_beside_those_that_are_there(output, monkeypatch):
+    class Runner:
+        def __init__(self, command, **_):
+            assert "--take-over" in command
+
+        def wait(self):
+            return 1
+
+    result = {"row": "dino-resnet", "budget": "steps", "seed": 0, "status": "finished", "steps": 3}
+    result["tests"] = {"test": {"resnet": {"eer": 12.5}}}
+    file = output / "training" / "steps" / "dino-resnet" / "seed-0" / "result.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(result))
+    for name in ("train", "test", "trials.txt"):
+        (output / "data" / name).mkdir(parents=True)
+    monkeypatch.setattr(accelerator.subprocess, "Popen", Runner)
+    monkeypatch.setattr(accelerator.signal, "signal", lambda *_: None)
+    more = (f"--data={output / 'data'}", "--config.total_steps=3", "--rows=dino-resnet,dino-ecapa")
+    found = part(output, "training", *more)
+    assert found["error"] == "experiments/run.py ended with 1; no result of dino-ecapa"
+    text = accelerator.markdown({"training": found})
+    assert "**training**: failed: experiments/run.py ended" in text and "| dino-resnet | 3 | resnet 12.50 |" in text
+
+
 def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
     """120 s at 4 steps a second, for each of two rows, which compile for 30 s and are tested."""
-    put(output, "step/bfloat16/4", {"utterances_per_second": 16.0, "compile_seconds": 30.0})
+    put(output, "step/bfloat16/4", {"utterances_per_second": 16.0, "compile_seconds": 30.0, "seconds": 0.25})
     minutes = 2 * (120 + 30 + accelerator.ROW_SECONDS) / 60
     options = parsed(output, "--rows=dino-ecapa,memo-plateau", f"--training-minutes={minutes}")
     texts = dict(text.split("=") for text in accelerator.training_overrides(options))
@@ -331,6 +541,25 @@ def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
     options.training_minutes = 1
     texts = dict(text.split("=") for text in accelerator.training_overrides(options))
     assert texts["total_steps"] == "12", "never less than the study's"
+
+
+@pytest.mark.parametrize(
+    ("batch", "seconds", "rate"),
+    [
+        (32, 0.5, 0.5),  # as many utterances a second
+        (256, 0.5, 2.0),  # no more steps than measured, though each is of fewer utterances
+        (128, 0.01, accelerator.LOADER_RATE / 128),
+    ],
+)
+def test_steps_are_planned_at_the_batch_of_the_training(batch, seconds, rate, output):
+    """The study trains with 128 in all."""
+    measured = {"utterances_per_second": batch / seconds, "seconds": seconds, "compile_seconds": 0.0}
+    put(output, "step/bfloat16/4", measured)
+    minutes = (100_000 + accelerator.ROW_SECONDS) / 60
+    more = (f"--training-config={tiny.ROOT / 'configs' / 'study_full.py'}", "--rows=dino-ecapa")
+    options = parsed(output, *more, f"--training-minutes={minutes}")
+    texts = dict(text.split("=") for text in accelerator.training_overrides(options))
+    assert int(texts["total_steps"]) == round(100_000 * rate)
 
 
 TRAINING = """
@@ -373,8 +602,10 @@ def test_a_training_that_time_cuts_saves_and_is_resumed(tmp_path, monkeypatch):
     assert accelerator.main(arguments(tmp_path, *more)) == accelerator.GO_ON
     assert (folder / "saved").exists() and not (folder / "ended").exists()
     monkeypatch.setattr(accelerator, "ended", ended)
-    assert accelerator.main(arguments(tmp_path, *more)) == 0
-    assert (folder / "ended").exists() and json.loads((tmp_path / "parts" / "training.json").read_text())["rows"] == {}
+    assert not (tmp_path / "parts" / "training.json").exists()
+    assert accelerator.main(arguments(tmp_path, *more)) == 1
+    found = json.loads((tmp_path / "parts" / "training.json").read_text())
+    assert (folder / "ended").exists() and found["rows"] == {} and found["error"].startswith("no result of dino-ecapa")
 
 
 def test_a_package_is_what_training_takes(tmp_path, monkeypatch):
@@ -406,8 +637,9 @@ def test_a_package_is_what_training_takes(tmp_path, monkeypatch):
 def test_a_package_has_no_more_than_its_size(tmp_path, capsys):
     assert pack(tmp_path / "data", "--megabytes=0.8") == 0
     assert 0.7e6 < accelerator_data.size_of(tmp_path / "data") <= 0.8e6
-    assert "give accelerator.py --config.data.batch_size=" in capsys.readouterr().out
     packed, all_of_it = (Utterances(path) for path in (tmp_path / "data" / "train", tiny.material().dataset))
+    fitting = 8 * (len(packed) // 8)
+    assert f"give accelerator.py --config.data.batch_size={fitting}\n" in capsys.readouterr().out
     assert 10 < len(packed) < len(all_of_it)
     for index, name in enumerate(packed.names):
         assert np.array_equal(packed[index], all_of_it[all_of_it.names.index(name)])
@@ -447,6 +679,59 @@ def test_a_part_that_fails_is_reported_and_the_others_still_run(tmp_path):
 def test_a_part_that_takes_too_long_is_ended():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
     assert not accelerator.ended(child, 0.1) and child.returncode < 0
+
+
+PART = """
+import pathlib, subprocess, sys, time
+kept = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(sys.argv[0]).with_name("kept").write_text(str(kept.pid))
+time.sleep(0 if "--crash" in sys.argv else 600)
+"""
+
+
+def gone(process):
+    """Whether a process ends within ten seconds; one that nobody has waited for is a zombie."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_part_that_crashed_leaves_nothing(tmp_path):
+    (tmp_path / "part.py").write_text(PART)
+    child = subprocess.Popen([sys.executable, tmp_path / "part.py", "--crash"], start_new_session=True)
+    assert accelerator.ended(child, 60) and gone(int((tmp_path / "kept").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, -signal.SIGINT), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_part_ends_with_the_command(number, status, tmp_path):
+    """With all that it started, but for SIGKILL, which leaves the command no time: then what it started itself ends."""
+    (tmp_path / "part.py").write_text(PART)
+    script = tmp_path / "command.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport accelerator\n"
+        f"accelerator.__file__ = {str(tmp_path / 'part.py')!r}\nsys.exit(accelerator.main())\n"
+    )
+    started = [sys.executable, script, *arguments(tmp_path / "out", "--parts=^machine$")]
+    running = subprocess.Popen(started, env=tiny.environment(), stderr=subprocess.DEVNULL)
+    while not (tmp_path / "kept").exists() or not (tmp_path / "kept").read_text():
+        assert running.poll() is None
+        time.sleep(0.05)
+    kept = int((tmp_path / "kept").read_text())
+    of_part = int(Path(f"/proc/{kept}/stat").read_text().rpartition(")")[2].split()[1])
+    running.send_signal(number)
+    try:
+        assert running.wait(60) == status
+        assert gone(of_part) and (number == signal.SIGKILL or gone(kept))
+    finally:
+        if number == signal.SIGKILL:
+            os.kill(kept, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
