@@ -147,6 +147,7 @@ def get_config() -> ConfigDict:
     teacher.temp_warmup_epochs = 30  # epochs over which the temperature rises linearly, changing once per epoch
 
     # Positives from other recordings: k-means of the teacher's embeddings, and teachers that see crops of a partner.
+    # Speakers, where the dataset has them, are only read to report how many partners are of the same one.
     positives = config.positives = ConfigDict()
     positives.clusters = 0  # clusters of k-means, 25000 for VoxCeleb2; 0: teachers see crops of the utterance itself
     positives.from_epochs = 120.0  # time from which teachers see crops of a partner

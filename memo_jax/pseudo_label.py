@@ -74,16 +74,7 @@ def pseudo_label(
     """
     check_local(workdir)
     workdir = Path(workdir)
-    for key, wrong, wanted in (
-        ("supervised.weight", not config.supervised.weight, "set it above 0, as configs/pseudo_labels.py does"),
-        ("supervised.labels", config.supervised.labels, "leave it out: the rounds make the labels"),
-        ("init", config.init, "leave it out: --model is the network to start from"),
-        ("data.train", not config.data.train, "give a dataset made by `memo-jax prepare`"),
-        ("evaluation.trials", not config.evaluation.trials, "give a validation list, to choose the best round by"),
-    ):
-        if wrong:
-            group, _, name = key.rpartition(".")
-            raise ValueError(f"{key} is {(config[group] if group else config)[name]!r}: {wanted}")
+    check_config(config)
     if rounds < 1:
         raise ValueError(f"{rounds} rounds: give at least 1")
     if labels is not None:
@@ -124,11 +115,7 @@ def pseudo_label(
                 if number:
                     clustered = clusters_of_round(folder, utterances, options, labels, quiet)
                     train_round(config, folder, from_scratch, branch, quiet)
-                network = read_model(folder / MODEL)
-                measured = trials.rates(trials.network_scores(network.module, network.variables, network.front_end))
-                kept = {"clusters": None, "purity": None, "nmi": None}
-                row = {"round": number} | measured | {key: clustered.get(key) for key in kept}
-                write_text(folder / RESULTS, json.dumps(row, indent=2) + "\n")
+                measure_round(folder, number, trials, clustered)
             rows.append(json.loads(read_text(folder / RESULTS)))
             judge(rows)
             best = best_round(rows)
@@ -138,6 +125,20 @@ def pseudo_label(
             if not quiet:
                 say(f"round {number}: EER {rows[-1]['eer']:.2f} %, {rows[-1]['verdict']}")
     return {"rounds": rows, "best": best, "output": str(workdir / BEST)}
+
+
+def check_config(config: configs.ConfigDict) -> None:
+    """Raises ValueError naming a key with which there can be no rounds."""
+    for key, wrong, wanted in (
+        ("supervised.weight", not config.supervised.weight, "set it above 0, as configs/pseudo_labels.py does"),
+        ("supervised.labels", config.supervised.labels, "leave it out: the rounds make the labels"),
+        ("init", config.init, "leave it out: --model is the network to start from"),
+        ("data.train", not config.data.train, "give a dataset made by `memo-jax prepare`"),
+        ("evaluation.trials", not config.evaluation.trials, "give a validation list, to choose the best round by"),
+    ):
+        if wrong:
+            group, _, name = key.rpartition(".")
+            raise ValueError(f"{key} is {(config[group] if group else config)[name]!r}: {wanted}")
 
 
 def check_same_options(workdir: Path, options: dict) -> None:
@@ -187,6 +188,14 @@ def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, br
     of_round = configs.with_overrides(config, changes)
     train(of_round, folder, evaluation=training_evaluation(of_round), start=starting_parts(of_round), quiet=quiet)
     write_model(folder / MODEL, workdir_model(folder, branch))
+
+
+def measure_round(folder: Path, number: int, trials: TrialEvaluation, clustered: dict) -> None:
+    """Writes the row of a round: the error rates of its network, and what its clusters are like."""
+    network = read_model(folder / MODEL)
+    measured = trials.rates(trials.network_scores(network.module, network.variables, network.front_end))
+    row = {"round": number} | measured | {key: clustered.get(key) for key in ("clusters", "purity", "nmi")}
+    write_text(folder / RESULTS, json.dumps(row, indent=2) + "\n")
 
 
 def previous(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from memo_jax.files import as_path, check_writable, in_bucket, is_zip, write_tex
 from memo_jax.inference.batches import WaveFunction, apply_to_recordings
 from memo_jax.inference.embedder import check_embedding, load_model
 from memo_jax.inference.hub import is_hub_name
-from memo_jax.inference.model_file import Decision, check_holds_only, write_decision
+from memo_jax.inference.model_file import Decision, Model, check_holds_only, write_decision
 from memo_jax.inference.network import embedding_function, statistics_of_waves
 from memo_jax.log import plural
 from memo_jax.scoring import metrics
@@ -236,13 +236,8 @@ def evaluate(
       OSError: no such model, dataset or list (FileNotFoundError), or a result cannot be written.
     """
     network = load_model(model, branch=branch, role=role, step=step)
-    if save_threshold is not None and (is_hub_name(model) or not in_bucket(model) and is_zip(model)):
-        raise ValueError(
-            f"{model}: no threshold can be saved there: give the workdir or model file that it is from, then export or "
-            "push that again"
-        )
-    if save_threshold is not None and not in_bucket(model) and os.path.isfile(model):
-        check_holds_only(model, network)
+    if save_threshold is not None:
+        _check_can_keep_threshold(model, network)
     evaluation = TrialEvaluation(Utterances(data), trials, enrollments)
     target = evaluation.target
     tuned = save_threshold is not None or save_calibration is not None
@@ -284,24 +279,43 @@ def evaluate(
     plot_det({results["network"]: (scores, target), BASELINE: (baseline, target)}, output / "det.png")
     write_scores(output / "scores.txt", evaluation.trials, scores)
     write_scores(output / "log_mel_statistics.txt", evaluation.trials, baseline)
-    saved_in = []
     try:
         if tuned:
             decision = tuned_decision(scores, target, save_threshold or "eer", trials)
-            if save_threshold is not None:
-                from memo_jax.inference.workdir import save_decision
-
-                save_decision(model, network, decision)
-                saved_in.append("the model")
-            if save_calibration is not None:
-                write_decision(save_calibration, decision, network.fingerprint)
-                saved_in.append(str(save_calibration))
+            _save_decision(decision, network, None if save_threshold is None else model, save_calibration, results)
     finally:  # results are worth having even without a threshold
-        if saved_in:
-            calibration = {"scale": decision.scale, "offset": decision.offset}
-            results |= {"saved_threshold": decision.threshold, "calibration": calibration, "saved_in": saved_in}
         write_text(output / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     return results
+
+
+def _check_can_keep_threshold(model: str | os.PathLike, network: Model) -> None:
+    """Raises ValueError where no threshold can be saved with the model, before the minutes that embedding takes."""
+    if is_hub_name(model) or not in_bucket(model) and is_zip(model):
+        raise ValueError(
+            f"{model}: no threshold can be saved there: give the workdir or model file that it is from, then export or "
+            "push that again"
+        )
+    if not in_bucket(model) and os.path.isfile(model):
+        check_holds_only(model, network)
+
+
+def _save_decision(
+    decision: Decision,
+    network: Model,
+    model: str | os.PathLike | None,
+    file: str | os.PathLike | None,
+    results: dict[str, Any],
+) -> None:
+    """Saves a decision with the model and in a file, where given; `results` say what was saved, also if one fails."""
+    kept = {"saved_threshold": decision.threshold, "calibration": {"scale": decision.scale, "offset": decision.offset}}
+    if model is not None:
+        from memo_jax.inference.workdir import save_decision
+
+        save_decision(model, network, decision)
+        results |= kept | {"saved_in": ["the model"]}
+    if file is not None:
+        write_decision(file, decision, network.fingerprint)
+        results |= kept | {"saved_in": [*results.get("saved_in", []), str(file)]}
 
 
 def tuned_decision(scores: np.ndarray, target: np.ndarray, criterion: str, trials: str | os.PathLike) -> Decision:
