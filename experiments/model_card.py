@@ -76,7 +76,8 @@ def main(arguments=None) -> int:
     package = parser.parse_args(arguments).package
     try:
         model = read_model(package / "default_model.safetensors")
-        folders = {path.parent.name: path.parent for path in sorted((package / "results").glob("*/results.json"))}
+        found = [*package.glob("results/*/results.json"), *package.glob("run/results/*/results.json")]
+        folders = {path.parent.name: path.parent for path in sorted(found)}
         results = {name: json.loads((path / "results.json").read_text()) for name, path in folders.items()}
         if model.decision is None or not results:
             raise ValueError(f"{package} has no {'results' if model.decision else 'threshold'}: run package_model.py")

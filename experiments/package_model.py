@@ -5,14 +5,16 @@
 Runs, in order, the commands that experiments/learning.md explains: the validation list, the datasets, training,
 threshold and calibration by the validation list, float16, validation in noise and rooms, the tests, and the numbers of
 the card. What is there already is not remade, and training resumes where it stopped. `--config.KEY=VALUE` reaches the
-training.
+training. `memo-jax reproduce OUTPUT/run --output AGAIN` repeats the training and the evaluation on the validation list,
+and compares.
 
 The folder of speech has speechocean762/, librispeech/ and commonvoice/ with train/ and test/, commonvoice/unlabelled/,
 commands/, noise/esc10/, noise/music/, noise/speech_commands/, rirs/ with rirs/real/, and trials/ with a list for each
 test set.
 
-Writes into the output folder: `lists/`, `degraded/`, `data/`, `run/`, `network.safetensors` (float32, with threshold
-and calibration), `default_model.safetensors` (the same in float16), and `results/` with the error rates of each list.
+Writes into the output folder: `lists/`, `degraded/`, `data/`, `run/` with `results/validation/`, `network.safetensors`
+(float32, with threshold and calibration), `default_model.safetensors` (the same in float16), and `results/` with its
+error rates on each other list.
 """
 
 import argparse
@@ -44,11 +46,10 @@ def steps(speech: Path, output: Path, overrides: list[str]) -> list[Step]:
         given = [argument for path in inputs for argument in ("--input", path)]
         return Step([*memo_jax, "prepare", *given, "--output", data / name], data / name)
 
-    def evaluated(model: Path, name: str, trials: Path, *more: str) -> Step:
-        results = output / "results" / name
+    def evaluated(model: Path, results: Path, trials: Path, *more: str) -> Step:
         return Step(
-            [*memo_jax, "eval", "--model", model, "--data", data / name, "--trials", trials, "--output", results]
-            + ["--replicates", "300", *more],
+            [*memo_jax, "eval", "--model", model, "--data", data / results.name, "--trials", trials]
+            + ["--output", results, "--replicates", "300", *more],
             results / "results.json",
         )
 
@@ -81,11 +82,16 @@ def steps(speech: Path, output: Path, overrides: list[str]) -> list[Step]:
             + overrides,
             None,
         ),
+        evaluated(
+            run, run / "results" / "validation", lists / "trials.txt", *("--branch", BRANCH, "--save-threshold", "eer")
+        ),
         Step([*memo_jax, "export", "--model", run, "--branch", BRANCH, "--output", network], network),
-        evaluated(network, "validation", lists / "trials.txt", "--save-threshold", "eer"),
         Step([*memo_jax, "export", "--model", network, "--weights", "float16", "--output", final], final),
-        evaluated(final, "degraded", degraded / "trials.txt"),
-        *(evaluated(final, f"{name}-test", speech / "trials" / f"{name}-test.txt") for name in TESTS),
+        evaluated(final, output / "results" / "degraded", degraded / "trials.txt"),
+        *(
+            evaluated(final, output / "results" / f"{name}-test", speech / "trials" / f"{name}-test.txt")
+            for name in TESTS
+        ),
         Step([*script, EXPERIMENTS / "model_card.py", "--package", output], None),
     ]
 
