@@ -3,7 +3,7 @@
     python experiments/run.py --config configs/study_epochs.py --rows … (see experiments/learning.md)
 
 A thousand recordings, an ECAPA-TDNN of 64 channels and a small ResNet, both with a stride of 2. Targets are balanced,
-as in SDPN: with a centre, the teacher becomes uniform over its prototypes. Crops are twice as long as in the study, and
+as in SDPN: with a centre, the teacher becomes uniform over its prototypes. Crops are longer than in the study, and
 half of them clean: with those of the study, DINO did not pass log-mel statistics.
 """
 

@@ -1,8 +1,8 @@
 """Hooks of the documentation's build.
 
 They add the pages that are made from other files of the repository (the configuration from configs/, the command line
-from its parser, the study, CONTRIBUTING and CHANGELOG), rewrite the links that leave docs/, and turn equations into
-MathML, so that neither building nor reading needs a network or a script.
+from its parser, the pages of experiments/, CONTRIBUTING and CHANGELOG), rewrite the links that leave docs/, and turn
+equations into MathML, so that neither building nor reading needs a network or a script.
 """
 
 import argparse

@@ -85,7 +85,8 @@ def main(arguments=None) -> int:
         for name, result in results.items():
             if result["fingerprint"] not in networks:
                 raise ValueError(
-                    f"{folders[name]}: results of another network: remove it and run package_model.py again"
+                    f"{folders[name]}: results of another network: remove it, or both .safetensors where the training "
+                    "has gone on, and run package_model.py again"
                 )
         decision, size = model.decision, (package / "default_model.safetensors").stat().st_size
         parameters = parameter_count(model.variables["params"])

@@ -176,12 +176,14 @@ def _find(inputs, exclude, run_commands, speakers):
 
 
 def _shared_speakers(recordings, inputs):
-    """Speakers whom folders or archives of more than one input have; VoxCeleb's names are the same everywhere."""
-    roots = collections.defaultdict(set)
+    """Speakers whom more than one folder or archive has, unless all recordings are VoxCeleb's, id00012/video/00001."""
+    roots, others = collections.defaultdict(set), set()
     for item in recordings:
-        if item.root in inputs and item.speaker and not VOXCELEB_SPEAKER.fullmatch(item.speaker):
+        if item.root in inputs and item.speaker:
             roots[item.speaker].add(item.root)
-    return sorted(speaker for speaker, of_speaker in roots.items() if len(of_speaker) > 1)
+            if not (VOXCELEB_SPEAKER.fullmatch(item.speaker) and item.name.count("/") == 2):
+                others.add(item.speaker)
+    return sorted(speaker for speaker in others if len(roots[speaker]) > 1)
 
 
 def _parts(recordings):

@@ -72,11 +72,13 @@ def test_several_folders_make_one_dataset(tmp_path):
 
 
 def test_a_name_that_two_folders_give_a_speaker_is_reported(tmp_path, capsys):
-    """But for VoxCeleb's names, which are the same people everywhere."""
-    for number, name in enumerate(("one/7", "two/7", "one/8", "two/9", "one/id00012", "two/id00012")):
+    """But for VoxCeleb's, who are the same people everywhere; id00014 is in a folder as another corpus has it."""
+    names = ("one/7", "two/7", "one/8", "two/9", "one/id00012/a", "two/id00012/b", "one/id00014", "two/id00014/a")
+    for number, name in enumerate(names):
         write_recording(tmp_path / name / f"{number}.wav")
     report = prepare([tmp_path / "one", tmp_path / "two"], tmp_path / "set", workers=1)
-    assert report["speakers"] == 4 and "1 speaker (7) in more than one input: taken as" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert report["speakers"] == 5 and "2 speakers (7, id00014) in more than one input: taken as" in said
 
 
 def test_other_readers_of_tfds_open_it_without_tensorflow(speech, tmp_path):

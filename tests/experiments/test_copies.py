@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile
 
 import tiny
 
@@ -47,6 +48,16 @@ def test_a_copy_through_a_codec_is_of_the_same_speaker(tmp_path):
         row = rows[name.removeprefix("mp3-32k/")]
         assert speaker == original.speakers[row] and len(wave) >= len(original[row])
         assert loudest_frequency(wave) == pytest.approx(loudest_frequency(original[row]), rel=0.02)
+
+
+def test_a_name_with_a_space_is_refused(tmp_path, capsys):
+    """It could not be read back."""
+    (tmp_path / "speech" / "a").mkdir(parents=True)
+    soundfile.write(tmp_path / "speech" / "a" / "one two.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
+    status, text = tiny.here("prepare", "--input", tmp_path / "speech", "--output", tmp_path / "spaced")
+    assert status == 0, text
+    given = ("--data", str(tmp_path / "spaced"), "--output", str(tmp_path / "copies"))
+    assert copies.main([*given, "--speed", "0.9"]) == 2 and "'a/one two.wav' has a space" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,14 @@ import model_card  # noqa: E402
 
 @pytest.fixture
 def package(tmp_path):
-    """What package_model.py writes, of a tiny network and one list."""
+    """What package_model.py writes, of a tiny network and two lists, one of which is evaluated with the run."""
     material = tiny.material()
     for name in ("default_model", "network"):
         shutil.copy(tiny.model_file(), tmp_path / f"{name}.safetensors")
     options = ["--data", material.dataset, "--trials", material.trials, "--output", tmp_path / "results" / "a-list"]
     status, text = tiny.here("eval", "--model", tmp_path / "default_model.safetensors", *options, "--replicates", "20")
     assert status == 0, text
+    shutil.copytree(tmp_path / "results" / "a-list", tmp_path / "run" / "results" / "validation")
     return tmp_path
 
 
@@ -44,6 +45,7 @@ def test_the_tables_have_the_error_rates_and_what_the_calibration_gives(package,
     assert given.startswith(f"| a-list | {above:.0f} | {below:.0f} | ")
     fitted, calibrated = map(float, given.strip("| ").split(" | ")[3:])
     assert calibrated <= fitted
+    assert sum(line.startswith("| validation | ") for line in printed.splitlines()) == 2
 
 
 def test_what_is_missing_or_of_another_list_is_named(package, capsys):
@@ -60,6 +62,7 @@ def test_what_is_missing_or_of_another_list_is_named(package, capsys):
         results.write_text(json.dumps(json.loads(text) | changes))
         assert model_card.main(["--package", str(package)]) == 2
         assert said in capsys.readouterr().err
-    shutil.rmtree(package / "results")
+    for folder in (package / "results", package / "run" / "results"):
+        shutil.rmtree(folder)
     assert model_card.main(["--package", str(package)]) == 2
     assert f"{package} has no results: run package_model.py" in capsys.readouterr().err

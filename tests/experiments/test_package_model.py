@@ -54,7 +54,7 @@ def test_every_command_is_understood_and_reads_what_those_before_it_wrote(taken,
             name = str(Path(path).relative_to(output))
             assert name in written, f"{name} is read before it is written"
         written |= {str(Path(path).relative_to(output)) for path in results & set(paths)}
-    assert {"run", "default_model.safetensors", "results/librispeech-test"} <= written
+    assert {"run/results/validation", "default_model.safetensors", "results/librispeech-test"} <= written
     (train,) = (command for command in taken if "train" in command[3:4])
     assert "--config.total_steps=5" in train
 

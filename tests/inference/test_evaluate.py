@@ -355,6 +355,21 @@ def test_a_threshold_that_accepts_nobody_is_refused_and_the_results_are_kept(wor
     assert results["eer"] == 100 and "saved_threshold" not in results and not (run / "decisions.json").exists()
 
 
+def test_results_say_what_was_saved_before_a_file_could_not_be(workdir, tmp_path, monkeypatch):
+    from memo_jax.inference import evaluate as module
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write_decision", full)
+    run = shutil.copytree(workdir, tmp_path / "run")
+    arguments = ("--save-threshold", "--save-calibration", str(tmp_path / "file.json"))
+    status, text = evaluate(tmp_path / "out", *arguments, workdir=run)
+    assert status == 2 and "No space left on device" in text
+    results = results_of(tmp_path / "out")
+    assert results["saved_in"] == ["the model"] and Embedder.load(run).threshold == results["saved_threshold"]
+
+
 def test_a_network_that_is_worse_than_the_statistics_is_reported(output, tmp_path, monkeypatch):
     from memo_jax.inference.evaluate import TrialEvaluation
 
