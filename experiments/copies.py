@@ -11,6 +11,7 @@ Writes a Kaldi folder, the input of `memo-jax prepare`: the recordings, `wav.scp
 """
 
 import argparse
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +31,13 @@ CODECS = {  # name: what ffmpeg calls it, and the suffix of its files
 }
 
 
-def at_speed(wave: np.ndarray, speed: float) -> np.ndarray:
-    """Returns a wave int16 [L] played `speed` times as fast, int16 [L / speed]."""
-    slower = soxr.resample(wave.astype(np.float32), SAMPLE_RATE * speed, SAMPLE_RATE)
-    return np.clip(np.round(slower), -32768, 32767).astype(np.int16)
+def write_at_speed(wave: np.ndarray, path: Path, speed: float) -> None:
+    """Writes a wave int16 [L] played `speed` times as fast."""
+    played = soxr.resample(wave.astype(np.float32), SAMPLE_RATE * speed, SAMPLE_RATE)
+    soundfile.write(path, np.clip(np.round(played), -32768, 32767).astype(np.int16), SAMPLE_RATE)
 
 
-def encode(wave: np.ndarray, codec: str, rate: str, path: Path) -> None:
+def write_encoded(wave: np.ndarray, path: Path, codec: str, rate: str) -> None:
     """Writes a wave int16 [L] through a codec at a bit rate such as "8k"; ValueError says what ffmpeg refused."""
     raw = ["-f", "s16le", "-ar", str(SAMPLE_RATE), "-ac", "1", "-i", "-"]
     command = ["ffmpeg", "-nostdin", "-v", "error", "-y", *raw, "-c:a", CODECS[codec][0], "-b:a", rate, str(path)]
@@ -71,20 +72,22 @@ def main(arguments=None) -> int:
         dataset, lines, speakers = Utterances(options.data), [], []
         if spaced := [name for name in dataset.names if len(name.split()) > 1]:
             raise ValueError(f"{options.data}: {spaced[0]!r} has a space, which no name in wav.scp can have")
+        # {copy: (suffix of its files, what writes one, what its speakers' names begin with)}
+        copies = {
+            f"speed-{speed:g}": (".flac", functools.partial(write_at_speed, speed=speed), f"speed-{speed:g}/")
+            for speed in options.speed
+        } | {
+            f"{codec}-{rate}": (CODECS[codec][1], functools.partial(write_encoded, codec=codec, rate=rate), "")
+            for codec, rate in codecs
+        }
         for index, name in enumerate(progress(dataset.names, label="copies", unit="recording")):
-            copies = [(f"speed-{speed:g}", ".flac", speed) for speed in options.speed]
-            copies += [(f"{codec}-{rate}", CODECS[codec][1], (codec, rate)) for codec, rate in codecs]
-            for copy, suffix, how in copies:
+            for copy, (suffix, write, prefix) in copies.items():
                 path = options.output / copy / f"{index:07d}{suffix}"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if isinstance(how, tuple):
-                    encode(dataset[index], *how, path)
-                else:
-                    soundfile.write(path, at_speed(dataset[index], how), SAMPLE_RATE)
+                write(dataset[index], path)
                 lines.append(f"{copy}/{name} {path.absolute()}\n")
                 if speaker := dataset.speakers[index]:
-                    other = speaker if isinstance(how, tuple) else f"{copy}/{speaker}"
-                    speakers.append(f"{copy}/{name} {other}\n")
+                    speakers.append(f"{copy}/{name} {prefix}{speaker}\n")
         (options.output / "wav.scp").write_text("".join(lines))
         if speakers:
             (options.output / "utt2spk").write_text("".join(speakers))
