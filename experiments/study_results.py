@@ -174,7 +174,11 @@ def rate_cells(budget: str, rows: dict[str, list[Run]], row: str, scores: Scores
     rate = spread([run.result["tests"][scores.name][main_branch(run.result)]["eer"] for run in runs.values()], 2)
     if scores.pairs is not None:
         low, high = confidence.bootstrap_interval(
-            metrics.eer, scores.of_runs(list(runs.values())), scores.trials.target, scores.pairs, replicates=replicates
+            metrics.WeightedTrials.eer,
+            scores.of_runs(list(runs.values())),
+            scores.trials.target,
+            scores.pairs,
+            replicates=replicates,
         )
         rate += f" ({100 * low:.1f}–{100 * high:.1f})"
     against = ablation.ROWS[row].against if budget == "steps" else {ablation.REFERENCE} - {row}
@@ -197,7 +201,7 @@ def comparison(runs: dict[int, Run], name: str, others: dict[int, Run], scores: 
     # One-sided in whichever direction the difference points, so that a worse row is as visible as a better one.
     sign = 1 if rates[0] <= rates[1] else -1
     found = confidence.paired_bootstrap(
-        metrics.eer, *systems[::sign], scores.trials.target, scores.pairs, replicates=replicates
+        metrics.WeightedTrials.eer, *systems[::sign], scores.trials.target, scores.pairs, replicates=replicates
     )
     low, high = sorted(100 * sign * end for end in found.interval)
     return f"`{name}` {100 * sign * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p {found.p_value:.2g}"

@@ -101,7 +101,7 @@ def comparison(test: str, trials: Trials, scores: dict[str, dict[str, np.ndarray
             against = "–"
             if kind != "together":
                 found = confidence.paired_bootstrap(
-                    metrics.eer,
+                    metrics.WeightedTrials.eer,
                     scores["together"][network],
                     of_kind[network],
                     trials.target,

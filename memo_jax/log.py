@@ -246,9 +246,9 @@ def say_once(text: str) -> None:
     say(text)
 
 
-def plural(count: int, noun: str, nouns: str = "") -> str:
-    """Returns the count with its noun: "1 recording", "1,200 recordings"; `nouns` is the plural unless it adds an s."""
-    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+def plural(count: int, noun: str) -> str:
+    """Returns the count with its noun: "1 recording", "1,200 recordings"."""
+    return f"{count:,} {noun if count == 1 else noun + 's'}"
 
 
 def _plain(value):

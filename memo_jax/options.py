@@ -159,6 +159,27 @@ def channel_options() -> argparse.ArgumentParser:
     return options
 
 
+def vad_options() -> argparse.ArgumentParser:
+    """Options of commands that read recordings to embed or to train on."""
+    options = shared_by_commands()
+    options.add_argument(
+        "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
+    )
+    return options
+
+
+def embedder_options() -> argparse.ArgumentParser:
+    """Options of commands that turn recordings into embeddings."""
+    options = shared_by_commands(model_options(), channel_options(), vad_options())
+    options.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        default="auto",
+        help="what runs the network (default: auto: onnxruntime where it is installed and there is only a CPU)",
+    )
+    return options
+
+
 def min_seconds_options() -> argparse.ArgumentParser:
     """Options of commands that read many recordings."""
     options = shared_by_commands()
@@ -220,9 +241,12 @@ def trials_options() -> argparse.ArgumentParser:
 def add_prepare(command: Command) -> None:
     """Adds memo-jax prepare."""
     added = command(
-        "prepare", "turn recordings into a dataset, or check a dataset", min_seconds_options(), channel_options()
+        "prepare",
+        "turn recordings into a dataset, or check a dataset",
+        min_seconds_options(),
+        channel_options(),
+        vad_options(),
     )
-    add_vad(added)
     added.add_argument(
         "--input",
         action="append",
@@ -422,30 +446,9 @@ def add_eval(command: Command) -> None:
     )
 
 
-def add_runtime(added: argparse.ArgumentParser) -> None:
-    """Adds --runtime, of the commands that have an Embedder."""
-    added.add_argument(
-        "--runtime",
-        choices=RUNTIMES,
-        default="auto",
-        help="what runs the network (default: auto: onnxruntime where it is installed and there is only a CPU)",
-    )
-
-
-def add_vad(added: argparse.ArgumentParser) -> None:
-    """Adds --vad, of the commands that read recordings to embed or to train on."""
-    added.add_argument(
-        "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
-    )
-
-
 def add_embed(command: Command) -> None:
     """Adds memo-jax embed."""
-    added = command(
-        "embed", "turn recordings into embeddings", model_options(), min_seconds_options(), channel_options()
-    )
-    add_runtime(added)
-    add_vad(added)
+    added = command("embed", "turn recordings into embeddings", embedder_options(), min_seconds_options())
     added.add_argument(
         "input",
         nargs="+",
@@ -525,22 +528,14 @@ def add_cluster(command: Command) -> None:
 def add_verify(command: Command) -> None:
     """Adds memo-jax verify."""
     added = command(
-        "verify",
-        "tell whether two recordings are of the same speaker",
-        model_options(),
-        threshold_options(),
-        channel_options(),
+        "verify", "tell whether two recordings are of the same speaker", embedder_options(), threshold_options()
     )
-    add_runtime(added)
-    add_vad(added)
     added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_enroll(command: Command) -> None:
     """Adds memo-jax enroll."""
-    added = command("enroll", "add a person to a gallery", model_options(), gallery_options(), channel_options())
-    add_runtime(added)
-    add_vad(added)
+    added = command("enroll", "add a person to a gallery", embedder_options(), gallery_options())
     added.add_argument("name", metavar="NAME")
     added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
@@ -556,13 +551,10 @@ def add_identify(command: Command) -> None:
     added = command(
         "identify",
         "tell who in a gallery speaks in a recording",
-        model_options(),
+        embedder_options(),
         threshold_options(),
         gallery_options(),
-        channel_options(),
     )
-    add_runtime(added)
-    add_vad(added)
     added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
@@ -571,12 +563,9 @@ def add_app(command: Command) -> None:
     added = command(
         "app",
         "serve a page on this machine: compare two recordings, enrol people, identify them",
-        model_options(),
+        embedder_options(),
         threshold_options(),
-        channel_options(),
     )
-    add_runtime(added)
-    add_vad(added)
     added.add_argument(
         "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
     )

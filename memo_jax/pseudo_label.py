@@ -39,7 +39,6 @@ def pseudo_label(
     crops: int = 0,
     crop_seconds: float = 4.0,
     labels: str | os.PathLike | None = None,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Trains networks in rounds, each on clusters made by the network before it, and keeps the best.
 
@@ -62,7 +61,6 @@ def pseudo_label(
       crops: as for `embeddings_of`.
       crop_seconds: likewise.
       labels: known speakers, for purity and NMI in the report alone.
-      quiet: show no progress.
 
     Returns:
       {"rounds": a list of {"round", the RATES, "clusters", "purity", "nmi", "verdict"}, "best": number of the best
@@ -113,8 +111,8 @@ def pseudo_label(
             if read_text(folder / RESULTS) is None:
                 clustered: dict = {}
                 if number:
-                    clustered = clusters_of_round(folder, utterances, options, labels, quiet)
-                    train_round(config, folder, from_scratch, branch, quiet)
+                    clustered = clusters_of_round(folder, utterances, options, labels)
+                    train_round(config, folder, from_scratch, branch)
                 measure_round(folder, number, trials, clustered)
             rows.append(json.loads(read_text(folder / RESULTS)))
             judge(rows)
@@ -122,8 +120,7 @@ def pseudo_label(
             write_text(workdir / TABLE, table_text(rows, "\t"))
             with replacing(workdir / BEST) as partial:
                 partial.write_bytes((workdir / f"round_{best}" / MODEL).read_bytes())
-            if not quiet:
-                say(f"round {number}: EER {rows[-1]['eer']:.2f} %, {rows[-1]['verdict']}")
+            say(f"round {number}: EER {rows[-1]['eer']:.2f} %, {rows[-1]['verdict']}")
     return {"rounds": rows, "best": best, "output": str(workdir / BEST)}
 
 
@@ -155,16 +152,14 @@ def check_same_options(workdir: Path, options: dict) -> None:
         )
 
 
-def clusters_of_round(
-    folder: Path, utterances: Utterances, options: dict, labels: str | os.PathLike | None, quiet: bool
-) -> dict:
+def clusters_of_round(folder: Path, utterances: Utterances, options: dict, labels: str | os.PathLike | None) -> dict:
     """Clusters the dataset with the network of the previous round, unless that is done; returns the report."""
     report = folder / "clusters.json"
     if (text := read_text(report)) is None:
         before = read_model(previous(folder) / MODEL)
         folder.mkdir(exist_ok=True)
         found = cluster_to_table(
-            embeddings_of(before, utterances, options["crops"], options["crop_seconds"], quiet),
+            embeddings_of(before, utterances, options["crops"], options["crop_seconds"]),
             folder / CLUSTERS,
             labels=labels,
             figure=folder / "sizes.png",
@@ -172,12 +167,11 @@ def clusters_of_round(
         )
         text = json.dumps(found, indent=2) + "\n"
         write_text(report, text)
-        if not quiet:
-            say(cluster_text(found))
+        say(cluster_text(found))
     return json.loads(text)
 
 
-def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, branch: str | None, quiet: bool) -> None:
+def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, branch: str | None) -> None:
     """Trains on the clusters of a round, or resumes it, and writes the teacher of `branch` as its model.
 
     Raises as `train` does.
@@ -186,7 +180,7 @@ def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, br
     if not from_scratch:
         changes.append(f"--config.init={previous(folder) / MODEL}")
     of_round = configs.with_overrides(config, changes)
-    train(of_round, folder, evaluation=training_evaluation(of_round), start=starting_parts(of_round), quiet=quiet)
+    train(of_round, folder, evaluation=training_evaluation(of_round), start=starting_parts(of_round))
     write_model(folder / MODEL, workdir_model(folder, branch))
 
 

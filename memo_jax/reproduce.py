@@ -24,16 +24,13 @@ from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 MOVABLE = (*FREE_ON_RESUME, "init", "augment.noise", "augment.music", "augment.speech", "augment.rirs")
 
 
-def reproduce(
-    run: str | os.PathLike, output: str | os.PathLike, overrides: Sequence[str] = (), quiet: bool = False
-) -> dict:
+def reproduce(run: str | os.PathLike, output: str | os.PathLike, overrides: Sequence[str] = ()) -> dict:
     """Repeats a run in a new workdir up to its last logged step, repeats its evaluations, and compares.
 
     Args:
       run: workdir of a run; every `results.json` that `memo-jax eval` wrote below it is reproduced, too.
       output: the new workdir; results of an earlier call are reused.
       overrides: texts "--config.KEY=VALUE" that say where data, trials and banks are now.
-      quiet: show no progress.
 
     Returns:
       A dict: "identical" (bool); "steps" (number of rows compared); "metrics", "parameters" and "evaluations" ({name:
@@ -70,7 +67,7 @@ def reproduce(
     if last not in saved_steps(output):  # an earlier call has trained it
         evaluation = training_evaluation(again)
         start = None if saved_steps(output) else starting_parts(again)  # an interrupted call has begun it
-        train(again, output, evaluation=evaluation, start=start, stop_at_step=last, quiet=quiet)
+        train(again, output, evaluation=evaluation, start=start, stop_at_step=last)
     found = compare_metrics(old, read_metrics(output)) | {
         "parameters": {},
         "environment": environment_differences(run, output),
@@ -87,7 +84,7 @@ def reproduce(
             if evaluated["step"] and evaluated["step"] not in saved_steps(output):
                 found["missing"].append(f"{name}, of step {evaluated['step']}, whose checkpoint is not kept")
             else:
-                found["evaluations"] |= evaluate_again(evaluated, run, output, name, again, quiet)
+                found["evaluations"] |= evaluate_again(evaluated, run, output, name, again)
     found["identical"] = not (found["metrics"] or found["parameters"] or found["evaluations"] or found["missing"])
     return found
 
@@ -132,9 +129,7 @@ def compare_parameters(run: Path, output: Path, step: int) -> dict[str, float]:
     return differences
 
 
-def evaluate_again(
-    old: dict, run: Path, output: Path, name: str, config: configs.ConfigDict, quiet: bool
-) -> dict[str, float]:
+def evaluate_again(old: dict, run: Path, output: Path, name: str, config: configs.ConfigDict) -> dict[str, float]:
     """Returns {rate of an evaluation: absolute difference} for the rates that differ on the new run.
 
     Of a list without labels, it is the largest difference of a score.
@@ -154,7 +149,6 @@ def evaluate_again(
             crop_seconds=old.get("crop_seconds", 4.0),
             enrollments=old.get("enrollments"),
             replicates=0,
-            quiet=quiet,
         )
     new = json.loads(made.read_text(encoding="utf-8"))
     if "eer" not in old:

@@ -47,7 +47,7 @@ def test_each_round_clusters_with_the_network_before_and_is_tested(whole):
         folder = workdir / f"round_{number}"
         before = read_model(workdir / f"round_{number - 1}" / rounds.MODEL)
         again = clustering.cluster(
-            clustering.embeddings_of(before, Utterances(tiny.material().dataset), quiet=True).embeddings, clusters=5
+            clustering.embeddings_of(before, Utterances(tiny.material().dataset)).embeddings, clusters=5
         )
         assert read_table(folder / "clusters.tsv", "name", "cluster") == dict(zip(names, map(str, again.tolist())))
         config = json.loads((folder / "config.json").read_text())

@@ -22,7 +22,7 @@ import soundfile  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from memo_jax.audio import SAMPLE_RATE, is_audio_name, read_audio  # noqa: E402
-from memo_jax.data.batches import training_batches  # noqa: E402
+from memo_jax.data.batches import steps_per_epoch, training_batches  # noqa: E402
 from memo_jax.data.records import READER_OPTIONS, checksum_of, samples_of, serialized  # noqa: E402
 from memo_jax.files import as_json
 from synthetic import cuts, utterance_lengths, write_dataset  # noqa: E402
@@ -93,7 +93,7 @@ def measure_segments(seconds: float, utterances: list, folder: Path) -> dict:
     write_dataset(folder, utterances, len(utterances), segment_samples=round(seconds * SAMPLE_RATE))
     size, times = min(32, len(utterances)), []
     with contextlib.closing(training_batches(folder, batch_size=size, seed=0)) as batches:
-        steps = batches.steps_per_epoch
+        steps = steps_per_epoch(len(utterances), size)
         for _ in range(ROUNDS):
             began = time.process_time()
             for _ in range(steps):

@@ -51,13 +51,12 @@ def parse_channel(text: str) -> str | int:
 def read_audio(
     path_or_file: str | os.PathLike | BinaryIO,
     *,
-    sample_rate: int = SAMPLE_RATE,
     max_seconds: float = MAX_SECONDS,
     channel: str | int = "mean",
     start: float = 0.0,
     end: float | None = None,
 ) -> np.ndarray:
-    """Decodes a recording, or an excerpt of it, to mono 16-bit samples.
+    """Decodes a recording, or an excerpt of it, to mono 16-bit samples at 16 kHz.
 
     The content of a file decides how it is decoded; its name does not matter. libsndfile decodes wav (also RF64, W64
     and MPEG in wav), flac, ogg and opus, mp3, aiff, au, caf and sph. ffmpeg, where installed, decodes m4a and mp4,
@@ -76,7 +75,6 @@ def read_audio(
 
     Args:
       path_or_file: a path, or an open binary file. Its attribute `name`, if any, is used in messages.
-      sample_rate: of the result, Hz.
       max_seconds: longest recording accepted; guards against files that unpack to more than the memory.
       channel: "mean", or the number of a channel, from 1.
       start: seconds of the recording to leave out at its beginning. They are skipped without decoding where possible,
@@ -93,7 +91,7 @@ def read_audio(
         mean (phase-inverted), an excerpt outside the recording, or ffmpeg needed and missing.
       ValueError: `channel`, `start` or `end` make no sense.
     """
-    return _read(path_or_file, np.int16, sample_rate, max_seconds, channel, start, end)
+    return _read(path_or_file, np.int16, max_seconds, channel, start, end)
 
 
 class Excerpt(NamedTuple):
@@ -135,7 +133,7 @@ def read_excerpt(name: str | os.PathLike, *, channel: str | int = "mean") -> np.
 
 def read_float_audio(path_or_file: str | os.PathLike | BinaryIO, *, channel: str | int = "mean") -> np.ndarray:
     """Decodes like `read_audio` but to float32 [L] of full scale 1, neither clipped nor amplified."""
-    return _read(path_or_file, np.float32, SAMPLE_RATE, MAX_SECONDS, channel, 0.0, None)
+    return _read(path_or_file, np.float32, MAX_SECONDS, channel, 0.0, None)
 
 
 def audio_seconds(path: str | os.PathLike | BinaryIO) -> float:
@@ -178,7 +176,7 @@ def as_audio(samples: ArrayLike, rate: int, name: str = "the array", channel: st
     mixer, collector = Mixer(name, channel), Collector(np.int16)
     with np.errstate(over="ignore"):  # from float64, which the mixer refuses
         block = (samples.reshape(len(samples), -1) / scale).astype(np.float32)
-    for mono in _resampled(iter([(rate, mixer.mono(block))]), SAMPLE_RATE):
+    for mono in _resampled(iter([(rate, mixer.mono(block))])):
         collector.add(mono)
     return _finished(name, mixer, collector, np.int16)
 
@@ -191,16 +189,16 @@ def check_speech(name: str | os.PathLike, samples: np.ndarray, min_seconds: floa
         raise AudioError(name, "silence: all samples are equal")
 
 
-def _read(source, dtype, sample_rate, max_seconds, channel, start, end):
+def _read(source, dtype, max_seconds, channel, start, end):
     channel = _checked_channel(channel)
     if not 0 <= start < math.inf or (end is not None and not start <= end):
         raise ValueError(f"no excerpt: start={start}, end={end}; expected seconds, 0 <= start <= end")
     with _opened(source) as window:
         mixer, collector = Mixer(window.name, channel), Collector(dtype)
         blocks = ((rate, mixer.mono(block)) for rate, block in _excerpt(window, start, end))
-        for mono in _resampled(blocks, sample_rate):
+        for mono in _resampled(blocks):
             collector.add(mono)
-            if collector.length > max_seconds * sample_rate:
+            if collector.length > max_seconds * SAMPLE_RATE:
                 raise AudioError(window.name, f"longer than {max_seconds:g} s: cut it into shorter recordings")
         return _finished(window.name, mixer, collector, dtype)
 
@@ -262,18 +260,18 @@ def _decoder(window, part, is_alone, start=0.0, end=None):
         raise AudioError(window.name, f"not readable as audio: {part.kind}: {reason}; {error.reason}") from None
 
 
-def _resampled(blocks, sample_rate):
-    """Converts (rate, float32 [n]) to float32 blocks at `sample_rate`; parts of the same rate join without a gap."""
+def _resampled(blocks):
+    """Converts (rate, float32 [n]) to float32 blocks at 16 kHz; parts of the same rate join without a gap."""
     resampler = rate = None
     for next_rate, block in blocks:
         if next_rate != rate:
             if resampler is not None:
                 yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
             resampler, rate = None, next_rate
-            if rate != sample_rate:
+            if rate != SAMPLE_RATE:
                 import soxr
 
-                resampler = soxr.ResampleStream(rate, sample_rate, 1, dtype="float32", quality="HQ")
+                resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
         yield block if resampler is None else resampler.resample_chunk(block)
     if resampler is not None:
         yield resampler.resample_chunk(np.empty(0, np.float32), last=True)

@@ -200,7 +200,7 @@ class _Decompressed:
 
     def __init__(self, path, make):
         self._file, self._make, self._stream = open(path, "rb"), make, make()
-        self._place, self._left = 0, b""
+        self._place = 0
         self.close = self._file.close
 
     def tell(self):

@@ -364,11 +364,6 @@ class TrainingBatches:
         self._batches, self._workers, self._prefetch = batches, workers, prefetch
         self._step, self._reader, self._closed = start, None, False
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches in an epoch of `training_batches`."""
-        return self._batches.steps
-
     def __iter__(self) -> "TrainingBatches":
         return self
 

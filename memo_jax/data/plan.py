@@ -118,8 +118,8 @@ def _check_ffmpeg(recordings):
         )
 
 
-def reasons(left_out: Sequence[tuple[str, str]], most: int = 5) -> str:
+def reasons(left_out: Sequence[tuple[str, str]]) -> str:
     """Returns " (3 × empty file; 1 × silence)": how often each kind of reason occurs, or "" if nothing was left out."""
     counts = collections.Counter(reason.split(":")[0] for _, reason in left_out)
-    shown = [f"{count} × {reason}" for reason, count in counts.most_common(most)]
-    return f" ({'; '.join(shown + ['…'] * (len(counts) > most))})" if shown else ""
+    shown = [f"{count} × {reason}" for reason, count in counts.most_common(5)]
+    return f" ({'; '.join(shown + ['…'] * (len(counts) > 5))})" if shown else ""

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, check_speech, speech_of
+from memo_jax.audio import SAMPLE_RATE, AudioError, check_speech, speech_of
 from memo_jax.audio.speech import check_installed
 from memo_jax.data.archives import LARGEST_MEMBER, TarStream
 from memo_jax.data.plan import planned, reasons
@@ -33,7 +33,6 @@ def prepare(
     output: str | os.PathLike,
     *,
     min_seconds: float = 0.5,
-    max_seconds: float = MAX_SECONDS,
     channel: str | int = "mean",
     vad: bool = False,
     workers: int | None = None,
@@ -57,7 +56,6 @@ def prepare(
         folders; wespeaker's shards or a list of them; datasets of TFDS.
       output: folder to create.
       min_seconds: shorter recordings are left out.
-      max_seconds: longer recordings are left out.
       channel: of recordings with several: "mean", or the number of one, from 1. One named in the fifth field of a Kaldi
         folder's segments takes precedence.
       vad: keep only the parts that are speech (`audio.speech`), joined; a recording without speech is left out.
@@ -89,7 +87,6 @@ def prepare(
         "inputs": [given.text if isinstance(given, TfdsInput) else os.path.abspath(given) for given in inputs],
         "working_folder": os.getcwd() if any(map(_may_be_relative, inputs)) else None,
         "min_seconds": min_seconds,
-        "max_seconds": max_seconds,
         "channel": channel,
         "vad": vad,
         "run_commands": run_commands,
@@ -111,7 +108,7 @@ def prepare(
             recordings, left_out = planned(unfinished, command, inputs, find, overwrite, output)
             parts = _parts(recordings)
             with explained_write_errors(unfinished, output):
-                options = {"min_seconds": min_seconds, "max_seconds": max_seconds, "channel": channel, "vad": vad}
+                options = {"min_seconds": min_seconds, "channel": channel, "vad": vad}
                 _write_parts(unfinished, parts, inputs, options, workers or os.cpu_count())
                 report = _finish(unfinished, len(parts), left_out)
                 if report["utterances"]:
@@ -243,15 +240,13 @@ def _spooled(numbers, parts, folder):
             yield number, parts[number], spool
 
 
-def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, max_seconds, channel, vad):
+def _write_part(number, recordings, spool, *, count, folder, inputs, min_seconds, channel, vad):
     """Decodes the recordings of a part into one shard, or more when they are long, and declares it complete."""
     rows, left_out, shards, shard = [], [], [], None
     try:
         for index, item in enumerate(recordings):
             try:
-                samples = read_recording(
-                    item, max_seconds=max_seconds, channel=channel, spool=spool and (spool[0], spool[1][index])
-                )
+                samples = read_recording(item, channel=channel, spool=spool and (spool[0], spool[1][index]))
                 samples = speech_of(samples, item.source) if vad else samples
                 check_speech(item.source, samples, min_seconds)
             except AudioError as error:

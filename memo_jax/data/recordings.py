@@ -24,7 +24,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import MAX_SECONDS, AudioError, is_audio_name, read_audio
+from memo_jax.audio import AudioError, is_audio_name, read_audio
 from memo_jax.audio.error import NOT_OF_THE_FILE
 from memo_jax.data import kaldi, tfds_audio
 from memo_jax.data.archives import LARGEST_MEMBER, Extent, is_archive_name, is_compressed_tar, members, open_member
@@ -166,17 +166,12 @@ def _place(recording):
 
 
 def read_recording(
-    recording: Recording,
-    *,
-    max_seconds: float = MAX_SECONDS,
-    channel: str | int = "mean",
-    spool: tuple[str, int] | None = None,
+    recording: Recording, *, channel: str | int = "mean", spool: tuple[str, int] | None = None
 ) -> np.ndarray:
     """Returns the samples of a recording, int16 [L] at 16 kHz.
 
     Args:
       recording: from `find_recordings`.
-      max_seconds: the longest accepted.
       channel: "mean", or the number of a channel from 1; a channel that the recording itself names takes precedence.
       spool: file, and offset in it, to which a recording of kind STREAMED was copied; required for those.
 
@@ -185,7 +180,7 @@ def read_recording(
       OSError: a temporary file cannot be written.
     """
     start, end = recording.span or (0.0, None)
-    options = {"max_seconds": max_seconds, "channel": recording.channel or channel}
+    options = {"channel": recording.channel or channel}
     if recording.kind is Kind.EXAMPLE:
         return tfds_audio.read_example(recording.root, int(recording.path), **options)
     options |= {"start": start, "end": end}
@@ -222,13 +217,13 @@ class _Named:
         return getattr(self._file, attribute)
 
 
-def files_below(folder: str | os.PathLike, exclude: str | os.PathLike | None = None) -> Iterator[str]:
+def files_below(folder: str | os.PathLike) -> Iterator[str]:
     """Yields the path of every file below a folder, sorted folder by folder; follows links, but enters none twice.
 
     Raises:
       FileNotFoundError: no such folder. OSError: a folder in it cannot be read.
     """
-    return (os.path.join(parent, file) for parent, files in _folders_below(folder, exclude) for file in files)
+    return (os.path.join(parent, file) for parent, files in _folders_below(folder, None) for file in files)
 
 
 def is_hidden(name: str) -> bool:

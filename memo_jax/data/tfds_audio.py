@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memo_jax.audio import SAMPLE_RATE, AudioError, as_audio
+from memo_jax.audio import MAX_SECONDS, SAMPLE_RATE, AudioError, as_audio
 from memo_jax.files import one_line
 
 TFDS_PREFIX = "tfds:"
@@ -58,11 +58,11 @@ def utterance_names(text: str) -> Iterator[tuple[str, str]]:
         yield _text(example[name]) if name else f"{split}/{number:08d}", _text(example[speaker]) if speaker else ""
 
 
-def read_example(text: str, number: int, *, max_seconds: float, channel: str | int = "mean") -> np.ndarray:
+def read_example(text: str, number: int, *, channel: str | int = "mean") -> np.ndarray:
     """Returns the samples of an example, int16 [L] at 16 kHz; fast for examples that follow one another.
 
     Raises:
-      AudioError: as for `audio.as_audio`, naming INPUT/number; or longer than `max_seconds`.
+      AudioError: as for `audio.as_audio`, naming INPUT/number; or longer than `audio.MAX_SECONDS`.
     """
     _, builder, _, audio = _builder_of(text)
     source, rate = f"{text}/{number}", builder.info.features[audio].sample_rate or SAMPLE_RATE
@@ -71,8 +71,8 @@ def read_example(text: str, number: int, *, max_seconds: float, channel: str | i
         if samples.size and (samples.min() < -(2**15) or samples.max() >= 2**15):
             raise AudioError(source, "integer samples beyond 16 bits")
         samples = samples.astype(np.int16)
-    if len(samples) > max_seconds * rate:
-        raise AudioError(source, f"longer than {max_seconds:g} s: cut it into shorter recordings")
+    if len(samples) > MAX_SECONDS * rate:
+        raise AudioError(source, f"longer than {MAX_SECONDS:g} s: cut it into shorter recordings")
     return as_audio(samples, rate, source, channel)
 
 

@@ -3,7 +3,6 @@
 import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,14 +19,6 @@ BATCH_SECONDS = 64.0  # on other devices: keeps them busy and fits their memory
 LONGEST_SECONDS = 120.0  # longest window: a network's memory grows with the length
 
 WaveFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int16 waves [N, L], lengths [N] → rows [N, D]
-
-
-@runtime_checkable
-class StreamFunction(Protocol):
-    """A wave function that takes recordings of any length one by one, without batches."""
-
-    def stream(self, waves: Iterable[tuple[int, np.ndarray]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (key, row float32 [D]) for every (key, int16 wave [L]), like `apply_to_stream`."""
 
 
 def bucket_length(samples: int, growth: float = FINE_GROWTH) -> int:
@@ -75,7 +66,7 @@ def apply_to_stream(
     Frequent lengths get finer buckets; what is left at the end shares a few batches. A recording longer than
     LONGEST_SECONDS yields the mean of its windows' rows.
     """
-    if isinstance(function, StreamFunction):
+    if hasattr(function, "stream"):  # `runtime.OnnxFunction` takes recordings one by one
         yield from function.stream(waves)
         return
     import jax  # imported late: networks run by onnxruntime need no JAX

@@ -10,7 +10,7 @@ from memo_jax.data.batches import Utterances
 from memo_jax.files import check_writable, write_text
 from memo_jax.inference.batches import apply_to_recordings
 from memo_jax.inference.embedder import check_embedding
-from memo_jax.inference.evaluate import Crops
+from memo_jax.inference.evaluate import crop_embeddings
 from memo_jax.inference.model_file import Model
 from memo_jax.log import plural
 from memo_jax.scoring import clusters as scoring
@@ -97,9 +97,7 @@ def cluster(
     return scoring.numbered_by_size(merged[groups])
 
 
-def embeddings_of(
-    model: Model, utterances: Utterances, crops: int = 0, crop_seconds: float = 4.0, quiet: bool = False
-) -> Embeddings:
+def embeddings_of(model: Model, utterances: Utterances, crops: int = 0, crop_seconds: float = 4.0) -> Embeddings:
     """Embeds all utterances of a dataset.
 
     Args:
@@ -107,26 +105,15 @@ def embeddings_of(
       utterances: the dataset.
       crops: how many crops of an utterance, spread evenly, to take the mean direction of; 0 for whole utterances.
       crop_seconds: length of a crop.
-      quiet: show no progress.
 
     Raises:
       ValueError: naming the utterance, for an embedding that is zero or not finite.
       OSError: the dataset cannot be read.
     """
     if crops:
-        rows = sum(
-            unit_norm(
-                apply_to_recordings(
-                    model.function,
-                    Crops(utterances, i, crops, crop_seconds),
-                    label=f"embedding crop {i + 1} of {crops}",
-                    quiet=quiet,
-                )
-            )
-            for i in range(crops)
-        )
+        rows = sum(map(unit_norm, crop_embeddings(model.function, utterances, crops, crop_seconds)))
     else:
-        rows = apply_to_recordings(model.function, utterances, quiet=quiet)
+        rows = apply_to_recordings(model.function, utterances)
     names = utterances.names
     for name, row in zip(names, rows):
         check_embedding(name, row)
@@ -182,8 +169,8 @@ def cluster_to_table(
 
     Returns:
       {"output", "utterances", "kmeans" (0 without), "linkage" (None without agglomeration), "default_numbers" (whether
-      they were used), "model", and the fields of `Sizes`}, with labels also {"purity", "nmi", "labelled": how many of
-      the utterances have a label, "speakers": how many labels there are}.
+      they were used), "model", and those of `clusters.sizes_of`}, with labels also {"purity", "nmi", "labelled": how
+      many of the utterances have a label, "speakers": how many labels there are}.
 
     Raises:
       ValueError: as for `cluster`, or no utterance has a label. OSError: a file cannot be read or written.
@@ -213,7 +200,7 @@ def cluster_to_table(
         "linkage": linkage if clusters else None,
         "default_numbers": by_default,
         "model": embeddings.model,
-    } | scoring.sizes_of(assignment)._asdict()
+    } | scoring.sizes_of(assignment)
     if labelled is not None:
         speakers = [known[name] for name, has in zip(embeddings.names, labelled) if has]
         report |= {

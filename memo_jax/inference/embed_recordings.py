@@ -191,12 +191,9 @@ def _file_stamp(path) -> str:
 
 
 def _recording_stamp(recording: Recording) -> str:
-    file = "" if recording.kind is Kind.COMMAND else _file_stamp(recording.archive or _path_of(recording))
+    path = recording.archive or os.path.join(recording.root, recording.path)
+    file = "" if recording.kind is Kind.COMMAND else _file_stamp(path)
     return json.dumps([recording.kind, recording.path, recording.extent, recording.span, recording.channel, file])
-
-
-def _path_of(recording: Recording) -> str:
-    return os.path.join(recording.root, recording.path)
 
 
 def embed_recordings(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,8 @@ class TrialEvaluation:
         """
         if not crops:
             return self._checked(apply_to_recordings(function, self.utterances, self.rows, quiet=quiet))
-        per_crop = [
-            apply_to_recordings(
-                function,
-                Crops(self.utterances, i, crops, crop_seconds),
-                self.rows,
-                f"embedding crop {i + 1} of {crops}",
-                quiet,
-            )
-            for i in range(crops)
-        ]
-        return self._checked(np.stack(per_crop, axis=1))
+        per_crop = crop_embeddings(function, self.utterances, crops, crop_seconds, self.rows, quiet)
+        return self._checked(np.stack(list(per_crop), axis=1))
 
     def _checked(self, embeddings):
         for row, embedding in zip(self.rows, embeddings):
@@ -185,6 +176,20 @@ class Crops:
         wave = self.waves[row]
         start = round(self.share * max(len(wave) - self.samples, 0))
         return np.resize(wave[start : start + self.samples], self.samples)
+
+
+def crop_embeddings(
+    function: WaveFunction,
+    waves: Sequence[np.ndarray],
+    crops: int,
+    seconds: float,
+    rows: Sequence[int] | None = None,
+    quiet: bool = False,
+) -> Iterator[np.ndarray]:
+    """Yields the embeddings of each crop, float32 [N, D]; arguments as of `Crops` and `apply_to_recordings`."""
+    for i in range(crops):
+        of_crop = Crops(waves, i, crops, seconds)
+        yield apply_to_recordings(function, of_crop, rows, f"embedding crop {i + 1} of {crops}", quiet)
 
 
 def evaluate(

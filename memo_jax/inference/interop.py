@@ -300,8 +300,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, tim
     return traverse_util.path_aware_map(value, like)
 
 
-def _some(texts, separator: str = ", ", most: int = 8) -> str:
-    return separator.join([*texts[:most], *([f"and {len(texts) - most} more"] if len(texts) > most else [])])
+def _some(texts, separator: str = ", ") -> str:
+    return separator.join([*texts[:8], *([f"and {len(texts) - 8} more"] if len(texts) > 8 else [])])
 
 
 def to_torch(variables: Any, name: Callable, timeless: bool = False) -> dict[str, np.ndarray]:

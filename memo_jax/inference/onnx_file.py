@@ -183,12 +183,12 @@ def _embed_with_features(model: Model):
     return jax.jit(embed)
 
 
-def front_end_cosine(model: Model, front_end: str, seed: int = 0) -> float:
+def front_end_cosine(model: Model, front_end: str) -> float:
     """Returns the mean cosine between a model's embeddings with its own front end and with another.
 
     Over ten synthetic recordings of three seconds: voiced pulses through moving resonances, with a little noise.
     """
-    waves = np.stack([_speech_like(3 * SAMPLE_RATE, np.random.default_rng((seed, i))) for i in range(10)])
+    waves = np.stack([_speech_like(3 * SAMPLE_RATE, np.random.default_rng((0, i))) for i in range(10)])
     lengths = np.full(len(waves), waves.shape[1], np.int32)
     embed = jax.jit(embed_waves, static_argnums=(0, 1))
     own, other = (

@@ -72,9 +72,8 @@ def norm(x: Var, variables: Variables) -> Var:
 
 def linear(x: Var, variables: Variables) -> Var:
     """Mirrors `layers.Linear`: [B, C] → [B, features]."""
-    out = op.matmul(x, constant(variables["params"]["kernel"]))
-    bias = variables["params"].get("bias")
-    return out if bias is None else op.add(out, constant(bias))
+    params = variables["params"]
+    return op.add(op.matmul(x, constant(params["kernel"])), constant(params["bias"]))
 
 
 def size(x: Var, axis: int, dtype: DTypeLike = np.float32) -> Var:

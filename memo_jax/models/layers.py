@@ -177,7 +177,6 @@ class Linear(nn.Module):
     """Affine map of the last axis, [..., D] → [..., features], initialised as in PyTorch unless told otherwise."""
 
     features: int
-    use_bias: bool = True
     kernel_init: nn.initializers.Initializer = torch_uniform
     bias_init: nn.initializers.Initializer | None = None
     dtype: jnp.dtype = jnp.float32
@@ -186,11 +185,8 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., D] → [..., features]."""
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-        out = x.astype(self.dtype) @ kernel.astype(self.dtype)
-        if self.use_bias:
-            init = self.bias_init or bias_uniform(x.shape[-1])
-            out = out + parameter(self, "bias", init, (self.features,)).astype(self.dtype)
-        return out
+        bias = parameter(self, "bias", self.bias_init or bias_uniform(x.shape[-1]), (self.features,))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,7 +1,6 @@
 """Clusters of utterances: agglomeration of groups by Ward or average linkage, and how pure clusters are."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -9,28 +8,21 @@ LINKAGES = ("ward", "average")
 MOST_GROUPS = 60_000  # groups that are agglomerated: their distances take 14 GB
 
 
-class Sizes(NamedTuple):
-    """How many utterances clusters have: the number of clusters, and of those with one utterance; their sizes."""
+def sizes_of(assignment: np.ndarray) -> dict[str, float]:
+    """Returns the number of clusters, how many have a single utterance, and statistics of their sizes.
 
-    clusters: int
-    single: int
-    smallest: int
-    median: float
-    mean: float
-    largest: int
-
-
-def sizes_of(assignment: np.ndarray) -> Sizes:
-    """Returns the statistics of clusters, given the number of each utterance's cluster, int [N] with N above 0."""
+    Args:
+      assignment: the number of each utterance's cluster, int [N] with N above 0.
+    """
     counts = np.unique(assignment, return_counts=True)[1]
-    return Sizes(
-        len(counts),
-        int((counts == 1).sum()),
-        int(counts.min()),
-        float(np.median(counts)),
-        float(counts.mean()),
-        int(counts.max()),
-    )
+    return {
+        "clusters": len(counts),
+        "single": int((counts == 1).sum()),
+        "smallest": int(counts.min()),
+        "median": float(np.median(counts)),
+        "mean": float(counts.mean()),
+        "largest": int(counts.max()),
+    }
 
 
 def numbered_by_size(assignment: np.ndarray) -> np.ndarray:

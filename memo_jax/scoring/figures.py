@@ -254,12 +254,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score_histogram_figure(
-    scores: np.ndarray,
-    target: np.ndarray,
-    look: Look,
-    *,
-    unit: str = "cosine score",
-    thresholds: Mapping[str, float] | None = None,
+    scores: np.ndarray, target: np.ndarray, look: Look, *, thresholds: Mapping[str, float] | None = None
 ) -> Figure:
     """Draws histograms of target scores, in a system's look, and of nontarget scores in grey.
 
@@ -287,7 +282,7 @@ def score_histogram_figure(
         ax.set_ylim(0, peak / (0.97 - line_height * len(marks)))
         ax.margins(x=0.01)
         _mark_thresholds(ax, marks, line_height)
-        ax.set_xlabel(f"{unit} (accepted at or above the threshold)")
+        ax.set_xlabel("cosine score (accepted at or above the threshold)")
         ax.set_ylabel("share of the class (%)")
         ax.grid(axis="x", visible=False)
     return figure

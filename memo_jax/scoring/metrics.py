@@ -1,8 +1,7 @@
 """Scores of trials and their error rates: plain numpy, nothing else.
 
 Conventions: a higher score means "more likely the same speaker"; a trial is accepted when score >= threshold. Rates and
-costs are fractions, never percent. Every metric takes optional trial weights, which is what the bootstrap over speakers
-(confidence.py) uses.
+costs are fractions, never percent. `WeightedTrials` gives trials weights, for the bootstrap of confidence.py.
 """
 
 import bisect
@@ -136,48 +135,39 @@ class OperatingPoint(NamedTuple):
     threshold: float
 
 
-def cumulative_weights(
-    scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the distinct scores, ascending [P], and the total weights of targets and of nontargets up to each.
+def cumulative_counts(scores: ArrayLike, target: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the distinct scores, ascending [P], and how many targets and nontargets there are up to each, int64.
 
     Those of the score itself are included. Tied trials fall together: no threshold can tell them apart, so no order
     among them may count.
 
     Raises:
-      ValueError: on no trials, lengths that differ, NaN scores, labels that are not true or false, negative weights,
-        and when only targets or only nontargets have weight.
+      ValueError: on no trials, lengths that differ, NaN scores, labels that are not true or false, and when there are
+        only targets or only nontargets.
     """
     scores, target = np.asarray(scores), np.asarray(target)
-    shapes = {np.shape(array) for array in (scores, target, *([] if weights is None else [weights]))}
-    if len(shapes) != 1 or scores.ndim != 1:
-        raise ValueError(f"scores, target (and weights) must be arrays of one length [N], not {sorted(shapes)}")
+    if scores.shape != target.shape or scores.ndim != 1:
+        raise ValueError(f"scores and target must be arrays of one length [N], not {scores.shape} and {target.shape}")
     if not scores.size:
         raise ValueError("there are no trials to score")
     if target.dtype != bool:
         if not np.isin(target, (0, 1)).all():
             raise ValueError("target must hold true (or 1) for target trials and false (or 0) for nontarget trials")
         target = target.astype(bool)
-    rises = scores[1:] > scores[:-1]
-    if not (rises | (scores[1:] == scores[:-1])).all():  # the bootstrap hands over sorted scores
-        order = np.argsort(scores)
-        scores, target = scores[order], target[order]
-        weights = None if weights is None else np.asarray(weights)[order]
-        rises = scores[1:] > scores[:-1]
+    order = np.argsort(scores)
+    scores, target = scores[order], target[order]
     if np.isnan(scores[-1]):  # NaN sorts last
         raise ValueError(f"{np.isnan(scores).sum():,} of {len(scores):,} scores are NaN")
-    if weights is not None and not np.min(weights) >= 0:
-        raise ValueError("weights of trials must be zero or more")
-    last = np.append(np.flatnonzero(rises), len(scores) - 1)  # the last trial of each group of ties
-    of_targets = np.cumsum(target if weights is None else weights * target, dtype=np.float64)[last]
-    of_nontargets = last + 1.0 - of_targets if weights is None else np.cumsum(weights * ~target, dtype=np.float64)[last]
-    for total, kind, other in ((of_targets[-1], "target", "nontarget"), (of_nontargets[-1], "nontarget", "target")):
-        if not total > 0:
+    last = np.append(np.flatnonzero(scores[1:] > scores[:-1]), len(scores) - 1)  # the last trial of each group of ties
+    targets = np.cumsum(target)[last]
+    nontargets = last + 1 - targets
+    for total, kind, other in ((targets[-1], "target", "nontarget"), (nontargets[-1], "nontarget", "target")):
+        if not total:
             raise ValueError(f"all {len(scores):,} trials are {other} trials: error rates need {kind} trials as well")
-    return scores[last], of_targets, of_nontargets
+    return scores[last], targets, nontargets
 
 
-def error_rates(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> ErrorRates:
+def error_rates(scores: ArrayLike, target: ArrayLike) -> ErrorRates:
     """Returns the rates of misses and of false alarms at every distinct score, and above all of them.
 
     These are the points of the ROC and DET curves. `fnr[i]` is the share of targets scoring below `thresholds[i]`,
@@ -186,20 +176,19 @@ def error_rates(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None 
     Args:
       scores: [N].
       target: bool [N].
-      weights: [N], zero or more; all one by default.
 
     Raises:
-      ValueError: see `cumulative_weights`; also when there are only targets or only nontargets.
+      ValueError: see `cumulative_counts`.
     """
-    thresholds, targets, nontargets = cumulative_weights(scores, target, weights)
+    thresholds, targets, nontargets = cumulative_counts(scores, target)
     fnr = np.append(0.0, targets / targets[-1])
     fpr = np.append(1.0, 1.0 - nontargets / nontargets[-1])
     return ErrorRates(np.append(thresholds, np.inf), fnr, fpr)
 
 
-def eer_point(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> OperatingPoint:
+def eer_point(scores: ArrayLike, target: ArrayLike) -> OperatingPoint:
     """Returns the equal error rate (see `eer`) and its threshold: of the two next to it, that with closer rates."""
-    thresholds, fnr, fpr = error_rates(scores, target, weights)
+    thresholds, fnr, fpr = error_rates(scores, target)
     after = int(np.searchsorted(fnr - fpr, 0.0))  # the difference rises from -1 to 1
     before = after - 1
     value, share = _meeting_point(fnr[before], fpr[before], fnr[after], fpr[after])
@@ -207,14 +196,14 @@ def eer_point(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = 
     return OperatingPoint(float(value), float(thresholds[nearer]))
 
 
-def eer(scores: ArrayLike, target: ArrayLike, weights: ArrayLike | None = None) -> float:
+def eer(scores: ArrayLike, target: ArrayLike) -> float:
     """Returns the equal error rate, a fraction: where the ROC, its points joined by straight lines, meets FNR = FPR.
 
     This is the linear interpolation of the NIST SRE scoring tools and of `roc_curve` with a root finder (scikit-learn
     users); tied scores make one point. It is not the ROC convex hull's (ROCCH) EER, which is never larger. Below 0.5 is
     better than chance; a system with its sign wrong goes up to 1. Arguments and errors as for `error_rates`.
     """
-    return eer_point(scores, target, weights).value
+    return eer_point(scores, target).value
 
 
 def _meeting_point(fnr_before, fpr_before, fnr_after, fpr_after) -> tuple[float, float]:
@@ -227,8 +216,8 @@ def _meeting_point(fnr_before, fpr_before, fnr_after, fpr_after) -> tuple[float,
 class WeightedTrials:
     """Metrics of the same trials under changing weights: sorted once, and rates are computed only where needed.
 
-    For weights that are whole numbers, whose sums are exact, they equal `eer` and `min_dcf` bit for bit. Errors as for
-    `error_rates`.
+    A weight that is a whole number counts as so many copies of its trial: the results equal `eer` and `min_dcf` of the
+    copies bit for bit. All weights are 1 at first. Errors as for `error_rates`.
 
     Attributes:
       targets, nontargets: rows of these trials in the order that their weights are given in.
@@ -236,11 +225,11 @@ class WeightedTrials:
 
     def __init__(self, scores: ArrayLike, target: ArrayLike):
         scores, target = np.asarray(scores), np.asarray(target, bool)
-        self._thresholds, *below = cumulative_weights(scores, target)
-        self._below = [np.append(0, counts).astype(np.int64) for counts in below]  # trials below each threshold
+        _, *counts = cumulative_counts(scores, target)
+        self._below = [np.append(0, count) for count in counts]  # targets and nontargets below each threshold
         rows = np.argsort(scores)
         self.targets, self.nontargets = rows[target[rows]], rows[~target[rows]]
-        self._sums = [np.zeros(len(rows) + 1) for rows in (self.targets, self.nontargets)]
+        self._sums = [np.arange(len(rows) + 1.0) for rows in (self.targets, self.nontargets)]
 
     def weigh(self, target_weights: np.ndarray, nontarget_weights: np.ndarray) -> None:
         """Takes weights that leave some targets and some nontargets."""
@@ -249,11 +238,12 @@ class WeightedTrials:
 
     def eer(self) -> float:
         """Returns the equal error rate, a fraction."""
-        after = bisect.bisect_left(range(len(self._thresholds) + 1), 0.0, key=lambda i: np.subtract(*self._rates(i)))
+        points = range(len(self._below[0]))
+        after = bisect.bisect_left(points, 0.0, key=lambda i: np.subtract(*self._rates(i)))
         return float(_meeting_point(*self._rates(after - 1), *self._rates(after))[0])
 
     def min_dcf(self, p_target: float) -> float:
-        """Returns the least detection cost at a prior, with costs of 1."""
+        """Returns the least detection cost at a prior."""
         return float(np.min(detection_cost(*self._rates(slice(None)), p_target)))
 
     def _rates(self, index):
@@ -262,60 +252,37 @@ class WeightedTrials:
         return fnr, 1.0 - nontargets[nontargets_below[index]] / nontargets[-1]
 
 
-def min_dcf_point(
-    scores: ArrayLike,
-    target: ArrayLike,
-    p_target: float,
-    *,
-    c_miss: float = 1,
-    c_fa: float = 1,
-    weights: ArrayLike | None = None,
-) -> OperatingPoint:
+def min_dcf_point(scores: ArrayLike, target: ArrayLike, p_target: float) -> OperatingPoint:
     """Returns the minimum detection cost and the threshold that reaches it; arguments and errors as of `min_dcf`."""
-    thresholds, fnr, fpr = error_rates(scores, target, weights)
-    costs = detection_cost(fnr, fpr, p_target, c_miss, c_fa)
+    thresholds, fnr, fpr = error_rates(scores, target)
+    costs = detection_cost(fnr, fpr, p_target)
     best = int(np.argmin(costs))
     return OperatingPoint(float(costs[best]), float(thresholds[best]))
 
 
-def min_dcf(
-    scores: ArrayLike,
-    target: ArrayLike,
-    p_target: float,
-    *,
-    c_miss: float = 1,
-    c_fa: float = 1,
-    weights: ArrayLike | None = None,
-) -> float:
+def min_dcf(scores: ArrayLike, target: ArrayLike, p_target: float) -> float:
     """Returns the least normalised detection cost of any threshold, in [0, 1]; 1 is the cost of not listening at all.
 
     Args:
       scores: [N].
       target: bool [N].
-      p_target: prior probability of a target, strictly between 0 and 1 (VoxCeleb: 0.05; NIST SRE10: 0.01 or 0.001).
-      c_miss: cost of a miss, positive.
-      c_fa: cost of a false alarm, positive.
-      weights: [N], as for `error_rates`.
+      p_target: prior probability of a target, strictly between 0 and 1 (VoxCeleb: 0.05; NIST SRE10: 0.01 or 0.001). A
+        miss costs as much as a false alarm; a ratio r of their costs is the prior r p / (r p + 1 - p).
 
     Raises:
       ValueError: see `error_rates` and `detection_cost`.
 
-    Source: min over thresholds of (c_miss p FNR + c_fa (1-p) FPR) / min(c_miss p, c_fa (1-p)); NIST SRE plans.
+    Source: min over thresholds of (p FNR + (1-p) FPR) / min(p, 1-p); NIST SRE plans.
     """
-    return min_dcf_point(scores, target, p_target, c_miss=c_miss, c_fa=c_fa, weights=weights).value
+    return min_dcf_point(scores, target, p_target).value
 
 
-def detection_cost(
-    fnr: np.ndarray | float, fpr: np.ndarray | float, p_target: float, c_miss: float = 1, c_fa: float = 1
-) -> np.ndarray | float:
-    """Returns the normalised detection cost at given error rates; arguments as for `min_dcf`.
+def detection_cost(fnr: np.ndarray | float, fpr: np.ndarray | float, p_target: float) -> np.ndarray | float:
+    """Returns the normalised detection cost at given error rates.
 
     Raises:
-      ValueError: a prior that is not strictly between 0 and 1, or a cost that is not positive.
+      ValueError: a prior that is not strictly between 0 and 1.
     """
     if not 0 < p_target < 1:
         raise ValueError(f"p_target={p_target} is not a probability strictly between 0 and 1")
-    if not (c_miss > 0 and c_fa > 0):
-        raise ValueError(f"costs must be positive, not c_miss={c_miss} and c_fa={c_fa}")
-    miss, false_alarm = c_miss * p_target, c_fa * (1 - p_target)
-    return (miss * fnr + false_alarm * fpr) / min(miss, false_alarm)
+    return (p_target * fnr + (1 - p_target) * fpr) / min(p_target, 1 - p_target)

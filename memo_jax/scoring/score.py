@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,8 @@ def error_intervals(
       {"eer_interval": [low, high] in percent, "min_dcf_P_interval": [low, high] for every P of P_TARGETS}, or None for
       each of them and "no_interval", why there is none.
     """
-    measures = {"eer_interval": (100, metrics.eer)}
-    measures |= {f"min_dcf_{p}_interval": (1, confidence.MinDcf(p)) for p in P_TARGETS}
+    measures = {"eer_interval": (100, metrics.WeightedTrials.eer)}
+    measures |= {f"min_dcf_{p}_interval": (1, methodcaller("min_dcf", p)) for p in P_TARGETS}
     if replicates == 0:
         return dict.fromkeys(measures) | {"no_interval": "the number of bootstrap replicates is 0"}
     intervals = {}
@@ -260,7 +261,7 @@ def comparison(
     if replicates:
         pairs = speaker_pairs(trials, speakers)
         found = confidence.paired_bootstrap(
-            metrics.eer, scores, other_scores, trials.target, pairs, replicates=replicates
+            metrics.WeightedTrials.eer, scores, other_scores, trials.target, pairs, replicates=replicates
         )
         row |= {"interval": [100 * end for end in found.interval], "p_value": found.p_value}
     return row

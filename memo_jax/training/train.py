@@ -54,7 +54,6 @@ def train(
     start: Mapping[str, Variables] | None = None,
     stop_at_step: int | None = None,
     profile: ProfiledSteps | None = None,
-    quiet: bool = False,
 ) -> dict[str, float]:
     """Trains the run of a workdir, or resumes it, and returns its last metrics.
 
@@ -67,7 +66,6 @@ def train(
         `inference.workdir.starting_parts(config)`. A run that resumes needs none.
       stop_at_step: stop there, with a checkpoint, as if interrupted; the schedules still span the whole run.
       profile: steps that the first process profiles into <workdir>/profile.
-      quiet: show no progress.
 
     Raises:
       ValueError: a config that cannot work, or a workdir made with another one.
@@ -98,7 +96,7 @@ def train(
         state, start_note = state_after(begin, config, inputs, mesh, checkpoints, start or {})
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)
-        shown = stack.enter_context(Progress(inputs.total, "training", "step", begin, active=first and not quiet))
+        shown = stack.enter_context(Progress(inputs.total, "training", "step", begin, active=first))
         record = announced_record(workdir, config, inputs, banks, begin, end, start_note, shown)
         monitor = Monitor(
             config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation

@@ -112,7 +112,7 @@ def test_a_short_utterance_is_repeated(dataset):
 def test_an_epoch_takes_every_utterance_at_most_once_and_epochs_differ(dataset):
     """Batches of 3 out of 10: nine utterances per epoch, and the one dropped is not always the same."""
     batches = training_batches(dataset, batch_size=3, seed=1, **CROPS)
-    assert batches.steps_per_epoch == 3
+    assert steps_per_epoch(10, 3) == 3
     epochs = [[utterance_of(row) for batch in take(batches, 3) for row in batch["global"]] for _ in range(8)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 8

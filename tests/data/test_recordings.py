@@ -31,7 +31,7 @@ def test_a_folder_is_a_speaker(tmp_path):
     assert named(recordings) == [("a/1.wav", "a"), ("b/x/1.wav", "b"), ("flat.wav", "")]
     assert left_out == [(str(tmp_path / "in" / "notes.txt"), "not a recording: extension .txt")]
     assert [item.source for item in recordings] == [str(tmp_path / "in" / item.name) for item in recordings]
-    np.testing.assert_array_equal(read_recording(recordings[0], max_seconds=9), noise(seed=1))
+    np.testing.assert_array_equal(read_recording(recordings[0]), noise(seed=1))
 
 
 @pytest.mark.parametrize("given", ["", "dev", "dev/aac", "dev/aac/id10270", "dev/aac/id10270/5r0dWxy17C8"])
@@ -46,7 +46,7 @@ def test_voxceleb_is_named_as_its_lists_name_it_whatever_folder_is_given(tmp_pat
         monkeypatch.chdir(tmp_path / "vox" / "dev")
         recordings, _ = find_recordings([path])
         assert named(recordings) == expected
-        assert all(len(read_recording(item, max_seconds=9)) == len(noise()) for item in recordings)
+        assert all(len(read_recording(item)) == len(noise()) for item in recordings)
 
 
 def test_voxceleb_in_the_current_folder(tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_voxceleb_in_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "id10270")
     recordings, _ = find_recordings(["."])
     assert named(recordings) == [("id10270/a/1.wav", "id10270"), ("id10270/b/1.wav", "id10270")]
-    assert len(read_recording(recordings[0], max_seconds=9)) == len(noise())
+    assert len(read_recording(recordings[0])) == len(noise())
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -72,7 +72,7 @@ def test_archives_are_read_in_place(tmp_path, suffix):
     assert left_out == [(f"{path}/README.md", "not a recording: extension .md")]
     if not any(item.kind is Kind.STREAMED for item in recordings):
         for item in recordings:
-            np.testing.assert_array_equal(read_recording(item, max_seconds=9), samples[item.name][0])
+            np.testing.assert_array_equal(read_recording(item), samples[item.name][0])
     assert [item.source for item in recordings] == [f"{path}/{name}" for name in samples]
     assert {item.archive for item in recordings} == {str(path)}
 
@@ -102,7 +102,7 @@ def test_faults_of_the_machine_are_none_of_a_recording(tmp_path, monkeypatch, er
 
     monkeypatch.setattr(read.os, "open", failing)
     with pytest.raises(OSError, match=os.strerror(error)) as raised:
-        read_recording(recording, max_seconds=9)
+        read_recording(recording)
     assert not isinstance(raised.value, AudioError)
 
 
@@ -115,7 +115,7 @@ def test_faults_of_the_machine_are_none_of_an_archive(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.open", failing)
     with pytest.raises(OSError, match="Too many open files"):
-        read_recording(recording, max_seconds=9)
+        read_recording(recording)
     monkeypatch.setattr(zipfile, "ZipFile", failing)
     with pytest.raises(OSError, match="Too many open files"):
         find_recordings([path])
@@ -140,14 +140,14 @@ def test_what_is_damaged_in_an_archive_is_an_error_of_its_member(tmp_path):
     data[recordings[1].extent.offset + 5000] ^= 1
     path.write_bytes(data)
     with pytest.raises(AudioError, match="in.zip/1.wav: damaged in its archive: wrong checksum"):
-        read_recording(recordings[1], max_seconds=9)
-    np.testing.assert_array_equal(read_recording(recordings[2], max_seconds=9), noise(seed=2))
+        read_recording(recordings[1])
+    np.testing.assert_array_equal(read_recording(recordings[2]), noise(seed=2))
     path.write_bytes(bytes(len(data)))
     with pytest.raises(AudioError, match="damaged in its archive: no header"):
-        read_recording(recordings[0], max_seconds=9)
+        read_recording(recordings[0])
     os.unlink(path)
     with pytest.raises(AudioError, match="cannot be opened: No such file"):
-        read_recording(recordings[0], max_seconds=9)
+        read_recording(recordings[0])
 
 
 def test_links_and_encrypted_members_are_named(tmp_path):
@@ -199,7 +199,7 @@ def test_kaldi_folders_name_utterances_and_speakers(tmp_path):
     recordings, left_out = find_recordings([folder])
     assert named(recordings) == [("utt-1", "anna"), ("utt-2", "bert")] and left_out == []
     for seed, item in enumerate(recordings):
-        np.testing.assert_array_equal(read_recording(item, max_seconds=9), noise(seed=seed))
+        np.testing.assert_array_equal(read_recording(item), noise(seed=seed))
     (folder / "utt2spk").unlink()
     assert named(find_recordings([folder])[0]) == [("utt-1", ""), ("utt-2", "")]
 
@@ -214,12 +214,12 @@ def test_segments_of_kaldi_are_parts_of_recordings(tmp_path, kind):
         segments=["utt-a rec 0.5 1.25", "utt-b rec 2.0 -1", "utt-c rec 2.5 3.4", "utt-d rec 2.5 3.6", "utt-e rec 4 5"],
     )
     recordings, _ = find_recordings([folder])
-    whole = read_recording(recordings[0]._replace(span=None), max_seconds=9)
+    whole = read_recording(recordings[0]._replace(span=None))
     for item, (first, last) in zip(recordings, [(8000, 20000), (32000, 48000), (40000, 48000)]):
-        np.testing.assert_allclose(read_recording(item, max_seconds=9), whole[first:last], atol=2)
+        np.testing.assert_allclose(read_recording(item), whole[first:last], atol=2)
     for item in recordings[3:]:
         with pytest.raises(AudioError, match="no such part"):
-            read_recording(item, max_seconds=9)
+            read_recording(item)
 
 
 def test_commands_of_kaldi_run_only_when_told(tmp_path):
@@ -234,9 +234,9 @@ def test_commands_of_kaldi_run_only_when_told(tmp_path):
         labelled_recordings(folder)  # reads names only
     assert not (tmp_path / "ran").exists()
     good, bad = find_recordings([folder], run_commands=True)[0]
-    np.testing.assert_array_equal(read_recording(good, max_seconds=9), noise())
+    np.testing.assert_array_equal(read_recording(good), noise())
     with pytest.raises(AudioError, match="command failed: status 3: no such codec"):
-        read_recording(bad, max_seconds=9)
+        read_recording(bad)
 
 
 def test_no_line_of_a_wav_scp_is_a_command_unless_kaldi_says_so(tmp_path, monkeypatch):
@@ -472,7 +472,7 @@ def test_shards_of_wespeaker(tmp_path, monkeypatch):
     assert input_kind(tmp_path / "shard.list") == "list of shards"
     recordings, left_out = find_recordings([tmp_path / "shard.list"])
     assert named(recordings) == expected and left_out == []
-    np.testing.assert_array_equal(read_recording(recordings[2], max_seconds=9), noise(seed=1))
+    np.testing.assert_array_equal(read_recording(recordings[2]), noise(seed=1))
     assert named(find_recordings([tmp_path / "shards_0.tar", tmp_path / "shards_1.tar"])[0]) == expected
     (tmp_path / "bad.list").write_text("shards_0.tar\n\nshards_7.tar\n")
     with pytest.raises(FileNotFoundError, match="bad.list, line 3: shards_7.tar: no such file"):

@@ -73,7 +73,8 @@ def test_clusters_are_numbered_by_size():
 
 
 def test_sizes_are_counted():
-    assert clusters.sizes_of(np.array([0, 0, 0, 1, 2, 2])) == (3, 1, 1, 2.0, 2.0, 3)
+    sizes = {"clusters": 3, "single": 1, "smallest": 1, "median": 2.0, "mean": 2.0, "largest": 3}
+    assert clusters.sizes_of(np.array([0, 0, 0, 1, 2, 2])) == sizes
 
 
 def test_purity_and_mutual_information_are_their_definitions():

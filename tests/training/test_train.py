@@ -93,7 +93,7 @@ def test_all_evaluations_of_a_run_use_the_same_programs(tmp_path):
         return {}
 
     config = tiny.tiny_config("evaluation.every_epochs=-1", "evaluation.every_steps=1", *tiny.one_branch())
-    training.train(config, tmp_path / "run", evaluation=evaluation, stop_at_step=2, quiet=True)
+    training.train(config, tmp_path / "run", evaluation=evaluation, stop_at_step=2)
     assert compiled == [1, 1, 1]
 
 
