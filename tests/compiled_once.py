@@ -7,6 +7,7 @@ import types
 import jax
 import pytest
 
+from memo_jax.config import duration_in_steps
 from memo_jax.training import inputs, program
 from memo_jax.training import recipe as recipes
 
@@ -24,10 +25,11 @@ def _kept_for(key, make):
     return _kept[key]
 
 
-def _settings(config) -> str:
+def _settings(config, epoch_steps) -> str:
     values = config.to_dict()
-    for name in (*IGNORED_GROUPS, "init", "log_every_steps"):
+    for name in (*IGNORED_GROUPS, "init", "log_every_steps", "seed", "total_epochs", "total_steps"):
         del values[name]
+    values["total"] = duration_in_steps(config, "total", epoch_steps)
     for group, names in IGNORED_KEYS.items():
         for name in names:
             values[group][name] = bool(values[group][name])
@@ -45,7 +47,7 @@ def compiled_once():
     build_recipe, lowered_step, state_maker = inputs.build_recipe, program.lowered_step, program.state_maker
 
     def one_recipe(config, *numbers):
-        key = "recipe", _settings(config), numbers, recipes.build_backbone
+        key = "recipe", _settings(config, numbers[0]), numbers, recipes.build_backbone
         return _kept_for(key, lambda: build_recipe(config, *numbers))
 
     def is_shared(recipe):
@@ -59,7 +61,8 @@ def compiled_once():
         if not is_shared(recipe):
             return lowered_step(config, recipe, mesh, banks, partnered)
         shapes = tuple((name, x.shape, str(x.dtype)) for name, x in sorted(banks.items()))
-        key = "step", id(recipe), mesh, shapes, partnered, program.build_front_end, program.train_step
+        crops = tuple(sorted(recipes.batch_crops(config, partnered).items()))
+        key = "step", id(recipe), mesh, shapes, crops, program.build_front_end, program.train_step
         compiled = _kept_for(key, lambda: lowered_step(config, recipe, mesh, banks, partnered).compile())
         return types.SimpleNamespace(compile=lambda: compiled)
 

@@ -26,8 +26,11 @@ from memo_jax.xla import sharding
 
 RUN = "gs://bucket/runs/one"
 
-# orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.usefixtures("compiled_once"),
+    # orbax leaves futures of a failed operation behind, which complain of a closed event loop when they end.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def shrinking(config_file):
 
     Of the backbones, the ResNet compiles soonest.
     """
-    ours = leaves(tiny.tiny_config("total_steps=3", "model.branches=resnet,"))
+    ours = leaves(tiny.tiny_config("total_steps=3", "model.branches=resnet,", "data.local_crops=0"))
     theirs = leaves(load_config(config_file))
     own = {key: value for key, value in ours.items() if value != theirs[key] or key in ("gate.rule", "data.workers")}
     return [f"--config.{key}={value}" for key, value in own.items()]

@@ -200,6 +200,7 @@ def round_arguments(workdir: Path, *more: str) -> list[str]:
         *SUPERVISED,
         "model.embedding_dim=8",
         "model.resnet_blocks=1,1,1,1",  # those of `model_file`
+        "data.local_crops=0",
         "total_steps=3",
         "checkpoint.every_steps=1",
         f"evaluation.data={tiny.dataset}",
@@ -252,6 +253,7 @@ def trained_run() -> tuple[Path, str]:
     arguments = train_arguments(
         workdir,
         "model.branches=ecapa,resnet",
+        "data.local_crops=0",
         "total_steps=6",
         "gate.stop_steps=3",
         "checkpoint.every_steps=2",

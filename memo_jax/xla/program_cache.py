@@ -15,6 +15,7 @@ UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '
 def keep_compiled_programs() -> None:
     """Makes XLA cache compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
 
+    Those that took half a second to compile, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise.
     An entry that was cut short, by a full disk or a killed process, is removed when it is found, and written again.
     """
     import jax
@@ -24,7 +25,8 @@ def keep_compiled_programs() -> None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         folder = os.path.join(base, "memo_jax", "xla")
         jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     _remove_unreadable_entries(folder)
 
 

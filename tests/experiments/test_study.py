@@ -54,6 +54,7 @@ def arguments(output, *more):
         "--followed-recordings",
         "6",
         *more,
+        "--config.data.local_crops=0",
         "--config.total_steps=6",
         "--config.checkpoint.every_steps=2",
         "--config.gate.stop_steps=3",

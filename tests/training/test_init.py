@@ -14,6 +14,8 @@ from memo_jax.training.recipe import build_recipe
 from memo_jax.training.state import backbone_variables
 from memo_jax.xla import sharding
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture
 def model_file(tmp_path):

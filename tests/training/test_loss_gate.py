@@ -22,7 +22,7 @@ from memo_jax.training.step import train_step_on_features
 from memo_jax.training.supervision import GatedBatch
 from memo_jax.xla import sharding
 from runs import rows_without_times
-from tiny_processes import Layer, command, patch_for_tests, start
+from tiny_processes import command, layer, patch_for_tests, start
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 GATED = (
@@ -94,7 +94,7 @@ def test_the_correction_uses_the_crop_as_it_was_recorded():
 
 def test_a_step_learns_what_passes_and_what_is_corrected(monkeypatch):
     """It updates the student like a step that is given the labels by definition, and records the losses of all."""
-    monkeypatch.setattr(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
+    monkeypatch.setattr(recipe, "build_backbone", layer)
     config = tiny.tiny_config(*GATED, "model.branches=resnet,", "supervised.correction_temperature=0.5")
     gated, plain = (recipe.build_recipe(config, tiny.STEPS_PER_EPOCH, 3, count) for count in (10, 0))
     random = np.random.default_rng(0)
@@ -108,7 +108,7 @@ def test_a_step_learns_what_passes_and_what_is_corrected(monkeypatch):
     with_gate, without = (jax.jit(functools.partial(train_step_on_features, recipe=one)) for one in (gated, plain))
 
     variables = state.student["resnet"]
-    x = Layer(16).apply({kind: tree["backbone"] for kind, tree in variables.items()}, clean)
+    x = layer("resnet", 16).apply({kind: tree["backbone"] for kind, tree in variables.items()}, clean)
     products = np.asarray(x, np.float64) @ np.asarray(variables["params"]["speaker_head"]["directions"], np.float64)
     q = np.exp(products / 0.5) / np.exp(products / 0.5).sum(axis=1, keepdims=True)
     sure = np.where(q.max(axis=1) > 0.3, q.argmax(axis=1), -1)
@@ -188,7 +188,7 @@ def test_two_processes_gate_as_one_does(run, labels, tmp_path):
 
 
 def test_when_off_it_is_not_part_of_state_and_batch(monkeypatch):
-    monkeypatch.setattr(recipe, "build_backbone", lambda name, embedding_dim, **_: Layer(embedding_dim))
+    monkeypatch.setattr(recipe, "build_backbone", layer)
     config, mesh = tiny.tiny_config(*tiny.SUPERVISED, "model.branches=resnet,"), sharding.data_mesh()
     built = recipe.build_recipe(config, tiny.STEPS_PER_EPOCH, 5, 20)
     assert program.abstract_state(config, built, mesh).loss_gate is None

@@ -11,6 +11,8 @@ from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState
 from runs import arrays
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def test_numbers_that_are_not_finite_stop_the_run_and_are_never_saved(tmp_path):
     """Plain DINO at a learning rate of 1e30. Its first row is like any other's; the gate is not mentioned."""

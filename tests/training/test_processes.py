@@ -22,6 +22,8 @@ from memo_jax.training.checkpoint import load_state
 from memo_jax.training.saved_checkpoint import saved_steps
 from tiny_processes import GONE, KILLED_AT, SAVED, STEPS, command, patch_for_tests, start
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 STOPPED_SECONDS = float(os.environ.get("MEMO_JAX_STOPPED_SECONDS", "3"))  # 60 shows more
 INPUT_SECONDS = 0.2
 

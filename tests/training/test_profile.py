@@ -43,8 +43,9 @@ def without_scopes():
 
 
 def test_operations_are_named_by_their_part_of_the_method_and_compiled_as_without_names(monkeypatch):
-    monkeypatch.setattr(recipe, "build_backbone", lambda name, embedding_dim, **_: tiny_processes.Layer(embedding_dim))
-    config = tiny.tiny_config("model.branches=ecapa,resnet", "gate.rule=always", "supervised.weight=1")
+    monkeypatch.setattr(recipe, "build_backbone", tiny_processes.layer)
+    settings = ("model.branches=ecapa,resnet", "data.local_crops=0", "gate.rule=always", "supervised.weight=1")
+    config = tiny.tiny_config(*settings)
 
     def lowered():
         mesh = sharding.data_mesh(jax.devices()[:1])
@@ -89,6 +90,7 @@ def test_a_run_profiles_the_steps_asked_for_and_learns_the_same(train):
     np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_steps_are_counted_from_where_the_command_begins(train):
     train("run")
     workdir, text = train("run", "--stop-at-step=6", "--profile=1:2")
