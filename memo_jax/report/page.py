@@ -188,10 +188,10 @@ def run_facts(workdir: str | os.PathLike, config: configs.ConfigDict, rows: Sequ
         )
     d, a, g = config.data, config.augment, config.gate
     seen_by = "teachers, without augmentation" if config.teacher.view == "clean" else "students and teachers"
-    facts["Crops"] = (
-        f"{d.global_crops} of {d.global_seconds:g} s for {seen_by}, {d.local_crops} of "
-        f"{d.local_seconds:g} s for students; {d.batch_size} utterances a step"
-    )
+    crops = f"{d.global_crops} of {d.global_seconds:g} s for {seen_by}"
+    if d.local_crops:
+        crops += f", {d.local_crops} of {d.local_seconds:g} s for students"
+    facts["Crops"] = f"{crops}; {d.batch_size} utterances a step"
     banks = [f"{kind} from {a[kind]}" for kind in ("noise", "music", "speech", "rirs") if a[kind]]
     if not a.speech and a.babble_from_batch:
         banks.append("babble of the batch")

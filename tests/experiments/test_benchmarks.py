@@ -107,7 +107,7 @@ def test_embed_says_what_to_install_where_the_networks_are_missing():
 
 SMALLEST = (
     "--config.model.resnet_base_channels=2",
-    "--config.model.resnet_blocks=(1,1,1,1)",
+    "--config.model.resnet_blocks=(1,1)",
     "--config.model.embedding_dim=8",
     "--config.model.head_hidden=8",
     "--config.model.head_bottleneck=4",
@@ -138,7 +138,7 @@ def test_step_parts():
         "--config.loss.variance=1",
         "--config.positives.clusters=4",
         "--config.data.global_seconds=0.4",
-        "--config.data.local_seconds=0.2",
+        "--config.data.local_crops=0",
     )
     rows = {row["part"]: row for row in printed_json(done)["parts"]}
     options = {"mean entropy", "KoLeo", "variance and covariance"}

@@ -49,14 +49,19 @@ def test_full_whitening_leaves_unit_covariance():
     np.testing.assert_allclose(np.cov((unit @ matrix).T), np.eye(8), atol=0.02)
 
 
-SIZES = {"ecapa": {"channels": (16, 16, 16, 16, 48), "stride": 2}, "resnet": {"base_channels": 4, "blocks": (1, 1)}}
+SIZES = {
+    "ecapa": {"channels": (16, 16, 48), "kernel_sizes": (5, 3), "dilations": (1, 2), "scale": 2, "stride": 2},
+    "resnet": {"base_channels": 4, "blocks": (1, 1)},
+}
 
 
 def written_network(path, name, **more):
-    """Writes an untrained network with embeddings of 8 numbers; returns its file."""
-    backbone = build_backbone(name, embedding_dim=8, **SIZES[name], **more)
-    variables = jax.jit(functools.partial(backbone.init, train=True))(jax.random.key(0), jnp.zeros((2, 32, 80)))
-    return write_model(path, model_of_backbone(backbone, dict(variables)))
+    """Writes a network of random weights with embeddings of 8 numbers; returns its file."""
+    backbone, random = build_backbone(name, embedding_dim=8, **SIZES[name], **more), np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(backbone.init, train=True), jax.random.key(0), jnp.zeros((2, 32, 80)))
+    params = jax.tree.map(lambda x: random.normal(0, 0.3, x.shape).astype(np.float32), shapes["params"])
+    statistics = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes["batch_stats"])
+    return write_model(path, model_of_backbone(backbone, {"params": params, "batch_stats": statistics}))
 
 
 @pytest.fixture(params=SIZES)
