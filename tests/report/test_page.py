@@ -14,7 +14,9 @@ import pytest
 import soundfile
 
 import tiny
-from memo_jax.report.page import embedding_map, labels_text
+from memo_jax.config import workdir_config
+from memo_jax.log import read_metrics
+from memo_jax.report.page import embedding_map, labels_text, run_facts
 from memo_jax.scoring.figures import HUES
 
 
@@ -190,11 +192,11 @@ def test_the_dataset_is_the_one_of_the_run_wherever_the_report_is_made(tmp_path,
     monkeypatch.chdir(tmp_path)
 
     def said(fact="Recordings"):
-        status, text = tiny.here("report", run)
-        assert status == 0, text
-        return re.search(f"{fact}</th><td>(.*?)</td>", (run / "report.html").read_text())[1]
+        return run_facts(run, workdir_config(run), read_metrics(run))[fact]
 
     assert "20 utterances, fingerprint" in said() and "no longer there" in said()
+    status, text = tiny.here("report", run)
+    assert status == 0 and f"Recordings</th><td>{html.escape(said())}</td>" in (run / "report.html").read_text(), text
     corpus = tiny.write_corpus(tmp_path / "corpus", speakers=2, utterances=2)
     assert tiny.here("prepare", "--input", corpus, "--output", tmp_path / "ds")[0] == 0
     assert "20 utterances, fingerprint" in said() and "another dataset is there now" in said()
