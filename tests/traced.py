@@ -14,7 +14,7 @@ from memo_jax.training.step import train_step
 front_ends = {}  # by their settings, so that each is traced once for each size of a batch
 
 
-def front_end_of(config):
+def jitted_front_end(config):
     """The config's front end, as a jitted function."""
     front_end = build_front_end(config)
     return front_ends.setdefault(repr(front_end.keywords), jax.jit(front_end))
@@ -37,7 +37,7 @@ def traced_step(config) -> tuple[TrainState, dict]:
     responses = jax.ShapeDtypeStruct((2, round(config.augment.rir_seconds * SAMPLE_RATE)), "float32")
     banks = {"noise": bank, "music": bank, "speech": bank, "rir": responses}
     clean = functools.partial(clean_features, front_end=config.features.front_end)
-    step = functools.partial(train_step, recipe=recipe, front_end=front_end_of(config), clean=clean)
+    step = functools.partial(train_step, recipe=recipe, front_end=jitted_front_end(config), clean=clean)
     after, metrics = jax.eval_shape(step, state, batch, banks, jax.eval_shape(lambda: jax.random.key(0)))
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after)):

@@ -223,7 +223,7 @@ def files_below(folder: str | os.PathLike) -> Iterator[str]:
     Raises:
       FileNotFoundError: no such folder. OSError: a folder in it cannot be read.
     """
-    return (os.path.join(parent, file) for parent, files in _folders_below(folder, None) for file in files)
+    return (os.path.join(parent, file) for parent, files in _folders_below(folder) for file in files)
 
 
 def is_hidden(name: str) -> bool:
@@ -231,7 +231,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == MACOS_FOLDER for part in name.split("/"))
 
 
-def _folders_below(folder, exclude):
+def _folders_below(folder, exclude=None):
     """Yields (folder, sorted names of its files) for it and all folders below."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder of recordings")

@@ -101,11 +101,12 @@ def test_any_two_backbones_learn_together(tmp_path, monkeypatch):
     """CAM++ with another, here of one layer, which compiles in no time: each changes, learns from the other, and can be
     loaded from the workdir."""
     build = recipes.build_backbone
-    other = lambda name, embedding_dim, **sizes: (  # noqa: E731
-        build(name, embedding_dim=embedding_dim, **sizes | {"plane_blocks": (1, 1)})
-        if name == "campplus"
-        else tiny_processes.Layer(embedding_dim)
-    )
+
+    def other(name, embedding_dim, **sizes):
+        if name == "campplus":
+            return build(name, embedding_dim=embedding_dim, **sizes | {"plane_blocks": (1, 1)})
+        return tiny_processes.layer(name, embedding_dim)
+
     monkeypatch.setattr(recipes, "build_backbone", other)
     status, text = tiny.train_here(
         tmp_path / "run",
