@@ -2,8 +2,8 @@
 
     memo-jax train --config configs/medium.py --workdir runs/medium --config.data.train=DATASET …
 
-It takes some 240 CPU-minutes, two hours on two quiet cores. What it reaches is in experiments/learning.md, section
-"MeMo": the network that comes with the package is from here.
+It takes some 240 CPU-minutes: two and a half hours on two busy cores. What it reaches is in
+experiments/learning.md, section "MeMo": the network that comes with the package is from here.
 """
 
 import small

@@ -45,7 +45,7 @@ ROWS = {
     "dino-ecapa": Row(
         "DINO, ECAPA-TDNN alone",
         ("model.branches=ecapa", "loss.cross=0", *DISTILLATION_ALONE),
-        (),
+        ("contrastive-alone",),
         True,
         many_epochs=True,
     ),
@@ -59,7 +59,11 @@ ROWS = {
         "+ cross-distillation, shared head", ("loss.cross_head=self", *DISTILLATION_ALONE), ("two-branches",)
     ),
     "multi-head": Row(
-        "+ split heads (Multi-Head)", DISTILLATION_ALONE, ("shared-head", "dino-ecapa"), True, many_epochs=True
+        "+ split heads (Multi-Head)",
+        DISTILLATION_ALONE,
+        ("shared-head", "dino-ecapa", "contrastive-alone", "supervised"),
+        True,
+        many_epochs=True,
     ),
     "multi-head-quick-teacher": Row(
         "Multi-Head with the teachers' momentum of the rows below, 0.95", ("gate.rule=never",), ("multi-head",)

@@ -477,13 +477,18 @@ def clustering_options() -> argparse.ArgumentParser:
     """Options of commands that cluster embeddings."""
     options = shared_by_commands()
     options.add_argument(
-        "--kmeans", type=positive, metavar="K1", help="make this many groups by k-means (default: N/22 of N utterances)"
+        "--kmeans",
+        type=positive,
+        metavar="K1",
+        help="make this many groups by k-means (default: none with --clusters; with neither, N/22 of N utterances, "
+        "none up to 5,000)",
     )
     options.add_argument(
         "--clusters",
         type=positive,
         metavar="K2",
-        help="merge groups, or without --kmeans utterances, into this many clusters (default: N/146)",
+        help="merge groups, or without --kmeans utterances, into this many clusters (default: none with "
+        "--kmeans; with neither, N/146)",
     )
     options.add_argument(
         "--linkage",
