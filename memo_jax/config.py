@@ -16,7 +16,7 @@ from pathlib import Path
 from ml_collections import config_dict
 from ml_collections.config_dict import ConfigDict, FieldReference
 
-from memo_jax.files import as_path, in_bucket, make_folder, parse_json, read_text, write_text
+from memo_jax.files import as_path, in_bucket, parse_json, read_text, write_text
 
 CONFIG_FILE = "config.json"
 TYPES = {kind.__name__: kind for kind in (bool, int, float, str, tuple, list)}
@@ -113,7 +113,6 @@ def config_from_json(text: str) -> ConfigDict:
 
 def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
     """Writes `<workdir>/config.json` atomically."""
-    make_folder(workdir)
     write_text(as_path(workdir) / CONFIG_FILE, config_to_json(config) + "\n")
 
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from operator import attrgetter
 from pathlib import Path
 
 from memo_jax.config import load_config, packaged_configs
@@ -43,9 +44,9 @@ def commented_config(name: str) -> str:
         if group := GROUP_LINE.fullmatch(line):
             groups[group[1]] = f"{group[2]}."
         elif (key := KEY.fullmatch(line)) and key[2] in groups:
-            dotted = groups[key[2]] + key[3]
-            if repr(_value(wanted, dotted)) != repr(_value(base, dotted)):
-                line = f"{key[1]}{_literal(_value(wanted, dotted))}{key[5] or ''}"
+            value_in = attrgetter(groups[key[2]] + key[3])
+            if repr(value_in(wanted)) != repr(value_in(base)):
+                line = f"{key[1]}{_literal(value_in(wanted))}{key[5] or ''}"
         lines.append(line.replace("the base config, which other configs change", "the config of a run"))
     summary = files[name].read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
     heading = HEADING.format(name=name, version=__version__, summary=summary)
@@ -55,12 +56,6 @@ def commented_config(name: str) -> str:
 def _literal(value) -> str:
     """Returns a value as Python source, in this project's quotes."""
     return repr(value) if '"' in repr(value) else repr(value).replace("'", '"')
-
-
-def _value(config, dotted: str):
-    for part in dotted.split("."):
-        config = config[part]
-    return config
 
 
 def write_config(name: str, output: str | os.PathLike | None = None) -> Path:

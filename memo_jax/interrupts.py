@@ -38,7 +38,7 @@ def handled() -> Iterator[None]:
     before = signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
     threading.Thread(target=_end_at_second, args=(watched,), daemon=True).start()
     try:
-        sys.unraisablehook = lambda ignored: None if _is_interrupt(ignored) else hook(ignored)
+        sys.unraisablehook = lambda one: None if issubclass(one.exc_type, KeyboardInterrupt) else hook(one)
         signal.signal(signal.SIGINT, _remember)
         yield
     finally:
@@ -85,10 +85,6 @@ def _raise_in(*_) -> NoReturn:
     """The trace function of an importer: it is called at its next line, when the import is over."""
     sys.settrace(None)
     raise KeyboardInterrupt
-
-
-def _is_interrupt(ignored) -> bool:
-    return issubclass(ignored.exc_type, KeyboardInterrupt)
 
 
 def _end_at_second(watched: int) -> None:

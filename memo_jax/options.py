@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from memo_jax.version import __version__
 
@@ -53,200 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def shared_by_commands(*parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Returns an empty parser, to be filled with options that several commands have, besides those of its parents."""
-    return argparse.ArgumentParser(add_help=False, parents=parents)
-
-
-def json_options() -> argparse.ArgumentParser:
-    """Options of commands that print JSON on request."""
-    options = shared_by_commands()
-    options.add_argument("--json", action="store_true", help="print JSON instead of text")
-    return options
-
-
-def device_options() -> argparse.ArgumentParser:
-    """Options of commands that compute."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--device",
-        type=device_choice,
-        metavar="NAME",
-        help="what computes: cpu, gpu, tpu, or one of several, such as cuda:1 (default: the fastest kind there is)",
-    )
-    return options
-
-
-def network_options() -> argparse.ArgumentParser:
-    """Options that choose a network within a workdir."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--branch",
-        metavar="NAME[,NAME]",
-        help="of a workdir: which backbone, or several as one network with their mean score, such as ecapa,resnet "
-        "(default: ecapa, or the first); of a file with several networks: one of them (default: all)",
-    )
-    options.add_argument("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)")
-    options.add_argument(
-        "--step",
-        type=count,
-        metavar="N",
-        help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
-    )
-    return options
-
-
-def model_options() -> argparse.ArgumentParser:
-    """Options of commands that run a network."""
-    options = shared_by_commands(network_options(), device_options(), json_options())
-    options.add_argument(
-        "--model",
-        type=Path,
-        metavar="MODEL",
-        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
-    )
-    return options
-
-
-def threshold_options() -> argparse.ArgumentParser:
-    """Options of commands that decide whether a score is high enough."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--threshold",
-        type=cosine,
-        metavar="COSINE",
-        help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
-    )
-    options.add_argument(
-        "--prior",
-        type=probability,
-        default=0.5,
-        metavar="P",
-        help="prior probability of the same speaker, from which the one given the score follows (default: %(default)s)",
-    )
-    options.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="threshold and calibration that eval --save-calibration wrote (default: those in the model)",
-    )
-    return options
-
-
-def replicates_options() -> argparse.ArgumentParser:
-    """Options of commands that report intervals of the error rates."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--replicates",
-        type=replicates,
-        default=1000,
-        metavar="N",
-        help="bootstrap replicates for the intervals of EER and minDCF; 0 for none (default: %(default)s)",
-    )
-    return options
-
-
-def channel_options() -> argparse.ArgumentParser:
-    """Options of commands that read recordings."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--channel",
-        type=channel_choice,
-        default="mean",
-        metavar="N|mean",
-        help="of recordings with several channels: the mean, or one of them, from 1 (default: %(default)s)",
-    )
-    return options
-
-
-def vad_options() -> argparse.ArgumentParser:
-    """Options of commands that read recordings to embed or to train on."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
-    )
-    return options
-
-
-def embedder_options() -> argparse.ArgumentParser:
-    """Options of commands that turn recordings into embeddings."""
-    options = shared_by_commands(model_options(), channel_options(), vad_options())
-    options.add_argument(
-        "--runtime",
-        choices=RUNTIMES,
-        default="auto",
-        help="what runs the network (default: auto: onnxruntime where it is installed and there is only a CPU)",
-    )
-    return options
-
-
-def min_seconds_options() -> argparse.ArgumentParser:
-    """Options of commands that read many recordings."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--min-seconds",
-        type=seconds,
-        default=0.5,
-        metavar="S",
-        help="leave out recordings shorter than this (default: %(default)s)",
-    )
-    return options
-
-
-def gallery_options() -> argparse.ArgumentParser:
-    """Options of commands that use a gallery."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--gallery",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="FILE.npz or FILE.parquet; identify also reads .npy, .ark and .scp",
-    )
-    return options
-
-
-def config_options() -> argparse.ArgumentParser:
-    """Options of commands that take a config."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="Python file with get_config(), or the name of a packaged config, such as small; change keys with "
-        "--config.KEY=VALUE",
-    )
-    return options
-
-
-def trials_options() -> argparse.ArgumentParser:
-    """Options of commands that score a trial list."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--trials",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
-    )
-    options.add_argument(
-        "--enrollments",
-        type=Path,
-        metavar="FILE",
-        help="lines `speaker recording recording …`: who the enrol sides are",
-    )
-    return options
-
-
 def add_prepare(command: Command) -> None:
     """Adds memo-jax prepare."""
-    added = command(
-        "prepare",
-        "turn recordings into a dataset, or check a dataset",
-        min_seconds_options(),
-        channel_options(),
-        vad_options(),
-    )
+    added = command("prepare", "turn recordings into a dataset, or check a dataset", MIN_SECONDS, CHANNEL, VAD)
     added.add_argument(
         "--input",
         action="append",
@@ -272,7 +82,7 @@ def add_prepare(command: Command) -> None:
 
 def add_trials(command: Command) -> None:
     """Adds memo-jax trials."""
-    added = command("trials", "make a trial list of labelled recordings", json_options())
+    added = command("trials", "make a trial list of labelled recordings", JSON)
     added.add_argument("input", type=Path, metavar="DATASET", help="a dataset, or a folder or archive as for prepare")
     added.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="where the list goes")
     added.add_argument(
@@ -319,7 +129,7 @@ def add_init_config(command: Command) -> None:
 
 def add_train(command: Command) -> None:
     """Adds memo-jax train."""
-    added = command("train", "train a new run, or resume the run in a workdir", config_options(), device_options())
+    added = command("train", "train a new run, or resume the run in a workdir", CONFIG, DEVICE)
     added.add_argument(
         "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
     )
@@ -354,10 +164,10 @@ def add_pseudo_label(command: Command) -> None:
     added = command(
         "pseudo-label",
         "cluster with a network and train on the clusters, in rounds; resumes the rounds in a workdir",
-        config_options(),
-        device_options(),
-        json_options(),
-        clustering_options(),
+        CONFIG,
+        DEVICE,
+        JSON,
+        *CLUSTERING,
     )
     added.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for the rounds and the best network")
     added.add_argument(
@@ -373,7 +183,7 @@ def add_pseudo_label(command: Command) -> None:
 
 def add_reproduce(command: Command) -> None:
     """Adds memo-jax reproduce."""
-    added = command("reproduce", "repeat a run from its config and compare the two", json_options())
+    added = command("reproduce", "repeat a run from its config and compare the two", JSON)
     added.add_argument(
         "workdir",
         type=Path,
@@ -385,9 +195,7 @@ def add_reproduce(command: Command) -> None:
 
 def add_plan(command: Command) -> None:
     """Adds memo-jax plan."""
-    added = command(
-        "plan", "estimate the cost of training on TPUs or GPUs, without having them", config_options(), json_options()
-    )
+    added = command("plan", "estimate the cost of training on TPUs or GPUs, without having them", CONFIG, JSON)
     added.add_argument(
         "--topology",
         required=True,
@@ -405,15 +213,7 @@ def add_plan(command: Command) -> None:
 
 def add_eval(command: Command) -> None:
     """Adds memo-jax eval."""
-    added = command(
-        "eval",
-        "score a trial list with a trained network",
-        network_options(),
-        device_options(),
-        json_options(),
-        trials_options(),
-        replicates_options(),
-    )
+    added = command("eval", "score a trial list with a trained network", *NETWORK, DEVICE, JSON, *TRIALS, REPLICATES)
     added.add_argument(
         "--workdir",
         "--model",
@@ -448,7 +248,7 @@ def add_eval(command: Command) -> None:
 
 def add_embed(command: Command) -> None:
     """Adds memo-jax embed."""
-    added = command("embed", "turn recordings into embeddings", embedder_options(), min_seconds_options())
+    added = command("embed", "turn recordings into embeddings", *EMBEDDER, MIN_SECONDS)
     added.add_argument(
         "input",
         nargs="+",
@@ -473,55 +273,9 @@ def add_embed(command: Command) -> None:
     added.add_argument("--hop", type=seconds, metavar="S", help="from one window to the next (default: half a window)")
 
 
-def clustering_options() -> argparse.ArgumentParser:
-    """Options of commands that cluster embeddings."""
-    options = shared_by_commands()
-    options.add_argument(
-        "--kmeans",
-        type=positive,
-        metavar="K1",
-        help="make this many groups by k-means (default: none with --clusters; with neither, N/22 of N utterances, "
-        "none up to 5,000)",
-    )
-    options.add_argument(
-        "--clusters",
-        type=positive,
-        metavar="K2",
-        help="merge groups, or without --kmeans utterances, into this many clusters (default: none with "
-        "--kmeans; with neither, N/146)",
-    )
-    options.add_argument(
-        "--linkage",
-        choices=("ward", "average"),
-        default="ward",
-        help="of the clusters that are merged (default: %(default)s)",
-    )
-    options.add_argument(
-        "--iterations", type=positive, default=20, metavar="N", help="of k-means (default: %(default)s)"
-    )
-    options.add_argument("--seed", type=count, default=0, metavar="N", help="of k-means (default: %(default)s)")
-    options.add_argument(
-        "--crops",
-        type=count,
-        default=0,
-        metavar="R",
-        help="embed R crops of each utterance, and take their mean, instead of whole utterances",
-    )
-    options.add_argument("--crop-seconds", type=seconds, metavar="S", help="of --crops; default: 4.0")
-    options.add_argument(
-        "--labels",
-        type=Path,
-        metavar="FILE",
-        help="known speakers, for purity and NMI alone: a dataset, or lines `name speaker` (utt2spk)",
-    )
-    return options
-
-
 def add_cluster(command: Command) -> None:
     """Adds memo-jax cluster."""
-    added = command(
-        "cluster", "cluster utterances by their embeddings, to train on", model_options(), clustering_options()
-    )
+    added = command("cluster", "cluster utterances by their embeddings, to train on", *MODEL, *CLUSTERING)
     added.add_argument("--embeddings", type=Path, metavar="FILE", help="of the utterances, as embed writes them")
     added.add_argument("--data", type=Path, metavar="DATASET", help="instead: utterances to embed with --model")
     added.add_argument(
@@ -532,34 +286,26 @@ def add_cluster(command: Command) -> None:
 
 def add_verify(command: Command) -> None:
     """Adds memo-jax verify."""
-    added = command(
-        "verify", "tell whether two recordings are of the same speaker", embedder_options(), threshold_options()
-    )
+    added = command("verify", "tell whether two recordings are of the same speaker", *EMBEDDER, *THRESHOLD)
     added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_enroll(command: Command) -> None:
     """Adds memo-jax enroll."""
-    added = command("enroll", "add a person to a gallery", embedder_options(), gallery_options())
+    added = command("enroll", "add a person to a gallery", *EMBEDDER, GALLERY)
     added.add_argument("name", metavar="NAME")
     added.add_argument("recordings", nargs="+", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
 def add_remove(command: Command) -> None:
     """Adds memo-jax remove."""
-    added = command("remove", "remove a person from a gallery", gallery_options(), json_options())
+    added = command("remove", "remove a person from a gallery", GALLERY, JSON)
     added.add_argument("name", metavar="NAME")
 
 
 def add_identify(command: Command) -> None:
     """Adds memo-jax identify."""
-    added = command(
-        "identify",
-        "tell who in a gallery speaks in a recording",
-        embedder_options(),
-        threshold_options(),
-        gallery_options(),
-    )
+    added = command("identify", "tell who in a gallery speaks in a recording", *EMBEDDER, *THRESHOLD, GALLERY)
     added.add_argument("recording", type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
@@ -568,8 +314,8 @@ def add_app(command: Command) -> None:
     added = command(
         "app",
         "serve a page on this machine: compare two recordings, enrol people, identify them",
-        embedder_options(),
-        threshold_options(),
+        *EMBEDDER,
+        *THRESHOLD,
     )
     added.add_argument(
         "--gallery", type=Path, metavar="FILE", help="FILE.npz or FILE.parquet (default: forget people at the end)"
@@ -584,7 +330,7 @@ def add_app(command: Command) -> None:
 
 def add_report(command: Command) -> None:
     """Adds memo-jax report."""
-    added = command("report", "write an HTML page about a training run", device_options())
+    added = command("report", "write an HTML page about a training run", DEVICE)
     added.add_argument("workdir", type=Path, metavar="WORKDIR", help="of a training run")
     added.add_argument("--output", type=Path, metavar="FILE", help="the page (default: WORKDIR/report.html)")
     added.add_argument("--data", type=Path, metavar="DATASET", help="to test on (default: the run's evaluation.data)")
@@ -596,7 +342,7 @@ def add_report(command: Command) -> None:
 
 def add_export(command: Command) -> None:
     """Adds memo-jax export."""
-    added = command("export", "write a network to files for use elsewhere", model_options())
+    added = command("export", "write a network to files for use elsewhere", *MODEL)
     added.add_argument(
         "--output",
         nargs="+",
@@ -630,7 +376,7 @@ def add_export(command: Command) -> None:
 
 def add_push(command: Command) -> None:
     """Adds memo-jax push."""
-    added = command("push", "upload a model to the Hugging Face Hub", network_options())
+    added = command("push", "upload a model to the Hugging Face Hub", *NETWORK)
     added.add_argument("model", type=Path, metavar="MODEL", help="workdir of a training run, or model file")
     added.add_argument("repository", metavar="ORG/NAME", help="created if it is missing")
     added.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
@@ -642,9 +388,7 @@ def add_push(command: Command) -> None:
 
 def add_score(command: Command) -> None:
     """Adds memo-jax score."""
-    added = command(
-        "score", "score a trial list with embeddings", trials_options(), replicates_options(), json_options()
-    )
+    added = command("score", "score a trial list with embeddings", *TRIALS, REPLICATES, JSON)
     added.add_argument(
         "--embeddings",
         action="append",
@@ -688,7 +432,7 @@ def add_score(command: Command) -> None:
 
 def add_convert(command: Command) -> None:
     """Adds memo-jax convert."""
-    added = command("convert", "turn PyTorch weights into a model file, or back", network_options())
+    added = command("convert", "turn PyTorch weights into a model file, or back", *NETWORK)
     added.add_argument(
         "input",
         type=Path,
@@ -804,3 +548,169 @@ def channel_choice(text: str) -> str | int:
         return parse_channel(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def option(*flags: str, **settings: Any) -> argparse.ArgumentParser:
+    """Returns a parser with a single option, a parent of the parsers of the commands that have it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(*flags, **settings)
+    return parser
+
+
+# Options of several commands: parents of their parsers.
+JSON = option("--json", action="store_true", help="print JSON instead of text")
+DEVICE = option(
+    "--device",
+    type=device_choice,
+    metavar="NAME",
+    help="what computes: cpu, gpu, tpu, or one of several, such as cuda:1 (default: the fastest kind there is)",
+)
+NETWORK = (
+    option(
+        "--branch",
+        metavar="NAME[,NAME]",
+        help="of a workdir: which backbone, or several as one network with their mean score, such as ecapa,resnet "
+        "(default: ecapa, or the first); of a file with several networks: one of them (default: all)",
+    ),
+    option("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)"),
+    option(
+        "--step",
+        type=count,
+        metavar="N",
+        help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
+    ),
+)
+MODEL = (
+    *NETWORK,
+    DEVICE,
+    JSON,
+    option(
+        "--model",
+        type=Path,
+        metavar="MODEL",
+        help="workdir of a training run, model file, exported program, or hf:org/name (default: the package's model)",
+    ),
+)
+THRESHOLD = (
+    option(
+        "--threshold",
+        type=cosine,
+        metavar="COSINE",
+        help="accept scores from this one up (default: the threshold tuned by eval --save-threshold)",
+    ),
+    option(
+        "--prior",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="prior probability of the same speaker, from which the one given the score follows (default: %(default)s)",
+    ),
+    option(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="threshold and calibration that eval --save-calibration wrote (default: those in the model)",
+    ),
+)
+REPLICATES = option(
+    "--replicates",
+    type=replicates,
+    default=1000,
+    metavar="N",
+    help="bootstrap replicates for the intervals of EER and minDCF; 0 for none (default: %(default)s)",
+)
+CHANNEL = option(
+    "--channel",
+    type=channel_choice,
+    default="mean",
+    metavar="N|mean",
+    help="of recordings with several channels: the mean, or one of them, from 1 (default: %(default)s)",
+)
+VAD = option(
+    "--vad", action="store_true", help="take only what is speech, by Silero's voice activity detection (extra vad)"
+)
+EMBEDDER = (
+    *MODEL,
+    CHANNEL,
+    VAD,
+    option(
+        "--runtime",
+        choices=RUNTIMES,
+        default="auto",
+        help="what runs the network (default: auto: onnxruntime where it is installed and there is only a CPU)",
+    ),
+)
+MIN_SECONDS = option(
+    "--min-seconds",
+    type=seconds,
+    default=0.5,
+    metavar="S",
+    help="leave out recordings shorter than this (default: %(default)s)",
+)
+GALLERY = option(
+    "--gallery",
+    required=True,
+    type=Path,
+    metavar="FILE",
+    help="FILE.npz or FILE.parquet; identify also reads .npy, .ark and .scp",
+)
+CONFIG = option(
+    "--config",
+    required=True,
+    metavar="FILE",
+    help="Python file with get_config(), or the name of a packaged config, such as small; change keys with "
+    "--config.KEY=VALUE",
+)
+TRIALS = (
+    option(
+        "--trials",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
+    ),
+    option(
+        "--enrollments",
+        type=Path,
+        metavar="FILE",
+        help="lines `speaker recording recording …`: who the enrol sides are",
+    ),
+)
+CLUSTERING = (
+    option(
+        "--kmeans",
+        type=positive,
+        metavar="K1",
+        help="make this many groups by k-means (default: none with --clusters; with neither, N/22 of N utterances, "
+        "none up to 5,000)",
+    ),
+    option(
+        "--clusters",
+        type=positive,
+        metavar="K2",
+        help="merge groups, or without --kmeans utterances, into this many clusters (default: none with "
+        "--kmeans; with neither, N/146)",
+    ),
+    option(
+        "--linkage",
+        choices=("ward", "average"),
+        default="ward",
+        help="of the clusters that are merged (default: %(default)s)",
+    ),
+    option("--iterations", type=positive, default=20, metavar="N", help="of k-means (default: %(default)s)"),
+    option("--seed", type=count, default=0, metavar="N", help="of k-means (default: %(default)s)"),
+    option(
+        "--crops",
+        type=count,
+        default=0,
+        metavar="R",
+        help="embed R crops of each utterance, and take their mean, instead of whole utterances",
+    ),
+    option("--crop-seconds", type=seconds, metavar="S", help="of --crops; default: 4.0"),
+    option(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="known speakers, for purity and NMI alone: a dataset, or lines `name speaker` (utt2spk)",
+    ),
+)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,6 @@ def pseudo_label(
         check_same_options(workdir, options)
         first = workdir / "round_0"
         if not (first / MODEL).exists():
-            first.mkdir(exist_ok=True)
             write_model(first / MODEL, start)
         if not from_scratch:
             starting_parts(configs.with_overrides(config, [f"--config.init={first / MODEL}"]))  # checks that it fits
@@ -134,8 +134,7 @@ def check_config(config: configs.ConfigDict) -> None:
         ("evaluation.trials", not config.evaluation.trials, "give a validation list, to choose the best round by"),
     ):
         if wrong:
-            group, _, name = key.rpartition(".")
-            raise ValueError(f"{key} is {(config[group] if group else config)[name]!r}: {wanted}")
+            raise ValueError(f"{key} is {attrgetter(key)(config)!r}: {wanted}")
 
 
 def check_same_options(workdir: Path, options: dict) -> None:
@@ -157,7 +156,6 @@ def clusters_of_round(folder: Path, utterances: Utterances, options: dict, label
     report = folder / "clusters.json"
     if (text := read_text(report)) is None:
         before = read_model(previous(folder) / MODEL)
-        folder.mkdir(exist_ok=True)
         found = cluster_to_table(
             embeddings_of(before, utterances, options["crops"], options["crop_seconds"]),
             folder / CLUSTERS,

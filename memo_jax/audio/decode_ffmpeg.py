@@ -86,18 +86,9 @@ class FfmpegDecoder:
             file.seek(0)
             demuxer = DEMUXERS[part.kind]
             # Without -xerror, ffmpeg skips what is damaged or missing, and reports success.
-            command = [
-                program,
-                "-v",
-                "error",
-                "-nostdin",
-                "-xerror",
-                "-threads",
-                "1",
-                "-protocol_whitelist",
-                "file,pipe",
-            ]
-            command += ["-format_whitelist", demuxer, "-f", demuxer, *span, "-i", f"file:/dev/fd/{file.fileno()}"]
+            command = [program, "-v", "error", "-nostdin", "-xerror", "-threads", "1"]
+            command += ["-protocol_whitelist", "file,pipe", "-format_whitelist", demuxer, "-f", demuxer, *span]
+            command += ["-i", f"file:/dev/fd/{file.fileno()}"]
             # The first 24 bytes of an au file state rate and channels. ffmpeg's own mix would not be their mean.
             command += ["-map", "0:a:0", "-map_metadata", "-1", "-c:a", "pcm_f32be", "-f", "au", "pipe:1"]
             self._process = subprocess.Popen(
@@ -224,9 +215,7 @@ def _system_file(window, part, is_alone):
 
 
 def _tied(command):
-    """The command, wrapped to be killed when the thread that starts it ends; unchanged except on Linux."""
-    if sys.platform != "linux":
-        return command
+    """The command, wrapped to be killed when the thread that starts it ends."""
     program = _setpriv()
     return [program, "--pdeathsig", "KILL", *command] if program else [sys.executable, "-ISc", TIED, *command]
 

@@ -4,10 +4,8 @@ import errno
 import os
 
 SAMPLE_RATE = 16000  # Hz; everything in this project is computed at this rate
-SAMPLE_RATES = (
-    4000,
-    768000,
-)  # Hz; a header with any other rate is wrong, and resampling by its ratio could exhaust memory
+# Hz; a header with any other rate is wrong, and resampling by its ratio could exhaust memory.
+SAMPLE_RATES = (4000, 768000)
 BLOCK_SAMPLES = 1 << 20  # samples over all channels decoded at a time
 
 

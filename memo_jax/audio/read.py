@@ -309,9 +309,8 @@ def _opened(source):
 
 def _open_file(path):
     try:
-        number = os.open(
-            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
-        )  # NONBLOCK: do not wait for the writer of a named pipe
+        # NONBLOCK: do not wait for the writer of a named pipe.
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in NOT_OF_THE_FILE:
             raise

@@ -28,14 +28,11 @@ class Mixer:
           AudioError: no such channel, NaN or infinite samples, or samples far beyond [-1, 1].
         """
         channels = block.shape[1]
-        if self._channel != "mean":
-            if self._channel > channels:
-                raise AudioError(self._name, f"no channel {self._channel}: it has {channels}")
-            mono = np.ascontiguousarray(block[:, self._channel - 1])
-            self._check(mono)
-            return mono
-        if channels == 1:
-            mono = np.ascontiguousarray(block[:, 0])
+        if self._channel != "mean" or channels == 1:
+            number = 1 if self._channel == "mean" else self._channel
+            if number > channels:
+                raise AudioError(self._name, f"no channel {number}: it has {channels}")
+            mono = np.ascontiguousarray(block[:, number - 1])
             self._check(mono)
             return mono
         with np.errstate(over="ignore", invalid="ignore"):  # from damaged floats, which _check refuses

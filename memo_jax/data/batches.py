@@ -362,20 +362,18 @@ class TrainingBatches:
 
     def __init__(self, batches: "_Batches | _References", start: int, workers: int, prefetch: int):
         self._batches, self._workers, self._prefetch = batches, workers, prefetch
-        self._step, self._reader, self._closed = start, None, False
+        self._step, self._reader = start, None
 
     def __iter__(self) -> "TrainingBatches":
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._closed:
-            raise ValueError("these training batches are closed")
         if self._reader is None:
             self._reader = iter(self._read_ahead())
         try:
             batch = next(self._reader)
         except Exception as error:  # the reader would continue after the batch it could not read; we retry that one
-            self._close_reader()
+            self.close()
             if isinstance(error, RuntimeError) and self._workers:  # as grain reports a worker that ended by itself
                 raise OSError(
                     f"{self._batches.utterances.path}: a worker process that reads it ended, perhaps because "
@@ -387,10 +385,6 @@ class TrainingBatches:
 
     def close(self) -> None:
         """Stops threads and workers."""
-        self._close_reader()
-        self._closed = True
-
-    def _close_reader(self):
         if self._reader is not None:
             self._reader.close()
             self._reader = None

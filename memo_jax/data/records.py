@@ -103,16 +103,11 @@ def write_metadata(folder: str | os.PathLike, shards: list[dict], metadata: dict
       folder: holds the shards and all other files of the dataset.
       shards: what `ShardWriter.close` returned, in the order that the dataset should have.
       metadata: JSON, with "fingerprint".
-
-    Raises:
-      ValueError: the shards have segments of different lengths.
     """
     import tensorflow_datasets as tfds
 
-    folder, sizes = Path(folder), {shard["segment_samples"] for shard in shards}
-    if len(sizes) != 1:
-        raise ValueError(f"the shards in {folder} have segments of {sorted(sizes)} samples: prepare the dataset again")
-    (size,) = sizes
+    folder = Path(folder)
+    (size,) = {shard["segment_samples"] for shard in shards}
     records = [[-(-length // size) for length in shard["lengths"]] for shard in shards]
     lengths = [length for shard in shards for length in shard["lengths"]]
     for number, shard in enumerate(shards):

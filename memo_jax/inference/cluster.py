@@ -211,7 +211,6 @@ def cluster_to_table(
         }
     write_clusters(output, embeddings.names, assignment)
     if figure is not None:
-        Path(figure).parent.mkdir(parents=True, exist_ok=True)
         plot_cluster_sizes(assignment, figure)
     return report
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -138,7 +139,8 @@ def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
     if (path / "dataset_info.json").is_file():
         utterances = Utterances(path)
         for row, name in enumerate(utterances.names):
-            yield Source(name, _call(utterances.__getitem__, row), _call(f"{utterances.fingerprint} {{}}".format, row))
+            stamp = functools.partial(f"{utterances.fingerprint} {{}}".format, row)
+            yield Source(name, functools.partial(utterances.__getitem__, row), stamp)
         return
     try:
         input_kind(path)
@@ -159,7 +161,8 @@ def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
             left_out.append((name, "odd name: a tab or a line break"))
             return
         begins = None if (excerpt.start, excerpt.end) == (0.0, None) else (excerpt.path, excerpt.start)
-        yield Source(name, lambda: read_excerpt(name, channel=channel), _call(_file_stamp, excerpt.path), begins)
+        read = functools.partial(read_excerpt, name, channel=channel)
+        yield Source(name, read, functools.partial(_file_stamp, excerpt.path), begins)
         return
     found, unusable = find_recordings([path])
     for source, reason in unusable:
@@ -173,13 +176,9 @@ def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
             )
         yield Source(
             recording.name,
-            lambda recording=recording: read_recording(recording, channel=channel),
-            _call(_recording_stamp, recording),
+            functools.partial(read_recording, recording, channel=channel),
+            functools.partial(_recording_stamp, recording),
         )
-
-
-def _call(function, argument):
-    return lambda: function(argument)
 
 
 def _file_stamp(path) -> str:
@@ -239,7 +238,6 @@ def embed_recordings(
         raise ValueError("windows have times in the whole recording: embed them without voice activity detection")
     sources, unlistable = find_sources(inputs, embedder.channel)
     check_names(output, [source.name for source in sources])
-    output.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(output) as lock:
         return _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet, lock)
 

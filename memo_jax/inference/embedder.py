@@ -18,7 +18,6 @@ from memo_jax.inference.model_file import (
     ModelFileError,
     check_finite,
     check_threshold,
-    is_never_known,
     members_of,
     other_precision,
     read_decision,
@@ -153,7 +152,7 @@ class Embedder:
           ImportError: an extra that is needed is not installed.
         """
         onnx = chosen_runtime(runtime) == "onnx"
-        is_known = (lambda fingerprint: cached_graph(fingerprint) is not None) if onnx else is_never_known
+        is_known = (lambda fingerprint: cached_graph(fingerprint) is not None) if onnx else None
         model = load_model(path, branch=branch, role=role, step=step, is_known=is_known)
         return cls(model, gallery, channel, runtime, calibration, vad)
 
@@ -337,7 +336,7 @@ def load_model(
     branch: str | None = None,
     role: str | None = None,
     step: int | None = None,
-    is_known: Callable[[str], bool] = is_never_known,
+    is_known: Callable[[str], bool] | None = None,
 ) -> Model:
     """Returns the network of a workdir, a file, the Hub or the package.
 

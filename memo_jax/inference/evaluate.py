@@ -253,7 +253,6 @@ def evaluate(
     if save_calibration is not None:
         check_writable(save_calibration)
     check_writable(output / "results.json")  # before the minutes that embedding takes
-    output.mkdir(parents=True, exist_ok=True)
     scores = evaluation.scores(evaluation.embeddings(network.function, crops, crop_seconds, quiet))
     results: dict[str, Any] = {
         "trials": len(evaluation.trials),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from memo_jax.files import one_line
-from memo_jax.inference.model_file import Model, header_text, is_never_known, read_model, write_model
+from memo_jax.inference.model_file import Model, header_text, read_model, write_model
 from memo_jax.version import __version__
 
 HUB_PREFIX = "hf:"
@@ -34,7 +34,7 @@ def parse_hub_name(name: str | os.PathLike) -> tuple[str, str | None]:
     return match["repository"], match["revision"]
 
 
-def read_hub_model(name: str | os.PathLike, is_known: Callable[[str], bool] = is_never_known) -> Model:
+def read_hub_model(name: str | os.PathLike, is_known: Callable[[str], bool] | None = None) -> Model:
     """Returns the model of a repository; it is downloaded unless this revision is in the cache.
 
     Args:

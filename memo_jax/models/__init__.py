@@ -10,7 +10,6 @@ from typing import Any
 import flax.core
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from memo_jax.models.campplus import CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN
@@ -80,4 +79,4 @@ def build_backbone(name: str, **arguments) -> nn.Module:
 
 def parameter_count(params: Any) -> int:
     """Returns the number of scalars in a pytree of arrays or shapes."""
-    return sum(int(jnp.size(leaf)) if not hasattr(leaf, "size") else int(leaf.size) for leaf in jax.tree.leaves(params))
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))

@@ -1,5 +1,6 @@
 """CAM++ (Wang et al., Interspeech 2023): a densely connected TDNN with context-aware masking, in 3D-Speaker's form."""
 
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ SEGMENT = 100  # frames whose mean is one part of the context
 
 # How the reference initialises the convolutions over time; their biases are zero.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
-zeros = nn.initializers.zeros
+conv_without_bias = functools.partial(TimeConv, use_bias=False, kernel_init=he_normal)
 
 
 def segment_means(x: jax.Array, lengths: jax.Array | None) -> jax.Array:
@@ -72,25 +73,15 @@ class ContextAwareMasking(nn.Module):
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
         """[N, T, C] → [N, T, features]."""
         frames, channels = x.shape[1:]
-        local = TimeConv(
-            self.features,
-            self.kernel_size,
-            self.dilation,
-            self.dtype,
-            padding="zeros",
-            use_bias=False,
-            kernel_init=he_normal,
-            name="local",
+        local = conv_without_bias(
+            self.features, self.kernel_size, self.dilation, self.dtype, padding="zeros", name="local"
         )(x, lengths)
         # The context is constant within a segment, so the gate is computed once for each.
         context = mean_time(x, lengths)[:, None] + segment_means(x, lengths)
-        for name, width, activation in (
-            ("squeeze", channels // 2, jax.nn.relu),
-            ("excite", self.features, jax.nn.sigmoid),
-        ):
-            conv = TimeConv(width, dtype=self.dtype, kernel_init=he_normal, bias_init=zeros, name=name)
-            context = activation(conv(context))
-        return local * jnp.repeat(context, SEGMENT, axis=1)[:, :frames]
+        conv = functools.partial(TimeConv, dtype=self.dtype, kernel_init=he_normal, bias_init=nn.initializers.zeros)
+        context = jax.nn.relu(conv(channels // 2, name="squeeze")(context))
+        gate = jax.nn.sigmoid(conv(self.features, name="excite")(context))
+        return local * jnp.repeat(gate, SEGMENT, axis=1)[:, :frames]
 
 
 class DenseLayer(nn.Module):
@@ -120,7 +111,7 @@ class NormReluConv(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """[N, T, C] → [N, T, features]."""
         x = jax.nn.relu(BatchNorm(name="norm")(x, train))
-        return TimeConv(self.features, dtype=self.dtype, use_bias=False, kernel_init=he_normal, name="conv")(x)
+        return conv_without_bias(self.features, dtype=self.dtype, name="conv")(x)
 
 
 class CAMPPlus(nn.Module):
@@ -145,28 +136,14 @@ class CAMPPlus(nn.Module):
     def __call__(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Normalised log-mel [N, T, F] → embedding [N, embedding_dim] float32."""
         x = FrontEndConvolution(self.plane_channels, self.plane_blocks, self.dtype, name="front_end")(x, lengths, train)
-        x = TimeConv(
-            self.stem_channels,
-            5,
-            dtype=self.dtype,
-            stride=2,
-            padding="zeros",
-            use_bias=False,
-            kernel_init=he_normal,
-            name="stem",
-        )(x, lengths)
+        stem = conv_without_bias(self.stem_channels, 5, dtype=self.dtype, stride=2, padding="zeros", name="stem")
+        x = stem(x, lengths)
         lengths = strided_lengths(lengths, 2)
         x = jax.nn.relu(BatchNorm(name="stem_norm")(x, train))
+        dense = functools.partial(DenseLayer, self.growth, self.bottleneck * self.growth, self.kernel_size)
         for block, (count, dilation) in enumerate(zip(self.layers, self.dilations, strict=True)):
             for i in range(count):
-                layer = DenseLayer(
-                    self.growth,
-                    self.bottleneck * self.growth,
-                    self.kernel_size,
-                    dilation,
-                    self.dtype,
-                    name=f"block_{block}_layer_{i}",
-                )
+                layer = dense(dilation, self.dtype, name=f"block_{block}_layer_{i}")
                 x = jnp.concatenate([x, layer(x, lengths, train)], axis=-1)
             x = NormReluConv(x.shape[-1] // 2, self.dtype, name=f"transit_{block}")(x, train)
         x = jax.nn.relu(BatchNorm(name="norm")(x, train))
@@ -175,7 +152,6 @@ class CAMPPlus(nn.Module):
         # zero.
         varies = variance > 0
         deviation = jnp.where(varies, jnp.sqrt(jnp.where(varies, variance, 1)), 0)
-        embedding = TimeConv(self.embedding_dim, use_bias=False, kernel_init=he_normal, name="embedding")(
-            jnp.concatenate([mean, deviation], axis=-1)[:, None]
-        )[:, 0]
+        statistics = jnp.concatenate([mean, deviation], axis=-1)
+        embedding = conv_without_bias(self.embedding_dim, name="embedding")(statistics[:, None])[:, 0]
         return BatchNorm(affine=False, name="embedding_norm")(embedding, train)

@@ -1,26 +1,15 @@
 """Heads: from an embedding to logits over prototypes (DINO's), or to cosines with speakers."""
 
-from collections.abc import Sequence
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from memo_jax.models.layers import BatchNorm, Linear, l2_normalize, parameter
+from memo_jax.models.layers import BatchNorm, Linear, bias_uniform, l2_normalize, parameter
 from memo_jax.xla.reductions import sum_from_first_axis
 
 LENGTH_EPSILON = 1e-12  # the least norm of a prototype
-
-
-def cut_normal(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Returns normal numbers of deviation 0.02, truncated at ±2 (absolute), as in the DINO recipes' linear layers."""
-    return 0.02 * jax.random.truncated_normal(key, -100.0, 100.0, shape, dtype)
-
-
-def prototype_uniform(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Returns uniform numbers within ±1/√bottleneck, PyTorch's default for a linear layer of this input."""
-    bound = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+# Of the DINO recipes' linear layers: deviation 0.02, cut at ±2.
+cut_normal = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
 
 
 class DINOHead(nn.Module):
@@ -57,7 +46,7 @@ class DINOHead(nn.Module):
     @nn.compact
     def cosines(self, units: jax.Array) -> jax.Array:
         """Unit vectors [..., bottleneck] → their cosines with the prototypes, [..., prototypes]."""
-        directions = parameter(self, "prototypes", prototype_uniform, (self.bottleneck, self.prototypes))
+        directions = parameter(self, "prototypes", bias_uniform(self.bottleneck), (self.bottleneck, self.prototypes))
         # The products are divided by the norms of the prototypes. Normalised prototypes would be a copy as large as
         # they are, with as large a gradient: larger than all else here.
         inverse = jax.lax.rsqrt(jnp.maximum(sum_from_first_axis(jnp.square(directions), 0), LENGTH_EPSILON**2))

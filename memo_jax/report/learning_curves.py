@@ -21,7 +21,7 @@ from memo_jax.scoring.figures import (
     STYLE,
     add_title,
     label_ends,
-    name_step,
+    name_line,
     running_mean,
     save_figure,
     system_looks,
@@ -176,14 +176,7 @@ def progress_texts(rows: Sequence[Mapping]) -> list[str]:
 
 def gate_closing_step(rows: Sequence[Mapping]) -> int | None:
     """Returns the step at which the gate closed, or None while it is open, and where it was never open."""
-    was_open = False
-    for row in rows:
-        is_open = row.get("gate/open")
-        if is_open is not None and is_open < 1 and was_open:
-            closed_at = row.get("gate/closed_at")
-            return int(row["step"] if closed_at is None or closed_at < 0 else closed_at)
-        was_open = was_open or bool(is_open)
-    return None
+    return next((int(at) for row in rows if (at := row.get("gate/closed_at", -1)) > 0), None)
 
 
 def _mark_closing(ax: Axes, step: int | None, named: bool):
@@ -192,7 +185,8 @@ def _mark_closing(ax: Axes, step: int | None, named: bool):
         return
     ax.axvline(step, color=MUTED, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
     if named:
-        name_step(ax, step, f"gate closes,\nstep {step:,}", end=ax.get_xlim()[1], color=MUTED)
+        on_left = step >= 0.65 * ax.get_xlim()[1]  # where there is more room
+        name_line(ax, step, f"gate closes,\nstep {step:,}", on_left=on_left, color=MUTED)
 
 
 def _series_by_name(rows) -> dict[str, Series]:

@@ -13,7 +13,7 @@ import numpy as np
 from memo_jax import config as configs
 from memo_jax.audio import SAMPLE_RATE
 from memo_jax.data.batches import Utterances
-from memo_jax.files import as_path, check_bucket, make_folder, write_text
+from memo_jax.files import as_path, check_bucket, write_text
 from memo_jax.inference.evaluate import TrialEvaluation
 from memo_jax.inference.workdir import workdir_model
 from memo_jax.log import plural, read_metrics
@@ -77,7 +77,6 @@ def write_report(
         raise ValueError("give both the dataset and the trial list: --data DATASET --trials FILE")
     tested = None if trials is None else tested_run(workdir, config, data, trials, step)
     output = workdir / "report.html" if output is None else Path(output)
-    make_folder(output.parent)
     write_text(output, page(workdir, config, rows, tested, data, trials))
     return output
 

@@ -125,11 +125,9 @@ def purity(assignment: np.ndarray, labels: Sequence) -> float:
 
     It is 1 for clusters of single utterances: compare it for equal numbers of clusters only.
     """
-    _, labels = np.unique(labels, return_inverse=True)
-    pairs, counts = np.unique(np.stack([assignment, labels]), axis=1, return_counts=True)
-    most = np.zeros(pairs[0].max() + 1, np.int64)
-    np.maximum.at(most, pairs[0], counts)
-    return float(most.sum() / len(labels))
+    from sklearn.metrics.cluster import contingency_matrix
+
+    return float(contingency_matrix(labels, assignment, sparse=True).max(axis=0).sum() / len(labels))
 
 
 def mutual_information(assignment: np.ndarray, labels: Sequence) -> float:

@@ -194,18 +194,17 @@ def add_title(ax: Axes, title: str, note: str, size: float = 11) -> None:
     ax.annotate(note, (0, 1), **place, fontsize=8.5, color=MUTED)
 
 
-def name_step(ax: Axes, step: float, text: str, end: float, height: float = 0.97, color: str = INK) -> None:
-    """Writes a text beside a vertical line at `step`, on the side of it where there is more room before `end`."""
-    left = step < 0.65 * end
+def name_line(ax: Axes, x: float, text: str, *, on_left: bool, height: float = 0.97, color: str = INK) -> None:
+    """Writes a text beside a vertical line at x, `height` of the panel up, on one side of the line."""
     ax.annotate(
         text,
-        (step, height),
+        (x, height),
         xycoords=("data", "axes fraction"),
-        xytext=(5 if left else -5, 0),
+        xytext=(-5 if on_left else 5, 0),
         textcoords="offset points",
-        ha="left" if left else "right",
+        ha="right" if on_left else "left",
         va="top",
-        fontsize=8,
+        fontsize=8.5,
         color=color,
         path_effects=HALO,
         zorder=5,
@@ -297,18 +296,7 @@ def _mark_thresholds(ax: Axes, marks: Mapping[str, float], line_height: float) -
         top = 1 - line_height * number
         dashes = DASHES[list(marks).index(name) % len(DASHES)]
         ax.axvline(threshold, ymax=top, color=INK, linewidth=1.1, linestyle=dashes, zorder=4)
-        ax.annotate(
-            f"{name}, at {threshold:.3g}",
-            (threshold, top),
-            xycoords=("data", "axes fraction"),
-            xytext=(-5 if left else 5, 0),
-            textcoords="offset points",
-            fontsize=8.5,
-            ha="right" if left else "left",
-            va="top",
-            path_effects=HALO,
-            zorder=5,
-        )
+        name_line(ax, threshold, f"{name}, at {threshold:.3g}", on_left=left, height=top)
 
 
 def plot_cluster_sizes(assignment: np.ndarray, path: str | os.PathLike) -> Path:
@@ -329,18 +317,7 @@ def plot_cluster_sizes(assignment: np.ndarray, path: str | os.PathLike) -> Path:
         ax.xaxis.set_minor_formatter(NullFormatter())
         median = float(np.median(counts))
         ax.axvline(median, ymax=0.9, color=INK, linewidth=1.1, linestyle=DASHES[1])
-        left = median**2 > edges[0] * edges[-1]
-        ax.annotate(
-            f"median {median:g}",
-            (median, 0.97),
-            xycoords=("data", "axes fraction"),
-            xytext=(-5 if left else 5, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="top",
-            fontsize=8.5,
-            path_effects=HALO,
-        )
+        name_line(ax, median, f"median {median:g}", on_left=median**2 > edges[0] * edges[-1])
         add_title(ax, "Sizes of clusters", f"{len(counts):,} clusters of {len(assignment):,} utterances")
         ax.set_xlabel("utterances in a cluster")
         ax.set_ylabel("clusters")

@@ -50,8 +50,6 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 2, keep_every: int | None = None):
-        if keep < 1:
-            raise ValueError(f"keep is {keep}: at least 1 checkpoint must stay")
         self.folder, self._keep, self._keep_every = checkpoints_folder(workdir), keep, keep_every
         self._saving: tuple[int, dict] | None = None  # step and manifest of the save under way
         _ignore_closed_loops()

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from operator import attrgetter
 
 import jax.numpy as jnp
 import numpy as np
@@ -127,9 +128,7 @@ def check_ranges(config: configs.ConfigDict) -> None:
         (FRACTIONS, lambda value: 0 <= value <= 1, "in [0, 1]"),
     ):
         for key in keys:
-            group, _, name = key.rpartition(".")
-            value = (config[group] if group else config)[name]
-            if not fits(value):
+            if not fits(value := attrgetter(key)(config)):
                 raise ValueError(f"{key} is {value}: must be {wanted}")
     for kind in CATEGORIES:
         key, snr = f"augment.{kind}_snr_db", config.augment[f"{kind}_snr_db"]
@@ -159,9 +158,8 @@ def check_ranges(config: configs.ConfigDict) -> None:
     if config.supervised.labels and not reads_labels(config):
         raise ValueError("supervised.labels is set, but nothing reads labels: set supervised.weight above 0")
     for key, choices in CHOICES.items():
-        group, _, name = key.rpartition(".")
-        if config[group][name] not in choices:
-            raise ValueError(f"{key} is {config[group][name]!r}: choose one of {', '.join(choices)}")
+        if (value := attrgetter(key)(config)) not in choices:
+            raise ValueError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
     if config.teacher.view == "clean":
         if config.data.global_crops < 1 or config.data.local_crops < 1:
             raise ValueError(

@@ -55,14 +55,10 @@ def commit() -> str | None:
 def hardware() -> dict:
     """Returns the processor, the cores this process may use, the memory, and the devices of all processes."""
     devices = chosen_devices()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gigabytes = None
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        gigabytes = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
     return {
         "processor": _processor(),
-        "cores": cores,
-        "memory_gib": gigabytes,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "system": platform.system(),
         "devices": len(devices),
         "device": devices[0].device_kind,

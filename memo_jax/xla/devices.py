@@ -24,20 +24,17 @@ def check_device_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def on_device(name: str | None) -> Iterator[None]:
+def on_device(name: str) -> Iterator[None]:
     """Makes JAX compute on this device alone in a block; without a number, on the first of its kind.
 
     Choosing the CPU before JAX is imported neither imports JAX nor touches an accelerator.
 
     Args:
-      name: see `check_device_name`; None changes nothing.
+      name: see `check_device_name`.
 
     Raises:
       ValueError: no such device; the message names those that there are.
     """
-    if name is None:
-        yield
-        return
     platform, number = DEVICE_NAME.fullmatch(check_device_name(name)).groups()
     if platform == "cpu" and not int(number or 0) and "jax" not in sys.modules:
         before = os.environ.get("JAX_PLATFORMS")

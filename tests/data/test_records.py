@@ -135,16 +135,6 @@ def test_segments_change_no_batch(dataset, tmp_path):
             np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_shards_of_other_segments_do_not_mix(tmp_path):
-    written = []
-    for size in (1000, 2000):
-        writer = ShardWriter(tmp_path / f"{size}", segment_samples=size)
-        writer.write("name", "", utterance(0))
-        written.append(writer.close())
-    with pytest.raises(ValueError, match=r"segments of \[1000, 2000\] samples"):
-        write_metadata(tmp_path, written, {"fingerprint": "mixed"})
-
-
 def test_a_shard_that_cannot_be_created_is_an_error(tmp_path):
     with pytest.raises(OSError, match="^No such file or directory$"):
         writer = ShardWriter(tmp_path / "missing" / "shard")

@@ -81,16 +81,6 @@ def test_the_gate_is_marked_where_it_closed_and_its_loss_ends_there():
     assert "contrastive loss still on" in texts(still_open) and "gate closes" not in texts(still_open)
 
 
-@pytest.mark.parametrize(
-    "states, step",
-    [([1, 1, 1], None), ([0, 0, 0], None), ([1, 0, 0], 1), ([1, 1, 0], 2), ([1, None, 0], 2), ([None], None)],
-)
-def test_gate_closing_step_without_a_record_of_it(states, step):
-    """Steps 0, 1, …: where only gate/open is known, the closing step is the first row with a closed gate."""
-    made = [{"step": i} | ({} if state is None else {"gate/open": state}) for i, state in enumerate(states)]
-    assert report.gate_closing_step(made) == step
-
-
 def test_branches_keep_their_colour_and_heads_their_dashes():
     """Colour means branch and dashes mean head, whichever of the two spellings of a metric's name is used."""
     made = [

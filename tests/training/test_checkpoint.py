@@ -107,11 +107,6 @@ def test_latest_and_every_kth_are_kept(tmp_path):
     assert saved_checkpoint.saved_checkpoint(tmp_path, 3).manifest["extra"] == {"step": 3}
 
 
-def test_keep_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="keep is 0"):
-        Checkpointer(tmp_path, keep=0)
-
-
 def test_no_checkpoint_is_named(tmp_path):
     for read in (load_state, load_extra, lambda workdir: Checkpointer(workdir).restore(abstract(state_of(0)))):
         with pytest.raises(FileNotFoundError, match="checkpoints"):
