@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
+CRASHED = 70  # a fault of the program, or of a library it uses
 PROCESS_LOST = 76  # another process of a distributed run has died
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 BUCKET_OPTIONS = {"train": {"workdir", "init"}, "report": {"workdir"}} | dict.fromkeys(
     ("eval", "embed", "cluster", "verify", "enroll", "identify", "app", "export", "pseudo-label"), {"model"}
 )  # these may be gs://…
@@ -31,8 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: done (verify: same speaker; identify: somebody known). 1: the answer is no (verify: different speakers; identify:
     nobody known; reproduce: not identical; plan: does not fit), or embed left recordings out. 2: bad input. 3: training
-    stopped because of its own numbers. 75: SIGTERM ended training after a checkpoint. 76: another process of a
-    distributed run was lost. 130: interrupted by Ctrl-C. An exception's `exit_status` overrides 2.
+    stopped because of its own numbers. 70: a fault of the program, with its traceback. 75: SIGTERM ended training after
+    a checkpoint. 76: another process of a distributed run was lost. 130: interrupted by Ctrl-C. An exception's
+    `exit_status` overrides 2.
     """
     try:
         with interrupts.handled():
@@ -45,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments is None and interrupts.requested():
             interrupts.end()  # a process of its own, which need not wait for threads that compile
         status = report_error(error)
+        if status is None and arguments is None:
+            traceback.print_exception(error)
+            return CRASHED  # Python's own status, 1, is an answer of verify
         if status is None:
             raise
         return status
@@ -231,7 +237,7 @@ def joined(**place: Any) -> Iterator[None]:
             status = report_error(error)
         if status is None:
             traceback.print_exception(error)
-        processes.leave_at_once(1 if status is None else status)
+        processes.leave_at_once(CRASHED if status is None else status)
     processes.leave()
 
 
@@ -392,6 +398,8 @@ def run_cluster(options: argparse.Namespace) -> None:
         raise ValueError(f"--{of_network[0]} is for --data: these embeddings exist already")
     for path in filter(None, (options.output, options.figure)):
         check_writable(path)
+    if options.figure and options.figure.suffix not in FIGURE_SUFFIXES:
+        raise ValueError(f"--figure {options.figure}: end its name in {', '.join(FIGURE_SUFFIXES)}")
     keep_compiled_programs()
     keep_freed_memory()
     from memo_jax.data.batches import Utterances

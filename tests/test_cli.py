@@ -143,6 +143,12 @@ def test_errors_of_ours_keep_their_traceback(monkeypatch):
         tiny.here("prepare", "--input", "a", "--output", "b")
 
 
+def test_a_fault_of_ours_ends_the_program_with_another_status_than_different_speakers(monkeypatch, capsys):
+    monkeypatch.setitem(cli.RUN, "verify", lambda options: {}["odd"])
+    monkeypatch.setattr(sys, "argv", ["memo-jax", "verify", "a.wav", "b.wav"])
+    assert cli.main() == 70 and "KeyError: 'odd'" in capsys.readouterr().err
+
+
 def test_json_has_null_where_there_is_no_number(monkeypatch):
     """The threshold at which a minDCF of 1 is reached is infinite, and one trial has no interval."""
     found = {"eer": float("nan"), "curve": [1.0, float("inf")], "of": {"name": "Zoë", "pair": (float("-inf"), 2)}}

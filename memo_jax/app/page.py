@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -95,7 +97,12 @@ def _recordings_in_a_temporary_folder() -> Iterator[None]:
 
 
 def serve(embedder: Embedder, port: int | None, open_browser: bool, prior: float, as_json: bool) -> None:
-    """Serves the page until Ctrl-C and prints its address; arguments and errors as for `served`."""
+    """Serves the page until Ctrl-C and prints its address; arguments and errors as for `served`.
+
+    SIGTERM and a closed terminal end it as well, and the recordings are removed as at Ctrl-C.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     with served(embedder, port, open_browser, prior, speech.is_installed()) as address:
         told = json.dumps({"address": address, "model": embedder.fingerprint})
         print(told if as_json else f"{address} (Ctrl-C ends it)", flush=True)

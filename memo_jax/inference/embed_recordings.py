@@ -32,7 +32,13 @@ from memo_jax.inference.batches import apply_to_stream
 from memo_jax.inference.embedder import MIN_SECONDS, Embedder, check_embedding
 from memo_jax.locks import exclusive
 from memo_jax.log import Progress, plural
-from memo_jax.scoring.embedding_file import Embeddings, check_names, check_output_name, write_embeddings
+from memo_jax.scoring.embedding_file import (
+    Embeddings,
+    check_names,
+    check_output_name,
+    check_replaces_no_list,
+    write_embeddings,
+)
 
 DECODED_AHEAD = 8  # recordings that are decoded before they are needed
 SAVE_SECONDS = 120.0  # how often the embeddings so far are saved, so that an interrupted run can be resumed
@@ -160,7 +166,7 @@ def _sources_of(path: Path, given, channel, left_out) -> Iterator[Source]:
         if set(name) & UNLISTABLE:
             left_out.append((name, "odd name: a tab or a line break"))
             return
-        begins = None if (excerpt.start, excerpt.end) == (0.0, None) else (excerpt.path, excerpt.start)
+        begins = None if excerpt.path == name else (excerpt.path, excerpt.start)
         read = functools.partial(read_excerpt, name, channel=channel)
         yield Source(name, read, functools.partial(_file_stamp, excerpt.path), begins)
         return
@@ -237,6 +243,7 @@ def embed_recordings(
     if windows is not None and embedder.vad:
         raise ValueError("windows have times in the whole recording: embed them without voice activity detection")
     sources, unlistable = find_sources(inputs, embedder.channel)
+    check_replaces_no_list(output)
     check_names(output, [source.name for source in sources])
     with exclusive(output) as lock:
         return _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet, lock)

@@ -1,5 +1,6 @@
 """What users import: a trained network that embeds recordings, compares them, and recognises enrolled people."""
 
+import numbers
 import os
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memo_jax.audio import as_audio, check_speech, read_excerpt, speech_of
+from memo_jax.audio.error import check_rate
 from memo_jax.audio.speech import check_installed
 from memo_jax.files import as_path, check_bucket, in_bucket, is_zip
 from memo_jax.inference.batches import apply_to_recordings
@@ -170,6 +172,15 @@ class Embedder:
         return device_name()
 
     @property
+    def threshold(self) -> float:
+        """The cosine score from which two recordings count as the same speaker; ValueError if set outside [-1, 1]."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float) -> None:
+        self._threshold = check_threshold(threshold)
+
+    @property
     def fingerprint(self) -> str:
         """The model's: embeddings can only be compared if their models have the same fingerprint."""
         return self.model.fingerprint
@@ -192,8 +203,11 @@ class Embedder:
         Raises:
           AudioError: (a ValueError) a recording that is missing, damaged, silent, under half a second, or holds NaN, or
             with `vad` has less than half a second of speech; the message names the file, or the place in the list.
-          ValueError: the network returns numbers that are not finite for a recording, which is named likewise.
+          ValueError: a rate that is no number; or the network returns numbers that are not finite for a recording,
+            which is named likewise.
         """
+        if rate is not None and not isinstance(rate, numbers.Real):
+            raise ValueError(f"the rate is {rate!r}, not a number of Hz: give several recordings as a list")
         if _is_one(recordings):
             return self.embed([recordings], rate)[0]
         recordings = list(recordings)
@@ -306,6 +320,8 @@ class Embedder:
     def _samples(self, recording, rate, name) -> np.ndarray:
         if isinstance(recording, (str, os.PathLike)):
             name, samples = os.fspath(recording), read_excerpt(recording, channel=self.channel)
+            if rate is not None:
+                check_rate(name, rate)
         else:
             samples, rate = recording if isinstance(recording, tuple) else (recording, rate)
             if rate is None:
@@ -321,12 +337,13 @@ class Embedder:
 def _is_one(recordings) -> bool:
     """Whether this is a single recording and not a list of them."""
     if isinstance(recordings, tuple):
-        second = recordings[1] if len(recordings) == 2 else None  # the rate of (array, rate)
-        return np.ndim(second) == 0 and not isinstance(second, (str, os.PathLike, type(None)))
+        return len(recordings) == 2 and isinstance(recordings[1], numbers.Real)  # (array, rate)
+    if isinstance(recordings, np.ndarray):
+        return recordings.dtype.kind not in "UO"  # else paths
     return (
         isinstance(recordings, (str, os.PathLike))
         or not isinstance(recordings, Iterable)
-        or (hasattr(recordings, "__array__"))
+        or hasattr(recordings, "__array__")
     )
 
 

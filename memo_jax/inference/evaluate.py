@@ -237,7 +237,8 @@ def evaluate(
 
     Raises:
       ValueError: bad trials, recordings that the dataset lacks, an embedding that is not finite, a list without labels
-        to tune on, a threshold that cannot be tuned or cannot be saved with this model, or see `Embedder.load`.
+        to tune on, crops to tune on, a threshold that cannot be tuned or cannot be saved with this model, or see
+        `Embedder.load`.
       OSError: no such model, dataset or list (FileNotFoundError), or a result cannot be written.
     """
     network = load_model(model, branch=branch, role=role, step=step)
@@ -249,6 +250,8 @@ def evaluate(
     if target is None and tuned:
         option = "--save-calibration" if save_threshold is None else "--save-threshold"
         raise ValueError(f"{trials} has no labels, so no threshold can be tuned on it: leave out {option}")
+    if crops and tuned:
+        raise ValueError("verify embeds whole recordings, so no threshold can be tuned with crops: leave out --crops")
     output = Path(output)
     if save_calibration is not None:
         check_writable(save_calibration)
@@ -325,7 +328,10 @@ def _save_decision(
 def tuned_decision(scores: np.ndarray, target: np.ndarray, criterion: str, trials: str | os.PathLike) -> Decision:
     """Returns the threshold of a criterion (of CRITERIA) on scores, with their calibration.
 
-    Raises ValueError where the criterion is best met by accepting nobody: that is not a threshold.
+    The threshold is halfway between the last score that is accepted and the next lower one.
+
+    Raises ValueError where the criterion is best met by accepting nobody, which is not a threshold, and where targets
+    have the lower scores.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")
@@ -338,12 +344,19 @@ def tuned_decision(scores: np.ndarray, target: np.ndarray, criterion: str, trial
             f"{criterion} is best ({point.value:.4g}) when nobody is accepted, so no threshold was saved: these scores "
             "do not tell speakers apart well enough for it; use --save-threshold eer"
         )
+    if (rate := metrics.eer(scores, target)) > 0.5:
+        raise ValueError(
+            f"{trials}: targets have lower scores than nontargets (EER {100 * rate:.2f} %), so no threshold was saved: "
+            "are the labels swapped?"
+        )
     fitted = fit_calibration(scores, target)
+    below = scores[scores < point.threshold]
+    threshold = (point.threshold + below.max()) / 2 if len(below) else point.threshold
     text = (
         f"{criterion} of {unit * point.value:.4g}{' %' if unit == 100 else ''} on {len(target):,} trials of "
         f"{Path(trials).name}"
     )
-    return Decision(point.threshold, fitted.scale, fitted.offset, text)
+    return Decision(float(threshold), fitted.scale, fitted.offset, text)
 
 
 def evaluation_text(results: dict) -> str:

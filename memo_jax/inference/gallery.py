@@ -31,11 +31,13 @@ class Gallery:
     Attributes:
       model: as given.
       names: of the people, in the order of their enrolment.
+      holds_windows: whether it was read from a file of windows of recordings, whose times it does not keep.
     """
 
     def __init__(self, model: str):
         self.model = model
         self.names: list[str] = []
+        self.holds_windows = False
         self._directions: list[np.ndarray] = []
 
     @classmethod
@@ -64,7 +66,7 @@ class Gallery:
             gallery._directions = list(unit_norm(content.embeddings)) if len(content) else []
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        gallery.names = list(content.names)
+        gallery.names, gallery.holds_windows = list(content.names), content.times is not None
         return gallery
 
     def save(self, path: str | os.PathLike) -> None:
@@ -129,7 +131,7 @@ def changing_gallery(path: str | os.PathLike, model: str = "", dimension: int | 
     waits for the others, up to LOCK_SECONDS.
 
     Raises:
-      ValueError: a file of a kind that does not keep the model.
+      ValueError: a file of a kind that does not keep the model, or of windows of recordings.
       LockedError: another process holds the gallery for longer. Others as for `Gallery.load` and `Gallery.save`.
     """
     check_output_name(path, gallery=True)
@@ -144,6 +146,8 @@ def changing_gallery(path: str | os.PathLike, model: str = "", dimension: int | 
                     raise
                 time.sleep(LOCK_POLL_SECONDS)
         gallery = Gallery.load(path, model, dimension) if os.path.exists(path) else Gallery(model)
+        if gallery.holds_windows:
+            raise ValueError(f"{path} holds windows of recordings, whose times would be lost: choose another gallery")
         yield gallery
         lock.check()
         gallery.save(path)

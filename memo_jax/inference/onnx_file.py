@@ -18,6 +18,7 @@ from memo_jax.features import FRONT_ENDS
 from memo_jax.files import replacing
 from memo_jax.inference.model_file import Model, ModelFileError, check_model, check_precision
 from memo_jax.inference.network import embed_waves
+from memo_jax.inference.runtime import import_onnxruntime
 from memo_jax.version import __version__
 
 INPUTS = ("waveform", "feats")
@@ -155,8 +156,7 @@ def check_against_jax(model: Model, content: bytes, inputs: str, tolerance: floa
     The deviation is that of an embedding, relative to its norm. Raises ValueError where it is above `tolerance` or not
     finite.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     rng = np.random.default_rng(0)
     lengths = np.array([round(seconds * SAMPLE_RATE) for seconds in CHECKED_SECONDS], np.int32)
     waves = rng.uniform(-0.5, 0.5, (len(lengths), lengths.max())).astype(np.float32)
@@ -249,6 +249,8 @@ def _quantized(graph, keep: list[str]):
     makes the embeddings useless.
     """
     import onnx
+
+    import_onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -57,6 +58,14 @@ def _has_accelerator() -> bool:
     return chosen_devices()[0].platform != "cpu"
 
 
+def import_onnxruntime() -> ModuleType:
+    """Returns onnxruntime, which by itself would report usage to its makers over the network (since 1.32 on Linux)."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reads this when it is imported
+    import onnxruntime
+
+    return onnxruntime
+
+
 class OnnxFunction:
     """A network run by onnxruntime: int16 waves [N, L] at 16 kHz, zeros after lengths [N] → embeddings [N, D].
 
@@ -68,8 +77,7 @@ class OnnxFunction:
     """
 
     def __init__(self, graph: bytes):
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors, not warnings

@@ -73,6 +73,13 @@ def check_output_name(path: str | os.PathLike, *, gallery: bool = False) -> Path
     return Path(path)
 
 
+def check_replaces_no_list(path: str | os.PathLike) -> None:
+    """Raises ValueError for a new archive beside an scp of its name, which may be Kaldi's list of recordings."""
+    path = Path(path)
+    if path.suffix.lower() == ".ark" and not path.exists() and (places := path.with_suffix(".scp")).exists():
+        raise ValueError(f"{places} would be replaced, and there is no {path} that it belongs to: choose another name")
+
+
 def check_names(path: str | os.PathLike, names: list[str]) -> None:
     """Raises ValueError for a name that this kind of file cannot hold."""
     refused = kind_of(path).refused
@@ -145,7 +152,8 @@ def _write_npy(path, content):
         partial_names.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
         with open(partial, "wb") as file:
             np.save(file, content.embeddings)
-        companion.unlink(missing_ok=True)  # the names of other embeddings must never lie beside these
+        # The names of other embeddings must never lie beside these. A link to them stays.
+        Path(os.path.realpath(companion)).unlink(missing_ok=True)
 
 
 def _names_file(path: Path) -> Path:
@@ -156,6 +164,8 @@ def _write_ark(path, content):
     ark, scp, segments = (path.with_suffix(suffix) for suffix in (".ark", ".scp", ".segments"))
     if path.suffix.lower() == ".ark":
         ark = path
+    else:
+        scp = path
     vector, places = struct.pack("<3sbi", b"FV ", 4, content.embeddings.shape[1]), []
     with replacing(scp) as partial_scp, replacing(ark) as partial:
         with open(partial, "wb") as file:
@@ -164,7 +174,7 @@ def _write_ark(path, content):
                 places.append(f"{name} {ark.absolute()}:{file.tell()}\n")
                 file.write(b"\0B" + vector + row.astype("<f4").tobytes())
         partial_scp.write_text("".join(places), encoding="utf-8", newline="\n")
-        scp.unlink(missing_ok=True)  # places in another archive must never lie beside this one
+        Path(os.path.realpath(scp)).unlink(missing_ok=True)  # places in another archive must never lie beside this one
         segments.unlink(missing_ok=True)
     if content.times is not None:
         rows = zip(content.names, content.times.tolist(), strict=True)

@@ -230,7 +230,9 @@ def test_the_page_is_on_this_machine_only_and_recordings_are_not_kept(tmp_path):
     assert not os.path.exists(folder)
 
 
-def test_the_command_serves_until_it_is_interrupted(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_the_command_serves_until_it_is_interrupted(number, status, tmp_path):
+    """Or until its terminal is closed. Either way nothing that was recorded is left behind."""
     command = [sys.executable, "-m", "memo_jax", "app", "--no-open", "--json", "--model", str(tiny.model_file())]
     environment = tiny.environment() | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(
@@ -240,12 +242,13 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
         assert started["model"] == tiny.untrained_model().fingerprint
         page = urllib.request.urlopen(started["address"]).read().decode()
         assert "who is speaking?" in page
-        server.send_signal(signal.SIGINT)
+        server.send_signal(number)
         try:
             out, err = server.communicate(timeout=60)
         finally:
             server.kill()
-    assert server.returncode == 130 and out == "" and err == "memo-jax: interrupted\n"
+    said = "memo-jax: interrupted\n" if number == signal.SIGINT else ""
+    assert (server.returncode, out, err) == (status, "", said)
     assert not list(tmp_path.glob("memo-jax-app-*"))
 
 

@@ -135,6 +135,12 @@ def test_bad_input_is_named_and_nothing_is_written(embedded, tmp_path):
         assert not output.exists()
 
 
+def test_a_figure_of_no_known_kind_is_refused_before_the_work(embedded, tmp_path):
+    arguments = ("--embeddings", embedded[0], "--clusters", 6, "--output", tmp_path / "c.tsv")
+    status, text = tiny.here("cluster", *arguments, "--figure", tmp_path / "sizes")
+    assert status == 2 and "end its name in .png, .svg, .pdf" in text and not (tmp_path / "c.tsv").exists()
+
+
 def test_embeddings_of_windows_are_refused(tmp_path):
     rows, _ = clouds()
     names = [f"a.wav:{i}-{i + 1}" for i in range(len(rows))]

@@ -450,6 +450,21 @@ def test_excerpts_of_a_recording(corpus, tmp_path, monkeypatch):
     assert status == 2 and "gone.wav:0-1: no such file, folder or dataset" in text
 
 
+def test_an_archive_does_not_replace_a_list_of_recordings(corpus, tmp_path):
+    listed = f"u1 {corpus}/s0/0.wav\n"
+    (tmp_path / "wav.scp").write_text(listed)
+    status, text = embed(tmp_path / "wav.ark", tmp_path)
+    assert status == 2 and "wav.scp would be replaced" in text
+    assert (tmp_path / "wav.scp").read_text() == listed and not (tmp_path / "wav.ark").exists()
+
+
+def test_an_excerpt_up_to_the_end_has_windows_named_as_excerpts(corpus, tmp_path):
+    given = f"{corpus}/s0/0.wav:0-"
+    options = ("--window", "0.5", "--hop", "0.5", "--model", tiny.model_file(), "--output", tmp_path / "w.npz")
+    assert tiny.here("embed", given, *options)[0] == 0
+    assert read_embeddings(tmp_path / "w.npz").names[0] == f"{corpus}/s0/0.wav:0-0.5"
+
+
 def test_galleries_and_scores_from_archives_and_matrices(corpus, tmp_path):
     """identify and score read every kind; enroll and remove write only those that keep the model."""
     for ending in ("npz", "npy", "ark"):

@@ -66,6 +66,23 @@ def test_a_recording_has_one_embedding_however_it_is_given(embedder, corpus):
     assert embedder.embed([]).shape == (0, 8)
 
 
+def test_arguments_in_the_wrong_place_are_refused(embedder, corpus, tmp_path):
+    """A threshold or a second recording where the rate belongs; and a threshold that no cosine reaches."""
+    a, b = (str(corpus / "s0" / f"{number}.wav") for number in range(2))
+    with pytest.raises(AudioError, match="sample rate out of range: 0.99 Hz"):
+        embedder.verify(a, b, 0.99)
+    for wrong in (lambda: embedder.embed(a, b), lambda: Embedder.load(tiny.model_file()).enroll("Ada", a, b)):
+        with pytest.raises(ValueError, match="not a number of Hz: give several recordings as a list"):
+            wrong()
+    both = embedder.embed([a, b])
+    np.testing.assert_array_equal(embedder.embed(np.array([a, b])), both)
+    pairs = tuple(soundfile.read(path) for path in (a, b))
+    np.testing.assert_allclose(embedder.embed(pairs), both, atol=1e-4 * np.linalg.norm(both))
+    for threshold in (60, float("nan")):
+        with pytest.raises(ValueError, match="the threshold is"):
+            embedder.threshold = threshold
+
+
 def test_another_rate_gives_nearly_the_same(embedder):
     """8 kHz loses what lies above 4 kHz, so a tone below it is compared; 48 kHz loses nothing."""
     time = np.arange(48000) / 48000

@@ -56,6 +56,15 @@ def test_names_that_a_gallery_cannot_have_are_refused(name):
         Gallery("m").add(name, np.ones((1, 8), np.float32))
 
 
+def test_a_file_of_windows_is_not_changed_into_a_gallery(tmp_path):
+    times = np.array([[0.0, 0.5], [0.25, 0.75]])
+    path = write_embeddings(tmp_path / "w.npz", Embeddings(["a:0-0.5", "a:0.25-0.75"], np.eye(2, 8), "a model", times))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="w.npz holds windows of recordings"):
+        enroll(path, "Ada", 0)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["people.npz", "people.parquet"])
 def test_people_are_removed_down_to_the_last_and_may_return(name, tmp_path):
     path = tmp_path / name

@@ -174,3 +174,12 @@ def test_a_network_of_lower_precision_stays_with_jax():
     assert Embedder(model).runtime == "jax"
     with pytest.raises(ValueError, match="computes in bfloat16"):
         Embedder(model, runtime="onnx")
+
+
+def test_onnxruntime_reports_nothing_to_its_makers(monkeypatch):
+    from memo_jax.inference.runtime import import_onnxruntime
+
+    pytest.importorskip("onnxruntime")
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    import_onnxruntime()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"

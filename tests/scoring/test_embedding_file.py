@@ -76,6 +76,18 @@ def test_kaldi_tools_read_the_archive_and_so_do_we(ending, tmp_path):
     assert read_embeddings(path).names == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize("name, companion", [("e.npy", "e.names.txt"), ("e.ark", "e.scp"), ("e.SCP", "e.ark")])
+def test_links_stay_links_and_endings_are_kept(name, companion, tmp_path):
+    store = tmp_path / "store"
+    store.mkdir()
+    for one in (name, companion):
+        (store / one).touch()
+        (tmp_path / one).symlink_to(store / one)
+    path = write_embeddings(tmp_path / name, Embeddings(["a", "b", "c"], ROWS))
+    assert (tmp_path / name).is_symlink() and (tmp_path / companion).is_symlink()
+    np.testing.assert_array_equal(read_embeddings(path).embeddings, ROWS)
+
+
 def test_archives_of_kaldi_itself_are_read(tmp_path):
     kaldiio = pytest.importorskip("kaldiio")
     rows = {"a": ROWS[0].astype(np.float64), "b": ROWS[1].astype(np.float64)}
