@@ -226,7 +226,7 @@ def joined(**place: Any) -> Iterator[None]:
         processes.leave()
         raise
     except BaseException as error:
-        if processes.is_of_lost_process(error):
+        if processes.means_lost_process(error):
             print(
                 "memo-jax: error: another process is lost, so this one ends too; start the same command again in "
                 f"all of them to resume from the last checkpoint ({one_line(error)})",

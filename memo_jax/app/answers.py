@@ -150,8 +150,7 @@ class Answers:
         if probability is None:
             notes.append("This model has no calibration, so there is no probability.")
         else:
-            before = "as likely as not" if self.prior == 0.5 else f"probable to {percent(self.prior)}"
-            notes.append(f"The probability assumes that, before listening, the same person was {before}.")
+            notes.append(f"Before listening, the probability is taken to be {percent(self.prior)}.")
         return (
             f'<div class="memo-answer {"yes" if good else "no"}"><h3>{html.escape(verdict)}</h3>'
             + (f'<p class="memo-more">{html.escape(more)}</p>' if more else "")

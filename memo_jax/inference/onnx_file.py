@@ -169,7 +169,7 @@ def check_against_jax(model: Model, content: bytes, inputs: str, tolerance: floa
         deviation = np.linalg.norm(found[0] - embedding) / np.linalg.norm(embedding)
         worst = max(worst, float(np.nan_to_num(deviation, nan=np.inf)))
     if not worst <= tolerance or not np.isfinite(worst):
-        raise ValueError(f"onnxruntime's embeddings differ from JAX's by {worst:.1e} of their norm: a fault of ours")
+        raise ValueError(f"onnxruntime's embeddings differ from JAX's by {worst:.1e} of their norm: this is a bug")
     return worst
 
 

@@ -234,7 +234,7 @@ def time_facts(row: Mapping) -> dict[str, str]:
     if shares:
         facts["Wall time"] = f"{shares_text(shares)}, since the last start"
     if row.get("checkpoint_seconds") is not None:
-        facts["Checkpoints"] = f"training waited {row['checkpoint_seconds']:.3g} s for one"
+        facts["Checkpoints"] = f"training paused for {row['checkpoint_seconds']:.3g} s at the last one"
     if "input" in shares:
         facts["Input"] = f"the devices waited for batches at most {shares['input']:.2%} of the time".replace("%", " %")
     return facts

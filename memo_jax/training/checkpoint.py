@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from memo_jax.files import in_bucket
-from memo_jax.training.processes import is_of_lost_process
+from memo_jax.training.processes import means_lost_process
 from memo_jax.training.saved_checkpoint import (
     KNOWN_CAUSES,
     UNFINISHED,
@@ -146,7 +146,7 @@ class Checkpointer:
             yield
         except Exception as error:
             (step, _), self._saving = self._saving or (self.latest_step(), None), None
-            if is_of_lost_process(error) and cause(error) not in KNOWN_CAUSES:
+            if means_lost_process(error) and cause(error) not in KNOWN_CAUSES:
                 raise  # the disk is not to blame
             try:
                 if jax.process_index() == 0:

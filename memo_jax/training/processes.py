@@ -91,14 +91,14 @@ def leave_at_once(status: int) -> None:
     os._exit(status)
 
 
-def is_of_lost_process(error: BaseException | None) -> bool:
+def means_lost_process(error: BaseException | None) -> bool:
     """Returns whether an error of a computation, or one that caused it, means that another process is lost."""
     if error is None or jax.process_count() == 1:
         return False
-    return LOST.match(str(error)) is not None or is_of_lost_process(error.__cause__ or error.__context__)
+    return LOST.match(str(error)) is not None or means_lost_process(error.__cause__ or error.__context__)
 
 
-def in_first(action: Callable[[], T]) -> T | None:
+def on_first_process(action: Callable[[], T]) -> T | None:
     """Calls `action` in the first process and returns its result there, None in the others.
 
     An OSError or ValueError that it raises is raised in all, so that no process waits for one that has failed.
@@ -112,20 +112,20 @@ def in_first(action: Callable[[], T]) -> T | None:
         except (OSError, ValueError) as error:
             failure = error
     text = b"" if failure is None else (str(failure) or type(failure).__name__).encode()[:TEXT_BYTES]
-    told = from_first(np.frombuffer(text.ljust(TEXT_BYTES, b"\0"), np.uint8))
+    told = broadcast_from_first(np.frombuffer(text.ljust(TEXT_BYTES, b"\0"), np.uint8))
     if text := told.tobytes().rstrip(b"\0").decode(errors="replace"):
         raise failure or OSError(text)
     return result
 
 
-def from_first(value: np.ndarray) -> np.ndarray:
+def broadcast_from_first(value: np.ndarray) -> np.ndarray:
     """Returns the first process's value in all of them; each passes one of the same shape and type."""
     if jax.process_count() == 1:
         return value
     return np.asarray(_multihost_utils().broadcast_one_to_all(value))
 
 
-def of_all(value: np.ndarray) -> np.ndarray:
+def gathered_from_all(value: np.ndarray) -> np.ndarray:
     """Returns the values of all processes, stacked; each passes one of the same shape and type."""
     if jax.process_count() == 1:
         return value[None]
@@ -135,7 +135,7 @@ def of_all(value: np.ndarray) -> np.ndarray:
 def check_agreement(values: dict[str, str]) -> None:
     """Raises ValueError, in all processes, naming the first key whose text is not the same in all of them."""
     digests = [hashlib.sha256(value.encode()).digest()[:8] for value in values.values()]
-    gathered = of_all(np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2))
+    gathered = gathered_from_all(np.frombuffer(b"".join(digests), np.uint32).reshape(len(values), 2))
     for name, rows in zip(values, np.moveaxis(gathered, 0, 1), strict=True):
         other = [i for i, digest in enumerate(rows) if (digest != rows[0]).any()]
         if other:

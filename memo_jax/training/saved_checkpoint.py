@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from memo_jax.files import as_path, in_bucket
-from memo_jax.training.processes import of_all
+from memo_jax.training.processes import gathered_from_all
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST_FILE = "manifest.json"
@@ -95,7 +95,7 @@ class SavedCheckpoint(NamedTuple):
             bad = number
             break
         if count > 1:
-            bad = int(of_all(np.int32(bad)).min())
+            bad = int(gathered_from_all(np.int32(bad)).min())
         if bad == len(files):
             return
         name, file = files[bad][0], self.folder / files[bad][0]

@@ -79,7 +79,7 @@ def train(
     first, mesh, recipe, goodput = jax.process_index() == 0, sharding.data_mesh(), inputs.recipe, Goodput()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(processes.StopRequest())
-        lock = processes.in_first(lambda: stack.enter_context(exclusive(workdir, inside=True)))
+        lock = processes.on_first_process(lambda: stack.enter_context(exclusive(workdir, inside=True)))
         begin = check_same_run(workdir, config, inputs)
         if config.init and not start and not begin:
             raise ValueError(f"init is {config.init}, but train() was given no network to start from")
@@ -162,7 +162,7 @@ def with_new_loss_gate(
     if left or not has_loss_gate(config) or epoch < config.supervised.loss_gate_after_epochs:
         return state
     losses = np.asarray(state.loss_gate.losses.addressable_data(0))
-    threshold = processes.from_first(np.float32(gate_threshold(losses)))
+    threshold = processes.broadcast_from_first(np.float32(gate_threshold(losses)))
     passing, seen = int((losses <= threshold).sum()), int((losses >= 0).sum())
     shown.write(
         f"epoch {epoch}: the loss gate is at {threshold:.4g}; {plural(len(losses) - passing, 'utterance')} of {seen:,} "

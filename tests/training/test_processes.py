@@ -217,7 +217,8 @@ def test_a_jax_without_what_several_processes_need_trains_in_one(monkeypatch):
         spec = importlib.util.spec_from_file_location("alone", module.__file__)
         alone = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(alone)
-    assert processes.in_first(lambda: 3) == 3 and processes.from_first(np.arange(2)).tolist() == [0, 1]
+    assert processes.on_first_process(lambda: 3) == 3
+    assert processes.broadcast_from_first(np.arange(2)).tolist() == [0, 1]
     processes.check_agreement({"the config": "{}"})
     with processes.StopRequest() as stop:
         assert not stop.reached(1)
