@@ -77,7 +77,7 @@ def reproduce(run: str | os.PathLike, output: str | os.PathLike, overrides: Sequ
     if steps := set(saved_steps(run)) & set(saved_steps(output)):
         found["parameters"] = compare_parameters(run, output, max(steps))
     else:
-        found["missing"].append("parameters: no checkpoint of the same step")
+        found["missing"].append("parameters (no checkpoint of the same step)")
     for path in sorted(run.rglob("results.json")):
         if output.resolve() not in path.resolve().parents:
             name, evaluated = str(path.parent.relative_to(run)), json.loads(path.read_text(encoding="utf-8"))

@@ -117,7 +117,7 @@ def test_only_what_both_runs_have_is_compared(run, again, tmp_path):
     status, text = tiny.here("reproduce", workdir, "--output", output, "--json")
     found = json.loads(text[text.index("{") :])
     assert status == 1 and found["missing"] == [
-        "parameters: no checkpoint of the same step",
+        "parameters (no checkpoint of the same step)",
         "test, of step 3, whose checkpoint is not kept",
     ]
 
