@@ -19,7 +19,7 @@ from memo_jax.scoring.figures import (
     STYLE,
     add_title,
     label_ends,
-    name_step,
+    name_line,
     running_mean,
     save_figure,
 )
@@ -257,6 +257,7 @@ def alignment_figure(rows: Rows, source: str = "memo-always") -> Figure | None:
                 path_effects=HALO,
             )
         for place, (name, step, _) in enumerate(sorted(closings, key=lambda one: one[1])):
-            name_step(axes[0], step, f"{name}, {step:.0f}", results[0]["total_steps"], height=0.97 - 0.09 * place)
+            on_left = step >= 0.65 * results[0]["total_steps"]
+            name_line(axes[0], step, f"{name}, {step:.0f}", on_left=on_left, height=0.97 - 0.09 * place)
         axes[-1].set_xlabel("step")
     return figure
