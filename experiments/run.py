@@ -170,6 +170,7 @@ def own_trials(output: Path, name: str, trials: Path) -> Path:
 def followed_trials(output: Path, name: str, trials: Path, recordings: int) -> Path:
     """Returns a list of the trials among some recordings, always the same ones, for following runs at less cost."""
     listed = read_trials(trials)
+    listed.require_both_kinds()
     if not 0 < recordings < len(listed.recordings):
         return trials
     chosen = np.zeros(len(listed.recordings), bool)

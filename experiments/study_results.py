@@ -181,6 +181,8 @@ def rate_cells(budget: str, rows: dict[str, list[Run]], row: str, scores: Scores
             replicates=replicates,
         )
         rate += f" ({100 * low:.1f}–{100 * high:.1f})"
+    if collapsed := sum(run.result["status"] == "collapsed" for run in rows[row]):
+        rate += f", {collapsed} of {len(rows[row])} collapsed"
     against = ablation.ROWS[row].against if budget == "steps" else {ablation.REFERENCE} - {row}
     found = [comparison(runs, other, tested_runs(rows, other, scores.name), scores, replicates) for other in against]
     return [rate, "<br>".join(filter(None, found)) or "–"]

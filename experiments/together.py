@@ -34,7 +34,7 @@ STOPPED = 3  # exit status of training that has collapsed
 KINDS = {
     "together": (),
     "self": ("loss.cross=0",),
-    "alone": ("loss.cross=0", "loss.self=0", "loss.mean_entropy=0", "loss.koleo=0"),
+    "alone": ("loss.cross=0", "loss.self=0", "loss.mean_entropy=0", "loss.koleo=0", "gate.rule=always"),
 }
 
 

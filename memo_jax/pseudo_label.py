@@ -98,6 +98,8 @@ def pseudo_label(
     with exclusive(workdir, inside=True):
         check_same_config(workdir, config, FREE)
         check_same_options(workdir, options)
+        if (workdir / f"round_{rounds + 1}" / RESULTS).exists():
+            raise ValueError(f"{workdir} has more than {rounds} rounds, which would be lost: give as many or more")
         first = workdir / "round_0"
         if not (first / MODEL).exists():
             write_model(first / MODEL, start)

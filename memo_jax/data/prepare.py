@@ -235,6 +235,8 @@ def _spooled(numbers, parts, folder):
                         spool[1].append(file.tell())
                         if item.kind is Kind.STREAMED:
                             if stream is None or stream.path != item.root:
+                                if stream is not None:
+                                    stream.close()  # a list may name thousands
                                 stream = streams.enter_context(contextlib.closing(TarStream(item.root)))
                             stream.copy(item.extent, file)
             yield number, parts[number], spool

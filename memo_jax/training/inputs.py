@@ -141,10 +141,15 @@ def data_identity(inputs: Inputs) -> dict:
     return {"fingerprint": inputs.utterances.fingerprint, "labels": labels}
 
 
-def agreed_inputs(config: configs.ConfigDict, inputs: Inputs, banks: dict[str, np.ndarray]) -> dict[str, str]:
-    """Returns {name: text} of everything that must be the same in all processes."""
+def agreed_inputs(config: configs.ConfigDict, inputs: Inputs) -> dict[str, str]:
+    """Returns {name: text} of what must be the same in all processes before they load their banks."""
     return {
         "the config": configs.config_to_json(config),
         "the dataset": str(data_identity(inputs)),
         "the version of memo-jax": __version__,
-    } | {f"the bank of {name}": str(bank_record(rows)) for name, rows in banks.items()}
+    }
+
+
+def agreed_banks(banks: dict[str, np.ndarray]) -> dict[str, str]:
+    """Returns {name: text} of banks, which must be the same in all processes."""
+    return {f"the bank of {name}": str(bank_record(rows)) for name, rows in banks.items()}

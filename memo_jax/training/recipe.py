@@ -120,6 +120,18 @@ def batch_crops(config: configs.ConfigDict, partnered: bool = False) -> dict[str
     return {kind: (count, round(seconds[kind] * SAMPLE_RATE)) for kind, count in numbers.items() if count}
 
 
+def check_learns_something(config: configs.ConfigDict) -> None:
+    """Raises ValueError for a config without a loss to learn from, or without one after its gate has closed."""
+    loss, rule = config.loss, config.gate.rule
+    cross = loss.cross and len(config.model.branches) > 1
+    if loss.self or cross or config.supervised.weight:
+        return
+    if not loss.contrastive or rule == "never":
+        raise ValueError("nothing to learn from: loss.self, loss.cross, loss.contrastive and supervised.weight are off")
+    if rule != "always":
+        raise ValueError(f"gate.rule is {rule}: where it closes, no loss would be left; set gate.rule=always")
+
+
 def check_ranges(config: configs.ConfigDict) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
     for keys, fits, wanted in (
@@ -134,6 +146,7 @@ def check_ranges(config: configs.ConfigDict) -> None:
         key, snr = f"augment.{kind}_snr_db", config.augment[f"{kind}_snr_db"]
         if len(snr) != 2 or not snr[0] <= snr[1]:
             raise ValueError(f"{key} is {snr}: give the lowest and the highest, in dB")
+    check_learns_something(config)
     clean, both = config.augment.clean, config.augment.both
     if clean < 1 and clean + both > 1 + 1e-6:  # two shares that are rounded
         raise ValueError(f"augment.clean is {clean} and augment.both {both}: together they must be at most 1")

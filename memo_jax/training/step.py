@@ -555,6 +555,10 @@ def update_branch(
 
     contrastive = None
     if recipe.is_contrastive:
+        if supervised:  # gloo mixes up sums over processes that two losses ask for at the same time
+            embeddings, cotangent, head_cotangent, others, supervised = materialize_on_cpu(
+                (embeddings, cotangent, head_cotangent, others, supervised)
+            )
         loss, gradient, cosine = contrastive_gradient(
             embeddings[0], teachers[name].embeddings, head_cotangent, state.gate.closed, weights, views.shared, labels
         )

@@ -18,7 +18,7 @@ from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.feed import Feed
 from memo_jax.training.goodput import Goodput
-from memo_jax.training.inputs import Inputs, agreed_inputs, checked_inputs, data_identity, data_record
+from memo_jax.training.inputs import Inputs, agreed_banks, agreed_inputs, checked_inputs, data_identity, data_record
 from memo_jax.training.loss_gate import gate_threshold
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.profile import ProfiledSteps, Profiler
@@ -84,9 +84,11 @@ def train(
         if config.init and not start and not begin:
             raise ValueError(f"init is {config.init}, but train() was given no network to start from")
         profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profile, begin, end, active=first)))
-        banks = load_augmentation_banks(config)
         steps = {"the latest checkpoint": str(begin), "the step to stop at": str(end)}
-        processes.check_agreement(agreed_inputs(config, inputs, banks) | steps)
+        processes.check_agreement(agreed_inputs(config, inputs) | steps)
+        banks = load_augmentation_banks(config)
+        if banks:
+            processes.check_agreement(agreed_banks(banks))
         interrupts.check()
         feed = stack.enter_context(Feed(config, inputs, mesh, banks, begin, compiles=begin < end))
         if first:  # only now: a config that cannot work claims no workdir

@@ -187,6 +187,19 @@ def test_two_processes_gate_as_one_does(run, labels, tmp_path):
         assert [row[name] for row in read_metrics(tmp_path / "two")] == [row[name] for row in read_metrics(run[0])]
 
 
+def test_two_processes_add_the_contrastive_loss_as_one_does(labels, tmp_path, monkeypatch):
+    """Both losses sum over the processes; where they did so at the same time, gloo mixed up the sums."""
+    correcting = ("supervised.loss_gate_after_epochs=1", "supervised.correct_labels_after_epochs=1")
+    settings = ("supervised.weight=1", *correcting)
+    two = start(2, command(tmp_path / "two", *settings, labels))
+    assert [one.status for one in two] == [0, 0], two
+    patch_for_tests(monkeypatch.setattr)
+    assert tiny.here(*command(tmp_path / "one", *settings, labels))[0] == 0
+    for ours, theirs in zip(read_metrics(tmp_path / "two")[:3], read_metrics(tmp_path / "one")[:3], strict=True):
+        for name in ("loss", "loss/contrastive/resnet", "gradient_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
+
+
 def test_when_off_it_is_not_part_of_state_and_batch(monkeypatch):
     monkeypatch.setattr(recipe, "build_backbone", layer)
     config, mesh = tiny.tiny_config(*tiny.SUPERVISED, "model.branches=resnet,"), sharding.data_mesh()
