@@ -330,8 +330,7 @@ def tuned_decision(scores: np.ndarray, target: np.ndarray, criterion: str, trial
 
     The threshold is halfway between the last score that is accepted and the next lower one.
 
-    Raises ValueError where the criterion is best met by accepting nobody, which is not a threshold, and where targets
-    have the lower scores.
+    Raises ValueError where the criterion is best met by accepting nobody: that is not a threshold.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"no threshold for {criterion!r}: choose one of {', '.join(CRITERIA)}")
@@ -343,11 +342,6 @@ def tuned_decision(scores: np.ndarray, target: np.ndarray, criterion: str, trial
         raise ValueError(
             f"{criterion} is best ({point.value:.4g}) when nobody is accepted, so no threshold was saved: these scores "
             "do not tell speakers apart well enough for it; use --save-threshold eer"
-        )
-    if (rate := metrics.eer(scores, target)) > 0.5:
-        raise ValueError(
-            f"{trials}: targets have lower scores than nontargets (EER {100 * rate:.2f} %), so no threshold was saved: "
-            "are the labels swapped?"
         )
     fitted = fit_calibration(scores, target)
     below = scores[scores < point.threshold]
@@ -371,6 +365,8 @@ def evaluation_text(results: dict) -> str:
     for name, row in ((results["network"], results), (BASELINE, results["log_mel_statistics"])):
         lines.append(f"  {name:<{width}} {rates_text(row)}")
     lines += [interval_note(results), *warnings_of(results)]
+    if results["eer"] > 50:
+        lines.append("  WARNING: targets have lower scores than nontargets: are the labels of the list swapped?")
     if results["worse_than_statistics"]:
         names = ", ".join("EER" if key == "eer" else f"minDCF({key[8:]})" for key in results["worse_than_statistics"])
         lines.append(f"  WARNING: in {names} the network is worse than plain log-mel statistics")

@@ -354,15 +354,24 @@ def test_a_threshold_that_accepts_nobody_is_refused_and_the_results_are_kept(wor
     assert results["eer"] == 100 and "saved_threshold" not in results and not (run / "decisions.json").exists()
 
 
-def test_a_threshold_lies_between_scores_and_swapped_labels_and_crops_are_refused(workdir, tmp_path):
+def test_a_threshold_lies_between_scores_and_is_not_tuned_on_crops(workdir, tmp_path):
     from memo_jax.inference.evaluate import tuned_decision
 
     target, scores = np.array([True, True, False, False]), np.array([0.9, 0.7, 0.3, 0.1])
     assert tuned_decision(scores, target, "eer", "list.txt").threshold == pytest.approx(0.5)
-    with pytest.raises(ValueError, match=r"list.txt: .*\(EER 100.00 %\).*labels swapped"):
-        tuned_decision(scores, ~target, "eer", "list.txt")
     status, text = evaluate(tmp_path / "out", "--crops", "2", "--save-threshold", workdir=workdir)
     assert status == 2 and "leave out --crops" in text and not (tmp_path / "out").exists()
+
+
+def test_a_list_with_swapped_labels_is_noticed(workdir, tmp_path, monkeypatch):
+    from memo_jax.inference.evaluate import TrialEvaluation
+
+    monkeypatch.setattr(TrialEvaluation, "scores", lambda self, _: np.where(self.target, 0.1, 0.2))
+    status, text = evaluate(tmp_path / "out", workdir=workdir)
+    assert (
+        status == 0
+        and "WARNING: targets have lower scores than nontargets: are the labels of the list swapped?" in text
+    )
 
 
 def test_results_say_what_was_saved_before_a_file_could_not_be(workdir, tmp_path, monkeypatch):
