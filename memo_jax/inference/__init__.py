@@ -3,5 +3,6 @@
 Read `embedder` first, the class that users import, then `workdir` and `model_file`, from which it loads, and `batches`,
 which groups recordings by length. `network` is the function that JAX compiles, `runtime` what onnxruntime runs instead.
 `embed_recordings`, `cluster`, `gallery`, `evaluate`, `export` and `convert` are the commands; `interop` has the
-parameter names of other toolkits; `onnx_graph` and `onnx_file` write ONNX; `hub` is the Hub.
+parameter names of other toolkits; `onnx_graph` and `onnx_file` write ONNX; `telemetry` imports onnxruntime; `hub` is
+the Hub.
 """

@@ -18,7 +18,7 @@ from memo_jax.features import FRONT_ENDS
 from memo_jax.files import replacing
 from memo_jax.inference.model_file import Model, ModelFileError, check_model, check_precision
 from memo_jax.inference.network import embed_waves
-from memo_jax.inference.runtime import import_onnxruntime
+from memo_jax.inference.telemetry import import_onnxruntime
 from memo_jax.version import __version__
 
 INPUTS = ("waveform", "feats")

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from memo_jax.files import replacing
 from memo_jax.inference.batches import windows
 from memo_jax.inference.model_file import Model, check_precision
+from memo_jax.inference.telemetry import import_onnxruntime
 from memo_jax.version import __version__
 from memo_jax.xla.devices import chosen_devices
 
@@ -56,14 +56,6 @@ def _has_accelerator() -> bool:
     if "jax" not in sys.modules and (platforms == "cpu" or not (platforms or plugins)):
         return False
     return chosen_devices()[0].platform != "cpu"
-
-
-def import_onnxruntime() -> ModuleType:
-    """Returns onnxruntime, which by itself would report usage to its makers over the network (since 1.32 on Linux)."""
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # it reads this when it is imported
-    import onnxruntime
-
-    return onnxruntime
 
 
 class OnnxFunction:

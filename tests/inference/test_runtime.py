@@ -177,7 +177,7 @@ def test_a_network_of_lower_precision_stays_with_jax():
 
 
 def test_onnxruntime_reports_nothing_to_its_makers(monkeypatch):
-    from memo_jax.inference.runtime import import_onnxruntime
+    from memo_jax.inference.telemetry import import_onnxruntime
 
     pytest.importorskip("onnxruntime")
     monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
