@@ -398,7 +398,7 @@ def run_cluster(options: argparse.Namespace) -> None:
         raise ValueError(f"--{of_network[0]} is for --data: these embeddings exist already")
     for path in filter(None, (options.output, options.figure)):
         check_writable(path)
-    if options.figure and options.figure.suffix not in FIGURE_SUFFIXES:
+    if options.figure and options.figure.suffix.lower() not in FIGURE_SUFFIXES:
         raise ValueError(f"--figure {options.figure}: end its name in {', '.join(FIGURE_SUFFIXES)}")
     keep_compiled_programs()
     keep_freed_memory()
