@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from memo_jax.config import ConfigDict
+
 # Plain distillation wants a slower teacher than contrastive learning does.
 DISTILLATION_ALONE = ("gate.rule=never", "teacher.momentum=0.99")
 ONE_BRANCH = ("model.branches=ecapa", "loss.cross=0")
@@ -30,6 +32,7 @@ class Row(NamedTuple):
       many_epochs: one of the study over many epochs.
       start: the row whose network this one starts from, of the same seed.
       clusters: learns this many clusters of that network's embeddings in place of speakers; 0: none.
+      gate_factor: the fixed step at which the gate closes, as a multiple of the config's.
     """
 
     title: str
@@ -39,6 +42,7 @@ class Row(NamedTuple):
     many_epochs: bool = False
     start: str = ""
     clusters: int = 0
+    gate_factor: float = 1
 
 
 ROWS = {
@@ -92,12 +96,8 @@ ROWS = {
         True,
         many_epochs=True,
     ),
-    "memo-step-early": Row(
-        "the same, at half that fixed step", ("gate.rule=step", "gate.stop_steps=75"), ("memo-step",)
-    ),
-    "memo-step-late": Row(
-        "the same, at one and a half of it", ("gate.rule=step", "gate.stop_steps=225"), ("memo-step",)
-    ),
+    "memo-step-early": Row("the same, at half that fixed step", ("gate.rule=step",), ("memo-step",), gate_factor=0.5),
+    "memo-step-late": Row("the same, at one and a half of it", ("gate.rule=step",), ("memo-step",), gate_factor=1.5),
     "memo-slow-teacher": Row(
         "MeMo with the teachers' momentum of distillation alone, 0.99",
         ("teacher.momentum=0.99",),
@@ -230,3 +230,9 @@ def chosen_rows(text: str) -> list[str]:
     if unknown or not wanted:
         raise ValueError(f"no row {', '.join(unknown) or 'given'}: choose from {', '.join(ROWS)}, or main, or all")
     return [name for name in ROWS if name in wanted]
+
+
+def gate_overrides(row: str, config: ConfigDict) -> list[str]:
+    """Returns the "key=value" texts that move the fixed step of a row's gate, by the config of its run without them."""
+    factor = ROWS[row].gate_factor
+    return [] if factor == 1 else [f"gate.stop_steps={round(factor * config.gate.stop_steps)}"]

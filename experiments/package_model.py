@@ -4,9 +4,9 @@
 
 Runs, in order, the commands that experiments/learning.md explains: the validation list, the datasets, training,
 threshold and calibration by the validation list, float16, validation in noise and rooms, the tests, and the numbers of
-the card. What is there already is not remade, and training resumes where it stopped. `--config.KEY=VALUE` reaches the
-training. `memo-jax reproduce OUTPUT/run --output AGAIN` repeats the training and the evaluation on the validation list,
-and compares.
+the card. What is there already is not remade, unless the training has gone on since; it resumes where it stopped.
+`--config.KEY=VALUE` reaches the training. `memo-jax reproduce OUTPUT/run --output AGAIN` repeats the training and the
+evaluation on the validation list, and compares.
 
 The folder of speech has speechocean762/, librispeech/ and commonvoice/ with train/ and test/, commonvoice/unlabelled/,
 commands/, noise/esc10/, noise/music/, noise/speech_commands/, rirs/ with rirs/real/, and trials/ with a list for each
@@ -22,6 +22,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from memo_jax.training.saved_checkpoint import saved_checkpoint
 
 TESTS = ("speechocean762", "librispeech", "commonvoice")
 EXPERIMENTS = Path(__file__).parent
@@ -108,8 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     arguments.output.mkdir(parents=True, exist_ok=True)
+    trained = 0.0  # when the training saved its last checkpoint
     for command, result in steps(arguments.speech, arguments.output, overrides):
-        if result is not None and result.exists():
+        if result is not None and result.exists() and result.stat().st_mtime >= trained:
             continue
         command = [str(part) for part in command]
         print(f"$ {' '.join(command)}", flush=True)
@@ -117,7 +120,14 @@ def main(argv: list[str] | None = None) -> int:
         if status:
             print(f"package_model.py: this command ended with status {status}; run the same command again to resume")
             return status
+        if result is None:
+            trained = saved_at(arguments.output / "run")
     return 0
+
+
+def saved_at(workdir: Path) -> float:
+    """Returns when the last checkpoint of a run was saved, in seconds of the file system's clock."""
+    return Path(saved_checkpoint(workdir).folder).stat().st_mtime
 
 
 if __name__ == "__main__":

@@ -198,6 +198,7 @@ def overrides_of(options, row: str, seed: int, tests: dict, followed: Path) -> l
         *(f"augment.{kind}={getattr(options, kind)}" for kind in ("noise", "music", "speech", "rirs")),
     ]
     texts = [*common, *ablation.ROWS[row].overrides, *options.overrides]
+    texts += ablation.gate_overrides(row, load_config(options.config, [f"--config.{text}" for text in texts]))
     return texts + time_overrides(options, row, texts) if options.budget == "time" else texts
 
 
@@ -304,7 +305,7 @@ def run_result(row: str, seed: int, budget: str, folder: Path, status: str, test
     """Returns the result of a run: its config, course, cost, error rates, and the versions and machine it ran with."""
     rows, record = read_metrics(folder), read_run(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    steps, each = rows[-1]["step"], cpu_seconds_a_step(rows)
+    steps, each = rows[-1]["step"] if rows else 0, cpu_seconds_a_step(rows)
     return {
         "row": row,
         "title": ablation.ROWS[row].title,

@@ -152,7 +152,9 @@ def main(arguments=None) -> int:
             data, _, trials = places.rpartition(":")
             if not (name and data and trials):
                 raise ValueError(f"--test {text}: give NAME=DATASET:TRIALS")
-            options.tests[name] = Path(data), read_trials(trials).path
+            listed = read_trials(trials)
+            speaker_pairs(listed)  # names without a speaker are found before the training
+            options.tests[name] = Path(data), listed.path
         options.branches = list(load_config(options.config, options.overrides).model.branches)
         for seed in options.seeds:
             for kind in options.kinds:

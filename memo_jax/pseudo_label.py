@@ -16,6 +16,7 @@ from memo_jax.inference.model_file import read_model, write_model
 from memo_jax.inference.workdir import starting_parts, workdir_model
 from memo_jax.locks import exclusive
 from memo_jax.log import say
+from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 
 OPTIONS, TABLE, BEST = "pseudo_label.json", "rounds.tsv", "best.safetensors"
@@ -180,7 +181,10 @@ def train_round(config: configs.ConfigDict, folder: Path, from_scratch: bool, br
     if not from_scratch:
         changes.append(f"--config.init={previous(folder) / MODEL}")
     of_round = configs.with_overrides(config, changes)
-    train(of_round, folder, evaluation=training_evaluation(of_round), start=starting_parts(of_round))
+    start = None if saved_steps(folder) else starting_parts(of_round)
+    if (begun := configs.read_config(folder)) is not None:  # perhaps by another path to this folder
+        of_round = configs.with_overrides(of_round, [f"--config.init={begun.init}"])
+    train(of_round, folder, evaluation=training_evaluation(of_round), start=start)
     write_model(folder / MODEL, workdir_model(folder, branch))
 
 

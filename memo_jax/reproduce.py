@@ -21,7 +21,7 @@ from memo_jax.training.run_record import read_run
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 
-MOVABLE = (*FREE_ON_RESUME, "init", "augment.noise", "augment.music", "augment.speech", "augment.rirs")
+MOVABLE = (*FREE_ON_RESUME, "init", "augment.noise:", "augment.music:", "augment.speech:", "augment.rirs:")
 
 
 def reproduce(run: str | os.PathLike, output: str | os.PathLike, overrides: Sequence[str] = ()) -> dict:

@@ -1,6 +1,7 @@
 """`memo-jax pseudo-label`: rounds of clustering and training, which of them is best, and resuming after any end."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -85,6 +86,19 @@ def test_interrupted_anywhere_the_same_command_ends_the_same(whole, tmp_path, mo
     assert fingerprints(workdir) == fingerprints(whole[0])
     status, again = tiny.here(*tiny.round_arguments(workdir, "--json"))
     assert status == 0 and json.loads(again[again.index("{") :])["rounds"][2]["round"] == 2
+
+
+def test_rounds_resume_by_another_path_of_their_folder_and_are_not_made_fewer(whole, tmp_path, monkeypatch):
+    workdir = shutil.copytree(whole[0], tmp_path / "moved")
+    for done in (rounds.RESULTS, rounds.MODEL):
+        (workdir / "round_2" / done).unlink()
+    monkeypatch.chdir(tmp_path)
+    status, text = tiny.here(*tiny.round_arguments("moved"))
+    assert status == 0 and fingerprints(workdir) == fingerprints(whole[0]), text
+    best = (workdir / "best.safetensors").read_bytes()
+    status, text = tiny.here(*tiny.round_arguments("moved", "--rounds=1"))
+    assert status == 2 and "moved has more than 1 rounds, which would be lost" in text
+    assert (workdir / "best.safetensors").read_bytes() == best
 
 
 def test_rounds_resume_with_the_same_options_alone(whole):

@@ -149,11 +149,11 @@ def run_pytorch(paths: list[str], clock: str, batch_size: int = 1) -> Timed:
 def load_onnxruntime(model: Path, threads: int) -> None:
     """Exports our model file and opens it with onnxruntime."""
     global session
-    import onnxruntime
-
     from memo_jax.inference.model_file import read_model
     from memo_jax.inference.onnx_file import write_onnx
+    from memo_jax.inference.telemetry import import_onnxruntime
 
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -22,6 +22,7 @@ from memo_jax.inference.embedder import load_model
 from memo_jax.inference.evaluate import TrialEvaluation
 from memo_jax.inference.model_file import read_model, write_model
 from memo_jax.inference.onnx_file import write_onnx
+from memo_jax.inference.telemetry import import_onnxruntime
 from memo_jax.scoring.metrics import unit_norm
 from memo_jax.scoring.score import error_report, rates_text
 
@@ -30,9 +31,7 @@ ONNX_WEIGHTS = ("float32", "float16", "int8")
 
 def onnx_function(path: Path):
     """Returns the function from int16 waves [N, L] and lengths [N] to embeddings [N, D] of an ONNX file."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(path, providers=["CPUExecutionProvider"])
     dimension = session.get_outputs()[0].shape[1]
 
     def embed(waves, lengths):

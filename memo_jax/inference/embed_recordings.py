@@ -256,7 +256,6 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet, l
     begun = Begun(output.with_name(f".{output.name}.begun.npz"), options)
     left_out = [(escaped(name), reason) for name, reason in unlistable]
     unfinished: dict[int, Rows] = {}
-    durations = []  # seconds
     with Progress(len(sources), "embedding", "recording", active=not quiet) as shown:
         for name, reason in left_out:
             shown.write(f"left out: {name}: {reason}")
@@ -278,7 +277,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet, l
                     leave_out(sources[i].name, problem)
                     shown.update()
                     continue
-                durations.append(len(wave) / SAMPLE_RATE)
+                begun.seconds[sources[i].name] = len(wave) / SAMPLE_RATE
                 spans = [(0, len(wave))] if windows is None else windows.spans(len(wave))
                 begins = sources[i].begins[1] if sources[i].begins else 0.0
                 times = begins + np.array(spans) / SAMPLE_RATE
@@ -312,7 +311,7 @@ def _embed(embedder, sources, unlistable, output, min_seconds, windows, quiet, l
         "recordings": len(begun.found),
         "embeddings": len(found),
         "left_out": [list(item) for item in left_out],
-        "seconds": round(sum(durations), 2),
+        "seconds": round(sum(begun.seconds[name] for name in begun.found), 2),
         "dimension": embedder.dimension,
         "model": embedder.fingerprint,
     }
@@ -377,18 +376,21 @@ class Begun:
 
     Attributes:
       found: {name: its rows, complete}.
-      stamps: {name: stamp of its source, when it was read}.
+      stamps: {name: stamp of its source, when it was read; "" where it must be read again}.
+      seconds: {name: how long it is}.
     """
 
     def __init__(self, path: Path, options: dict):
         self._path, self._options = path, json.dumps(options, sort_keys=True)
         self.found: dict[str, Rows] = {}
         self.stamps: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
         with contextlib.suppress(Exception):  # a file that is missing or damaged: nothing was begun
             with np.load(path, allow_pickle=False) as file:
                 if str(file["options"]) == self._options:
                     names = file["names"].tolist()
                     self.stamps = dict(zip(names, file["stamps"].tolist(), strict=True))
+                    self.seconds = dict(zip(names, file["seconds"].tolist(), strict=True))
                     ends = np.cumsum(file["counts"])[:-1]
                     of_names = zip(
                         names, np.split(file["times"], ends), np.split(file["embeddings"], ends), strict=True
@@ -397,13 +399,15 @@ class Begun:
 
     def keep(self, sources: Sequence[Source]) -> int:
         """Forgets what is not from these sources as they are now; returns how many of them have changed."""
-        before = self.found
-        self.found = {
-            source.name: before[source.name]
-            for source in sources
-            if source.name in before and source.stamp() == self.stamps[source.name] != ""
-        }
-        return sum(source.name in before for source in sources) - len(self.found)
+        before, changed = self.found, 0
+        self.found = {}
+        for source in sources:
+            if source.name in before and self.stamps[source.name]:
+                if source.stamp() == self.stamps[source.name]:
+                    self.found[source.name] = before[source.name]
+                else:
+                    changed += 1
+        return changed
 
     def save(self) -> None:
         """Writes the file, whole or not at all, if there is anything to save."""
@@ -415,6 +419,7 @@ class Begun:
                     partial,
                     names=np.array(names, str),
                     stamps=np.array([self.stamps[name] for name in names], str),
+                    seconds=np.array([self.seconds[name] for name in names]),
                     counts=np.array([len(self.found[name].times) for name in names]),
                     embeddings=np.stack(rows),
                     times=np.stack(times),

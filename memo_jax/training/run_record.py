@@ -91,12 +91,22 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error}): delete it to continue without") from None
 
 
+def length_at(workdir: str | os.PathLike, step: int) -> int | None:
+    """Returns how many steps long a run was to be when it took `step`, None where it has no record of that.
+
+    Raises ValueError as `read_run` does.
+    """
+    starts = (read_run(workdir) or {"starts": []})["starts"]
+    return next((start["total_steps"] for start in reversed(starts) if start["first_step"] <= step), None)
+
+
 class RunRecord:
     """Writes `<workdir>/run.json`: the run's seed and data; for each start its step, command, versions and hardware.
 
-    If a start's `total_steps` differs from that of the start before, the run was extended: `extended_from` is the
-    earlier length, and from this start on the schedules span the new one. A start's `last_step`, `seconds` and
-    `cpu_seconds` are added when it ends; a start that was killed lacks them.
+    If a start's `total_steps` differs from that of the step before it, the run was extended: `extended_from` is the
+    earlier length, and from this start on the schedules span the new one. A start that ended before its first
+    checkpoint has extended nothing. A start's `last_step`, `seconds` and `cpu_seconds` are added when it ends; a start
+    that was killed lacks them.
 
     Args:
       workdir: folder of the run.
@@ -131,8 +141,12 @@ class RunRecord:
         }
         # A start from the beginning replaces all earlier ones.
         earlier = before["starts"] if begin else []
-        if earlier and earlier[-1]["total_steps"] != total:
-            self.extended_from = self._start["extended_from"] = earlier[-1]["total_steps"]
+        for start in earlier:
+            if start["first_step"] > begin:
+                start.pop("extended_from", None)
+        length = length_at(workdir, begin)
+        if length not in (None, total):  # None too where the record was deleted meanwhile
+            self.extended_from = self._start["extended_from"] = length
         self._run = {"seed": seed, "data": data, "starts": [*earlier, self._start]}
         self._write()
 

@@ -18,13 +18,21 @@ from memo_jax.training import processes
 from memo_jax.training.checkpoint import Checkpointer, load_extra
 from memo_jax.training.feed import Feed
 from memo_jax.training.goodput import Goodput
-from memo_jax.training.inputs import Inputs, agreed_banks, agreed_inputs, checked_inputs, data_identity, data_record
+from memo_jax.training.inputs import (
+    Inputs,
+    agreed_banks,
+    agreed_inputs,
+    bank_record,
+    checked_inputs,
+    data_identity,
+    data_record,
+)
 from memo_jax.training.loss_gate import gate_threshold
 from memo_jax.training.monitor import Evaluation, Monitor
 from memo_jax.training.profile import ProfiledSteps, Profiler
 from memo_jax.training.program import abstract_state, create_state
 from memo_jax.training.recipe import has_loss_gate, load_augmentation_banks
-from memo_jax.training.run_record import RunRecord
+from memo_jax.training.run_record import RunRecord, length_at, read_run
 from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.state import TrainState, backbone_variables
 from memo_jax.version import __version__
@@ -89,6 +97,8 @@ def train(
         banks = load_augmentation_banks(config)
         if banks:
             processes.check_agreement(agreed_banks(banks))
+        if begin:
+            check_same_banks(workdir, banks)
         interrupts.check()
         feed = stack.enter_context(Feed(config, inputs, mesh, banks, begin, compiles=begin < end))
         if first:  # only now: a config that cannot work claims no workdir
@@ -196,7 +206,9 @@ def with_known_speakers(
     """Returns the parts to start from, with speaker heads only if they are of the same labels, and a note."""
     if inputs.labels is None or not any(SPEAKER_HEAD in parts["params"] for parts in start.values()):
         return start, ""
-    if load_extra(config.init)["labels"] == data_identity(inputs)["labels"]:
+    # The labels are numbers of speakers: those of another dataset are other people.
+    before = load_extra(config.init)
+    if all(before[key] == value for key, value in data_identity(inputs).items()):
         return start, f"the labels are those of {config.init}: their directions are kept"
     without = {
         branch: parts | {"params": {part: tree for part, tree in parts["params"].items() if part != SPEAKER_HEAD}}
@@ -241,16 +253,26 @@ def check_same_run(workdir: str | os.PathLike, config: configs.ConfigDict, input
                 f"{config.data.train} is not the dataset that {workdir} was trained on ({what}): "
                 "give that one to resume, or use another workdir"
             )
-    old, new = (
-        configs.duration_in_steps(one, "total", inputs.epoch_steps)
-        for one in (configs.read_config(workdir) or config, config)
-    )
+    # Not that of its config: an extension may have ended before its first checkpoint.
+    old, new = length_at(workdir, steps[-1]) or inputs.total, inputs.total
     if new < old:
         raise ValueError(
             f"{workdir} is a run of {old} steps and cannot become one of {new}: a run may be extended, not shortened; "
             f"--stop-at-step {new} stops it there"
         )
     return steps[-1]
+
+
+def check_same_banks(workdir: str | os.PathLike, banks: dict[str, np.ndarray]) -> None:
+    """Raises ValueError naming a bank whose folder no longer yields what the run of a workdir began with."""
+    before = (read_run(workdir) or {"data": {"banks": {}}})["data"]["banks"]
+    changed = [name for name, rows in banks.items() if before.get(name, now := bank_record(rows)) != now]
+    if changed:
+        keys = ", ".join("augment." + ("rirs" if name == "rir" else name) for name in changed)
+        raise ValueError(
+            f"{keys}: the recordings there are not those that {workdir} was trained with: give those to resume, or use "
+            "another workdir"
+        )
 
 
 def teacher_backbones(state: TrainState) -> dict:

@@ -45,10 +45,12 @@ def test_members_and_their_content(tmp_path, suffix):
             with open_member(path, member.extent) as file:
                 assert file.read() == CONTENT[member.name]
         return
+    before = os.listdir("/proc/self/fd")
     stream, file = TarStream(path), io.BytesIO()
     for member in (found[2], found[5]):
         stream.copy(member.extent, file)
     stream.close()
+    assert os.listdir("/proc/self/fd") == before, "its file is closed"
     assert file.getvalue() == CONTENT["s2/2.wav"] + CONTENT["s5/5.wav"]
 
 

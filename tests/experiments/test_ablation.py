@@ -20,7 +20,9 @@ STUDY, MANY_EPOCHS = (tiny.ROOT / "configs" / f"{name}.py" for name in ("study",
 
 
 def config_of(row, study=STUDY):
-    return load_config(study, [f"--config.{text}" for text in ablation.ROWS[row].overrides])
+    overrides = ablation.ROWS[row].overrides
+    overrides += tuple(ablation.gate_overrides(row, load_config(study, [f"--config.{text}" for text in overrides])))
+    return load_config(study, [f"--config.{text}" for text in overrides])
 
 
 class Plain(nn.Module):
@@ -92,6 +94,8 @@ def test_rows_are_compared_with_rows_of_the_table_that_differ_from_them():
         (momentum,) = config_differences(configs[name], configs[other])
         assert momentum.startswith("teacher.momentum")
     assert configs[ablation.REFERENCE] == load_config(STUDY), "the study's config is its MeMo"
+    steps = {name: configs[f"memo-step{name}"].gate.stop_steps for name in ("", "-early", "-late")}
+    assert steps == {"": 150, "-early": 75, "-late": 225}
     titles = [row.title for row in ablation.ROWS.values()]
     assert len(set(titles)) == len(titles)
 

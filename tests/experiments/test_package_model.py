@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def taken(monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(package_model.subprocess, "run", run)
+    monkeypatch.setattr(package_model, "saved_at", lambda workdir: 0.0)
     return commands
 
 
@@ -67,6 +69,11 @@ def test_existing_outputs_are_not_remade_and_a_failure_ends_it(taken, tmp_path, 
     assert package_model.main(arguments) == 0
     expected = [command for command in first if "train" in command[3:4] or "--package" in command]
     assert taken == expected, "training finds out by itself, and the numbers of the card are printed again"
+    taken.clear()
+    monkeypatch.setattr(package_model, "saved_at", lambda workdir: time.time() + 1)
+    assert package_model.main(arguments) == 0
+    begins = next(number for number, command in enumerate(first) if "train" in command[3:4])
+    assert taken == first[begins:], "training went on: what was made of the earlier network is made again"
     monkeypatch.setattr(package_model.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 7))
     assert package_model.main(arguments) == 7 and "run the same command again" in capsys.readouterr().out
 

@@ -133,7 +133,10 @@ def test_wrong_input_is_named(tmp_path, capsys):
         study.main([*good, "--rowz=a"])
 
 
-def test_a_collapse_is_a_result_and_a_failure_is_reported_and_left_to_others(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("rows, steps", [('{"step": 2, "loss": 1.0, "gate/closed_at": -1.0}\n', 2), ("", 0)])
+def test_a_collapse_is_a_result_and_a_failure_is_reported_and_left_to_others(
+    rows, steps, tmp_path, monkeypatch, capsys
+):
     """Training that ends with 3 is recorded; with another status the run stays free and the queue continues."""
     monkeypatch.setattr(ablation, "ROWS", SMALL_ROWS)
     statuses = [3, 9]
@@ -149,7 +152,7 @@ def test_a_collapse_is_a_result_and_a_failure_is_reported_and_left_to_others(tmp
                 }
             )
         )
-        (folder / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0, "gate/closed_at": -1.0}\n')
+        (folder / "metrics.jsonl").write_text(rows)
         RunRecord(folder, seed=0, data={"fingerprint": "f", "utterances": 20, "banks": {}}, begin=0, total=6)
         return statuses.pop(0)
 
@@ -157,7 +160,7 @@ def test_a_collapse_is_a_result_and_a_failure_is_reported_and_left_to_others(tmp
     assert study.main(arguments(tmp_path)) == 1
     said = capsys.readouterr()
     assert "memo-plateau, seed 0, equal steps: training ended with 9" in said.err
-    assert "| `dino-resnet` | plain | 1 | 2 | – | – |" in said.out, "collapsed, so there is no rate"
+    assert f"| `dino-resnet` | plain | 1 | {steps} | – | – |" in said.out, "collapsed, so there is no rate"
     assert claims.take(tmp_path / "steps" / ablation.REFERENCE / "seed-0") is not None
 
 
@@ -262,7 +265,11 @@ def write_result(output, row, seed, quality, budget="steps", cost=1.0, trials=No
     overrides = dict(text.split("=") for text in ablation.ROWS[row].overrides)
     branches = overrides.get("model.branches", "ecapa,resnet").split(",")
     rule = overrides.get("gate.rule", "plateau")
-    closed = {"step": int(overrides.get("gate.stop_steps", 100)), "plateau": 125 + 25 * seed, "conflict": 70 + 4 * seed}
+    closed = {
+        "step": round(100 * ablation.ROWS[row].gate_factor),
+        "plateau": 125 + 25 * seed,
+        "conflict": 70 + 4 * seed,
+    }
     folder = output / budget / row / f"seed-{seed}"
     scores = np.where(trials.target, 0.3 - quality / 100, 0.0) + 0.1 * rng.standard_normal(len(trials))
     scores = np.round(scores, 6)
@@ -370,6 +377,15 @@ def test_the_table_has_means_over_seeds_intervals_comparisons_and_costs(made_up)
     assert row_of(equal_time, "dino-ecapa")[7].startswith(f"`{ablation.REFERENCE}` +"), "compared with MeMo, and worse"
     assert row_of(equal_time, ablation.REFERENCE)[6] == row_of(equal_steps, ablation.REFERENCE)[6], "the same runs"
     assert "Log-mel statistics on one: 14.65 % EER, minDCF 0.548." in text
+
+
+def test_the_table_says_how_many_seeds_of_a_row_collapsed(made_up, tmp_path):
+    output = shutil.copytree(made_up[0], tmp_path / "study")
+    result = output / "steps" / "multi-head" / "seed-1" / "result.json"
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"status": "collapsed", "tests": {}}))
+    rate = row_of(study_results.collect(output, tmp_path / "collected", replicates=2), "multi-head")[6]
+    rates = [100 * eer(made_up[1]["steps", "multi-head", seed], made_up[2].target) for seed in (0, 2)]
+    assert rate.startswith(f"{np.mean(rates):.2f} ") and rate.endswith("), 1 of 3 collapsed")
 
 
 def test_plots_are_drawn_with_bands_closings_and_agreement(made_up):

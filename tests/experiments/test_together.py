@@ -85,5 +85,10 @@ def test_what_is_done_is_not_tested_again_and_a_failure_is_named(commands, tmp_p
     assert {command[0] for command in commands} == {"train"}, "training finds out by itself"
     monkeypatch.setattr(together.subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 3))
     assert together.main(given) == 2 and "memo-jax train ended with status 3" in capsys.readouterr().err
+    commands.clear()
+    nameless = tmp_path / "nameless.txt"
+    nameless.write_text("1 a b\n0 a c\n")
+    assert together.main(arguments(tmp_path, "--test", f"other={tiny.material().dataset}:{nameless}")) == 2
+    assert "speaker" in capsys.readouterr().err and not commands, "before the training"
     for more, said in ((["--kinds", "apart"], "no kind apart"), (["--test", "x"], "give NAME=DATASET:TRIALS")):
         assert together.main(arguments(tmp_path, *more)) == 2 and said in capsys.readouterr().err

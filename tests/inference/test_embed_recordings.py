@@ -183,6 +183,8 @@ def test_an_interrupted_run_resumes_where_it_was(corpus, tmp_path, monkeypatch):
     )
     report = module.embed_recordings(embedder, [corpus], tmp_path / "cut.npz", quiet=True)
     assert len(read) == 12 and report["recordings"] == 20
+    assert report["seconds"] == module.embed_recordings(embedder, [corpus], tmp_path / "o.npz", quiet=True)["seconds"]
+    (tmp_path / "o.npz").unlink()
     whole, cut = read_embeddings(tmp_path / "whole.npz"), read_embeddings(tmp_path / "cut.npz")
     assert whole.names == cut.names and whole.model == cut.model
     np.testing.assert_allclose(whole.embeddings, cut.embeddings, rtol=1e-4, atol=1e-5)
@@ -385,13 +387,15 @@ def test_a_window_is_embedded_as_the_excerpt_that_it_is_called(corpus, tmp_path,
     np.testing.assert_allclose(read_embeddings("x.scp").embeddings[0], windows.embeddings[at], rtol=1e-4, atol=1e-5)
 
 
-def test_silent_windows_are_listed_and_again_by_a_resumed_run(tmp_path):
+def test_silent_windows_are_listed_and_again_by_a_resumed_run(tmp_path, capsys):
     folder = write_levels(tmp_path / "a", 0.1)
     soundfile.write(folder / "00.wav", np.concatenate([tone(1), np.zeros(RATE), tone(1)]), RATE)
     with pytest.raises(KeyboardInterrupt):
         module.embed_recordings(Norms(stop_after=20), [folder], tmp_path / "o.npz", window=1.0, hop=1.0, quiet=True)
-    report = module.embed_recordings(Norms(), [folder], tmp_path / "o.npz", window=1.0, hop=1.0, quiet=True)
+    report = module.embed_recordings(Norms(), [folder], tmp_path / "o.npz", window=1.0, hop=1.0)
+    said = capsys.readouterr().err
     assert report["left_out"] == [["00.wav:1-2", "silence: all samples are equal"]]
+    assert "embedded before the interruption" in said and "changed since" not in said
     assert "left out 1 recording or window" in module.embedding_text(report | {"dimension": 2})
     assert read_embeddings(tmp_path / "o.npz").names[:3] == ["00.wav:0-1", "00.wav:2-3", "01.wav:0-1"]
 

@@ -92,7 +92,7 @@ def test_a_finished_run_says_so_and_changes_nothing(reference, tmp_path):
     assert_same_state(workdir, reference)
 
 
-def test_a_finished_run_is_extended_and_its_schedules_span_the_new_length(reference, tmp_path):
+def test_a_finished_run_is_extended_and_its_schedules_span_the_new_length(reference, tmp_path, monkeypatch):
     """Nothing earlier changes, what follows is bit-identical as ever, and the run says that it is a different one."""
     straight, stopped = (shutil.copytree(reference, tmp_path / name) for name in ("straight", "stopped"))
     status, text = tiny.train_here(straight, "total_steps=15")
@@ -114,6 +114,16 @@ def test_a_finished_run_is_extended_and_its_schedules_span_the_new_length(refere
     starts = read_run(stopped)["starts"]
     assert [start["total_steps"] for start in starts] == [12, 15, 15]
     assert [start.get("extended_from") for start in starts] == [None, 12, None]
+
+    # A start that ended before its first checkpoint has extended nothing: the length may be what it was.
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "take_step", interrupt)
+        assert tiny.train_here(straight, "total_steps=20")[0] == 130
+    status, text = tiny.train_here(straight, "total_steps=15")
+    assert status == 0 and "nothing to do: " in text and "extended" not in text
 
     status, text = tiny.train_here(straight, "total_steps=14")
     assert status == 2 and "is a run of 15 steps and cannot become one of 14" in text and "--stop-at-step 14" in text
@@ -171,6 +181,25 @@ def test_a_workdir_belongs_to_its_data(reference, tmp_path):
     status, text = tiny.train_here(workdir, f"data.train={dataset}")
     assert status == 2 and str(dataset) in text and "not the dataset" in text and "fingerprint" in text
     assert_same_state(workdir, reference)
+
+
+def test_a_workdir_belongs_to_its_banks(tmp_path, monkeypatch):
+    """A folder of noise in which a recording has changed since the run began is named, and nothing is trained."""
+    noise = tmp_path / "noise"
+    shutil.copytree(tiny.material().corpus / "s0", noise)
+    workdir, settings = tmp_path / "run", (f"augment.noise={noise}", "augment.bank_seconds=1.0")
+    compared, check_agreement = set(), training.processes.check_agreement
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training.processes, "check_agreement", lambda texts: compared.update(texts) or check_agreement(texts)
+        )
+        assert tiny.train_here(workdir, *settings, "--stop-at-step=1")[0] == 0
+    assert "the bank of noise" in compared, "by all processes, which must have the same"
+    shutil.copy(tiny.material().corpus / "s1" / "0.wav", noise / "0.wav")
+    before = files(workdir)
+    status, text = tiny.train_here(workdir, *settings)
+    assert status == 2 and f"augment.noise: the recordings there are not those that {workdir} was trained" in text
+    assert files(workdir) == before
 
 
 def test_a_full_disk_is_named_and_costs_no_checkpoint(small_disk, reference):

@@ -1,6 +1,7 @@
 """Training with labels: AAM-softmax against its definition, the step that descends it, and runs that use labels."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -218,15 +219,25 @@ def test_a_run_learns_the_labels_of_a_table(run, tmp_path):
 
 
 def test_a_run_from_a_workdir_keeps_the_directions_of_the_same_labels(run, tmp_path):
-    """The first step, whose learning rate is zero, shows what a run starts from; how often it is logged may differ."""
+    """The first step, whose learning rate is zero, shows what a run starts from; how often it is logged may differ.
+
+    Other people who are numbered alike are other labels.
+    """
     teacher = load_state(run)["teacher"]["ecapa"]["params"]
     names = Utterances(tiny.material().dataset).names
     other = write_table(tmp_path / "other", {name: f"c{i % 5}" for i, name in enumerate(names)})
-    for settings, same, said in (
-        (("log_every_steps=2",), True, f"the labels are those of {run}: their directions are kept\n"),
-        ((f"supervised.labels={other}",), False, f"the labels are not those of {run}: their directions start afresh\n"),
+    corpus = shutil.copytree(tiny.material().corpus, tmp_path / "corpus")
+    shutil.copy(corpus / "s0" / "0.wav", corpus / "s1" / "0.wav")
+    strangers = tiny.write_dataset(tmp_path / "strangers", corpus)
+    others = f"the labels are not those of {run}: their directions start afresh\n"
+    for number, (settings, same, said) in enumerate(
+        (
+            (("log_every_steps=2",), True, f"the labels are those of {run}: their directions are kept\n"),
+            ((f"supervised.labels={other}",), False, others),
+            ((f"data.train={strangers}",), False, others),
+        )
     ):
-        workdir = tmp_path / str(same)
+        workdir = tmp_path / str(number)
         status, text = tiny.train_here(workdir, *SUPERVISED, *settings, f"--init={run}", "--stop-at-step=1")
         assert status == 0 and said in text, text
         begun = load_state(workdir)["student"]["ecapa"]["params"]
