@@ -22,6 +22,7 @@ from memo_jax.training.saved_checkpoint import saved_steps
 from memo_jax.training.train import FREE_ON_RESUME, check_same_config, train
 
 MOVABLE = (*FREE_ON_RESUME, "init", "augment.noise:", "augment.music:", "augment.speech:", "augment.rirs:")
+RATE_NAMES = tuple(f"{rate}/" for rate in RATES)  # how metrics of an evaluation while training begin
 
 
 def reproduce(run: str | os.PathLike, output: str | os.PathLike, overrides: Sequence[str] = ()) -> dict:
@@ -68,9 +69,14 @@ def reproduce(run: str | os.PathLike, output: str | os.PathLike, overrides: Sequ
         evaluation = training_evaluation(again)
         start = None if saved_steps(output) else starting_parts(again)  # an interrupted call has begun it
         train(again, output, evaluation=evaluation, start=start, stop_at_step=last)
-    found = compare_metrics(old, read_metrics(output)) | {
+    environment = environment_differences(run, output)
+    new = read_metrics(output)
+    if evaluations_differ(run, output):
+        environment.append("evaluation: other trials or recordings; error rates while training are not compared")
+        old, new = ([without_rates(row) for row in rows] for rows in (old, new))
+    found = compare_metrics(old, new) | {
         "parameters": {},
-        "environment": environment_differences(run, output),
+        "environment": environment,
         "evaluations": {},
         "output": str(output),
     }
@@ -89,13 +95,24 @@ def reproduce(run: str | os.PathLike, output: str | os.PathLike, overrides: Sequ
     return found
 
 
+def evaluations_differ(run: Path, output: Path) -> bool:
+    """Returns whether the starts of two runs measured error rates on different trials or recordings."""
+    records = filter(None, (read_run(run), read_run(output)))
+    found = [start.get("evaluation") for record in records for start in record["starts"]]
+    return len({json.dumps(one) for one in found if one}) > 1
+
+
+def without_rates(row: dict) -> dict:
+    """Returns a row of metrics without error rates."""
+    return {name: value for name, value in row.items() if not name.startswith(RATE_NAMES)}
+
+
 def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
     """Returns "steps" compared, "metrics" {name: largest absolute difference} and "missing" steps and names.
 
     An interrupted run has also logged the steps at which it was interrupted, and an evaluation where its end was then.
     Rows and error rates that only one of the runs has are therefore ignored, except the last row, which both must have.
     """
-    evaluated = tuple(f"{rate}/" for rate in RATES)
     rows = [{row["step"]: row for row in run} for run in (old, new)]
     both = sorted(rows[0].keys() & rows[1].keys())
     metrics, missing = {}, []
@@ -108,7 +125,7 @@ def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
                 continue
             # A number that is not finite was logged as null.
             if (a.get(name) is None) != (b.get(name) is None):
-                if not name.startswith(evaluated):
+                if not name.startswith(RATE_NAMES):
                     missing.append(f"{name} at step {step}")
             elif a.get(name) != b.get(name):
                 metrics[name] = max(metrics.get(name, 0.0), abs(a[name] - b[name]))

@@ -122,6 +122,19 @@ def test_only_what_both_runs_have_is_compared(run, again, tmp_path):
     ]
 
 
+def test_error_rates_on_another_trial_list_are_not_compared(tmp_path):
+    """A run that was resumed with another list has rates of both; its repetition measures on the last one."""
+    data, workdir = tiny.material(), tmp_path / "run"
+    other = tmp_path / "other.txt"
+    other.write_text("".join(data.trials.read_text().splitlines(keepends=True)[::2]))
+    settings = (f"evaluation.data={data.dataset}", "evaluation.every_steps=1")
+    for trials, step in ((data.trials, 1), (other, 2)):
+        status, text = tiny.train_here(workdir, *settings, f"evaluation.trials={trials}", f"--stop-at-step={step}")
+        assert status == 0, text
+    status, text = tiny.here("reproduce", workdir)
+    assert status == 0 and "evaluation: other trials or recordings" in text and text.endswith("identical\n"), text
+
+
 def test_other_versions_code_data_and_machines_are_warned_of(run, again, tmp_path):
     workdir, output = changed(run, tmp_path, again)
     record = read_run(workdir)

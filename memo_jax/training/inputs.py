@@ -15,6 +15,7 @@ from memo_jax.data.batches import (
     table_numbers,
     training_batches,
 )
+from memo_jax.files import as_path
 from memo_jax.log import plural
 from memo_jax.training.monitor import Evaluation
 from memo_jax.training.positives import Positives
@@ -132,6 +133,16 @@ def data_record(config: configs.ConfigDict, utterances: Utterances, banks: dict[
         "fingerprint": utterances.fingerprint,
         "utterances": len(utterances),
         "banks": {name: bank_record(rows) for name, rows in banks.items()},
+    }
+
+
+def evaluation_record(config: configs.ConfigDict) -> dict[str, int | str] | None:
+    """Returns the checksum of the trial list that the config names and the fingerprint of its recordings, or None."""
+    if not config.evaluation.trials:
+        return None
+    return {
+        "trials": zlib.crc32(as_path(config.evaluation.trials).read_bytes()),
+        "fingerprint": Utterances(config.evaluation.data).fingerprint,
     }
 
 

@@ -112,6 +112,7 @@ class RunRecord:
       workdir: folder of the run.
       seed: of the run.
       data: JSON that describes the dataset and the banks.
+      evaluation: JSON that identifies what error rates are measured on while training; None for nothing.
       begin: the step that this start resumes after; 0 discards the record of earlier starts.
       total: length of the run in steps.
       active: whether to write anything; false in every process but the first.
@@ -122,7 +123,15 @@ class RunRecord:
     """
 
     def __init__(
-        self, workdir: str | os.PathLike, *, seed: int, data: dict, begin: int, total: int, active: bool = True
+        self,
+        workdir: str | os.PathLike,
+        *,
+        seed: int,
+        data: dict,
+        evaluation: dict | None = None,
+        begin: int,
+        total: int,
+        active: bool = True,
     ):
         self.extended_from: int | None = None
         self._path, self._active = as_path(workdir) / RUN_FILE, active
@@ -134,6 +143,7 @@ class RunRecord:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "first_step": begin + 1,
             "total_steps": total,
+            "evaluation": evaluation,
             "command": sys.argv,
             "commit": commit(),
             "versions": versions(),

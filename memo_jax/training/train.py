@@ -26,6 +26,7 @@ from memo_jax.training.inputs import (
     checked_inputs,
     data_identity,
     data_record,
+    evaluation_record,
 )
 from memo_jax.training.loss_gate import gate_threshold
 from memo_jax.training.monitor import Evaluation, Monitor
@@ -299,6 +300,7 @@ def announced_record(
         workdir,
         seed=config.seed,
         data=data_record(config, inputs.utterances, banks),
+        evaluation=evaluation_record(config),
         begin=begin,
         total=inputs.total,
         active=jax.process_index() == 0 and begin < end,
