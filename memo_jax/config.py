@@ -361,9 +361,7 @@ def _encoded(value, key: str):
     if value is None or type(value) in (bool, int, float, str):
         return value
     kind = type(value).__name__
-    raise ValueError(
-        f"{key} is of type {kind}, which a config cannot hold: use None, bool, int, float, str, tuple, list"
-    )
+    raise ValueError(f"{key} has type {kind}, which a config cannot hold: use None, bool, int, float, str, tuple, list")
 
 
 def _decoded(value):

@@ -224,7 +224,7 @@ def check_writable(path: str | os.PathLike) -> None:
     if path.is_symlink():
         path = Path(os.path.realpath(path))
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent}: no such folder, where a link leads to")
+            raise FileNotFoundError(f"{path.parent}: no such folder, the target of a link")
     folder = next(folder for folder in path.parents if folder.exists())  # those below it can be created
     try:
         with tempfile.TemporaryFile(dir=folder):

@@ -99,7 +99,7 @@ class MetricsLog:
             raise OSError(error.errno, f"cannot write metrics: {error.strerror}", str(self.path)) from error
 
     def _events_writer(self):
-        # Not SummaryWriter: its thread dies unnoticed of a full disk, and the tenth row after that waits for ever.
+        # Not SummaryWriter: its thread dies silently when the disk is full, and the tenth row after that hangs.
         if self._events is None:
             from tensorboardX.event_file_writer import EventsWriter
 
@@ -207,7 +207,7 @@ class Progress:
 
     def _print_line(self) -> None:
         now, parts = time.monotonic(), []
-        # The rate since the previous line, but none of the first two units alone: training compiles its first step, and
+        # The rate since the previous line; no rate until two units are done: training compiles its first step, and
         # evaluates the untrained network before the second.
         if self._done > self._initial + 2 or self._done == self._total:
             rate = (self._done - self._printed_done) / max(now - self._printed_time, 1e-9)

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_prepare(command: Command) -> None:
     """Adds memo-jax prepare."""
-    added = command("prepare", "turn recordings into a dataset, or check a dataset", MIN_SECONDS, CHANNEL, VAD)
+    added = command("prepare", "turn recordings into a dataset, or check a dataset", MIN_SECONDS_OPTION, CHANNEL, VAD)
     added.add_argument(
         "--input",
         action="append",
@@ -155,8 +155,8 @@ def add_train(command: Command) -> None:
         metavar="HOST:PORT",
         help="instead, with the next two: the address on which process 0 listens for the others",
     )
-    added.add_argument("--num_processes", "--num-processes", type=positive, metavar="N", help="number of processes")
-    added.add_argument("--process_id", "--process-id", type=count, metavar="I", help="number of this process, from 0")
+    added.add_argument("--num-processes", "--num_processes", type=positive, metavar="N", help="number of processes")
+    added.add_argument("--process-id", "--process_id", type=count, metavar="I", help="number of this process, from 0")
 
 
 def add_pseudo_label(command: Command) -> None:
@@ -213,7 +213,9 @@ def add_plan(command: Command) -> None:
 
 def add_eval(command: Command) -> None:
     """Adds memo-jax eval."""
-    added = command("eval", "score a trial list with a trained network", *NETWORK, DEVICE, JSON, *TRIALS, REPLICATES)
+    added = command(
+        "eval", "score a trial list with a trained network", *NETWORK, DEVICE, JSON, *TRIALS, REPLICATES_OPTION
+    )
     added.add_argument(
         "--workdir",
         "--model",
@@ -228,7 +230,9 @@ def add_eval(command: Command) -> None:
     added.add_argument(
         "--crops", type=count, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
     )
-    added.add_argument("--crop-seconds", type=seconds, metavar="S", help="of --crops; default: 4.0")
+    added.add_argument(
+        "--crop-seconds", type=seconds, metavar="S", help="length of each crop of --crops (default: 4.0)"
+    )
     added.add_argument(
         "--save-threshold",
         nargs="?",
@@ -248,7 +252,7 @@ def add_eval(command: Command) -> None:
 
 def add_embed(command: Command) -> None:
     """Adds memo-jax embed."""
-    added = command("embed", "turn recordings into embeddings", *EMBEDDER, MIN_SECONDS)
+    added = command("embed", "turn recordings into embeddings", *EMBEDDER, MIN_SECONDS_OPTION)
     added.add_argument(
         "input",
         nargs="+",
@@ -286,7 +290,7 @@ def add_cluster(command: Command) -> None:
 
 def add_verify(command: Command) -> None:
     """Adds memo-jax verify."""
-    added = command("verify", "tell whether two recordings are of the same speaker", *EMBEDDER, *THRESHOLD)
+    added = command("verify", "tell whether the same person speaks in two recordings", *EMBEDDER, *THRESHOLD)
     added.add_argument("recordings", nargs=2, type=Path, metavar="RECORDING", help=RECORDING_HELP)
 
 
@@ -388,7 +392,7 @@ def add_push(command: Command) -> None:
 
 def add_score(command: Command) -> None:
     """Adds memo-jax score."""
-    added = command("score", "score a trial list with embeddings", *TRIALS, REPLICATES, JSON)
+    added = command("score", "score a trial list with embeddings", *TRIALS, REPLICATES_OPTION, JSON)
     added.add_argument(
         "--embeddings",
         action="append",
@@ -612,7 +616,7 @@ THRESHOLD = (
         help="threshold and calibration that eval --save-calibration wrote (default: those in the model)",
     ),
 )
-REPLICATES = option(
+REPLICATES_OPTION = option(
     "--replicates",
     type=replicates,
     default=1000,
@@ -640,7 +644,7 @@ EMBEDDER = (
         help="what runs the network (default: auto: onnxruntime where it is installed and there is only a CPU)",
     ),
 )
-MIN_SECONDS = option(
+MIN_SECONDS_OPTION = option(
     "--min-seconds",
     type=seconds,
     default=0.5,
@@ -673,7 +677,7 @@ TRIALS = (
         "--enrollments",
         type=Path,
         metavar="FILE",
-        help="lines `speaker recording recording …`: who the enrol sides are",
+        help="lines `speaker recording recording …`: the recordings that enrol each speaker",
     ),
 )
 CLUSTERING = (
@@ -706,7 +710,7 @@ CLUSTERING = (
         metavar="R",
         help="embed R crops of each utterance, and take their mean, instead of whole utterances",
     ),
-    option("--crop-seconds", type=seconds, metavar="S", help="of --crops; default: 4.0"),
+    option("--crop-seconds", type=seconds, metavar="S", help="length of each crop of --crops (default: 4.0)"),
     option(
         "--labels",
         type=Path,

@@ -149,7 +149,7 @@ def check_same_options(workdir: Path, options: dict) -> None:
     changed = [f"{key}: {old.get(key)} → {value}" for key, value in options.items() if old.get(key) != value]
     if changed:
         raise ValueError(
-            f"the rounds in {workdir} were begun with other options ({'; '.join(changed)}): give the same ones "
+            f"the rounds in {workdir} were started with other options ({'; '.join(changed)}): give the same ones "
             "to resume, or use another workdir"
         )
 

@@ -229,7 +229,7 @@ def test_json_and_back_is_exact(configs):
 
 
 def test_json_refuses_what_it_cannot_hold():
-    with pytest.raises(ValueError, match="config.a.f is of type set"):
+    with pytest.raises(ValueError, match="config.a.f has type set"):
         config_to_json(ConfigDict({"a": {"f": {1}}}))
     for text in ("", "[1]", '{"a": {"__placeholder__": "array"}}'):
         with pytest.raises(ValueError, match="not the JSON of a config"):

@@ -58,12 +58,12 @@ def test_each_round_clusters_with_the_network_before_and_is_tested(whole):
 def test_interrupted_anywhere_the_same_command_ends_the_same(whole, tmp_path, monkeypatch):
     """While it clusters, trains, writes the network, or tests it."""
     workdir = tmp_path / "again"
-    took = monitor.Monitor.took
+    record = monitor.Monitor.record
 
     def at_step_2_of_round_2(self, number, metrics):
         if number == 2 and "round_2" in self.config.init + self.config.supervised.labels:
             raise KeyboardInterrupt
-        took(self, number, metrics)
+        record(self, number, metrics)
 
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
@@ -72,7 +72,7 @@ def test_interrupted_anywhere_the_same_command_ends_the_same(whole, tmp_path, mo
         (clustering, "write_text", interrupt),
         (rounds, "write_model", interrupt),
         (rounds, "workdir_model", interrupt),
-        (monitor.Monitor, "took", at_step_2_of_round_2),
+        (monitor.Monitor, "record", at_step_2_of_round_2),
         (rounds, "best_round", interrupt),
         (rounds.TrialEvaluation, "rates", interrupt),
     ):

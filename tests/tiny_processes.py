@@ -171,8 +171,8 @@ def run(plan: dict, index: int) -> int:
                 processes.join = lambda **_: None
             if current == last:
                 processes.leave = leave
-            place = f"--coordinator=localhost:{plan['port']}", f"--process_id={index}"
-            status = cli.main([*arguments, *place, f"--num_processes={plan['processes']}"])
+            place = f"--coordinator=localhost:{plan['port']}", f"--process-id={index}"
+            status = cli.main([*arguments, *place, f"--num-processes={plan['processes']}"])
     return status
 
 

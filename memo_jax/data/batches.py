@@ -108,7 +108,7 @@ def speaker_numbers(utterances: Utterances) -> np.ndarray:
     """Returns the number of each utterance's speaker in the order of their names, int32 [len(utterances)].
 
     Raises:
-      ValueError: a speaker is not known, or all utterances are of one speaker.
+      ValueError: a speaker is not known, or all utterances come from one speaker.
     """
     names, numbers = np.unique(utterances.speakers, return_inverse=True)
     unknown = sum(not speaker for speaker in utterances.speakers)
@@ -118,7 +118,7 @@ def speaker_numbers(utterances: Utterances) -> np.ndarray:
             "needs: prepare recordings in one folder per speaker, or with a utt2spk"
         )
     if len(names) < 2:
-        raise ValueError(f"{utterances.path}: all utterances are of one speaker: there is nothing to tell apart")
+        raise ValueError(f"{utterances.path}: all utterances come from one speaker: there is nothing to tell apart")
     return numbers.astype(np.int32)
 
 

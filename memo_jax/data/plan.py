@@ -1,4 +1,4 @@
-"""What is to be prepared: the recordings that inputs hold now or, if work is resumed, that they held when it began."""
+"""The list of recordings to prepare: those of the inputs now or, in a resumed run, those listed when it started."""
 
 import collections
 import os
@@ -27,21 +27,21 @@ def planned(
 
     Args:
       unfinished: the folder, locked.
-      command: JSON, everything that decides what becomes of the inputs: the plan of another command is refused.
+      command: JSON, everything that affects the output: the plan of another command is refused.
       inputs: paths, and datasets of TFDS.
       find: the function inputs → recordings and what was left out.
       overwrite: whether the plan of another command is discarded.
       output: the dataset, for messages.
 
     Raises:
-      FileExistsError: the plan is of another command. ValueError: no recordings, or none that can be decoded here.
+      FileExistsError: the plan belongs to another command. ValueError: no recordings, or none that can be decoded here.
     """
     if unfinished.folder.is_dir():
         plan = unfinished.plan()
         problem = plan and _difference(plan[0], command)
         if problem and not overwrite:
             raise FileExistsError(
-                f"{output} is unfinished, and {problem}: repeat the command that it was begun with, "
+                f"{output} is unfinished, and {problem}: repeat the command that it was started with, "
                 "or start over with --overwrite"
             )
         if plan and not problem:
@@ -73,8 +73,8 @@ def _late(recordings, inputs, find, output):
     known = {item.name for item in recordings}
     late = [item.source for item in find(folders)[0] if item.name not in known]
     if late:
-        say(f"left out {plural(len(late), 'recording')} added after {output} was begun, such as {late[0]}")
-    return [(source, "added too late: after the dataset was begun") for source in late]
+        say(f"left out {plural(len(late), 'recording')} added after {output} was started, such as {late[0]}")
+    return [(source, "added too late: after preparation had started") for source in late]
 
 
 def _difference(header, command):
@@ -85,8 +85,8 @@ def _difference(header, command):
             continue
         if header.get(key) != value:
             if key == "working_folder":
-                return f"it was begun in the folder {header[key]}, to which its inputs are relative"
-            return f"it was begun with {key.replace('_', ' ')} {header.get(key)} and not {value}"
+                return f"it was started in the folder {header[key]}, to which its inputs are relative"
+            return f"it was started with {key.replace('_', ' ')} {header.get(key)} and not {value}"
     for path, state in header["archives"].items():
         if _state(path) != state:
             return f"the archive {path} has changed since"

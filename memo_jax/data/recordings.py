@@ -102,7 +102,7 @@ def find_recordings(
 
     Raises:
       FileNotFoundError: no such input. OSError: a folder or file cannot be read.
-      ValueError: two recordings would have the same name, an input is of an unknown kind, an archive is damaged or cut
+      ValueError: two recordings would have the same name, an input has an unknown kind, an archive is damaged or cut
         short, or a Kaldi file is wrong.
     """
     found, left_out = [], []

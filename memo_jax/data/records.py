@@ -192,7 +192,7 @@ def read_small_file(folder: str | os.PathLike, name: str) -> bytes:
 
     Raises:
       FileNotFoundError: `folder` holds no dataset, or the file is missing.
-      ValueError: the dataset is of another version, or the file has changed.
+      ValueError: the dataset has another version, or the file has changed.
     """
     expected = _checksums(folder).get(name)
     path = os.path.join(folder, name)
@@ -265,7 +265,7 @@ class Shards:
 
     Raises:
       FileNotFoundError: `folder` holds no dataset, or one of its files is missing.
-      ValueError: the dataset is of another version, or one of its files is damaged.
+      ValueError: the dataset has another version, or one of its files is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -299,7 +299,7 @@ class Shards:
             if len(segment) != expected:
                 raise self._unreadable(shard, first + number, f"{len(segment)} samples, {expected} expected")
             if start != begin or found != _as_digest(checksum):
-                raise self._unreadable(shard, first + number, "it is of another utterance or dataset")
+                raise self._unreadable(shard, first + number, "it belongs to another utterance or dataset")
         return [segment for _, _, segment in segments]
 
     def __getstate__(self):
@@ -432,7 +432,7 @@ def shard_files(folder: str | os.PathLike) -> tuple[list[tuple[str, int]], dict]
 
     Raises:
       FileNotFoundError: `folder` holds no dataset, or a file with them is missing.
-      ValueError: the dataset is of another version, or a file with them is damaged.
+      ValueError: the dataset has another version, or a file with them is damaged.
     """
     for name in METADATA:
         read_small_file(folder, name)

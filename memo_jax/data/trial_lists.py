@@ -90,7 +90,7 @@ def make_trials(
     for name in sorted(speakers):
         of_speaker[speakers[name]].append(name)
     if len(of_speaker) < 2:
-        raise ValueError(f"all recordings are of {next(iter(of_speaker))!r}: nontarget trials need a second speaker")
+        raise ValueError(f"all recordings come from {next(iter(of_speaker))!r}: nontarget trials need a second speaker")
     order = [sorted(of_speaker)[i] for i in rng.permutation(len(of_speaker))]
     groups = _groups(order, genders)
 

@@ -218,7 +218,7 @@ def _safetensors_content(path):
                     # bfloat16 and the like, which are not types of NumPy
                     tensors[name] = tensor if tensor.dtype.kind in "fiub" else tensor.astype(np.float32)
                 except (TypeError, KeyError, AttributeError, ValueError) as error:
-                    tensors[name] = Unusable(f"is of a type that cannot be read ({one_line(error)})")
+                    tensors[name] = Unusable(f"has a type that cannot be read ({one_line(error)})")
     except OSError:
         raise
     except Exception as error:  # SafetensorError, and what NumPy raises for absurd shapes

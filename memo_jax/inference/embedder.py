@@ -240,7 +240,7 @@ class Embedder:
         return Verification(score, score >= threshold, threshold)
 
     def probability(self, score: float, prior: float = 0.5) -> float | None:
-        """Returns the probability that recordings of this score are of the same speaker, None without a calibration.
+        """Returns the probability that recordings with this score have the same speaker, None without a calibration.
 
         It is that of two recordings like those of the calibration's trial list. For a person enrolled with several,
         scores are higher, so it is slightly overconfident.
@@ -270,8 +270,8 @@ class Embedder:
     def enroll(self, name: str, recordings: AnyRecording | Iterable[AnyRecording], rate: int | None = None) -> None:
         """Adds a person to the gallery with one recording or several.
 
-        If the gallery has a file, the person is added to what the file holds by then, in a single locked step: others
-        who enrol at the same time lose nothing. If that fails, the file is unchanged.
+        If the gallery has a file, the person is added to its current contents in a single locked step: others who enrol
+        at the same time lose nothing. If that fails, the file is unchanged.
 
         Raises:
           ValueError: the name is taken or not possible, there is no recording, or one cannot be used (see `embed`).

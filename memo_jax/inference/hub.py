@@ -132,7 +132,7 @@ def model_card(
             raise ValueError("these results have no EER: give the results.json that `memo-jax eval` writes")
         if result.get("fingerprint", model.fingerprint) != model.fingerprint:
             raise ValueError(
-                f"these results are of another network ({result['fingerprint']}, not {model.fingerprint}): evaluate "
+                f"these results belong to another network ({result['fingerprint']}, not {model.fingerprint}): evaluate "
                 "this one"
             )
         trials = Path(str(result.get("trial_list", "trials"))).name

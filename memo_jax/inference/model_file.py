@@ -66,7 +66,7 @@ class Decision:
                 raise ValueError(f"the {name} of the calibration is {getattr(self, name)}: it must be finite")
 
     def probability(self, score: float, prior: float = 0.5) -> float:
-        """Returns the probability that two recordings of this cosine score are of the same speaker.
+        """Returns the probability that two recordings with this cosine score have the same speaker.
 
         Args:
           score: cosine in [-1, 1].
@@ -227,10 +227,10 @@ def ensemble_of(models: Sequence[Model], provenance: Mapping[str, Any]) -> Model
     """
     names = [model.backbone for model in models]
     if len(set(names)) < len(names) or ENSEMBLE in names:
-        raise ValueError(f"an ensemble is of different backbones, not of {', '.join(names)}")
+        raise ValueError(f"an ensemble needs different backbones: these are {', '.join(names)}")
     front_ends = sorted({model.front_end for model in models})
     if len(front_ends) > 1:
-        raise ValueError(f"the networks of an ensemble take the same input, not {' and '.join(front_ends)}")
+        raise ValueError(f"the networks of an ensemble must take the same input: these take {' and '.join(front_ends)}")
     variables: dict[str, Any] = {}
     for model in models:
         for kind, tree in model.variables.items():
@@ -240,7 +240,7 @@ def ensemble_of(models: Sequence[Model], provenance: Mapping[str, Any]) -> Model
 
 
 def members_of(model: Model) -> list[Model]:
-    """Returns the models that an ensemble is of, or the model itself where it is none."""
+    """Returns the members of an ensemble, or the model itself if it is none."""
     if model.backbone != ENSEMBLE:
         return [model]
     return [

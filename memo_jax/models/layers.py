@@ -217,11 +217,12 @@ def _normalize_gradients(epsilon, residuals, gradients):
     x, scale, mean, inverse = residuals
     gradient = materialize_on_cpu(gradients[0].astype(jnp.float32))
     normalized = (x.astype(jnp.float32) - side_by_side(mean, x)) * side_by_side(inverse, x)
-    of_bias, of_scale = channel_sums(gradient, scale.size), channel_sums(gradient * normalized, scale.size)
+    bias_gradient = channel_sums(gradient, scale.size)
+    scale_gradient = channel_sums(gradient * normalized, scale.size)
     count = x.size // scale.size
-    centered = gradient - side_by_side(of_bias / count, x) - normalized * side_by_side(of_scale / count, x)
-    of_x = side_by_side(inverse * scale, x) * centered
-    return of_x.astype(x.dtype), of_scale, of_bias, jnp.zeros_like(mean)
+    centered = gradient - side_by_side(bias_gradient / count, x) - normalized * side_by_side(scale_gradient / count, x)
+    x_gradient = side_by_side(inverse * scale, x) * centered
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient, jnp.zeros_like(mean)
 
 
 _normalized_batch.defvjp(_normalize, _normalize_gradients)

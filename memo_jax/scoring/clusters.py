@@ -105,11 +105,11 @@ def _merges(distances, sizes, linkage):
                 break
             chain.append(nearest)
         gone, kept = chain.pop(), chain.pop()
-        height, of_gone, of_kept = distances[gone, kept], distances[gone], distances[kept]
+        height, removed_distances, kept_distances = distances[gone, kept], distances[gone], distances[kept]
         if linkage == "average":
-            merged = (sizes[gone] * of_gone + sizes[kept] * of_kept) / (sizes[gone] + sizes[kept])
+            merged = (sizes[gone] * removed_distances + sizes[kept] * kept_distances) / (sizes[gone] + sizes[kept])
         else:
-            merged = (sizes + sizes[gone]) * of_gone + (sizes + sizes[kept]) * of_kept - sizes * height
+            merged = (sizes + sizes[gone]) * removed_distances + (sizes + sizes[kept]) * kept_distances - sizes * height
             merged /= sizes + (sizes[gone] + sizes[kept])
         merged[[gone, kept]] = np.inf
         distances[kept], distances[:, kept] = merged, merged

@@ -12,7 +12,7 @@ Metric = Callable[[WeightedTrials], float]  # lower is better
 
 
 class Interval(NamedTuple):
-    """Ends of a 95 % confidence interval, in the metric's unit."""
+    """Bounds of a 95 % confidence interval, in the metric's unit."""
 
     low: float
     high: float
@@ -47,7 +47,7 @@ def bootstrap_interval(
     any target or nontarget trial has no error rates and is drawn again.
 
     Args:
-      metric: `WeightedTrials.eer`, or such as `lambda trials: trials.min_dcf(0.01)`.
+      metric: `WeightedTrials.eer`, or for example `lambda trials: trials.min_dcf(0.01)`.
       scores: [N], or [R, N] of R runs of one system (its seeds): then the interval of their mean metric, which says how
         certain it is for other speakers and not for other seeds.
       target: bool [N].

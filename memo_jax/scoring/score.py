@@ -276,7 +276,7 @@ def write_scores(path: str | os.PathLike, trials: Trials, scores: np.ndarray) ->
 def read_scores(path: str | os.PathLike, trials: Trials) -> np.ndarray:
     """Returns the scores [N] that `write_scores` wrote for these trials.
 
-    Raises ValueError naming the file if it is of other trials.
+    Raises ValueError naming the file if it has other trials.
     """
     lines = [line.split("\t") for line in text_lines(path, "scores")]
     if [line[1:] for line in lines] != [list(pair) for pair in zip(trials.enrol, trials.test, strict=True)]:

@@ -222,7 +222,7 @@ def _check_contradictions(trials: Trials) -> None:
     if differ.any():
         first, second = np.sort(order[np.flatnonzero(differ)[0] :][:2])
         raise ValueError(
-            f"{trials.path}: trials {first + 1} and {second + 1} are of {trials.enrol[first]!r} and "
+            f"{trials.path}: trials {first + 1} and {second + 1} compare {trials.enrol[first]!r} and "
             f"{trials.test[first]!r}, once as target and once as nontarget: remove the wrong one"
         )
 

@@ -110,7 +110,7 @@ class Checkpointer:
         Raises:
           FileNotFoundError: no checkpoint.
           CheckpointError: the checkpoint is damaged; names the file and what to do.
-          ValueError: the checkpoint is of another model (names the first array that differs).
+          ValueError: the checkpoint belongs to another model (names the first array that differs).
         """
         self.wait()
         saved, wanted = saved_checkpoint(self.folder.parent), leaves_by_name(abstract_state)

@@ -1,4 +1,4 @@
-"""What every step takes: its batch and its compiled program, both of which change when partners are first drawn."""
+"""Supplies each step with its batch and its compiled program; both change when partners are first drawn."""
 
 import contextlib
 from collections.abc import Mapping
@@ -46,31 +46,31 @@ class Feed:
         self._banks, self._key = sharding.replicate(mesh, banks), augmentation_key(config, mesh)
         self._open, self._batches, self._step = contextlib.ExitStack(), None, None
         if compiles:
-            self._compile(inputs.positives is not None and inputs.positives.are_on(begin))
+            self._compile(inputs.positives is not None and inputs.positives.active(begin))
 
     def open(self, state: TrainState, monitor: Monitor) -> None:
         """Starts reading batches, with the state's partners if they are in use."""
         partners, positives = None, self._inputs.positives
-        if positives and positives.are_on(self._begin) and not positives.are_due(self._begin):
+        if positives and positives.active(self._begin) and not positives.due(self._begin):
             partners = np.asarray(state.partners.addressable_data(0))
-            monitor.lasting = positives.described(partners)
+            monitor.lasting = positives.metrics(partners)
         self._batches = batches_of(self._config, self._inputs, self._begin, partners)
 
-    def before(self, number: int, state: TrainState, monitor: Monitor, shown: Progress) -> TrainState:
+    def prepare(self, number: int, state: TrainState, monitor: Monitor, progress: Progress) -> TrainState:
         """Returns the state that step `number` takes: with new partners, where they are due."""
         positives, taken = self._inputs.positives, number - 1
-        if positives is None or not positives.are_due(taken):
+        if positives is None or not positives.due(taken):
             return state
         with monitor.between_steps("positives"):
             self._batches.close()  # it has read ahead with the previous partners
             first = taken == positives.first != self._begin
             if first and crop_numbers(self._config, True) != crop_numbers(self._config):
                 self._compile(True)
-            partners = positives.drawn(state, self._inputs.recipe, self._mesh, taken)
+            partners = positives.draw(state, self._inputs.recipe, self._mesh, taken)
             interrupts.check()
             self._batches = batches_of(self._config, self._inputs, taken, partners)
-            monitor.lasting = positives.described(partners)
-            shown.write(partners_text(taken, monitor.lasting))
+            monitor.lasting = positives.metrics(partners)
+            progress.write(partners_text(taken, monitor.lasting))
         return state.replace(partners=sharding.replicate(self._mesh, partners))
 
     def batch(self) -> dict[str, jax.Array]:
@@ -103,5 +103,5 @@ def partners_text(step: int, metrics: Mapping[str, float]) -> str:
     """Returns the message about new partners."""
     same = metrics.get("positives/same_speaker")
     return f"step {step}: drew partners; {metrics['positives/other']:.1%} have a recording other than their own" + (
-        "" if same is None else f", {same:.1%} of these of the same speaker"
+        "" if same is None else f", {same:.1%} of these from the same speaker"
     )

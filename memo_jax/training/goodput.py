@@ -18,8 +18,8 @@ class Goodput:
         self._seconds = dict.fromkeys(PARTS, 0.0)
         self._checkpoint, self._input = None, 0.0  # seconds of the last checkpoint; of stalls since the last row
 
-    def started(self) -> None:
-        """Notes that everything before the first step has been done."""
+    def end_start(self) -> None:
+        """Ends the part "start": everything before the first step has been done."""
         self._seconds["start"] = time.perf_counter() - self._begin
 
     @contextmanager
@@ -38,7 +38,7 @@ class Goodput:
     def waiting_for_input(self, running: Mapping[str, jax.Array] | None) -> Iterator[None]:
         """A context in which the next batch is fetched while the step with these results may still be running.
 
-        Its time counts as a stall only if that step has finished when the context ends: an upper bound of how long the
+        Its time counts as a stall only if that step has finished when the context ends: an upper bound on how long the
         device was idle.
         """
         begin = time.perf_counter()

@@ -36,7 +36,7 @@ class TrainingStopped(ValueError):
 class Monitor:
     """Follows a run step by step.
 
-    The metrics of a step are read while the next step runs on the device, so that neither waits for the other: `took`
+    The metrics of a step are read while the next step runs on the device, so that neither waits for the other: `record`
     reads those of the previous step, `settle` also those of the step just taken.
 
     Args:
@@ -73,21 +73,21 @@ class Monitor:
         self._collapse = CollapseWatch(config.collapse, config.model.prototypes, config.loss.targets)
         self._mark = time.perf_counter()
 
-    def begins(self, state: TrainState, untrained: dict | None, kept: dict) -> None:
-        """Notes the state that the run begins or resumes with.
+    def start(self, state: TrainState, untrained: dict | None, saved: dict) -> None:
+        """Records the state that the run begins or resumes with.
 
         Args:
           state: its gate is read.
           untrained: the teachers' backbones of a new run. They are evaluated after the first step, so that the two
             programs are not compiled at the same time. None for a run that resumes.
-          kept: what `kept` returned when the checkpoint was saved; empty for a new run.
+          saved: what `to_save` returned when the checkpoint was saved; empty for a new run.
         """
-        self.goodput.started()
+        self.goodput.end_start()
         self._gate_closed = bool(state.gate.closed)
         self.untrained = untrained if self.evaluation else None
-        self._collapse.steps = dict(kept.get("collapse", {}))
+        self._collapse.steps = dict(saved.get("collapse", {}))
 
-    def kept(self) -> dict:
+    def to_save(self) -> dict:
         """Returns, as JSON, the counts that a resumed run needs to go on watching."""
         return {"collapse": {name: steps for name, steps in self._collapse.steps.items() if steps}}
 
@@ -96,8 +96,8 @@ class Monitor:
         """Metrics of the step dispatched last, which may still be running; None before the first."""
         return self._pending and self._pending[1]
 
-    def took(self, number: int, metrics: dict[str, jax.Array]) -> None:
-        """Notes that a step was dispatched; checks and logs the previous step."""
+    def record(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        """Records that a step was dispatched; checks and logs the previous step."""
         if self._pending:
             self._log(self._read())
         self._pending = number, metrics

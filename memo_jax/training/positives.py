@@ -3,7 +3,7 @@
 Once an interval, a teacher embeds one crop of every utterance without augmentation, k-means clusters the embeddings,
 and each utterance draws its partner from a cluster near it, which is often of the same speaker, in another recording.
 This is the positive sampling SSPS of Lepage and Dehak, as in their toolkit sslsv, with partners drawn once an interval.
-Labels are read only to report how often a partner is of the same speaker.
+Labels are read only to report how often a partner has the same speaker.
 """
 
 import functools
@@ -62,15 +62,15 @@ class Positives:
             )
         self._references(ROWS, 0).close()  # checks the length
 
-    def are_on(self, taken: int) -> bool:
+    def active(self, taken: int) -> bool:
         """Returns whether the step after `taken` steps uses partners."""
         return taken >= self.first
 
-    def are_due(self, taken: int) -> bool:
+    def due(self, taken: int) -> bool:
         """Returns whether partners are drawn between `taken` steps and the next."""
-        return self.are_on(taken) and (taken - self.first) % self.every == 0
+        return self.active(taken) and (taken - self.first) % self.every == 0
 
-    def drawn(self, state: TrainState, recipe: Recipe, mesh: Mesh, taken: int) -> np.ndarray:
+    def draw(self, state: TrainState, recipe: Recipe, mesh: Mesh, taken: int) -> np.ndarray:
         """Returns new partners, int32 [N], found by the teacher of the first branch; all processes call this together.
 
         They depend on the dataset, the seed, `taken` and that teacher alone, whatever the number of processes.
@@ -81,11 +81,11 @@ class Positives:
         chosen = nearest_other_centroid(centroids, mesh)[own] if settings.cluster == "nearest" else own
         return draw_partners(own, chosen, settings.keep_own, [5, seed, taken])
 
-    def described(self, partners: np.ndarray) -> dict[str, float]:
+    def metrics(self, partners: np.ndarray) -> dict[str, float]:
         """Returns metrics that describe partners, by name.
 
         `positives/other` is the share of utterances with a partner other than themselves, `positives/same_speaker` the
-        share of these whose partner is of the same speaker. It counts where both speakers are known, and is missing if
+        share of these whose partner has the same speaker. It counts where both speakers are known, and is missing if
         they never are.
         """
         others = np.flatnonzero(partners != np.arange(len(partners)))

@@ -52,10 +52,10 @@ def join(coordinator: str | None = None, num_processes: int | None = None, proce
       OSError: the others cannot be reached.
     """
     _multihost_utils()
-    given = {"--coordinator": coordinator, "--num_processes": num_processes, "--process_id": process_id}
+    given = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if not missing and not 0 <= process_id < num_processes:
-        raise ValueError(f"--process_id is {process_id}: must be 0 to {num_processes - 1}, as --num_processes says")
+        raise ValueError(f"--process-id is {process_id}: must be 0 to {num_processes - 1}, as --num-processes says")
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(f"--coordinator is {coordinator!r}: give host and port, such as 10.0.0.1:1234")
     try:
@@ -140,8 +140,8 @@ def check_agreement(values: dict[str, str]) -> None:
         other = [i for i, digest in enumerate(rows) if (digest != rows[0]).any()]
         if other:
             raise ValueError(
-                f"{name} differs between the processes: that of process {other[0]} is not that of process "
-                "0; all must read the same files and be given the same command"
+                f"{name} differs between processes 0 and {other[0]}: all must read the same files and be given the "
+                "same command"
             )
 
 

@@ -68,13 +68,13 @@ class Profiler:
         if active:
             self._steps = ProfiledSteps(begin + steps.first, begin + steps.last)
 
-    def before(self, number: int) -> None:
+    def start_if_due(self, number: int) -> None:
         """Starts the profile if this step is its first."""
         if self._steps and number == self._steps.first:
             jax.profiler.start_trace(str(self._folder), profiler_options=tracing_options())
             self._running = True
 
-    def after(self, number: int, results: Any) -> str | None:
+    def stop_if_due(self, number: int, results: Any) -> str | None:
         """Ends the profile if this step was its last, once its results are ready; returns a message if so."""
         if not (self._running and number == self._steps.last):
             return None

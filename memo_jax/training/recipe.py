@@ -129,7 +129,7 @@ def check_learns_something(config: configs.ConfigDict) -> None:
     if not loss.contrastive or rule == "never":
         raise ValueError("nothing to learn from: loss.self, loss.cross, loss.contrastive and supervised.weight are off")
     if rule != "always":
-        raise ValueError(f"gate.rule is {rule}: where it closes, no loss would be left; set gate.rule=always")
+        raise ValueError(f"gate.rule is {rule}: once the gate closes, no loss is left; set gate.rule=always")
 
 
 def check_ranges(config: configs.ConfigDict) -> None:
@@ -161,12 +161,11 @@ def check_ranges(config: configs.ConfigDict) -> None:
             "must be at least 0 (0 means never)"
         )
     if after and not config.supervised.weight:
-        raise ValueError("supervised.loss_gate_after_epochs is set, but supervised.weight is 0: there is no such loss")
+        raise ValueError("supervised.loss_gate_after_epochs is set, but supervised.weight is 0: no loss to gate")
     if correct_after and not 0 < after <= correct_after:
         raise ValueError(
-            f"supervised.correct_labels_after_epochs is {correct_after}, but labels of utterances that the loss gate "
-            f"leaves out are corrected, and supervised.loss_gate_after_epochs is {after}: set that to 1 to "
-            f"{correct_after}"
+            f"supervised.correct_labels_after_epochs is {correct_after} and supervised.loss_gate_after_epochs {after}: "
+            f"only utterances that the loss gate leaves out are corrected; set the latter to 1 to {correct_after}"
         )
     if config.supervised.labels and not reads_labels(config):
         raise ValueError("supervised.labels is set, but nothing reads labels: set supervised.weight above 0")

@@ -70,7 +70,7 @@ class SavedCheckpoint(NamedTuple):
             there, here = saved.get(name, "absent"), wanted.get(name, "absent")
             if there != here:
                 raise ValueError(
-                    f"{self.folder}: the checkpoint is of another model: {name} is {there} in the checkpoint and "
+                    f"{self.folder}: the checkpoint belongs to another model: {name} is {there} in the checkpoint and "
                     f"{here} here; use the config it was made with, or another workdir"
                 )
 
@@ -113,7 +113,7 @@ class SavedCheckpoint(NamedTuple):
 
         Args:
           target: {name: anything}, of the arrays that are read.
-          restore_args: {name: `orbax.checkpoint.RestoreArgs`}: as what each is read, and onto which devices.
+          restore_args: {name: `orbax.checkpoint.RestoreArgs`}: the type and the sharding to restore each with.
 
         Raises:
           OSError: the files cannot be read; names the folder and the cause.

@@ -5,7 +5,7 @@ views of an utterance and the teachers W: the first of the students', the global
 Let e_b(v) be the student's embedding of view v, z_b^h(v) the projection of head h and s_b^h(v) its logits; with a bar
 they are the teacher's, through which no gradient flows. The objective (`objective`) is
 
-    L = Σ_b [ D_bb^self + λ/(M−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + R_b ]
+    L = Σ_b [ σ · D_bb^self + λ/(M−1) · Σ_{c≠b} D_bc^cross + g · w · C_b + R_b ]
     R_b = u · S_b + κ · N_b + Σ_h [ ρ · E_b^h + r · (ν · A_b^h + ξ · X_b^h) ]
 
 with, over the batch and the pairs of a teacher's view i and a student's view v (v≠i where they share views),
@@ -48,7 +48,7 @@ from memo_jax.training.loss_gate import with_losses
 from memo_jax.training.optim import Schedules, is_prototypes
 from memo_jax.training.state import TrainState
 from memo_jax.training.supervision import GatedBatch, Supervision, learned_labels, supervised_loss
-from memo_jax.xla.compiler import materialize_on_cpu
+from memo_jax.xla.compiler import finish_sums_over_processes, materialize_on_cpu
 from memo_jax.xla.reductions import squared_norm
 
 Metrics = dict[str, jax.Array]  # scalars by the names that metrics.jsonl uses
@@ -60,7 +60,7 @@ class LossWeights(NamedTuple):
     Attributes:
       student_temp: τ_s.
       center_momentum: decay of the centres per step.
-      self: weight of self-distillation.
+      self: σ, the weight of self-distillation.
       cross: λ, shared evenly by the teachers of the other branches.
       cross_head: the head of cross-distillation; with "self", one head serves both.
       contrastive: w, the weight of NT-Xent.
@@ -189,11 +189,11 @@ def logits_by_view(
     [B·V, P] of each crop length.
     """
     units, projections = [], []
-    for of_views in embeddings:
-        rows = merge_views(of_views.swapaxes(0, 1))
-        (projected, of_rows), batch_stats = apply_in_train_mode(head, params, batch_stats, rows, "project")
+    for embedded in embeddings:
+        rows = merge_views(embedded.swapaxes(0, 1))
+        (projected, normalized), batch_stats = apply_in_train_mode(head, params, batch_stats, rows, "project")
         projections.append(projected)
-        units.append(by_view(of_rows, of_views.shape[0]))
+        units.append(by_view(normalized, len(embedded)))
     return head.apply({"params": params}, jnp.concatenate(units), method="cosines"), (projections, batch_stats)
 
 
@@ -216,11 +216,11 @@ def student_embeddings(
         embed = functools.partial(embeddings_by_view, backbone)
         if remat and i < len(views) - 1:
             embed = jax.checkpoint(embed)
-        of_views, batch_stats = embed(params, batch_stats, features)
+        embedded, batch_stats = embed(params, batch_stats, features)
         # One crop length after the other, in reverse order in the backward pass: their activations are never held at
         # the same time (0.38 GB of temporaries instead of 0.55).
-        params, of_views = materialize_on_cpu((params, of_views))
-        embeddings.append(of_views)
+        params, embedded = materialize_on_cpu((params, embedded))
+        embeddings.append(embedded)
     return embeddings, batch_stats
 
 
@@ -318,12 +318,28 @@ def head_loss(
             gap = losses.mean_entropy_gap(logits, weights.student_temp)
             regularizers["mean_entropy"] = weights.mean_entropy * gap
         if weights.variance or weights.covariance:
-            views = [by_view(rows, len(of_views)) for rows, of_views in zip(projections, embeddings, strict=True)]
+            views = [by_view(rows, len(embedded)) for rows, embedded in zip(projections, embeddings, strict=True)]
             variance, covariance = losses.variance_and_covariance(jnp.concatenate(views))
             regularizers["variance"] = regularization * weights.variance * variance
             regularizers["covariance"] = regularization * weights.covariance * covariance
     total = sum((pair.weight * term for pair, term in terms.items()), jnp.float32(0))
     return sum(regularizers.values(), total), (terms, regularizers, batch_stats)
+
+
+def loss_by_head(
+    name: str, head: str, state: TrainState, views: Views, teachers: Mapping[str, TeacherOutputs], recipe: Recipe
+) -> Callable[..., tuple[jax.Array, tuple[dict[Pair, jax.Array], Metrics, dict[str, Any]]]]:
+    """Returns `head_loss` of a branch's student by one head, a function of the head's parameters and the embeddings."""
+    return functools.partial(
+        head_loss,
+        branch=recipe.branches[name],
+        batch_stats=state.student[name]["batch_stats"][head_part(head)],
+        pairs=pairs_of(name, head, recipe),
+        teachers=teachers,
+        weights=recipe.weights,
+        regularization=recipe.schedules.regularization(state.step),
+        shared_views=views.shared,
+    )
 
 
 @jax.named_scope("contrastive")
@@ -371,20 +387,11 @@ def objective(
     teachers, weights = all_teacher_outputs(state, views, recipe), recipe.weights
     total = jnp.float32(0)
     for name, branch in recipe.branches.items():
-        params, stats = students[name], state.student[name]["batch_stats"]
-        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats["backbone"], views.students)
+        params, stats = students[name], state.student[name]["batch_stats"]["backbone"]
+        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats, views.students)
         for head in branch.head_names:
-            total += head_loss(
-                params[head_part(head)],
-                embeddings,
-                branch=branch,
-                batch_stats=stats[head_part(head)],
-                pairs=pairs_of(name, head, recipe),
-                teachers=teachers,
-                weights=weights,
-                regularization=recipe.schedules.regularization(state.step),
-                shared_views=views.shared,
-            )[0]
+            by_head = loss_by_head(name, head, state, views, teachers, recipe)
+            total += by_head(params[head_part(head)], embeddings)[0]
         if recipe.is_contrastive:
             gate = 1 - state.gate.closed
             total += gate * contrastive_loss(embeddings[0], teachers[name].embeddings, weights, views.shared, labels)
@@ -463,10 +470,10 @@ def supervised_gradient(
         supervision=recipe.supervision,
         given=labels if gated is not None else None,
     )
-    (value, (accuracy, of_utterances)), (gradient, at_embeddings) = jax.value_and_grad(
+    (value, (accuracy, utterance_losses)), (gradient, at_embeddings) = jax.value_and_grad(
         loss, argnums=(0, 1), has_aux=True
     )(student["params"][SPEAKER_HEAD], embeddings)
-    return SupervisedGradient(value, gradient, at_embeddings, {f"accuracy/{name}": accuracy} | shares, of_utterances)
+    return SupervisedGradient(value, gradient, at_embeddings, {f"accuracy/{name}": accuracy} | shares, utterance_losses)
 
 
 class BranchUpdate(NamedTuple):
@@ -495,7 +502,8 @@ def update_branch(
     The backward pass is cut at the embedding, where the gradients of both kinds of loss meet: their cosine, which the
     `conflict` gate reads, costs nothing. Each head is updated before the next one's gradient is computed. On a CPU, at
     the authors' sizes and a batch of 4, XLA plans 0.38 GB of temporaries for this, and 0.79 GB for the gradient of the
-    whole objective with crops recomputed. For TPUs and GPUs it plans the same time for both (experiments/README.md).
+    whole objective with crops recomputed. For TPUs and GPUs the same time is planned for both, and up to 16 % less
+    memory for the latter (experiments/README.md).
     """
     branch, weights = recipe.branches[name], recipe.weights
     params, averages = state.student[name]["params"], state.teacher[name]["params"]
@@ -522,19 +530,9 @@ def update_branch(
     )
     cotangent, terms, others = jax.tree.map(jnp.zeros_like, embeddings), {}, {}
     for head in branch.head_names:
-        part = head_part(head)
-        loss = functools.partial(
-            head_loss,
-            branch=branch,
-            batch_stats=stats[part],
-            pairs=pairs_of(name, head, recipe),
-            teachers=teachers,
-            weights=weights,
-            regularization=recipe.schedules.regularization(state.step),
-            shared_views=views.shared,
-        )
+        part, by_head = head_part(head), loss_by_head(name, head, state, views, teachers, recipe)
         (_, (head_terms, regularizers, stats[part])), (gradient, at_embeddings) = jax.value_and_grad(
-            loss, argnums=(0, 1), has_aux=True
+            by_head, argnums=(0, 1), has_aux=True
         )(params[part], embeddings)
         cotangent, terms = jax.tree.map(jnp.add, cotangent, at_embeddings), terms | head_terms
         others = {kind: others.get(kind, 0.0) + value for kind, value in regularizers.items()}
@@ -555,8 +553,8 @@ def update_branch(
 
     contrastive = None
     if recipe.is_contrastive:
-        if supervised:  # gloo mixes up sums over processes that two losses ask for at the same time
-            embeddings, cotangent, head_cotangent, others, supervised = materialize_on_cpu(
+        if supervised:
+            embeddings, cotangent, head_cotangent, others, supervised = finish_sums_over_processes(
                 (embeddings, cotangent, head_cotangent, others, supervised)
             )
         loss, gradient, cosine = contrastive_gradient(
@@ -640,7 +638,7 @@ def train_step_on_features(
         with jax.named_scope(name):
             updates[name] = update_branch(name, state, views, teachers, recipe, labels, gated)
 
-    metrics = {key: value for of_branch in updates.values() for key, value in of_branch.metrics.items()}
+    metrics = {key: value for update in updates.values() for key, value in update.metrics.items()}
     gate = state.gate
     if recipe.is_contrastive:
         loss, alignment = (
@@ -659,8 +657,8 @@ def train_step_on_features(
         partners=state.partners,
     )
     if gated is not None:
-        of_utterances = jnp.stack([updates[name].utterance_losses for name in names]).mean(axis=0)
-        new_state = new_state.replace(loss_gate=with_losses(state.loss_gate, gated.index, of_utterances, labels))
+        utterance_losses = jnp.stack([updates[name].utterance_losses for name in names]).mean(axis=0)
+        new_state = new_state.replace(loss_gate=with_losses(state.loss_gate, gated.index, utterance_losses, labels))
         metrics["labels/threshold"] = state.loss_gate.threshold
     metrics |= {
         "loss": sum(metrics[f"loss/{name}"] for name in names),
@@ -671,7 +669,7 @@ def train_step_on_features(
         "gate/closed_at": gate.closed_at,
         "gate/loss": gate.loss,
         "gate/alignment": gate.alignment,
-        "gradient_norm": jnp.sqrt(sum(of_branch.squared_gradient for of_branch in updates.values())),
+        "gradient_norm": jnp.sqrt(sum(update.squared_gradient for update in updates.values())),
     }
     return new_state, metrics
 

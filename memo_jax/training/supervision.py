@@ -59,16 +59,16 @@ def supervised_loss(
       (u · S, (the accuracy of the speaker head, the loss of each utterance [B] for the given labels or None)).
     """
     with jax.named_scope("supervised"):
-        rows = jnp.concatenate([of_views.reshape(-1, of_views.shape[-1]) for of_views in embeddings])
+        rows = jnp.concatenate([crops.reshape(-1, crops.shape[-1]) for crops in embeddings])
         views = len(rows) // len(labels)
-        of_rows = jnp.tile(labels, views)
+        row_labels = jnp.tile(labels, views)
         cosines = SpeakerHead(branch.speakers).apply({"params": head_params}, rows)
-        loss = losses.aam_softmax(cosines, of_rows, supervision.scale, margin)
-        of_utterances = None
+        loss = losses.aam_softmax(cosines, row_labels, supervision.scale, margin)
+        utterance_losses = None
         if given is not None:
-            of_given = losses.aam_softmax_rows(cosines, jnp.tile(given, views), supervision.scale, margin)
-            of_utterances = of_given.reshape(views, -1).mean(axis=0)
-        return supervision.weight * loss, (losses.accuracy(cosines, of_rows), of_utterances)
+            given_losses = losses.aam_softmax_rows(cosines, jnp.tile(given, views), supervision.scale, margin)
+            utterance_losses = given_losses.reshape(views, -1).mean(axis=0)
+        return supervision.weight * loss, (losses.accuracy(cosines, row_labels), utterance_losses)
 
 
 class GatedBatch(NamedTuple):
@@ -111,9 +111,9 @@ def learned_labels(
         return jnp.where(left_out, none, labels), jnp.zeros_like(left_out)
 
     def likeliest(clean):
-        of_backbone = {kind: variables[kind]["backbone"] for kind in ("params", "batch_stats")}
+        backbone = {kind: variables[kind]["backbone"] for kind in ("params", "batch_stats")}
         return losses.confident_labels(
-            branch.backbone.apply(of_backbone, clean),
+            branch.backbone.apply(backbone, clean),
             variables["params"][SPEAKER_HEAD]["directions"],
             supervision.correction_temperature,
             supervision.correction_probability,

@@ -95,11 +95,7 @@ def train(
         profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profile, begin, end, active=first)))
         steps = {"the latest checkpoint": str(begin), "the step to stop at": str(end)}
         processes.check_agreement(agreed_inputs(config, inputs) | steps)
-        banks = load_augmentation_banks(config)
-        if banks:
-            processes.check_agreement(agreed_banks(banks))
-        if begin:
-            check_same_banks(workdir, banks)
+        banks = checked_banks(config, workdir, begin)
         interrupts.check()
         feed = stack.enter_context(Feed(config, inputs, mesh, banks, begin, compiles=begin < end))
         if first:  # only now: a config that cannot work claims no workdir
@@ -109,12 +105,12 @@ def train(
         state, start_note = state_after(begin, config, inputs, mesh, checkpoints, start or {})
         # A run killed before its first checkpoint evaluates the untrained network again.
         log.truncate_after(begin or -1)
-        shown = stack.enter_context(Progress(inputs.total, "training", "step", begin, active=first))
-        record = announced_record(workdir, config, inputs, banks, begin, end, start_note, shown)
+        progress = stack.enter_context(Progress(inputs.total, "training", "step", begin, active=first))
+        record = start_record(workdir, config, inputs, banks, begin, end, start_note, progress)
         monitor = Monitor(
-            config, recipe, log, shown, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
+            config, recipe, log, progress, goodput, end=end, epoch_steps=inputs.epoch_steps, evaluation=evaluation
         )
-        monitor.begins(state, None if begin else teacher_backbones(state), load_extra(workdir) if begin else {})
+        monitor.start(state, None if begin else teacher_backbones(state), load_extra(workdir) if begin else {})
         feed.open(state, monitor)
         for number in range(begin + 1, end + 1):
             state = take_step(number, state, inputs, feed, monitor, profiler)
@@ -134,7 +130,7 @@ def train(
             checkpoints.wait()
         record.end(end)
         if begin < end:
-            shown.write(str(goodput))
+            progress.write(str(goodput))
     return monitor.last
 
 
@@ -142,17 +138,17 @@ def take_step(
     number: int, state: TrainState, inputs: Inputs, feed: Feed, monitor: Monitor, profiler: Profiler
 ) -> TrainState:
     """Takes step `number` on the next batch and returns the state after it; the old state is donated."""
-    goodput, shown = monitor.goodput, monitor.progress
-    state = feed.before(number, state, monitor, shown)
-    profiler.before(number)
+    goodput, progress = monitor.goodput, monitor.progress
+    state = feed.prepare(number, state, monitor, progress)
+    profiler.start_if_due(number)
     with goodput.waiting_for_input(monitor.running):
         batch = feed.batch()
     with goodput.counting("compile") if feed.compiles_next else contextlib.nullcontext():
         state, metrics = feed.take_step(state, batch)
-    monitor.took(number, metrics)
-    state = with_new_loss_gate(monitor.config, inputs, state, number, shown)
-    if said := profiler.after(number, state):
-        shown.write(said)
+    monitor.record(number, metrics)
+    state = with_new_loss_gate(monitor.config, inputs, state, number, progress)
+    if said := profiler.stop_if_due(number, state):
+        progress.write(said)
     return state
 
 
@@ -164,11 +160,11 @@ def save(
         if lock:
             lock.check()
         monitor.log.upload()  # so that a run resumed from there has all rows up to it
-        checkpoints.save(number, state, data_identity(inputs) | monitor.kept() | {"version": __version__})
+        checkpoints.save(number, state, data_identity(inputs) | monitor.to_save() | {"version": __version__})
 
 
 def with_new_loss_gate(
-    config: configs.ConfigDict, inputs: Inputs, state: TrainState, number: int, shown: Progress
+    config: configs.ConfigDict, inputs: Inputs, state: TrainState, number: int, progress: Progress
 ) -> TrainState:
     """Returns the state with which the step after `number` begins: after an epoch, with a new loss-gate threshold."""
     epoch, left = divmod(number, inputs.epoch_steps)
@@ -177,7 +173,7 @@ def with_new_loss_gate(
     losses = np.asarray(state.loss_gate.losses.addressable_data(0))
     threshold = processes.broadcast_from_first(np.float32(gate_threshold(losses)))
     passing, seen = int((losses <= threshold).sum()), int((losses >= 0).sum())
-    shown.write(
+    progress.write(
         f"epoch {epoch}: the loss gate is at {threshold:.4g}; {plural(len(losses) - passing, 'utterance')} of {seen:,} "
         "left out"
     )
@@ -204,18 +200,18 @@ def state_after(
 def with_known_speakers(
     config: configs.ConfigDict, inputs: Inputs, start: Mapping[str, Variables]
 ) -> tuple[Mapping[str, Variables], str]:
-    """Returns the parts to start from, with speaker heads only if they are of the same labels, and a note."""
+    """Returns the parts to start from, with speaker heads only if their labels are the same, and a note."""
     if inputs.labels is None or not any(SPEAKER_HEAD in parts["params"] for parts in start.values()):
         return start, ""
     # The labels are numbers of speakers: those of another dataset are other people.
     before = load_extra(config.init)
     if all(before[key] == value for key, value in data_identity(inputs).items()):
-        return start, f"the labels are those of {config.init}: their directions are kept"
+        return start, f"the labels are those of {config.init}: the speaker heads are kept"
     without = {
         branch: parts | {"params": {part: tree for part, tree in parts["params"].items() if part != SPEAKER_HEAD}}
         for branch, parts in start.items()
     }
-    return without, f"the labels are not those of {config.init}: their directions start afresh"
+    return without, f"the labels are not those of {config.init}: the speaker heads start from random values"
 
 
 def check_same_config(
@@ -264,6 +260,16 @@ def check_same_run(workdir: str | os.PathLike, config: configs.ConfigDict, input
     return steps[-1]
 
 
+def checked_banks(config: configs.ConfigDict, workdir: str | os.PathLike, begin: int) -> dict[str, np.ndarray]:
+    """Returns the config's banks; raises ValueError if those of processes differ, or those that the run began with."""
+    banks = load_augmentation_banks(config)
+    if banks:
+        processes.check_agreement(agreed_banks(banks))
+    if begin:
+        check_same_banks(workdir, banks)
+    return banks
+
+
 def check_same_banks(workdir: str | os.PathLike, banks: dict[str, np.ndarray]) -> None:
     """Raises ValueError naming a bank whose folder no longer yields what the run of a workdir began with."""
     before = (read_run(workdir) or {"data": {"banks": {}}})["data"]["banks"]
@@ -285,7 +291,7 @@ def teacher_backbones(state: TrainState) -> dict:
     return jax.tree.map(np.array, sharding.on_one_device(backbones))
 
 
-def announced_record(
+def start_record(
     workdir: str | os.PathLike,
     config: configs.ConfigDict,
     inputs: Inputs,
@@ -293,7 +299,7 @@ def announced_record(
     begin: int,
     end: int,
     start_note: str,
-    shown: Progress,
+    progress: Progress,
 ) -> RunRecord:
     """Returns the record of this start, from step `begin` to `end`, and says what is trained on what."""
     record = RunRecord(
@@ -305,9 +311,9 @@ def announced_record(
         total=inputs.total,
         active=jax.process_index() == 0 and begin < end,
     )
-    shown.write(announcement(config, inputs, banks, begin, start_note, record.extended_from))
+    progress.write(announcement(config, inputs, banks, begin, start_note, record.extended_from))
     if begin >= end:
-        shown.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
+        progress.write(f"nothing to do: {workdir} has been trained for {begin} steps already")
     return record
 
 
@@ -334,7 +340,7 @@ def announcement(
     lines = [
         f"{len(inputs.utterances)} utterances, {inputs.epoch_steps} steps an epoch, {inputs.total} steps in all"
         + (f", resumed after step {begin}" if begin else ""),
-        f"branches {', '.join(inputs.recipe.branches)} on {len(devices)} {devices[0].platform} device(s)"
+        f"branches {', '.join(inputs.recipe.branches)} on {plural(len(devices), devices[0].platform + ' device')}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else "")
         + f", gate rule {inputs.recipe.gate_rule.name}",
         f"augmentation: {bank_text}",

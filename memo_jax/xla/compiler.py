@@ -22,9 +22,8 @@ CPU_OPTIONS = {
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 if jax.__version_info__ >= (0, 11):
-    # A Fourier transform on a thread of the pool waits for parts of it that wait for a thread. Where all threads are in
-    # transforms, or wait for other devices, they wait for ever (openxla/xla issue 46345 led to it). This gives each
-    # transform, but each convolution, too, one thread.
+    # A Fourier transform on a thread of the pool can deadlock while it waits for other threads of the pool
+    # (openxla/xla issue 46345). This runs each transform, but also each convolution, on one thread.
     CPU_OPTIONS["xla_cpu_multi_thread_eigen"] = False
 RUN_ONCE_CPU_OPTIONS = {
     # Optimising hundreds of small kernels takes several times as long as it saves.
@@ -84,6 +83,14 @@ def materialize_on_cpu(tree: Any) -> Any:
     every operation that reads it. Takes effect in programs compiled with `compiler_options`; elsewhere it does nothing.
     """
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
+
+
+def finish_sums_over_processes(tree: Any) -> Any:
+    """Returns the pytree, on CPUs computed before what reads any of it asks other processes for sums of its own.
+
+    Gloo, by which processes on CPUs add, mixes up sums of two losses that are asked for at the same time.
+    """
+    return materialize_on_cpu(tree)
 
 
 def materialize_on_gpu(x: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ def test_all_pairs_there_are_can_be_had_and_no_more():
         make_trials(few, targets=10)
     with pytest.raises(ValueError, match="28 nontarget trials are wanted and there are 27 pairs"):
         make_trials(few, nontargets=28)
-    with pytest.raises(ValueError, match="all recordings are of 'a'"):
+    with pytest.raises(ValueError, match="all recordings come from 'a'"):
         make_trials({"a/1.wav": "a", "a/2.wav": "a"})
     with pytest.raises(ValueError, match="0 pairs of recordings of one speaker of different sessions"):
         make_trials({"a/x/1.wav": "a", "a/x/2.wav": "a", "b/x/1.wav": "b"}, targets=1)

@@ -177,9 +177,9 @@ def test_another_command_is_refused_and_starts_over_when_told(speech, tmp_path, 
     interrupted(monkeypatch, speech, tmp_path / "set", 10)
     before = parts_of(tmp_path / "set")
     for options in ({"min_seconds": 0.1}, {"speakers": {"s0/0.wav": "x"}}, {"run_commands": True}):
-        with pytest.raises(FileExistsError, match="set is unfinished, and it was begun with .*--overwrite"):
+        with pytest.raises(FileExistsError, match="set is unfinished, and it was started with .*--overwrite"):
             prepare(speech, tmp_path / "set", workers=1, **options)
-    with pytest.raises(FileExistsError, match="begun with inputs .*speech'] and not .*s0'].*--overwrite"):
+    with pytest.raises(FileExistsError, match="started with inputs .*speech'] and not .*s0'].*--overwrite"):
         prepare(speech / "s0", tmp_path / "set", workers=1)
     assert parts_of(tmp_path / "set") == before
     report = prepare(speech / "s0", tmp_path / "set", workers=1, overwrite=True)
@@ -192,7 +192,7 @@ def test_paths_are_relative_to_the_folder_in_which_it_was_begun(speech, tmp_path
     monkeypatch.chdir(tmp_path)
     interrupted(monkeypatch, "speech", "out", 7)
     monkeypatch.chdir("/")
-    with pytest.raises(FileExistsError, match=f"begun in the folder {tmp_path}, to which its inputs are relative"):
+    with pytest.raises(FileExistsError, match=f"started in the folder {tmp_path}, to which its inputs are relative"):
         prepare(speech, tmp_path / "out", workers=1)
     monkeypatch.chdir(tmp_path)
     assert prepare("speech", "out", workers=1)["utterances"] == COUNT
@@ -230,7 +230,7 @@ def test_files_that_came_or_went_in_between_are_reported(speech, tmp_path, monke
     names = Utterances(tmp_path / "set").names
     assert len(names) == COUNT - 1 and "s0/0.wav" in names and "s0/00.wav" not in names
     assert report["left_out"] == [
-        (str(speech / "s0" / "00.wav"), "added too late: after the dataset was begun"),
+        (str(speech / "s0" / "00.wav"), "added too late: after preparation had started"),
         (str(speech / "s3" / "23.wav"), "no such file"),
     ]
     assert "left out 1 recording added after" in capsys.readouterr().err

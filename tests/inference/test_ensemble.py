@@ -115,9 +115,12 @@ def test_a_member_of_an_ensembles_file_can_be_taken(networks, tmp_path):
 def test_what_is_no_ensemble_is_refused(networks, tmp_path):
     ecapa, resnet, both = networks
     for models, said in (
-        ([ecapa, ecapa], "an ensemble is of different backbones, not of ecapa, ecapa"),
-        ([both, ecapa], "not of ensemble, ecapa"),
-        ([ecapa, dataclasses.replace(resnet, front_end="kaldi_fbank")], "the same input, not kaldi_fbank and log_mel"),
+        ([ecapa, ecapa], "an ensemble needs different backbones: these are ecapa, ecapa"),
+        ([both, ecapa], "these are ensemble, ecapa"),
+        (
+            [ecapa, dataclasses.replace(resnet, front_end="kaldi_fbank")],
+            "the same input: these take kaldi_fbank and log_mel",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             ensemble_of(models, {})
@@ -125,7 +128,7 @@ def test_what_is_no_ensemble_is_refused(networks, tmp_path):
     for branch, said in (
         ("ecapa,xvector", "has no branch 'xvector': choose one of ecapa, resnet"),
         ("ecapa,", "has no branch ''"),
-        ("resnet,resnet", "different backbones, not of resnet, resnet"),
+        ("resnet,resnet", "different backbones: these are resnet, resnet"),
     ):
         status, text = tiny.here("export", "--model", workdir, "--branch", branch, "--output", tmp_path / "a.onnx")
         assert status == 2 and said in text and text.count("\n") == 1, text

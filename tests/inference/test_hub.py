@@ -76,7 +76,9 @@ def test_a_pushed_model_is_loaded_by_name_and_by_revision(hub, tmp_path):
     del hub.repositories["org/voices"][-1]["model.onnx"]
     results.write_text(json.dumps({"eer": 3.21, "trial_list": "test.txt", "fingerprint": "of another"}))
     done = run(hub, tmp_path, "-m", "memo_jax", "push", tiny.model_file(), "org/voices", "--results", results)
-    assert done.returncode == 2 and "these results are of another network (of another, not" in done.stderr, done.stderr
+    assert done.returncode == 2 and "these results belong to another network (of another, not" in done.stderr, (
+        done.stderr
+    )
 
     other = tiny.untrained_model()
     changed = tmp_path / "changed.safetensors"

@@ -152,7 +152,7 @@ def test_labels_of_one_kind_name_the_kind_that_is_missing(tmp_path, label):
 
 @pytest.mark.parametrize("again", ["0 a b", "0 b a"])
 def test_a_pair_that_is_target_and_nontarget_is_refused(tmp_path, again):
-    with pytest.raises(ValueError, match="trials 1 and 3 are of 'a' and 'b', once as target and once as nontarget"):
+    with pytest.raises(ValueError, match="trials 1 and 3 compare 'a' and 'b', once as target and once as nontarget"):
         read_trials(write(tmp_path, f"1 a b\n0 a c\n{again}\n"))
     assert len(read_trials(write(tmp_path, "1 a b\n0 a c\n1 b a\n"))) == 3
 

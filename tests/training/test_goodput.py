@@ -26,7 +26,7 @@ def results(ready):
 def test_time_that_nothing_else_counts_goes_to_the_steps(clock):
     counted = goodput.Goodput()
     clock.time += 10
-    counted.started()
+    counted.end_start()
     for part, seconds in {"compile": 30, "evaluation": 4, "checkpoint": 5, "positives": 2}.items():
         with counted.counting(part):
             clock.time += seconds

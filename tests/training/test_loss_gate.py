@@ -216,10 +216,10 @@ def test_when_off_it_is_not_part_of_state_and_batch(monkeypatch):
     "settings, said",
     [
         (("supervised.loss_gate_after_epochs=1",), "supervised.weight is 0"),
-        (("supervised.weight=1", "supervised.correct_labels_after_epochs=1"), "loss_gate_after_epochs is 0"),
+        (("supervised.weight=1", "supervised.correct_labels_after_epochs=1"), "loss_gate_after_epochs 0: only"),
         (
             ("supervised.weight=1", "supervised.loss_gate_after_epochs=3", "supervised.correct_labels_after_epochs=2"),
-            "set that to 1 to 2",
+            "set the latter to 1 to 2",
         ),
         (("supervised.weight=1", "supervised.loss_gate_after_epochs=-1"), "must be at least 0"),
         (("supervised.correction_temperature=0",), "supervised.correction_temperature"),

@@ -89,7 +89,7 @@ def test_four_processes_train_as_one_does(runs):
         == 2 * tiny.SPEAKERS * tiny.UTTERANCES
     ), "each utterance once in an epoch"
     first, *others = (one.text for one in runs.four)
-    assert "on 4 cpu device(s) of 4 processes" in first and "training: 12/12 step" in first
+    assert "on 4 cpu devices of 4 processes" in first and "training: 12/12 step" in first
     assert not [text for text in others if "training" in text or "utterances" in text]
 
 
@@ -174,7 +174,7 @@ def test_sigterm_to_a_process_that_trains_alone_saves_and_ends_it(runs, monkeypa
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--coordinator=localhost:1234", "--num_processes=2", "--process_id=2"], "--process_id is 2: must be 0 to 1"),
+        (["--coordinator=localhost:1234", "--num-processes=2", "--process-id=2"], "--process-id is 2: must be 0 to 1"),
         (
             ["--coordinator=localhost", "--num-processes=2", "--process-id=1"],
             "give host and port, such as 10.0.0.1:1234",
@@ -187,8 +187,8 @@ def test_impossible_process_numbers_and_coordinators_are_refused(flags, message,
 
 
 def test_without_a_cluster_the_flags_that_are_missing_are_named(tmp_path):
-    done = tiny.memo_jax(*command(tmp_path / "run", "--distributed"), "--num_processes=2")
-    assert done.returncode == 2 and "give --coordinator, --process_id" in done.stderr
+    done = tiny.memo_jax(*command(tmp_path / "run", "--distributed"), "--num-processes=2")
+    assert done.returncode == 2 and "give --coordinator, --process-id" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -203,7 +203,7 @@ def test_what_differs_between_processes_is_named_in_all(monkeypatch):
 
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
-    with pytest.raises(ValueError, match="the bank of noise differs between the processes: that of process 1"):
+    with pytest.raises(ValueError, match="the bank of noise differs between processes 0 and 1: "):
         processes.check_agreement({"the config": "{}", "the bank of noise": "17"})
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine]))
     processes.check_agreement({"the config": "{}", "the bank of noise": "17"})

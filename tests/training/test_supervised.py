@@ -229,10 +229,10 @@ def test_a_run_from_a_workdir_keeps_the_directions_of_the_same_labels(run, tmp_p
     corpus = shutil.copytree(tiny.material().corpus, tmp_path / "corpus")
     shutil.copy(corpus / "s0" / "0.wav", corpus / "s1" / "0.wav")
     strangers = tiny.write_dataset(tmp_path / "strangers", corpus)
-    others = f"the labels are not those of {run}: their directions start afresh\n"
+    others = f"the labels are not those of {run}: the speaker heads start from random values\n"
     for number, (settings, same, said) in enumerate(
         (
-            (("log_every_steps=2",), True, f"the labels are those of {run}: their directions are kept\n"),
+            (("log_every_steps=2",), True, f"the labels are those of {run}: the speaker heads are kept\n"),
             ((f"supervised.labels={other}",), False, others),
             ((f"data.train={strangers}",), False, others),
         )
@@ -257,7 +257,7 @@ def test_a_table_that_nothing_reads_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "speaker, said", [("", "20 of 20 utterances have no speaker"), ("one", "all utterances are of one speaker")]
+    "speaker, said", [("", "20 of 20 utterances have no speaker"), ("one", "all utterances come from one speaker")]
 )
 def test_uninformative_labels_are_refused(speaker, said, tmp_path):
     names = Utterances(tiny.material().dataset).names

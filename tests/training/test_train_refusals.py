@@ -54,7 +54,7 @@ import tiny
         (["gate.rule=often"], "gate.rule is 'often': choose one of plateau"),
         (["gate.rule=often", "--stop-at-step=0"], "gate.rule is 'often': choose one of plateau"),
         (["loss.self=0", "loss.cross=0", "gate.rule=never"], "nothing to learn from: loss.self, loss.cross"),
-        (["loss.self=0", "loss.cross=0"], "gate.rule is step: where it closes, no loss would be left"),
+        (["loss.self=0", "loss.cross=0"], "gate.rule is step: once the gate closes, no loss is left"),
         (["checkpoint.keep=0"], "checkpoint.keep is 0: at least 1 checkpoint must stay"),
         (["augment.noise=nowhere"], "nowhere: no such folder"),
         (["seed=-1"], "seed is -1"),
