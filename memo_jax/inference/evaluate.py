@@ -134,17 +134,17 @@ def training_evaluation(config: ConfigDict) -> Callable[[Any, dict[str, Any]], d
         return None
     if not config.evaluation.data:
         raise ValueError("evaluation.trials is set but evaluation.data is not: give the dataset of its recordings")
-    trials = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
-    trials.trials.require_both_kinds()
+    listed = TrialEvaluation(Utterances(config.evaluation.data), config.evaluation.trials)
+    listed.trials.require_both_kinds()  # a list without labels, too, is of no use here
 
     def evaluation(recipe, backbones):
         scores = {
-            name: trials.network_scores(branch.backbone, backbones[name], config.features.front_end)
+            name: listed.network_scores(branch.backbone, backbones[name], config.features.front_end)
             for name, branch in recipe.branches.items()
         }
         if len(scores) > 1:
             scores[",".join(scores)] = metrics.average_scores(list(scores.values()))
-        return {f"{key}/{name}": rate for name, found in scores.items() for key, rate in trials.rates(found).items()}
+        return {f"{key}/{name}": rate for name, found in scores.items() for key, rate in listed.rates(found).items()}
 
     return evaluation
 

@@ -149,24 +149,16 @@ def score(
     if cohorts and not (mean_subtraction or as_norm):
         raise ValueError("a cohort is for --mean-subtraction or --as-norm N: add one of them, or leave out --cohort")
     listed = read_trials(trials, enrollments)
-    if listed.target is None and scores_file is None:
-        raise ValueError(f"{trials} has no labels, so only scores can be written: give --scores FILE")
     if listed.target is not None:
         listed.require_both_kinds()
+    elif scores_file is None:
+        raise ValueError(f"{trials} has no labels, so only scores can be written: give --scores FILE")
     else:
-        given = {"calibrate": calibration_trials, "compare": compare, "speakers": speakers}
-        for name in (name for name, value in given.items() if value):
-            raise ValueError(f"{trials} has no labels, so there are no error rates: leave out --{name}")
+        needless = {"calibrate": calibration_trials, "compare": compare, "speakers": speakers}
+        if given := [f"--{name}" for name, value in needless.items() if value]:
+            raise ValueError(f"{trials} has no labels, so there are no error rates: leave out {' and '.join(given)}")
     systems = [read_embeddings(path) for path in embeddings]
-    backgrounds = [read_embeddings(path) for path in cohorts] or [None] * len(systems)
-    for path, system, background, cohort in zip(embeddings, systems, backgrounds, cohorts):
-        check_same_model(system.model, path, background.model, cohort)
-        dimensions = system.embeddings.shape[1], background.embeddings.shape[1]
-        if dimensions[0] != dimensions[1]:
-            raise ValueError(
-                f"{path} has embeddings of {dimensions[0]} numbers and its cohort {cohort} of {dimensions[1]}: embed "
-                "both with one model"
-            )
+    backgrounds = [_cohort_of(*files) for files in zip(systems, embeddings, cohorts)] or [None] * len(systems)
 
     def treated_scores(listed):
         return metrics.average_scores(
@@ -196,6 +188,19 @@ def score(
     if scores_file is not None:
         write_scores(scores_file, listed, scores)
     return results
+
+
+def _cohort_of(system: Embeddings, path, cohort) -> Embeddings:
+    """The cohort of a system; ValueError if it is from another model or of another dimension."""
+    background = read_embeddings(cohort)
+    check_same_model(system.model, path, background.model, cohort)
+    dimensions = system.embeddings.shape[1], background.embeddings.shape[1]
+    if dimensions[0] != dimensions[1]:
+        raise ValueError(
+            f"{path} has embeddings of {dimensions[0]} numbers and its cohort {cohort} of {dimensions[1]}: embed both "
+            "with one model"
+        )
+    return background
 
 
 def _labelled_results(

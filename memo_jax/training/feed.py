@@ -53,7 +53,7 @@ class Feed:
         partners, positives = None, self._inputs.positives
         if positives and positives.active(self._begin) and not positives.due(self._begin):
             partners = np.asarray(state.partners.addressable_data(0))
-            monitor.lasting = positives.metrics(partners)
+            monitor.add_to_rows(positives.metrics(partners))
         self._batches = batches_of(self._config, self._inputs, self._begin, partners)
 
     def prepare(self, number: int, state: TrainState, monitor: Monitor, progress: Progress) -> TrainState:
@@ -69,7 +69,7 @@ class Feed:
             partners = positives.draw(state, self._inputs.recipe, self._mesh, taken)
             interrupts.check()
             self._batches = batches_of(self._config, self._inputs, taken, partners)
-            monitor.lasting = positives.metrics(partners)
+            monitor.add_to_rows(positives.metrics(partners))
             progress.write(partners_text(taken, monitor.lasting))
         return state.replace(partners=sharding.replicate(self._mesh, partners))
 

@@ -102,6 +102,10 @@ class Monitor:
             self._log(self._read())
         self._pending = number, metrics
 
+    def add_to_rows(self, metrics: dict[str, float]) -> None:
+        """Makes these metrics part of every row, until others take their place."""
+        self.lasting = metrics
+
     @contextlib.contextmanager
     def between_steps(self, part: str) -> Iterator[None]:
         """A context whose time counts for a part of the goodput, and for no step; logs the step that precedes it."""

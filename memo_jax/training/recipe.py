@@ -146,12 +146,34 @@ def check_ranges(config: configs.ConfigDict) -> None:
         key, snr = f"augment.{kind}_snr_db", config.augment[f"{kind}_snr_db"]
         if len(snr) != 2 or not snr[0] <= snr[1]:
             raise ValueError(f"{key} is {snr}: give the lowest and the highest, in dB")
+    for key, choices in CHOICES.items():
+        if (value := attrgetter(key)(config)) not in choices:
+            raise ValueError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
     check_learns_something(config)
+    check_supervision(config)
+    check_views(config)
+    check_networks(config)
+
+
+def check_views(config: configs.ConfigDict) -> None:
+    """Raises ValueError, naming the key, for shares of augmentation or numbers of crops that cannot work."""
     clean, both = config.augment.clean, config.augment.both
     if clean < 1 and clean + both > 1 + 1e-6:  # two shares that are rounded
         raise ValueError(f"augment.clean is {clean} and augment.both {both}: together they must be at most 1")
     if not 0 <= config.augment.masked_bins <= MEL_BINS:
         raise ValueError(f"augment.masked_bins is {config.augment.masked_bins}: must be 0 to {MEL_BINS}")
+    if config.teacher.view == "clean":
+        if config.data.global_crops < 1 or config.data.local_crops < 1:
+            raise ValueError(
+                f"data.global_crops is {config.data.global_crops} and data.local_crops {config.data.local_crops}: with "
+                "teacher.view=clean, teachers see the first and students the second; give at least 1 of each"
+            )
+    elif config.data.global_crops < 2:
+        raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
+
+
+def check_supervision(config: configs.ConfigDict) -> None:
+    """Raises ValueError, naming the key, for settings of the loss on labels that cannot work."""
     if not 0 <= config.supervised.margin <= math.pi / 2:
         raise ValueError(f"supervised.margin is {config.supervised.margin}: must be 0 to π/2, in radians")
     after, correct_after = config.supervised.loss_gate_after_epochs, config.supervised.correct_labels_after_epochs
@@ -169,17 +191,10 @@ def check_ranges(config: configs.ConfigDict) -> None:
         )
     if config.supervised.labels and not reads_labels(config):
         raise ValueError("supervised.labels is set, but nothing reads labels: set supervised.weight above 0")
-    for key, choices in CHOICES.items():
-        if (value := attrgetter(key)(config)) not in choices:
-            raise ValueError(f"{key} is {value!r}: choose one of {', '.join(choices)}")
-    if config.teacher.view == "clean":
-        if config.data.global_crops < 1 or config.data.local_crops < 1:
-            raise ValueError(
-                f"data.global_crops is {config.data.global_crops} and data.local_crops {config.data.local_crops}: with "
-                "teacher.view=clean, teachers see the first and students the second; give at least 1 of each"
-            )
-    elif config.data.global_crops < 2:
-        raise ValueError(f"data.global_crops is {config.data.global_crops}: must be 2 or more, to compare two views")
+
+
+def check_networks(config: configs.ConfigDict) -> None:
+    """Raises ValueError, naming the key, for sizes of networks that cannot work."""
     channels, blocks = config.model.ecapa_channels, config.model.resnet_blocks
     scale = config.model.ecapa_scale
     if scale < 2:
