@@ -30,19 +30,19 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
     is no such file beside it, the packaged config of that name is imported.
 
     Args:
-        path: the config file, absolute or relative to the current folder, or the bare name of a packaged config,
-            such as "small" (`packaged_configs`).
-        overrides: texts like "--config.optim.lr=0.1", in the order to apply them. A value is read as the type it
-            replaces: int, float (an int will do), bool (true, false, 1, 0), str (taken literally), tuple or list
-            ("1,2" or "(1, 2)", with elements of the types replaced). A placeholder of ml_collections also takes "None".
+      path: the config file, absolute or relative to the current folder, or the bare name of a packaged config,
+        such as "small" (`packaged_configs`).
+      overrides: texts like "--config.optim.lr=0.1", in the order to apply them. A value is read as the type it
+        replaces: int, float (an int will do), bool (true, false, 1, 0), str (taken literally), tuple or list
+        ("1,2" or "(1, 2)", with elements of the types replaced). A placeholder of ml_collections also takes "None".
 
     Returns:
-        The locked config.
+      The locked config.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be run, has no get_config, or an override names an unknown key (the message names
-            the nearest) or has a value of another type.
+      FileNotFoundError: no such file.
+      ValueError: the file cannot be run, has no get_config, or an override names an unknown key (the message names
+        the nearest) or has a value of another type.
     """
     path, argument = _file_and_argument(str(path))
     config = _run_get_config(path, argument)
@@ -154,12 +154,12 @@ def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int) -> in
     overrides may be fractions, too. A duration above 0 is at least 1 step.
 
     Args:
-        config: of the run.
-        name: "total", "optimizer.warmup", …
-        steps_per_epoch: at least 1.
+      config: of the run.
+      name: "total", "optimizer.warmup", …
+      steps_per_epoch: at least 1.
 
     Raises:
-        ValueError: none or both of the keys are set, or the number is not finite.
+      ValueError: none or both of the keys are set, or the number is not finite.
     """
     if steps_per_epoch < 1:
         raise ValueError(f"steps_per_epoch is {steps_per_epoch}: the dataset holds fewer utterances than a batch")

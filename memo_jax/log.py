@@ -26,8 +26,8 @@ class MetricsLog:
     In a bucket, where nothing can be appended to, `upload`, `close` and, once a minute, `write` update the files.
 
     Raises:
-        ValueError: the existing file holds a line that is not a row of metrics.
-        OSError: the folder cannot be written.
+      ValueError: the existing file holds a line that is not a row of metrics.
+      OSError: the folder cannot be written.
     """
 
     def __init__(self, workdir: str | os.PathLike, active: bool = True, tensorboard: bool = True):
@@ -131,8 +131,8 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     """Returns the rows of a metrics file, or of the one in a workdir, oldest first; omits a half-written last line.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not a row of metrics.
+      FileNotFoundError: there is no such file.
+      ValueError: a line is not a row of metrics.
     """
     path = as_path(path)
     path = path / METRICS_FILE if path.is_dir() else path
@@ -146,11 +146,11 @@ class Progress:
     """Progress of long work with rate and time left: a bar on a terminal, elsewhere a line about every ten seconds.
 
     Args:
-        total: how many units there are in all; None when unknown (no time left is shown then).
-        label: what is being done.
-        unit: name of one unit.
-        initial: units done before (a resumed run); they do not count in the rate.
-        active: False shows nothing (every process but the first).
+      total: how many units there are in all; None when unknown (no time left is shown then).
+      label: what is being done.
+      unit: name of one unit.
+      initial: units done before (a resumed run); they do not count in the rate.
+      active: False shows nothing (every process but the first).
     """
 
     def __init__(

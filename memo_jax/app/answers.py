@@ -32,7 +32,7 @@ class Answers:
         self._changing = threading.Lock()  # several tabs may change the gallery at once
 
     def description(self) -> str:
-        """HTML: which network answers, and by what threshold."""
+        """Returns HTML: which network answers, and by what threshold."""
         model = self.embedder.model
         runs = {"onnx": "onnxruntime", "jax": "JAX"}[self.embedder.runtime]
         return (
@@ -41,7 +41,7 @@ class Answers:
         )
 
     def compare(self, first: str | None, second: str | None, current: Current) -> tuple[str, Current]:
-        """Two paths of recordings → (HTML of the answer, the page's recordings)."""
+        """Returns, for two paths of recordings, (HTML of the answer, the page's recordings)."""
         given = {"First recording": first, "Second recording": second}
         kept = {name: row for name, row in current.items() if name not in given}
         rows = {}
@@ -56,7 +56,7 @@ class Answers:
         return self._scored("Same person" if same else "Different people", score, same), kept | rows
 
     def identify(self, path: str | None, current: Current) -> tuple[str, Current]:
-        """The path of a recording → (HTML of who speaks, the page's recordings)."""
+        """Returns, for the path of a recording, (HTML of who speaks, the page's recordings)."""
         name = "Unknown voice"
         kept = {key: row for key, row in current.items() if key != name}
         gallery, problem = self._gallery()
@@ -73,7 +73,7 @@ class Answers:
         return self._scored(verdict, score, known, "" if known else f"nearest: {nearest}"), kept | {name: row}
 
     def enroll(self, name: str, paths: list[str] | None) -> tuple[str, bool]:
-        """A name and paths of recordings → (HTML of what happened, whether the person is enrolled)."""
+        """Returns, for a name and paths of recordings, (HTML of what happened, whether the person is enrolled)."""
         name = (name or "").strip()
         if not name:
             return notice("Type the person's name first."), False
@@ -92,7 +92,7 @@ class Answers:
         return notice(f"{name} is enrolled from {count}.", good=True), True
 
     def remove(self, name: str | None) -> str:
-        """A name → HTML of what happened."""
+        """Removes a person by name; returns HTML of what happened."""
         if not name:
             return notice("Choose whom to remove.")
         try:
@@ -108,7 +108,7 @@ class Answers:
         return list(self._gallery()[0].names)
 
     def map(self, current: Current) -> str:
-        """HTML of the map of people and of the page's recordings."""
+        """Returns HTML of the map of people and of the page's recordings."""
         gallery = self._gallery()[0]
         voices = [Voice(name, row, True) for name, row in zip(gallery.names, gallery.directions)]
         return map_html(voices + [Voice(name, row, False) for name, row in current.items()])

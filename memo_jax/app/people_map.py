@@ -62,12 +62,12 @@ class Box(NamedTuple):
     bottom: float
 
     def covers(self, other: "Box") -> float:
-        """The area that two boxes share."""
+        """Returns the area that two boxes share."""
         width = min(self.right, other.right) - max(self.left, other.left)
         return max(0.0, width) * max(0.0, min(self.bottom, other.bottom) - max(self.top, other.top))
 
     def outside(self) -> float:
-        """How far the box reaches beyond the map."""
+        """Returns how far the box reaches beyond the map."""
         return max(0.0, -self.left, self.right - 100) + max(0.0, -self.top, self.bottom - 100)
 
 

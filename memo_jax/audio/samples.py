@@ -87,7 +87,7 @@ class Collector:
             self._append(to_int16(block))
 
     def result(self) -> np.ndarray:
-        """All samples [L]. A recording that stayed quiet is amplified by a power of two, to a peak of -12 to -6 dB."""
+        """Returns all samples [L]; a quiet recording is amplified by a power of two, to a peak of -12 to -6 dB."""
         if self._held:
             peak = max((max(block.max(), -block.min()) for block in self._held if len(block)), default=0.0)
             exact = all(np.array_equal(scaled, np.rint(scaled)) for scaled in (FULL_SCALE * b for b in self._held))

@@ -25,7 +25,7 @@ class Window:
         return self._cached[begin : begin + count]
 
     def find(self, pattern: bytes, start: int) -> int:
-        """The first position of `pattern` at or after `start`; the size if there is none."""
+        """Returns the first position of `pattern` at or after `start`; the size if there is none."""
         step, overlap = 1 << 20, len(pattern) - 1
         while start < self.size:
             self.file.seek(start)
@@ -36,7 +36,7 @@ class Window:
         return self.size
 
     def first_nonzero(self, start: int) -> int:
-        """The first position at or after `start` of a byte that is not zero; the size if there is none."""
+        """Returns the first position at or after `start` of a byte that is not zero; the size if there is none."""
         while start < self.size:
             data = self.read(start, CACHED)
             if rest := data.lstrip(b"\0"):
@@ -59,18 +59,18 @@ class View:
         self._size, self._place = end - start + len(prefix), 0
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As for any file, except that positions that do not exist are ignored."""
+        """Moves as in any file, except that positions that do not exist are ignored."""
         place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
         if 0 <= place < 1 << 62:
             self._place = place
         return self._place
 
     def tell(self) -> int:
-        """The position."""
+        """Returns the position."""
         return self._place
 
     def read(self, count: int = -1) -> bytes:
-        """At most `count` bytes; all up to the end if negative."""
+        """Returns at most `count` bytes; all up to the end if negative."""
         left = max(0, self._size - self._place)
         count = left if count < 0 else min(count, left)
         data = self._prefix[self._place : self._place + count]

@@ -169,7 +169,7 @@ class _Tar:
         self._offset = -1
 
     def next(self) -> tarfile.TarInfo | None:
-        """The next member that is not a folder; None at the end mark, after which only padding may follow."""
+        """Returns the next member that is not a folder; None at the end mark, after which only padding may follow."""
         while True:
             self._headers.allowed = LARGEST_HEADER
             info = self._tar.next()

@@ -172,7 +172,7 @@ def backbone_of(tensors: Mapping[str, np.ndarray], kind: str, backbone: str) -> 
         return shape[axis] if len(shape) > axis else usual
 
     def count(pattern: str) -> int:
-        """How many different numbers stand in the place of the pattern's group, among names that match it."""
+        """Returns how many different numbers stand in the place of the pattern's group, among names that match it."""
         matches = (re.match(re.escape(prefix) + pattern, name) for name in tensors)
         return len({match[1] for match in matches if match})
 

@@ -41,11 +41,11 @@ class Branch(nn.Module):
             self.speaker_head = SpeakerHead(self.speakers)
 
     def embed(self, x: jax.Array, lengths: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Normalised log-mel [N, T, F] → embedding [N, D]."""
+        """Returns the embeddings [N, D] of normalised log-mel [N, T, F]."""
         return self.backbone(x, lengths, train)
 
     def project(self, embedding: jax.Array, train: bool = False) -> dict[str, jax.Array]:
-        """Embedding [N, D] → logits [N, K] of every head."""
+        """Returns the logits [N, K] of embeddings [N, D] by every head."""
         return {name: head(embedding, train) for name, head in self.heads.items()}
 
     def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -36,7 +36,7 @@ class DINOHead(nn.Module):
         self.last_linear = linear(self.bottleneck, "linear_2")
 
     def project(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Embedding [N, D] → output of the linears, and its direction, a unit vector; each float32 [N, bottleneck]."""
+        """Returns the output of the linears for embeddings [N, D], and its direction; each float32 [N, bottleneck]."""
         for linear, norm in self.hidden_layers:
             # The references use the exact GELU; JAX defaults to the tanh approximation.
             x = jax.nn.gelu(norm(linear(x), train), approximate=False)
@@ -45,7 +45,7 @@ class DINOHead(nn.Module):
 
     @nn.compact
     def cosines(self, units: jax.Array) -> jax.Array:
-        """Unit vectors [..., bottleneck] → their cosines with the prototypes, [..., prototypes]."""
+        """Returns the cosines of unit vectors [..., bottleneck] with the prototypes, [..., prototypes]."""
         directions = parameter(self, "prototypes", bias_uniform(self.bottleneck), (self.bottleneck, self.prototypes))
         # The products are divided by the norms of the prototypes. Normalised prototypes would be a copy as large as
         # they are, with as large a gradient: larger than all else here.

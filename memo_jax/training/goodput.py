@@ -24,7 +24,7 @@ class Goodput:
 
     @contextmanager
     def counting(self, part: str) -> Iterator[None]:
-        """A context whose time is counted for a part: compile, checkpoint, evaluation or positives."""
+        """Returns a context whose time is counted for a part: compile, checkpoint, evaluation or positives."""
         begin = time.perf_counter()
         try:
             yield
@@ -36,7 +36,7 @@ class Goodput:
 
     @contextmanager
     def waiting_for_input(self, running: Mapping[str, jax.Array] | None) -> Iterator[None]:
-        """A context in which the next batch is fetched while the step with these results may still be running.
+        """Returns a context in which the next batch is fetched while the step with these results may still be running.
 
         Its time counts as a stall only if that step has finished when the context ends: an upper bound on how long the
         device was idle.

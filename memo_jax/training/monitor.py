@@ -108,7 +108,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def between_steps(self, part: str) -> Iterator[None]:
-        """A context whose time counts for a part of the goodput, and for no step; logs the step that precedes it."""
+        """Returns a context whose time counts for a part of the goodput, not for a step; logs the step before it."""
         if self._pending:
             self._log(self._read())
         with self.goodput.counting(part):
