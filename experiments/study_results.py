@@ -82,12 +82,17 @@ class Scores:
             self.pairs = None
         self._of_run = {}
 
-    def of_runs(self, runs: list[Run]) -> np.ndarray:
-        """Returns the scores [runs, trials]; ValueError when a file is not of this list."""
-        return np.stack([self._read(run) for run in runs])
+    def of_runs(self, runs: list[Run], networks: list[str] | None = None) -> np.ndarray:
+        """Returns the scores [runs, trials], the mean over networks; by default of the reported branch alone.
 
-    def _read(self, run: Run) -> np.ndarray:
-        path = run.folder / "test" / self.name / main_branch(run.result) / "scores.txt"
+        ValueError when a file is not of this list.
+        """
+        return np.stack(
+            [np.mean([self._read(run, name) for name in networks or [main_branch(run.result)]], axis=0) for run in runs]
+        )
+
+    def _read(self, run: Run, network: str) -> np.ndarray:
+        path = run.folder / "test" / self.name / network / "scores.txt"
         if path not in self._of_run:
             self._of_run[path] = read_scores(path, self.trials)
         return self._of_run[path]
@@ -199,6 +204,12 @@ def comparison(runs: dict[int, Run], name: str, others: dict[int, Run], scores: 
     if not seeds or scores.pairs is None:
         return None
     systems = [scores.of_runs([of[seed] for seed in seeds]) for of in (runs, others)]
+    return f"`{name}` {difference(*systems, scores, replicates)}"
+
+
+def difference(one: np.ndarray, other: np.ndarray, scores: Scores, replicates: int) -> str:
+    """Returns the difference of EER between two systems' scores [seeds, trials] on a list, its interval, and p."""
+    systems = one, other
     rates = [np.mean([metrics.eer(run, scores.trials.target) for run in system]) for system in systems]
     # One-sided in whichever direction the difference points, so that a worse row is as visible as a better one.
     sign = 1 if rates[0] <= rates[1] else -1
@@ -206,7 +217,7 @@ def comparison(runs: dict[int, Run], name: str, others: dict[int, Run], scores: 
         metrics.WeightedTrials.eer, *systems[::sign], scores.trials.target, scores.pairs, replicates=replicates
     )
     low, high = sorted(100 * sign * end for end in found.interval)
-    return f"`{name}` {100 * sign * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p {found.p_value:.2g}"
+    return f"{100 * sign * found.difference:+.2f} ({low:+.1f} to {high:+.1f}), p {found.p_value:.2g}"
 
 
 def spread(values: list[float], decimals: int) -> str:

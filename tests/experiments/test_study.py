@@ -17,6 +17,7 @@ import tiny
 sys.path.insert(0, str(tiny.ROOT / "experiments"))
 import ablation  # noqa: E402
 import claims  # noqa: E402
+import compare_rows  # noqa: E402
 import run as study  # noqa: E402
 import study_figures  # noqa: E402
 import study_results  # noqa: E402
@@ -386,6 +387,28 @@ def test_the_table_says_how_many_seeds_of_a_row_collapsed(made_up, tmp_path):
     rate = row_of(study_results.collect(output, tmp_path / "collected", replicates=2), "multi-head")[6]
     rates = [100 * eer(made_up[1]["steps", "multi-head", seed], made_up[2].target) for seed in (0, 2)]
     assert rate.startswith(f"{np.mean(rates):.2f} ") and rate.endswith("), 1 of 3 collapsed")
+
+
+def test_any_two_rows_are_compared_by_any_networks(made_up, capsys):
+    output, scores, trials, _ = made_up
+    pairs = ("multi-head:dino-ecapa", "multi-head:dino-ecapa@time", "multi-head+ecapa+resnet:multi-head+resnet")
+    assert compare_rows.main([*pairs, "--output", str(output), "--replicates", "20"]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {line[0]: line[1:] for line in lines}
+    rates = [100 * eer(scores["steps", "multi-head", seed], trials.target) for seed in (0, 1, 2)]
+    assert rows["`multi-head`"][0] == "3"
+    assert rows["`multi-head`"][1].startswith(f"{np.mean(rates):.2f} ± {np.std(rates, ddof=1):.2f}, ")
+    assert rows["`dino-ecapa@time`"][0] == "1"
+    other = 100 * eer(scores["time", "dino-ecapa", 0], trials.target)
+    seeds, found, _ = rows["`multi-head` against `dino-ecapa@time`"]
+    assert seeds == "1" and found.startswith(f"{rates[0] - other:+.2f} (")
+    assert rows["`multi-head+ecapa+resnet` against `multi-head+resnet`"][1].startswith("+0.00 "), "made up alike"
+    for wrong, said in (
+        ("multi-head", "multi-head: give SYSTEM:OTHER"),
+        ("multi-head:dino", "dino: no run of that row is done"),
+        ("multi-head:dino-ecapa+resnet", "no network resnet in that row"),
+    ):
+        assert compare_rows.main([wrong, "--output", str(output)]) == 2 and said in capsys.readouterr().err
 
 
 def test_plots_are_drawn_with_bands_closings_and_agreement(made_up):
