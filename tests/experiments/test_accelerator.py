@@ -27,6 +27,7 @@ from memo_jax.xla import reductions, sharding
 sys.path[:0] = [str(tiny.ROOT / "experiments"), str(tiny.ROOT / "experiments" / "benchmarks")]
 import accelerator  # noqa: E402
 import accelerator_data  # noqa: E402
+import accelerator_parts  # noqa: E402
 import parity  # noqa: E402
 import run as study  # noqa: E402
 import step_parts  # noqa: E402
@@ -61,7 +62,7 @@ def parsed(output, *more):
 
 
 def put(output, name, result):
-    file = accelerator.part_file(types.SimpleNamespace(output=output), name)
+    file = accelerator_parts.part_file(types.SimpleNamespace(output=output), name)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result))
 
@@ -69,7 +70,7 @@ def put(output, name, result):
 def part(output, name, *more):
     """Runs a part in this process; returns its result."""
     assert accelerator.main(arguments(output, f"--part={name}", *more)) == 0
-    return accelerator.result_of(types.SimpleNamespace(output=output), name)
+    return accelerator_parts.result_of(types.SimpleNamespace(output=output), name)
 
 
 def command(output, *more):
@@ -119,7 +120,7 @@ class InThisProcess:
 def whole(tmp_path_factory):
     """The folder of a whole command at smoke size, without training and without most levers. Parts that take the same
     step share its program."""
-    folder, program, programs = tmp_path_factory.mktemp("whole"), accelerator.Program, {}
+    folder, program, programs = tmp_path_factory.mktemp("whole"), accelerator_parts.Program, {}
     limits = {"float32": (2e15, 3e15), "bfloat16": (4e15, 5e15)}
     compared = {"deviations": {"losses/step0/ecapa": 3e-6}, "noise": {"losses/step0/ecapa": 1e-6}}
 
@@ -136,7 +137,7 @@ def whole(tmp_path_factory):
         patch.setattr(reductions, "MEAN_FIRST_ON", ("cpu",))
         patch.setattr(accelerator.subprocess, "Popen", InThisProcess)
         patch.setattr(accelerator, "end_part", lambda child: None)
-        patch.setattr(accelerator, "Program", program_once)
+        patch.setattr(accelerator_parts, "Program", program_once)
         only = "--parts=^(machine|parity|bfloat16|devices|flops|step|lever/(crop|mean)|torch/float32$|trace|plan)"
         assert accelerator.main(arguments(folder, "--batches=4", only)) == 0
     return folder
@@ -161,9 +162,9 @@ def test_a_whole_command(whole):
 
 def test_the_order_of_parts(output):
     """What tells most comes first: an hour may end sooner."""
-    names = list(accelerator.parts_of(parsed(output)))
+    names = list(accelerator_parts.parts_of(parsed(output)))
     assert names[:7] == [*"machine parity bfloat16 devices flops".split(), "step/bfloat16/4", "step/float32/4"]
-    others = [*accelerator.TORCH_VARIANTS]
+    others = [*accelerator_parts.TORCH_VARIANTS]
     assert names[7 : 8 + len(others)] == [*(f"torch/{name}" for name in others), "trace"]
     assert names[8 + len(others) :][:3] == ["step/bfloat16/8", "step/float32/8", "lever/crop_remat"]
     assert names[-2:] == ["plan", "training"]
@@ -188,7 +189,7 @@ def test_bfloat16_is_compared_with_float32(whole, output, monkeypatch):
     found = json.loads((whole / "parts" / "bfloat16.json").read_text())
     assert found["passed"] and 1e-6 < found["relative_differences"][0] < 0.02
     losses = {"bfloat16": 1.03, "float32": 1.0}
-    monkeypatch.setattr(accelerator, "losses_of", lambda config, devices: [{"loss": losses[config.model.dtype]}])
+    monkeypatch.setattr(accelerator_parts, "losses_of", lambda config, devices: [{"loss": losses[config.model.dtype]}])
     assert not part(output, "bfloat16")["passed"]
 
 
@@ -199,12 +200,12 @@ def test_bfloat16_has_no_nan(step, output, monkeypatch):
         steps[step]["b"] = np.nan if config.model.dtype == "bfloat16" else 1.0
         return steps
 
-    monkeypatch.setattr(accelerator, "losses_of", losses)
+    monkeypatch.setattr(accelerator_parts, "losses_of", losses)
     assert part(output, "bfloat16")["passed"] is False
 
 
 def test_a_step_is_measured_where_nothing_is_known_to_compare_it_with(tmp_path, monkeypatch):
-    monkeypatch.setattr(accelerator, "Program", NoProgram)
+    monkeypatch.setattr(accelerator_parts, "Program", NoProgram)
     found = part(tmp_path, "step/bfloat16/4", "--config.total_steps=3")
     assert found["fraction_of_peak"] is None and found["fraction_of_bandwidth"] is None and found["seconds"] > 0
     assert " |  |  | " in accelerator.markdown({"step/bfloat16/4": found})
@@ -213,12 +214,12 @@ def test_a_step_is_measured_where_nothing_is_known_to_compare_it_with(tmp_path, 
 def test_a_length_of_the_run_is_for_training(tmp_path):
     """Its config gives it in steps, that of the other parts in epochs."""
     authors = f"--config={tiny.ROOT / 'configs' / 'memo_voxceleb2.py'}"
-    assert accelerator.config_of(parsed(tmp_path, authors, "--config.total_steps=3")).total_epochs == 150
+    assert accelerator_parts.config_of(parsed(tmp_path, authors, "--config.total_steps=3")).total_epochs == 150
 
 
 def test_a_machine_whose_accelerator_jax_does_not_see_is_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(accelerator, "DEVICE_FILES", (str(tmp_path / "no"), str(tmp_path / "nvidia0")))
+    monkeypatch.setattr(accelerator_parts, "DEVICE_FILES", (str(tmp_path / "no"), str(tmp_path / "nvidia0")))
     monkeypatch.setattr(step_parts, "machine_limits", lambda dtype: (1.0, 1.0))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert part(tmp_path / "out", "machine")["platform"] == "cpu"
@@ -264,12 +265,12 @@ def test_only_lack_of_memory_where_it_may_lack_is_excused(name, text, line, outp
             print(text, file=stdout, flush=True)
             self.returncode = 1
 
-    log = accelerator.part_file(types.SimpleNamespace(output=output), name).with_suffix(".log")
+    log = accelerator_parts.part_file(types.SimpleNamespace(output=output), name).with_suffix(".log")
     log.write_text("RESOURCE_EXHAUSTED, in an earlier attempt\n")
     monkeypatch.setattr(accelerator.subprocess, "Popen", Failed)
     monkeypatch.setattr(accelerator, "end_part", lambda child: None)
     assert accelerator.main(arguments(output, f"--parts=^{name}$")) == int(line != "does not fit")
-    assert accelerator.summary(accelerator.result_of(types.SimpleNamespace(output=output), name)) == line
+    assert accelerator.summary(accelerator_parts.result_of(types.SimpleNamespace(output=output), name)) == line
 
 
 def test_flops_are_counted_on_a_cpu(output, monkeypatch):
@@ -297,7 +298,7 @@ def test_the_trace(whole):
 
 def test_a_trace_without_the_step_is_an_error(whole):
     with pytest.raises(ValueError, match="no operation of the step"):
-        accelerator.traced_spans(max((whole / "profile").rglob("*.xplane.pb")), {"another": "program"})
+        accelerator_parts.traced_spans(max((whole / "profile").rglob("*.xplane.pb")), {"another": "program"})
 
 
 class NoProgram:
@@ -319,9 +320,9 @@ class NoProgram:
     dispatch = wait = take_step
 
 
-@pytest.mark.parametrize("name", accelerator.LEVERS)
+@pytest.mark.parametrize("name", accelerator_parts.LEVERS)
 def test_a_lever_changes_the_step_and_one_that_saves_memory_is_tried_where_memory_lacked(name, output, monkeypatch):
-    monkeypatch.setattr(accelerator, "Program", NoProgram)
+    monkeypatch.setattr(accelerator_parts, "Program", NoProgram)
     monkeypatch.setattr(recipe, "build_backbone", models.build_backbone)
     more = ("--batches=4,8,16", "--config.model.branches=ecapa,resnet", "--config.model.crop_remat=false")
 
@@ -342,14 +343,14 @@ def test_a_lever_changes_the_step_and_one_that_saves_memory_is_tried_where_memor
 
 def test_the_recipe_for_tpus_is_measured():
     plain, tpu = (configs.load_config(tiny.ROOT / "configs" / f"memo_voxceleb2{end}.py", []) for end in ("", "_tpu"))
-    overrides = [f"--config.{text}" for text in (*accelerator.LEVERS["tpu recipe"], "model.dtype=bfloat16")]
+    overrides = [f"--config.{text}" for text in (*accelerator_parts.LEVERS["tpu recipe"], "model.dtype=bfloat16")]
     changed = configs.load_config(tiny.ROOT / "configs" / "memo_voxceleb2.py", overrides)
     assert changed == tpu and changed != plain
 
 
 def test_batch_statistics_are_measured_with_the_mean_first(output, monkeypatch):
     monkeypatch.setattr(reductions, "MEAN_FIRST_ON", ("cpu",))
-    monkeypatch.setattr(accelerator, "Program", NoProgram)
+    monkeypatch.setattr(accelerator_parts, "Program", NoProgram)
     assert part(output, "lever/mean_first")["dtype"] == "bfloat16"
     assert {"cuda", "rocm", "tpu"} <= set(reductions.MEAN_FIRST_ON)
 
@@ -366,14 +367,14 @@ def test_pytorch_takes_the_step_of_the_config_and_its_losses_are_judged(output, 
         commands.append(command)
         return subprocess.CompletedProcess(command, 0, stdout=json.dumps(measured) + "\n")
 
-    monkeypatch.setattr(accelerator.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(accelerator_parts.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(accelerator.subprocess, "run", run)
     found = {name: part(output, f"torch/{name}", *settings) for name in ("float32", "bfloat16, compiled")}
     assert not found["float32"]["passed"] and found["bfloat16, compiled"]["passed"]
     table = accelerator.markdown({f"torch/{name}": row for name, row in found.items()})
     assert "| torch/float32 | 2 | 2 | 1.25 | 2 | 1.5 | 0.01 of 0.005: WRONG |" in table
 
-    model = accelerator.config_of(parsed(output, *settings)).model
+    model = accelerator_parts.config_of(parsed(output, *settings)).model
     chosen = train_step.build_parser().parse_args(commands[1][2:])
     assert chosen.dtype == "bfloat16" and chosen.compile and chosen.batch == 4
     taken = train_step.reference_config(chosen)
@@ -455,10 +456,10 @@ def test_a_data_sheet_is_of_the_chip(kind, platform, gigabytes, chip, monkeypatc
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     limits = {"kind": kind, "platform": platform, "memory_bytes": gigabytes and gigabytes * 1e9}
     if chip:
-        assert accelerator.chip_of(limits) == chip
+        assert accelerator_parts.chip_of(limits) == chip
     else:
-        with pytest.raises(accelerator.Skip, match="no data sheet of"):
-            accelerator.chip_of(limits)
+        with pytest.raises(accelerator_parts.Skip, match="no data sheet of"):
+            accelerator_parts.chip_of(limits)
 
 
 def test_all_devices_are_compared_with_one(tmp_path):
@@ -472,7 +473,7 @@ def test_all_devices_are_compared_with_one(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "parts" / "devices.json").read_text())
-    assert found["passed"] and found["devices"] == 2 and len(found["relative_differences"]) == accelerator.STEPS
+    assert found["passed"] and found["devices"] == 2 and len(found["relative_differences"]) == accelerator_parts.STEPS
 
 
 def test_a_reference_beyond_its_tolerance_fails(output, monkeypatch):
@@ -534,12 +535,12 @@ def test_rows_that_are_missing_are_an_error_beside_those_that_are_there(output, 
 def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
     """120 s at 4 steps a second, for each of two rows, which compile for 30 s and are tested."""
     put(output, "step/bfloat16/4", {"utterances_per_second": 16.0, "compile_seconds": 30.0, "seconds": 0.25})
-    minutes = 2 * (120 + 30 + accelerator.ROW_SECONDS) / 60
+    minutes = 2 * (120 + 30 + accelerator_parts.ROW_SECONDS) / 60
     options = parsed(output, "--rows=dino-ecapa,memo-plateau", f"--training-minutes={minutes}")
-    texts = dict(text.split("=") for text in accelerator.training_overrides(options))
+    texts = dict(text.split("=") for text in accelerator_parts.training_overrides(options))
     assert texts["total_steps"] == "480" and texts["gate.stop_steps"] == str(480 // 12 * 7)
     options.training_minutes = 1
-    texts = dict(text.split("=") for text in accelerator.training_overrides(options))
+    texts = dict(text.split("=") for text in accelerator_parts.training_overrides(options))
     assert texts["total_steps"] == "12", "never less than the study's"
 
 
@@ -548,17 +549,17 @@ def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
     [
         (32, 0.5, 0.5),  # as many utterances a second
         (256, 0.5, 2.0),  # no more steps than measured, though each is of fewer utterances
-        (128, 0.01, accelerator.LOADER_RATE / 128),
+        (128, 0.01, accelerator_parts.LOADER_RATE / 128),
     ],
 )
 def test_steps_are_planned_at_the_batch_of_the_training(batch, seconds, rate, output):
     """The study trains with 128 in all."""
     measured = {"utterances_per_second": batch / seconds, "seconds": seconds, "compile_seconds": 0.0}
     put(output, "step/bfloat16/4", measured)
-    minutes = (100_000 + accelerator.ROW_SECONDS) / 60
+    minutes = (100_000 + accelerator_parts.ROW_SECONDS) / 60
     more = (f"--training-config={tiny.ROOT / 'configs' / 'study_full.py'}", "--rows=dino-ecapa")
     options = parsed(output, *more, f"--training-minutes={minutes}")
-    texts = dict(text.split("=") for text in accelerator.training_overrides(options))
+    texts = dict(text.split("=") for text in accelerator_parts.training_overrides(options))
     assert int(texts["total_steps"]) == round(100_000 * rate)
 
 
@@ -583,8 +584,8 @@ def test_a_training_that_time_cuts_saves_and_is_resumed(tmp_path, monkeypatch):
     (tmp_path / "run.py").write_text(TRAINING)
     script, folder, data = tmp_path / "accelerator.py", tmp_path / "training", tmp_path / "data"
     script.write_text(
-        f"import pathlib, sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport accelerator\n"
-        f"accelerator.EXPERIMENTS = pathlib.Path({str(tmp_path)!r})\nsys.exit(accelerator.main())\n"
+        f"import pathlib, sys\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport accelerator, accelerator_parts\n"
+        f"accelerator_parts.EXPERIMENTS = pathlib.Path({str(tmp_path)!r})\nsys.exit(accelerator.main())\n"
     )
     for name in ("train", "test", "trials.txt"):
         (data / name).mkdir(parents=True)

@@ -1,0 +1,602 @@
+"""The parts of accelerator.py: what each does, and what they share; each runs in a process of its own."""
+
+import functools
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+EXPERIMENTS = Path(__file__).resolve().parent
+ROOT = EXPERIMENTS.parent
+sys.path[:0] = [str(EXPERIMENTS / "benchmarks")]
+
+import numpy as np  # noqa: E402
+
+from memo_jax import config as configs  # noqa: E402
+from memo_jax.files import write_text  # noqa: E402
+from memo_jax.log import say  # noqa: E402
+from run import end_with_parent  # noqa: E402
+
+GO_ON = 75
+LEVERS = {
+    "crop_remat": ("model.crop_remat=true",),
+    "resnet_remat=norms": ("model.resnet_remat=norms",),
+    "resnet_remat=blocks": ("model.resnet_remat=blocks",),
+    "ecapa_remat=norms": ("model.ecapa_remat=norms",),
+    "ecapa_remat=blocks": ("model.ecapa_remat=blocks",),
+    "remat=blocks": ("model.resnet_remat=blocks", "model.ecapa_remat=blocks"),
+    "resnet_packed": ("model.resnet_packed=true",),
+    "resnet_scan": ("model.resnet_scan=true",),
+    "ecapa_stride=2": ("model.ecapa_stride=2",),
+    "tpu recipe": ("model.resnet_packed=true", "model.resnet_scan=true", "model.resnet_remat=norms"),
+}
+TORCH_VARIANTS = {
+    "float32": (),
+    "float32, compiled": ("--compile",),
+    "bfloat16": (),
+    "bfloat16, channels last": ("--channels-last",),
+    "bfloat16, compiled": ("--compile",),
+    "bfloat16, compiled, channels last": ("--compile", "--channels-last"),
+}
+GPUS = {"H200": "h200", "H100": "h100", "A100": "a100", "B200": "b200"}  # as words: a GH200 is another one
+OTHER_GPUS = re.compile("pcie|nvl", re.IGNORECASE)  # the data sheets are of the SXM form
+TPUS = {"v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "v4": "v4"}  # the first in a name
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of TPUs on a host
+DEVICE_FILES = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")  # of a GPU and of TPUs
+# A rounding of bfloat16 is 2^-9 of a number; all roundings of a step together moved no loss by more.
+BFLOAT16_TOLERANCE = 0.02
+# In bfloat16 ours and PyTorch's were 0.004 apart, at a small size on a CPU. Float32 is TensorFloat-32 on a GPU, a
+# rounding of which is 2^-11.
+TORCH_TOLERANCES = {"bfloat16": BFLOAT16_TOLERANCE, "float32": BFLOAT16_TOLERANCE / 4}
+# Devices sum in another order, and training amplifies it.
+DEVICES_TOLERANCE = {"first": 1e-5, "last": 1e-3}
+STEPS = 3  # of the checks
+TRACED = 3  # steps
+SCOPES = ("augment", "mel", "teacher", "student", "backbone", "head", "distributions", "distillation", "contrastive")
+SCOPES += ("update", "supervised", "ecapa", "resnet", "campplus")
+EPOCH_STEPS = 1000  # of the recipe that is timed
+ROW_SECONDS = 60  # that a row of the study takes beside steps and compiling: processes start, evaluations, the test
+# Utterances/s that the loader gave on two cores: experiments/README.md, "Loader", ours in a thread, crops as here.
+LOADER_RATE = 1629
+# As synthetic.example_banks: 32 rows of 6 s (192,000 bytes each), and no fraction of a row.
+PLANNED_BANKS = ("augment.noise=x", "augment.music=x", "augment.rirs=x", "augment.bank_megabytes=6.2")
+
+
+class Skip(Exception):
+    """A part that cannot run here, and why."""
+
+
+class NoAccelerator(Exception):
+    """JAX does not see the accelerator that is there."""
+
+
+# Parts: each runs in a process of its own and returns what its file will hold.
+
+
+def machine(options) -> dict:
+    """Devices, versions and limits."""
+    import jax
+    import jaxlib
+
+    import step_parts
+
+    require_accelerator(jax.devices()[0].platform)
+    rates = {dtype: step_parts.machine_limits(dtype) for dtype in ("float32", "bfloat16")}
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "devices": jax.device_count(),
+        "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": sys.version.split()[0],
+        "flops_per_second": {dtype: rate for dtype, (rate, _) in rates.items()},
+        "bytes_per_second": max(bandwidth for _, bandwidth in rates.values()),
+    }
+
+
+def parity(options) -> dict:
+    """Reference steps replayed in float32."""
+    import jax
+
+    import parity as replay
+
+    with jax.default_matmul_precision("highest"):
+        result = replay.compare(str(options.reference))
+    return {
+        "passed": not result["passed_tolerance"],
+        "beyond_tolerance": result["passed_tolerance"],
+        "largest_share_of_tolerance": max(
+            deviation / (replay.NOISE_MARGIN * result["noise"][check])
+            for check, deviation in result["deviations"].items()
+        ),
+    }
+
+
+def bfloat16(options) -> dict:
+    """Losses of the same steps in float32 and in bfloat16."""
+    import jax
+
+    ours, exact = (
+        losses_of(config_of(options, f"model.dtype={dtype}"), jax.devices()[:1]) for dtype in ("bfloat16", "float32")
+    )
+    found = differences(ours, exact)
+    passed = bool(found[0] <= BFLOAT16_TOLERANCE and np.isfinite(found).all())
+    return {"passed": passed, "relative_differences": found, "tolerance": BFLOAT16_TOLERANCE}
+
+
+def devices(options) -> dict:
+    """Losses of the same steps on one device and on all of them."""
+    import jax
+
+    count = jax.device_count()
+    if count == 1:
+        raise Skip("there is one device")
+    batch = -(-options.batches[0] // count) * count
+    config = config_of(options, "model.dtype=float32", f"data.batch_size={batch}")
+    found = differences(losses_of(config, jax.devices()), losses_of(config, jax.devices()[:1]))
+    passed = found[0] <= DEVICES_TOLERANCE["first"] and found[-1] <= DEVICES_TOLERANCE["last"]
+    return {"passed": passed, "devices": count, "relative_differences": found, "tolerance": DEVICES_TOLERANCE}
+
+
+def flops(options) -> dict:
+    """FLOPs of a step of one utterance, by the definition of the networks."""
+    from memo_jax.planning.plan import model_flops
+
+    batch = options.batches[0]
+    total = model_flops(config_of(options, f"data.batch_size={batch}"), EPOCH_STEPS)
+    return {"flops_per_utterance": total / batch}
+
+
+def step(options, *overrides, batch: int) -> dict:
+    """Time, memory and rates of the training step on all devices at a batch a device."""
+    import jax
+
+    count = jax.device_count()
+    config = config_of(options, *overrides, f"data.batch_size={batch * count}")
+    program = Program(config, jax.devices())
+    for _ in range(2):
+        program.take_step()
+    seconds = []
+    for _ in range(options.rounds):
+        begin = time.perf_counter()
+        for _ in range(options.steps):
+            program.dispatch()
+        program.wait()
+        seconds.append((time.perf_counter() - begin) / options.steps)
+    median, limits = statistics.median(seconds), result_of(options, "machine")
+    needed = result_of(options, "flops").get("flops_per_utterance")
+    peak, bandwidth = limits.get("flops_per_second", {}).get(config.model.dtype), limits.get("bytes_per_second")
+    analysis, memory = program.compiled.cost_analysis() or {}, program.compiled.memory_analysis()
+    moved = analysis.get("bytes accessed")
+    planned = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return {
+        "batch_a_device": batch,
+        "devices": count,
+        "dtype": config.model.dtype,
+        "seconds": median,
+        "fastest": min(seconds),
+        "slowest": max(seconds),
+        "utterances_per_second": batch * count / median,
+        "compile_seconds": program.compile_seconds,
+        "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+        "compiled_bytes": planned,
+        "fraction_of_peak": needed * batch / median / peak if needed and peak else None,
+        # XLA's count of what operations read and write, which is less where caches help.
+        "fraction_of_bandwidth": moved / median / bandwidth if moved and bandwidth else None,
+    }
+
+
+def torch_step(options, *, dtype: str, arguments: tuple[str, ...]) -> dict:
+    """The step of experiments/torch_steps.py beside ours, and whether the first losses agree."""
+    for module in ("torch", "speakerlab"):
+        if importlib.util.find_spec(module) is None:
+            raise Skip(f"the module {module} is not installed")
+    platform = machine_of(options)["platform"].replace("gpu", "cuda")
+    if platform not in ("cpu", "cuda"):
+        raise Skip(f"PyTorch has no {platform} here")
+    if platform == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Skip("this PyTorch sees no GPU")
+    model, data = (config := config_of(options)).model, config.data
+    sizes = [
+        f"--batch={options.batches[0]}",
+        f"--global-seconds={data.global_seconds}",
+        f"--local-seconds={data.local_seconds}",
+        *("--ecapa-channels", *map(str, model.ecapa_channels)),
+        f"--resnet-base-channels={model.resnet_base_channels}",
+        *("--resnet-blocks", *map(str, model.resnet_blocks)),
+        f"--embedding-dim={model.embedding_dim}",
+        f"--head-hidden={model.head_hidden}",
+        f"--head-bottleneck={model.head_bottleneck}",
+        f"--prototypes={model.prototypes}",
+        f"--resnet-remat={model.resnet_remat}",
+        "--crop-remat" if model.crop_remat else "--no-crop-remat",
+        f"--dtype={dtype}",
+        f"--steps={options.steps}",
+    ]
+    script = EXPERIMENTS / "benchmarks" / "train_step.py"
+    command = [sys.executable, str(script), f"--platform={platform}", "--json", *sizes, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    found, tolerance = json.loads(done.stdout.splitlines()[-1]), TORCH_TOLERANCES[dtype]
+    return found | {"passed": found["max_relative_loss_difference"] <= tolerance, "tolerance": tolerance}
+
+
+def trace(options) -> dict:
+    """A profile of three steps, and of the memory."""
+    import jax
+
+    from memo_jax.training.profile import tracing_options
+
+    folder = options.output / "profile"
+    program = Program(config_of(options, "model.dtype=bfloat16", f"data.batch_size={small_batch(options)}"), None)
+    for _ in range(2):
+        program.take_step()
+    with jax.profiler.trace(folder, profiler_options=tracing_options()):
+        for _ in range(TRACED):
+            program.take_step()
+    jax.profiler.save_device_memory_profile(str(folder / "memory.prof"))
+    spans = traced_spans(max(folder.rglob("*.xplane.pb")), scopes(program.compiled.as_text()))
+    seconds = {}
+    for scope, _, length in spans:
+        seconds[scope] = seconds.get(scope, 0.0) + length / TRACED
+    draw_timeline(spans, options.output / "timeline.png")
+    return {"folder": str(folder), "seconds_by_scope": dict(sorted(seconds.items(), key=lambda item: -item[1]))}
+
+
+def plan(options) -> dict:
+    """What `memo-jax plan` says of these devices, beside what was measured."""
+    limits = machine_of(options)
+    chip = chip_of(limits)
+    count = limits["devices"]
+    shape = str(count) if limits["platform"] == "gpu" else SLICES.get(count)
+    if shape is None:
+        raise Skip(f"no topology of {count} chips is known here")
+    measured = result_of(options, f"step/bfloat16/{options.batches[0]}")
+    texts = [*without_length(options.overrides), *PLANNED_BANKS, "model.dtype=bfloat16"]
+    texts.append(f"data.batch_size={small_batch(options)}")
+    command = [sys.executable, "-m", "memo_jax", "plan", f"--config={options.config}", f"--topology={chip}:{shape}"]
+    command += ["--json", *(f"--config.{text}" for text in texts)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=end_with_parent)
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.returncode)
+    planned = json.loads(done.stdout)
+    return {
+        "topology": f"{chip}:{shape}",
+        "planned_seconds": planned["seconds_per_step"] if planned["fits"] else None,
+        "measured_seconds": measured.get("seconds"),
+        "planned_bytes": planned["hbm_bytes"],
+        "measured_bytes": measured.get("peak_bytes") or measured.get("compiled_bytes"),
+    }
+
+
+def training(options) -> dict:
+    """Rows of the study at full width, by experiments/run.py, and their error rates."""
+    data = options.data or demo_data(options.output / "data")
+    folder = options.output / "training"
+    command = [sys.executable, str(EXPERIMENTS / "run.py"), f"--data={data / 'train'}", "--seeds=0", "--replicates=100"]
+    command += [f"--test=test={data / 'test'}:{data / 'trials.txt'}", f"--output={folder}", f"--results={folder}"]
+    # Nobody else runs them: a claim is of a process that ended, perhaps on another machine.
+    command += [f"--rows={options.rows}", f"--config={options.training_config}", "--take-over"]
+    command += [f"--{kind}={data / kind}" for kind in ("noise", "music", "rirs") if (data / kind).is_dir()]
+    command += [f"--config.{text}" for text in training_overrides(options)]
+    say(shlex.join(command))
+    runner, stopped = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent), []
+
+    def stop(*_):
+        stopped.append(True)
+        runner.terminate()  # it lets the training save where it is
+
+    signal.signal(signal.SIGTERM, stop)
+    status = runner.wait()
+    if stopped:
+        raise SystemExit(GO_ON)
+    import ablation
+    import study_results
+
+    rows = {}
+    for run in study_results.read_results(folder):
+        tested = run.result["tests"].get("test", {})
+        rows[run.result["row"]] = {
+            "status": run.result["status"],
+            "steps": run.result["steps"],
+            "eer": {branch: found["eer"] for branch, found in tested.items()},
+        }
+    missing = [row for row in ablation.chosen_rows(options.rows) if row not in rows]
+    errors = [f"experiments/run.py ended with {status}"] if status else []
+    errors += [f"no result of {', '.join(missing)}"] if missing else []
+    return {"rows": rows} | ({"error": "; ".join(errors)} if errors else {})
+
+
+# What parts share.
+
+
+class Program:
+    """The compiled training step of a config on devices (None: all), with a state and a batch of noise."""
+
+    def __init__(self, config, of_devices):
+        import jax
+
+        from memo_jax.training.program import create_state, lowered_step
+        from memo_jax.training.recipe import build_recipe
+        from memo_jax.xla import sharding
+        from synthetic import example_banks, example_batch
+
+        mesh = sharding.data_mesh(of_devices)
+        recipe, self.banks = build_recipe(config, EPOCH_STEPS), sharding.replicate(mesh, example_banks())
+        begin = time.perf_counter()
+        self.compiled = lowered_step(config, recipe, mesh, self.banks).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        jax.clear_caches()
+        self.state = create_state(config, recipe, mesh)
+        self.batch = sharding.global_batch(mesh, example_batch(config))
+        self.key = jax.jit(lambda: jax.random.key(1), out_shardings=sharding.replicated(mesh))()
+        self.metrics = None
+
+    def dispatch(self) -> None:
+        """Asks for a step."""
+        self.state, self.metrics = self.compiled(self.state, self.batch, self.banks, self.key)
+
+    def wait(self) -> None:
+        """Waits for everything that was asked for."""
+        import jax
+
+        jax.block_until_ready((self.state, self.metrics))
+
+    def take_step(self) -> dict[str, float]:
+        """Takes a step; returns its losses."""
+        self.dispatch()
+        self.wait()
+        return {name: float(value) for name, value in self.metrics.items() if name.startswith("loss")}
+
+
+def scopes(text: str) -> dict[str, str]:
+    """Returns {operation of a compiled program: the parts of the method it belongs to, "ecapa/student/backbone"}."""
+    found = {}
+    for operation, name in re.findall(r'^ +(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"', text, re.MULTILINE):
+        words = dict.fromkeys(word for word in re.findall(r"\w+", name) if word in SCOPES)
+        backward = "student" in words and "update" not in words and "transpose(" in name
+        found[operation] = "/".join(words) + (", backward" if backward else "") or "other"
+    return found
+
+
+def traced_spans(file: Path, scope_of: dict[str, str]) -> list[tuple[str, float, float]]:
+    """Returns (scope, begin, length) in seconds of every operation in a trace, on the first device."""
+    from jax.profiler import ProfileData
+
+    spans, inside = [], ("while", "conditional", "call")  # their operations are in the trace, too
+    planes = {plane.name: plane for plane in ProfileData.from_file(str(file)).planes}
+    devices = (name for name in sorted(planes) if name.startswith(("/device:GPU:", "/device:TPU:")))
+    plane = planes[next(devices, "/host:CPU")]
+    for line in plane.lines:
+        for event in line.events:
+            named = event.name.split(" ")[0].lstrip("%") if line.name == "XLA Ops" else None  # as on TPUs
+            operation = dict(event.stats).get("hlo_op", named)
+            if operation in scope_of and not operation.startswith(inside):
+                spans.append((scope_of[operation], event.start_ns / 1e9, event.duration_ns / 1e9))
+    if not spans:
+        raise ValueError(f"{file}: {plane.name} has no operation of the step, of {', '.join(sorted(planes))}")
+    return spans
+
+
+def draw_timeline(spans: list[tuple[str, float, float]], file: Path) -> None:
+    """Draws a trace: a row for each scope, in the order in which they begin."""
+    from matplotlib.figure import Figure
+
+    rows = list(dict.fromkeys(scope for scope, _, _ in sorted(spans, key=lambda span: span[1])))
+    first = min(begin for _, begin, _ in spans)
+    figure = Figure(figsize=(9, 1 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, scope in enumerate(rows):
+        mine = [((begin - first) * 1e3, length * 1e3) for name, begin, length in spans if name == scope]
+        axes.broken_barh(mine, (place - 0.4, 0.8), color="tab:orange" if scope.endswith("backward") else "tab:blue")
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    figure.savefig(file, dpi=110)
+
+
+def config_of(options, *overrides):
+    """The config with the command line's overrides, and these, "key=value"."""
+    texts = [*without_length(options.overrides), *overrides]
+    config = configs.load_config(options.config, [f"--config.{text}" for text in texts])
+    if not any(text.startswith("data.batch_size=") for text in overrides):
+        config.data.batch_size = options.batches[0]
+    return config
+
+
+def without_length(overrides: list[str]) -> list[str]:
+    """Overrides without those of a run's length, which are for training, whose config gives it in another unit."""
+    return [text for text in overrides if not text.startswith(("total_steps=", "total_epochs="))]
+
+
+def small_batch(options) -> int:
+    """The smallest batch, of all devices."""
+    return options.batches[0] * machine_of(options)["devices"]
+
+
+def losses_of(config, of_devices) -> list[dict[str, float]]:
+    """Losses of the first steps."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):  # not TensorFloat-32
+        program = Program(config, of_devices)
+    return [program.take_step() for _ in range(STEPS)]
+
+
+def differences(ours: list[dict], exact: list[dict]) -> list[float]:
+    """Of each step, the largest relative difference of a loss; NaN where one is."""
+    pairs = zip(ours, exact, strict=True)
+    return [float(np.max([abs(a[name] / b[name] - 1) for name in b if b[name]])) for a, b in pairs]
+
+
+def part_file(options, name: str) -> Path:
+    """Where a part leaves its result."""
+    return options.output / "parts" / (re.sub(r"[^\w=.]+", "-", name) + ".json")
+
+
+def result_of(options, name: str) -> dict:
+    """Result of an earlier part."""
+    file = part_file(options, name)
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def machine_of(options) -> dict:
+    """Result of the part machine, for parts that cannot do without."""
+    found = result_of(options, "machine")
+    if "platform" not in found:
+        raise Skip("the part machine has no result")
+    return found
+
+
+def require_accelerator(platform: str) -> None:
+    """Raises NoAccelerator where JAX fell back to the CPU; its plugin may be missing."""
+    found = next((file for file in DEVICE_FILES if Path(file).exists()), None)
+    if platform == "cpu" and found and os.environ.get("JAX_PLATFORMS") != "cpu":
+        raise NoAccelerator(
+            f"there is {found}, but JAX sees no accelerator: install the extra cuda13, cuda12 (for an older driver) or "
+            "tpu, or put JAX_PLATFORMS=cpu before the command"
+        )
+
+
+def chip_of(limits: dict) -> str:
+    """The name that `memo-jax plan` has for the machine's chips; Skip where its data sheet is of others."""
+    from memo_jax.planning.chips import CHIPS
+
+    kind, memory, fraction = limits["kind"], limits.get("memory_bytes"), 1.0
+    if limits["platform"] == "gpu":
+        chip = next((chip for name, chip in GPUS.items() if re.search(rf"\b{name}\b", kind)), None)
+        chip = None if OTHER_GPUS.search(kind) else chip
+        fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+    else:
+        chip = next((chip for name, chip in TPUS.items() if name in kind), None)
+    if chip is None:
+        raise Skip(f"`memo-jax plan` has no data sheet of {kind}")
+    if memory and not 0.8 < memory / fraction / CHIPS[chip].memory < 1.2:
+        sizes = f"{memory / fraction / 1e9:.0f} GB of memory, not {CHIPS[chip].memory / 1e9:.0f}"
+        raise Skip(f"`memo-jax plan` has no data sheet of this {kind}: it has {sizes}")
+    return chip
+
+
+def training_overrides(options) -> list[str]:
+    """The schedules of the training config, stretched to the steps that the minutes hold, by the measured step."""
+    config = configs.load_config(options.training_config, [f"--config.{text}" for text in options.overrides])
+    texts = list(options.overrides)
+    if any(text.startswith("total_steps=") for text in texts):
+        return texts
+    import ablation
+
+    measured = result_of(options, f"step/bfloat16/{options.batches[0]}")
+    if "utterances_per_second" not in measured:
+        raise Skip(f"step/bfloat16/{options.batches[0]} was not measured, and tells how many steps there is time for")
+    # No more steps than of the measured batch, should that be larger, and than the loader has batches.
+    rate = min(measured["utterances_per_second"], LOADER_RATE) / config.data.batch_size
+    rate = min(rate, 1 / measured["seconds"])
+    seconds = 60 * options.training_minutes / len(ablation.chosen_rows(options.rows))
+    seconds -= measured["compile_seconds"] + ROW_SECONDS
+    factor = max(seconds * rate / config.total_steps, 1.0)
+    for key in (
+        "total_steps",
+        "gate.window_steps",
+        "gate.min_steps",
+        "gate.stop_steps",
+        "optimizer.warmup_steps",
+        "optimizer.freeze_prototypes_steps",
+        "evaluation.every_steps",
+        "checkpoint.every_steps",
+    ):
+        value = functools.reduce(getattr, key.split("."), config)
+        if value > 0:
+            texts.append(f"{key}={round(value * factor)}")
+    return texts
+
+
+def demo_data(folder: Path) -> Path:
+    """Makes the synthetic speech of the demo into a folder as --data takes it."""
+    if importlib.util.find_spec("espeakng_loader") is None:
+        raise Skip("no --data, and the package espeakng-loader, which makes synthetic speech, is not installed")
+    import demo_speech
+    from memo_jax.data.prepare import prepare
+
+    corpus = folder / "corpus"
+    demo_speech.make_corpus(corpus)
+    for split in ("train", "test"):
+        if not (folder / split / "dataset_info.json").exists():
+            prepare([corpus / split], folder / split)
+    for name in ("trials.txt", "noise", "rirs"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(corpus / name)
+    return folder
+
+
+def parts_of(options) -> dict:
+    """{name: function of the options} of all parts, in order."""
+    parts = {"machine": machine, "parity": parity, "bfloat16": bfloat16, "devices": devices, "flops": flops}
+    steps = {
+        f"step/{dtype}/{batch}": functools.partial(step_at, dtype=dtype, batch=batch)
+        for dtype in ("bfloat16", "float32")
+        for batch in options.batches
+    }
+    smallest = [name for name in steps if name.endswith(f"/{options.batches[0]}")]
+    parts |= {name: steps[name] for name in smallest}
+    for name, arguments in TORCH_VARIANTS.items():
+        dtype = name.partition(",")[0]
+        parts[f"torch/{name}"] = functools.partial(torch_step, dtype=dtype, arguments=arguments)
+    parts |= {"trace": trace} | steps
+    for name, overrides in LEVERS.items():
+        parts[f"lever/{name}"] = functools.partial(lever, overrides=overrides)
+        if "remat" in name:
+            parts[f"lever/{name}/larger"] = functools.partial(lever, overrides=overrides, larger=True)
+    parts["lever/mean_first"] = mean_first
+    return parts | {"plan": plan, "training": training}
+
+
+def step_at(options, *, dtype: str, batch: int) -> dict:
+    """The step, unless a smaller batch did not fit."""
+    for smaller in options.batches[: options.batches.index(batch)]:
+        if result_of(options, f"step/{dtype}/{smaller}").get("out_of_memory"):
+            raise Skip(f"{smaller} utterances a device did not fit")
+    return step(options, f"model.dtype={dtype}", batch=batch)
+
+
+def lever(options, *, overrides: tuple[str, ...], larger: bool = False) -> dict:
+    """The step with a setting changed, at the smallest batch or at the first that does not fit without it."""
+    batch = options.batches[0]
+    if larger:
+        results = {size: result_of(options, f"step/bfloat16/{size}") for size in options.batches}
+        batch = next((size for size, result in results.items() if result.get("out_of_memory")), None)
+        if batch is None:
+            raise Skip("no batch is known that does not fit without it")
+    return step(options, "model.dtype=bfloat16", *overrides, batch=batch)
+
+
+def mean_first(options) -> dict:
+    """The step with the mean of batch statistics taken before their variance, as on a CPU, not both in one pass."""
+    from memo_jax.xla import reductions
+
+    reductions.MEAN_FIRST_ON = ("cpu", "cuda", "rocm", "tpu")
+    return lever(options, overrides=())
+
+
+def run_part(options) -> None:
+    """Runs one part in this process and writes its file."""
+    begin = time.time()
+    part_file(options, options.part).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = parts_of(options)[options.part](options)
+    except Skip as reason:
+        result = {"skipped": str(reason)}
+    write_text(part_file(options, options.part), json.dumps({"took_seconds": time.time() - begin} | result, indent=2))
