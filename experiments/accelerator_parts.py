@@ -1,6 +1,7 @@
 """The parts of accelerator.py: what each does, and what they share; each runs in a process of its own."""
 
 import functools
+import glob
 import importlib.util
 import json
 import os
@@ -49,7 +50,8 @@ GPUS = {"H200": "h200", "H100": "h100", "A100": "a100", "B200": "b200"}  # as wo
 OTHER_GPUS = re.compile("pcie|nvl", re.IGNORECASE)  # the data sheets are of the SXM form
 TPUS = {"v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6 lite": "v6e", "v6e": "v6e", "v4": "v4"}  # the first in a name
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4"}  # of TPUs on a host
-DEVICE_FILES = ("/dev/nvidia0", "/dev/accel0", "/dev/vfio/0")  # of a GPU and of TPUs
+DEVICE_FILES = ("/dev/nvidia[0-9]*", "/dev/accel[0-9]*", "/dev/vfio/[0-9]*")  # of GPUs and of TPUs
+MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the older name is last
 # A rounding of bfloat16 is 2^-9 of a number; all roundings of a step together moved no loss by more.
 BFLOAT16_TOLERANCE = 0.02
 # In bfloat16 ours and PyTorch's were 0.004 apart, at a small size on a CPU. Float32 is TensorFloat-32 on a GPU, a
@@ -464,7 +466,7 @@ def machine_of(options) -> dict:
 
 def require_accelerator(platform: str) -> None:
     """Raises NoAccelerator where JAX fell back to the CPU; its plugin may be missing."""
-    found = next((file for file in DEVICE_FILES if Path(file).exists()), None)
+    found = next((file for pattern in DEVICE_FILES for file in glob.glob(pattern)), None)
     if platform == "cpu" and found and os.environ.get("JAX_PLATFORMS") != "cpu":
         raise NoAccelerator(
             f"there is {found}, but JAX sees no accelerator: install the extra cuda13, cuda12 (for an older driver) or "

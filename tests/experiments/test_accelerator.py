@@ -218,8 +218,9 @@ def test_a_length_of_the_run_is_for_training(tmp_path):
 
 
 def test_a_machine_whose_accelerator_jax_does_not_see_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(accelerator_parts, "DEVICE_FILES", (str(tmp_path / "no"), str(tmp_path / "nvidia0")))
+    (tmp_path / "nvidia3").touch()  # of those in a container, the first may be missing
+    patterns = [pattern.replace("/dev", str(tmp_path)) for pattern in accelerator_parts.DEVICE_FILES]
+    monkeypatch.setattr(accelerator_parts, "DEVICE_FILES", patterns)
     monkeypatch.setattr(step_parts, "machine_limits", lambda dtype: (1.0, 1.0))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert part(tmp_path / "out", "machine")["platform"] == "cpu"
