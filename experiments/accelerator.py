@@ -43,7 +43,18 @@ import sys
 import time
 from pathlib import Path
 
-from accelerator_parts import GO_ON, ROOT, NoAccelerator, config_of, part_file, parts_of, result_of, run_part
+from accelerator_parts import (
+    GO_ON,
+    MEMORY_FRACTIONS,
+    ROOT,
+    NoAccelerator,
+    config_of,
+    part_file,
+    parts_of,
+    recipe_for_machine,
+    result_of,
+    run_part,
+)
 from memo_jax.files import as_json, write_text
 from memo_jax.log import say
 from run import end_with_parent
@@ -270,7 +281,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="between two looks at the clock (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of that many steps (default: %(default)s)")
     parser.add_argument("--reference", type=Path, default=ROOT / "tests" / "reference_steps.npz", metavar="NPZ")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "memo_voxceleb2.py", metavar="FILE")
+    default = "default: configs/memo_voxceleb2.py; on TPUs memo_voxceleb2_tpu.py"
+    parser.add_argument("--config", type=Path, metavar="FILE", help=default)
     parser.add_argument("--training-config", type=Path, default=ROOT / "configs" / "study_full.py", metavar="FILE")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     return parser
@@ -290,6 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError:
         parser.error(f"--batches {options.batches}: give numbers with commas between")
     options.output = options.output.resolve()
+    options.config = options.config or recipe_for_machine(options)
     if options.data:
         options.data = options.data.resolve()
         missing = [name for name in ("train", "test", "trials.txt") if not (options.data / name).exists()]

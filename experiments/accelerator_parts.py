@@ -165,6 +165,7 @@ def step(options, *overrides, batch: int) -> dict:
     count = jax.device_count()
     config = config_of(options, *overrides, f"data.batch_size={batch * count}")
     program = Program(config, jax.devices())
+    compile_seconds = longest_compile(options, program.compile_seconds)
     for _ in range(2):
         program.take_step()
     seconds = []
@@ -188,7 +189,7 @@ def step(options, *overrides, batch: int) -> dict:
         "fastest": min(seconds),
         "slowest": max(seconds),
         "utterances_per_second": batch * count / median,
-        "compile_seconds": program.compile_seconds,
+        "compile_seconds": compile_seconds,
         "peak_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
         "compiled_bytes": planned,
         "fraction_of_peak": needed * batch / median / peak if needed and peak else None,
@@ -411,6 +412,12 @@ def draw_timeline(spans: list[tuple[str, float, float]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def recipe_for_machine(options) -> Path:
+    """The authors' recipe in the form for the machine, once the part machine knows it."""
+    on_tpu = result_of(options, "machine").get("platform") == "tpu"
+    return ROOT / "configs" / f"memo_voxceleb2{'_tpu' if on_tpu else ''}.py"
+
+
 def config_of(options, *overrides):
     """The config with the command line's overrides, and these, "key=value"."""
     texts = [*without_length(options.overrides), *overrides]
@@ -423,6 +430,14 @@ def config_of(options, *overrides):
 def without_length(overrides: list[str]) -> list[str]:
     """Overrides without those of a run's length, which are for training, whose config gives it in another unit."""
     return [text for text in overrides if not text.startswith(("total_steps=", "total_epochs="))]
+
+
+def longest_compile(options, seconds: float) -> float:
+    """The longest that any attempt at this part took to compile: after the first, XLA's cache has the program."""
+    file = part_file(options, options.part).with_suffix(".compiled")
+    seconds = max(seconds, float(file.read_text()) if file.is_file() else 0.0)
+    write_text(file, str(seconds))
+    return seconds
 
 
 def small_batch(options) -> int:
@@ -577,6 +592,8 @@ def step_at(options, *, dtype: str, batch: int) -> dict:
 def lever(options, *, overrides: tuple[str, ...], larger: bool = False) -> dict:
     """The step with a setting changed, at the smallest batch or at the first that does not fit without it."""
     batch = options.batches[0]
+    if overrides and config_of(options, *overrides) == config_of(options):
+        raise Skip("the config has these settings without it")
     if larger:
         results = {size: result_of(options, f"step/bfloat16/{size}") for size in options.batches}
         batch = next((size for size, result in results.items() if result.get("out_of_memory")), None)

@@ -139,7 +139,7 @@ def whole(tmp_path_factory):
         patch.setattr(accelerator, "end_part", lambda child: None)
         patch.setattr(accelerator_parts, "Program", program_once)
         only = "--parts=^(machine|parity|bfloat16|devices|flops|step|lever/(crop|mean)|torch/float32$|trace|plan)"
-        assert accelerator.main(arguments(folder, "--batches=4", only)) == 0
+        assert accelerator.main(arguments(folder, "--batches=4", only, "--config.model.crop_remat=false")) == 0
     return folder
 
 
@@ -347,6 +347,35 @@ def test_the_recipe_for_tpus_is_measured():
     overrides = [f"--config.{text}" for text in (*accelerator_parts.LEVERS["tpu recipe"], "model.dtype=bfloat16")]
     changed = configs.load_config(tiny.ROOT / "configs" / "memo_voxceleb2.py", overrides)
     assert changed == tpu and changed != plain
+
+
+@pytest.mark.parametrize(("platform", "name"), [("tpu", "memo_voxceleb2_tpu"), ("gpu", "memo_voxceleb2")])
+def test_the_config_is_that_for_the_machine(platform, name, output, monkeypatch):
+    put(output, "machine", MACHINE | {"platform": platform})
+    monkeypatch.setattr(accelerator_parts, "flops", lambda options: {"config": str(options.config)})
+    assert accelerator.main([f"--output={output}", "--part=flops"]) == 0
+    found = accelerator_parts.result_of(types.SimpleNamespace(output=output), "flops")["config"]
+    assert found == str(tiny.ROOT / "configs" / f"{name}.py")
+    assert part(output, "flops")["config"] == str(tiny.material().config)
+
+
+def test_a_lever_that_changes_nothing_is_skipped(output, monkeypatch):
+    """As some do with the recipe for TPUs."""
+    monkeypatch.setattr(accelerator_parts, "Program", NoProgram)
+    more = ("--batches=4", f"--config={tiny.ROOT / 'configs' / 'memo_voxceleb2_tpu.py'}")
+    found = {name: part(output, f"lever/{name}", *more) for name in accelerator_parts.LEVERS}
+    nothing = {"resnet_remat=norms", "resnet_packed", "resnet_scan", "tpu recipe"}
+    assert {name for name, result in found.items() if "skipped" in result} == nothing
+    assert found["tpu recipe"]["skipped"] == "the config has these settings without it"
+    assert "seconds" in part(output, "lever/mean_first", *more)
+
+
+def test_a_program_from_the_cache_keeps_the_time_that_it_took_to_compile(output, monkeypatch):
+    monkeypatch.setattr(accelerator_parts, "Program", NoProgram)
+    for seconds in (90.0, 2.0):
+        monkeypatch.setattr(NoProgram, "compile_seconds", seconds)
+        assert part(output, "step/bfloat16/4")["compile_seconds"] == 90
+    assert part(output, "step/float32/4")["compile_seconds"] == 2
 
 
 def test_batch_statistics_are_measured_with_the_mean_first(output, monkeypatch):
