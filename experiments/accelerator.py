@@ -56,15 +56,22 @@ from accelerator_parts import (
     run_part,
 )
 from memo_jax.files import as_json, write_text
+from memo_jax.locks import exclusive
 from memo_jax.log import say
 from run import end_with_parent
 
 REFUSED = 2
 SAVE_SECONDS = 60  # that a part may take to end when time is up
-OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory|OutOfMemory|Ran out of memory")
-# XLA's notes, among them that its allocator "ran out of memory", which "is not a failure": a smaller one is used then.
-NOTES = re.compile(r"^[IW]\d{4} .*|^\d{4}-\d\d-\d\d \S+: [IW] .*|.*not a failure.*", re.MULTILINE)
-MAY_NOT_FIT = ("step/", "lever/", "torch/")
+ATTEMPTS = 2  # of a part that fails, each by a call of its own
+NEARLY_ALL = 0.9  # share of a call's time with which a part that did not end is too slow, and not only late
+NEEDED = ("machine", "parity")  # without them the others tell nothing
+OUT_OF_MEMORY = re.compile(
+    "RESOURCE_EXHAUSTED|[Oo]ut of memory|OutOfMemory|Ran out of memory|INTERNAL: Failed to allocate"
+)
+# XLA's lines beside the exception, among them that its allocator "ran out of memory", which "is not a failure", or
+# "failed to allocate": it then tries a smaller size, or another algorithm.
+NOTES = re.compile(r"^[IWE]\d{4} .*|^\d{4}-\d\d-\d\d \S+: [IWE] .*|.*not a failure.*", re.MULTILINE)
+MAY_NOT_FIT = ("step/", "lever/", "torch/", "bfloat16", "devices", "trace")
 
 
 def chosen(options) -> list[str]:
@@ -74,63 +81,91 @@ def chosen(options) -> list[str]:
 
 def run_all(options, arguments: list[str]) -> int:
     """Runs the parts that are not done, until time is up; returns the exit status."""
-    end, left = time.monotonic() + 60 * options.minutes, True
+    end = time.monotonic() + 60 * options.minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(GO_ON))  # `ended` then ends the part
     part_file(options, "machine").parent.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": str(options.output / "xla"),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",  # of a GPU's memory; the default is 0.75
-        "JAX_TRACEBACK_FILTERING": "off",  # its note would be the last line
-    } | os.environ
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    for number, name in enumerate(parts := [n for n in chosen(options) if not part_file(options, n).is_file()]):
-        remaining = end - time.monotonic()
+    for name in chosen(options):
+        result, remaining = result_of(options, name), end - time.monotonic()
+        if not (is_left(result) or result.get("again")):
+            continue
         if remaining <= 0:
             break
         say(f"{name} …")
-        log = part_file(options, name).with_suffix(".log")
+        attempts, log = result.get("attempts", 0) + 1, part_file(options, name).with_suffix(".log")
         with open(log, "a" if name == "training" else "w") as stream:  # training goes on where it was
             child = subprocess.Popen(
                 [sys.executable, __file__, *arguments, f"--part={name}"],
                 stdout=stream,
                 stderr=stream,
-                # `flops` counts on a CPU, wherever the others run.
-                env=environment | ({"JAX_PLATFORMS": "cpu"} if name == "flops" else {}),
+                env=environment_of(options, name),
                 start_new_session=True,
                 preexec_fn=end_with_parent,
             )
-        if not ended(child, remaining):
-            if number or name == "training":  # it had less than the full time, or resumes where it was
-                break
-            failure = {"error": f"did not end within {options.minutes:g} minutes"}
-            write_text(part_file(options, name), json.dumps(failure))
-        elif child.returncode:
-            text = log.read_text(errors="replace")
-            failure = {"error": (text.strip().splitlines() or [f"status {child.returncode}"])[-1][:500]}
-            if name == "machine" and child.returncode == REFUSED:
-                say(f"accelerator.py: error: {failure['error']}")
-                return REFUSED  # and the part is left to be done
-            if name.startswith(MAY_NOT_FIT) and OUT_OF_MEMORY.search(NOTES.sub("", text)):
-                failure["out_of_memory"] = True
-            write_text(part_file(options, name), json.dumps(failure))
+        in_time = ended(child, remaining)
+        if in_time and not child.returncode:
+            result = result_of(options, name)
+        elif in_time:
+            result = failure(name, child.returncode, log.read_text(errors="replace"))
+        elif name == "training" or remaining < NEARLY_ALL * 60 * options.minutes:
+            break  # it resumes where it was, or had less than the full time
+        else:
+            result = {"error": f"did not end within {options.minutes:g} minutes: give a larger --minutes"}
+        if "error" in result and name in NEEDED and (in_time or attempts == ATTEMPTS):
+            part_file(options, name).unlink(missing_ok=True)
+            say(f"accelerator.py: error: {name}: {result['error']} (see {log}; the same command tries again)")
+            return REFUSED if child.returncode == REFUSED else 1
+        if "error" in result:
+            write_text(part_file(options, name), json.dumps(result | {"attempts": attempts}))
         write_results(options)
-        say(f"  {summary(result_of(options, name))}")
-    else:
-        left = False
+        say(f"  {summary(result)}")
     results = write_results(options)
-    done = [name for name in chosen(options) if name in results]
-    print(f"{options.output / 'results.md'}: {len(done)} of {len(chosen(options))} parts done")
-    if left:
-        say(f"{options.minutes:g} minutes are over: the same command continues with {parts[number]}")
-        return GO_ON
+    left = [name for name in chosen(options) if is_left(results.get(name, {}))]
+    print(f"{options.output / 'results.md'}: {len(chosen(options)) - len(left)} of {len(chosen(options))} parts done")
     wrong = [
         name
-        for name in done
-        if results[name].get("passed") is False or ("error" in results[name] and not results[name].get("out_of_memory"))
+        for name in chosen(options)
+        if (result := results.get(name, {})).get("passed") is False
+        or ("error" in result and not result.get("out_of_memory"))
     ]
     for name in wrong:
         say(f"{name}: {summary(results[name])} (see {part_file(options, name).with_suffix('.log')})")
+    if left:
+        say(f"the same command continues with {left[0]}")
+        return GO_ON
     return 1 if wrong else 0
+
+
+def is_left(result: dict) -> bool:
+    """Whether a part is still to be done: it has no result, or it failed once, which may have been a passing fault."""
+    failed = "error" in result and not result.get("out_of_memory")
+    return not result or (failed and result.get("attempts", 0) < ATTEMPTS)
+
+
+def environment_of(options, name: str) -> dict[str, str]:
+    """The environment of a part's process; what the user has set stays as it is."""
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": str(options.output / "xla"),
+        "JAX_TRACEBACK_FILTERING": "off",  # its note would be the last line
+    } | os.environ
+    if not any(map(os.environ.get, MEMORY_FRACTIONS)):  # jaxlib refuses both
+        environment[MEMORY_FRACTIONS[-1]] = "0.9"  # of a GPU's memory; the default is 0.75
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    if name == "flops":  # counted on a CPU, wherever the others run
+        environment["JAX_PLATFORMS"] = "cpu"
+    return environment
+
+
+def failure(name: str, status: int, log: str) -> dict:
+    """What the result of a part says that ended with a status other than 0."""
+    if status == -signal.SIGKILL:
+        cause = "the host (not the accelerator) probably ran out of memory"
+        return {"error": f"killed by signal 9: {cause}; end what else runs there, or give smaller --batches"}
+    _, traceback, text = NOTES.sub("", log).rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(" ")]  # without its frames
+    found = {"error": (lines or [f"status {status}"])[0 if traceback else -1][:500]}
+    if name.startswith(MAY_NOT_FIT) and OUT_OF_MEMORY.search("\n".join(lines)):
+        found["out_of_memory"] = True
+    return found
 
 
 def ended(child: subprocess.Popen, seconds: float) -> bool:
@@ -317,7 +352,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         config_of(options)
-        return run_all(options, arguments)
+        with exclusive(options.output, inside=True):
+            return run_all(options, arguments)
     except (OSError, ValueError, KeyError) as error:
         print(f"accelerator.py: error: {error}", file=sys.stderr)
         return 2

@@ -72,7 +72,11 @@ PLANNED_BANKS = ("augment.noise=x", "augment.music=x", "augment.rirs=x", "augmen
 
 
 class Skip(Exception):
-    """A part that cannot run here, and why."""
+    """A part that cannot run here, and why; `again`: a later call may find that it can."""
+
+    def __init__(self, reason: str, again: bool = False):
+        super().__init__(reason)
+        self.again = again
 
 
 class NoAccelerator(Exception):
@@ -202,7 +206,7 @@ def torch_step(options, *, dtype: str, arguments: tuple[str, ...]) -> dict:
     """The step of experiments/torch_steps.py beside ours, and whether the first losses agree."""
     for module in ("torch", "speakerlab"):
         if importlib.util.find_spec(module) is None:
-            raise Skip(f"the module {module} is not installed")
+            raise Skip(f"the module {module} is not installed", again=True)
     platform = machine_of(options)["platform"].replace("gpu", "cuda")
     if platform not in ("cpu", "cuda"):
         raise Skip(f"PyTorch has no {platform} here")
@@ -210,7 +214,7 @@ def torch_step(options, *, dtype: str, arguments: tuple[str, ...]) -> dict:
         import torch
 
         if not torch.cuda.is_available():
-            raise Skip("this PyTorch sees no GPU")
+            raise Skip("this PyTorch sees no GPU", again=True)
     model, data = (config := config_of(options)).model, config.data
     sizes = [
         f"--batch={options.batches[0]}",
@@ -475,7 +479,7 @@ def machine_of(options) -> dict:
     """Result of the part machine, for parts that cannot do without."""
     found = result_of(options, "machine")
     if "platform" not in found:
-        raise Skip("the part machine has no result")
+        raise Skip("the part machine has no result", again=True)
     return found
 
 
@@ -497,7 +501,7 @@ def chip_of(limits: dict) -> str:
     if limits["platform"] == "gpu":
         chip = next((chip for name, chip in GPUS.items() if re.search(rf"\b{name}\b", kind)), None)
         chip = None if OTHER_GPUS.search(kind) else chip
-        fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+        fraction = float(next(filter(None, map(os.environ.get, MEMORY_FRACTIONS)), 0.75))
     else:
         chip = next((chip for name, chip in TPUS.items() if name in kind), None)
     if chip is None:
@@ -544,7 +548,8 @@ def training_overrides(options) -> list[str]:
 def demo_data(folder: Path) -> Path:
     """Makes the synthetic speech of the demo into a folder as --data takes it."""
     if importlib.util.find_spec("espeakng_loader") is None:
-        raise Skip("no --data, and the package espeakng-loader, which makes synthetic speech, is not installed")
+        reason = "no --data, and the package espeakng-loader, which makes synthetic speech, is not installed"
+        raise Skip(reason, again=True)
     import demo_speech
     from memo_jax.data.prepare import prepare
 
@@ -567,18 +572,17 @@ def parts_of(options) -> dict:
         for dtype in ("bfloat16", "float32")
         for batch in options.batches
     }
-    smallest = [name for name in steps if name.endswith(f"/{options.batches[0]}")]
-    parts |= {name: steps[name] for name in smallest}
+    parts |= {name: steps[name] for name in steps if name.endswith(f"/{options.batches[0]}")}
+    parts |= {"trace": trace, "plan": plan, "training": training}
     for name, arguments in TORCH_VARIANTS.items():
         dtype = name.partition(",")[0]
         parts[f"torch/{name}"] = functools.partial(torch_step, dtype=dtype, arguments=arguments)
-    parts |= {"trace": trace} | steps
+    parts |= steps
     for name, overrides in LEVERS.items():
         parts[f"lever/{name}"] = functools.partial(lever, overrides=overrides)
         if "remat" in name:
             parts[f"lever/{name}/larger"] = functools.partial(lever, overrides=overrides, larger=True)
-    parts["lever/mean_first"] = mean_first
-    return parts | {"plan": plan, "training": training}
+    return parts | {"lever/mean_first": mean_first}
 
 
 def step_at(options, *, dtype: str, batch: int) -> dict:
@@ -617,5 +621,5 @@ def run_part(options) -> None:
     try:
         result = parts_of(options)[options.part](options)
     except Skip as reason:
-        result = {"skipped": str(reason)}
+        result = {"skipped": str(reason)} | ({"again": True} if reason.again else {})
     write_text(part_file(options, options.part), json.dumps({"took_seconds": time.time() - begin} | result, indent=2))

@@ -17,7 +17,7 @@ import soundfile
 import tiny
 import tiny_processes
 from memo_jax import config as configs
-from memo_jax import models
+from memo_jax import locks, models
 from memo_jax.data.batches import Utterances
 from memo_jax.planning import plan as planning
 from memo_jax.scoring.trials import read_trials, recording_rows
@@ -163,11 +163,10 @@ def test_a_whole_command(whole):
 def test_the_order_of_parts(output):
     """What tells most comes first: an hour may end sooner."""
     names = list(accelerator_parts.parts_of(parsed(output)))
-    assert names[:7] == [*"machine parity bfloat16 devices flops".split(), "step/bfloat16/4", "step/float32/4"]
-    others = [*accelerator_parts.TORCH_VARIANTS]
-    assert names[7 : 8 + len(others)] == [*(f"torch/{name}" for name in others), "trace"]
-    assert names[8 + len(others) :][:3] == ["step/bfloat16/8", "step/float32/8", "lever/crop_remat"]
-    assert names[-2:] == ["plan", "training"]
+    first = "machine parity bfloat16 devices flops step/bfloat16/4 step/float32/4 trace plan training"
+    torch = [f"torch/{name}" for name in accelerator_parts.TORCH_VARIANTS]
+    expected = [*first.split(), *torch, "step/bfloat16/8", "step/float32/8", "lever/crop_remat"]
+    assert names[: len(expected)] == expected and names[-1] == "lever/mean_first"
 
 
 def test_the_machine(whole):
@@ -249,29 +248,136 @@ with freed_by_count=0. The caller indicates that this is not a failure, but this
 """
 
 
+ERROR_NOTE = "E0000 00:00:1 bfc_allocator.cc:3] failed to allocate 2.00GiB: CUDA_ERROR_OUT_OF_MEMORY: out of memory\n"
+TRACEBACK = 'Traceback (most recent call last):\n  File "a.py", line 1, in <module>\n    run()\n'
+CONTEXT = "\nDuring handling of the above exception, another exception occurred:\n\n"
+
+
+class Failed(InThisProcess):
+    """A part that prints `text` and ends with `status`."""
+
+    text, status, names = "", 1, []
+
+    def __init__(self, command, stdout, **_):
+        self.names.append(command[-1].removeprefix("--part="))
+        print(self.text, file=stdout, flush=True)
+        self.returncode = self.status
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes every part fail; returns the class, to say how."""
+    for name, value in {"text": "ValueError: other", "status": 1, "names": []}.items():
+        monkeypatch.setattr(Failed, name, value)
+    monkeypatch.setattr(accelerator.subprocess, "Popen", Failed)
+    monkeypatch.setattr(accelerator, "end_part", lambda child: None)
+    return Failed
+
+
 @pytest.mark.parametrize(
     ("name", "text", "line"),
     [
         ("step/float32/4", "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\n", "does not fit"),
         ("torch/float32", "torch.OutOfMemoryError: CUDA out of memory.\nended with 1\n", "does not fit"),
         ("lever/crop_remat", XLA_NOTE + "ValueError: other\n", "failed: ValueError: other"),
-        ("step/float32/4", XLA_NOTE + "RESOURCE_EXHAUSTED\n", "does not fit"),
-        ("parity", "RESOURCE_EXHAUSTED\n", "failed: RESOURCE_EXHAUSTED"),
+        ("step/float32/4", ERROR_NOTE + "ValueError: other\n", "failed: ValueError: other"),
+        (
+            "step/float32/4",
+            f"{TRACEBACK}E: out of memory\n{CONTEXT}{TRACEBACK}TypeError: a\n\n",
+            "failed: TypeError: a",
+        ),
+        ("bfloat16", f"{TRACEBACK}jax.errors.A: RESOURCE_EXHAUSTED: a\n  the largest:\n1 GB\n", "does not fit"),
+        ("trace", f"{TRACEBACK}jax.errors.A: INTERNAL: Failed to allocate 123 bytes\n{ERROR_NOTE}", "does not fit"),
+        ("devices", XLA_NOTE + "RESOURCE_EXHAUSTED\n", "does not fit"),
+        ("plan", "RESOURCE_EXHAUSTED\n", "failed: RESOURCE_EXHAUSTED"),
     ],
 )
-def test_only_lack_of_memory_where_it_may_lack_is_excused(name, text, line, output, monkeypatch):
-    class Failed(InThisProcess):
-        def __init__(self, command, stdout, env, **_):
-            assert env["JAX_TRACEBACK_FILTERING"] == "off"
-            print(text, file=stdout, flush=True)
-            self.returncode = 1
-
+def test_only_lack_of_memory_where_it_may_lack_is_excused(name, text, line, output, failing):
     log = accelerator_parts.part_file(types.SimpleNamespace(output=output), name).with_suffix(".log")
     log.write_text("RESOURCE_EXHAUSTED, in an earlier attempt\n")
-    monkeypatch.setattr(accelerator.subprocess, "Popen", Failed)
+    failing.text = text
+    assert accelerator.main(arguments(output, f"--parts=^{name}$")) == (0 if line == "does not fit" else 75)
+    found = accelerator_parts.result_of(types.SimpleNamespace(output=output), name)
+    assert accelerator.summary(found) == line
+    assert f"| {name} | {line} |" in accelerator.markdown({name: found}) or name not in ("bfloat16", "devices")
+
+
+def test_a_part_that_failed_is_tried_once_more(output, failing, capsys):
+    """A machine that is lent may have a fault that passes; a step that does not fit will not fit."""
+    put(output, "step/bfloat16/4", {"error": "RESOURCE_EXHAUSTED", "out_of_memory": True})
+    only = arguments(output, "--parts=^(flops|plan|step/bfloat16/4)$")
+    assert accelerator.main(only) == 75 and "continues with plan" in capsys.readouterr().err
+    assert accelerator.main(only) == 1 and accelerator.main(only) == 1
+    assert failing.names == ["plan", "plan"]
+
+
+def test_a_fault_of_what_all_need_stops_the_command_without_a_result(tmp_path, failing, capsys):
+    assert [accelerator.main(arguments(tmp_path)) for _ in range(3)] == [1, 1, 1]
+    put(tmp_path, "machine", MACHINE)
+    assert [accelerator.main(arguments(tmp_path)) for _ in range(3)] == [1, 1, 1]
+    assert "parity: ValueError: other" in capsys.readouterr().err
+    assert failing.names == ["machine"] * 3 + ["parity"] * 3 and not (tmp_path / "parts" / "parity.json").exists()
+
+
+def test_a_part_without_its_package_is_looked_at_again(output, monkeypatch):
+    monkeypatch.setattr(accelerator.subprocess, "Popen", InThisProcess)
     monkeypatch.setattr(accelerator, "end_part", lambda child: None)
-    assert accelerator.main(arguments(output, f"--parts=^{name}$")) == int(line != "does not fit")
-    assert accelerator.summary(accelerator_parts.result_of(types.SimpleNamespace(output=output), name)) == line
+    monkeypatch.setattr(accelerator_parts.importlib.util, "find_spec", lambda name: None)
+    name, only = "torch/float32", arguments(output, "--parts=^torch/float32$")
+    assert accelerator.main(only) == 0, "nothing is left that the same command could do"
+    monkeypatch.setattr(accelerator_parts, "torch_step", lambda options, **_: {"passed": True})
+    assert accelerator.main(only) == 0
+    assert accelerator_parts.result_of(types.SimpleNamespace(output=output), name)["passed"]
+
+
+def test_a_part_that_the_kernel_killed_is_said_to_lack_the_hosts_memory(output, failing):
+    failing.status = -9
+    assert accelerator.main(arguments(output, "--parts=^step/bfloat16/4$")) == 75
+    found = accelerator_parts.result_of(types.SimpleNamespace(output=output), "step/bfloat16/4")
+    assert "the host (not the accelerator)" in found["error"] and "out_of_memory" not in found
+
+
+@pytest.mark.parametrize("name", ["plan", "parity"])
+def test_a_part_that_is_too_slow_has_a_second_call(name, output, failing, monkeypatch):
+    monkeypatch.setattr(accelerator, "ended", lambda child, seconds: False)
+    only = arguments(output, f"--parts=^{name}$")
+    assert accelerator.main(only) == 75
+    found = accelerator_parts.result_of(types.SimpleNamespace(output=output), name)
+    assert "give a larger --minutes" in found["error"] and found["attempts"] == 1
+    assert accelerator.main(only) == 1 and len(failing.names) == 2
+
+
+def test_a_part_that_began_late_is_not_too_slow(output, failing, monkeypatch):
+    now = [0.0]
+
+    def ended(child, seconds):
+        now[0] += 300
+        return seconds > 300
+
+    monkeypatch.setattr(accelerator.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(accelerator, "ended", ended)
+    (output / "parts" / "flops.json").unlink()
+    assert accelerator.main(arguments(output, "--parts=^(flops|plan)$")) == 75
+    assert failing.names == ["flops", "plan"] and not (output / "parts" / "plan.json").exists()
+
+
+def test_two_commands_do_not_share_an_output(output, failing, capsys):
+    with locks.exclusive(output, inside=True):
+        assert accelerator.main(arguments(output)) == 2
+    assert str(output) in capsys.readouterr().err and not failing.names
+
+
+@pytest.mark.parametrize("given", [{}, {"XLA_CLIENT_MEM_FRACTION": "0.6"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.6"}])
+def test_one_share_of_the_memory_is_set(given, output, monkeypatch):
+    """jaxlib refuses both names at once."""
+    for name in accelerator_parts.MEMORY_FRACTIONS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = accelerator.environment_of(parsed(output), "trace")
+    fractions = {name: found[name] for name in accelerator_parts.MEMORY_FRACTIONS if name in found}
+    assert fractions == (given or {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"})
+    assert found["JAX_TRACEBACK_FILTERING"] == "off"
 
 
 def test_flops_are_counted_on_a_cpu(output, monkeypatch):
@@ -286,7 +392,7 @@ def test_flops_are_counted_on_a_cpu(output, monkeypatch):
     monkeypatch.setattr(accelerator.subprocess, "Popen", Seen)
     monkeypatch.setattr(accelerator, "end_part", lambda child: None)
     (output / "parts" / "flops.json").unlink()
-    assert accelerator.main(arguments(output, "--parts=^(flops|step/float32/4)$")) == 1
+    assert accelerator.main(arguments(output, "--parts=^(flops|step/float32/4)$")) == 75
     assert seen == {"--part=flops": "cpu", "--part=step/float32/4": "cuda"}
 
 
@@ -482,8 +588,9 @@ def test_the_plan_is_of_the_program_that_is_measured(output, monkeypatch):
         ("TPU v6 lite", "tpu", 16.9, None),
     ],
 )
-def test_a_data_sheet_is_of_the_chip(kind, platform, gigabytes, chip, monkeypatch):
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+@pytest.mark.parametrize("name", accelerator_parts.MEMORY_FRACTIONS)
+def test_a_data_sheet_is_of_the_chip(kind, platform, gigabytes, chip, name, monkeypatch):
+    monkeypatch.setenv(name, "0.9")
     limits = {"kind": kind, "platform": platform, "memory_bytes": gigabytes and gigabytes * 1e9}
     if chip:
         assert accelerator_parts.chip_of(limits) == chip
@@ -634,7 +741,7 @@ def test_a_training_that_time_cuts_saves_and_is_resumed(tmp_path, monkeypatch):
     assert (folder / "saved").exists() and not (folder / "ended").exists()
     monkeypatch.setattr(accelerator, "ended", ended)
     assert not (tmp_path / "parts" / "training.json").exists()
-    assert accelerator.main(arguments(tmp_path, *more)) == 1
+    assert accelerator.main(arguments(tmp_path, *more)) == accelerator.GO_ON, "it failed, and is tried once more"
     found = json.loads((tmp_path / "parts" / "training.json").read_text())
     assert (folder / "ended").exists() and found["rows"] == {} and found["error"].startswith("no result of dino-ecapa")
 
@@ -700,11 +807,17 @@ def test_a_call_resumes_where_time_ran_out(tmp_path):
     assert again.returncode == 0 and again.stderr == "", "nothing was left to do"
 
 
-def test_a_part_that_fails_is_reported_and_the_others_still_run(tmp_path):
-    put(tmp_path, "machine", MACHINE)
-    done = command(tmp_path, "--parts=^(machine|parity|plan)$", f"--reference={tmp_path / 'nowhere.npz'}")
-    assert done.returncode == 1 and "parity: failed: " in done.stderr and "nowhere.npz" in done.stderr
-    assert "3 of 3 parts done" in done.stdout
+def test_a_part_that_fails_is_reported_and_the_others_still_run(output, monkeypatch, capsys):
+    def broken(options):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(accelerator.subprocess, "Popen", InThisProcess)
+    monkeypatch.setattr(accelerator, "end_part", lambda child: None)
+    monkeypatch.setattr(accelerator_parts, "devices", broken)
+    only = arguments(output, "--parts=^(machine|devices|plan)$")
+    assert [accelerator.main(only) for _ in range(2)] == [75, 1]
+    printed = capsys.readouterr()
+    assert "devices: failed: ValueError: no such thing (see " in printed.err and "3 of 3 parts done" in printed.out
 
 
 def test_a_part_that_takes_too_long_is_ended():
