@@ -192,7 +192,9 @@ def option_parts(config, logits, distributions, embeddings):
 def machine_limits(dtype):
     """Returns the FLOP and bytes of a second at best: of a matrix product, and of a copy, read and written."""
     size, megabytes, calls = (2048, 256, 1) if PLATFORM == "cpu" else (8192, 1024, 10)
-    square, product = jnp.ones((size, size), dtype), jax.jit(lambda x: x @ x)
+    # Not ones: their product takes less power, and a GPU that is not at its limit of power runs faster.
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
 
     def repeated(function, x):
         for _ in range(calls):  # an accelerator begins one while the next is asked for

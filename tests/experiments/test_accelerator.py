@@ -10,6 +10,7 @@ import traceback
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -170,9 +171,19 @@ def test_the_order_of_parts(output):
 
 
 def test_the_machine(whole):
+    assert "Float32 is at default precision: TensorFloat-32 on a GPU" in (whole / "results.md").read_text()
     found = json.loads((whole / "parts" / "machine.json").read_text())
     assert found.keys() >= MACHINE.keys() and found["platform"] == "cpu"
     assert found["flops_per_second"] == {"float32": 2e15, "bfloat16": 4e15} and found["bytes_per_second"] == 5e15
+
+
+def test_the_best_rate_is_of_numbers_at_random(monkeypatch):
+    """As of a step's."""
+    timed = []
+    monkeypatch.setattr(step_parts, "best_seconds", lambda function, clock: timed.append(function) or 1.0)
+    step_parts.machine_limits("bfloat16")
+    (square,) = (x for x in timed[0].args if isinstance(x, jax.Array))
+    assert square.dtype == "bfloat16" and np.std(square[:64].astype("float32")) == pytest.approx(1, abs=0.1)
 
 
 def test_the_step_and_what_it_is_measured_against(whole):
