@@ -277,6 +277,10 @@ def markdown(results: dict[str, dict]) -> str:
         if "seconds_by_scope" in row:
             lines += ["", "| scope | ms a step |", "|---|---|"]
             lines += [f"| {scope} | {1e3 * seconds:.3g} |" for scope, seconds in row["seconds_by_scope"].items()]
+            share = "not measured"
+            if row["step_seconds"]:
+                share = f"{row['attributed_seconds'] / row['step_seconds']:.0%} of {1e3 * row['step_seconds']:.3g} ms"
+            lines.append(f"| attributed, of the measured step | {share} |")
         if "topology" in row:
             lines.append(
                 f"{row['topology']}: {seconds_and_bytes(row, 'planned', 'does not fit by plan')}; "

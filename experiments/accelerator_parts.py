@@ -63,6 +63,9 @@ STEPS = 3  # of the checks
 TRACED = 3  # steps
 SCOPES = ("augment", "mel", "teacher", "student", "backbone", "head", "distributions", "distillation", "contrastive")
 SCOPES += ("update", "supervised", "ecapa", "resnet", "campplus")
+UNATTRIBUTED = "unattributed"
+OPERATIONS = {"/device:GPU:": "Stream", "/device:TPU:": "XLA Ops"}  # what lines with operations begin with, in planes
+EACH_KERNEL = {"xla_gpu_enable_command_buffer": ""}  # none: in a command buffer, kernels have no operation's name
 EPOCH_STEPS = 1000  # of the recipe that is timed
 ROW_SECONDS = 60  # that a row of the study takes beside steps and compiling: processes start, evaluations, the test
 # Utterances/s that the loader gave on two cores: experiments/README.md, "Loader", ours in a thread, crops as here.
@@ -246,9 +249,15 @@ def trace(options) -> dict:
     import jax
 
     from memo_jax.training.profile import tracing_options
+    from memo_jax.xla.compiler import known_options
 
-    folder = options.output / "profile"
-    program = Program(config_of(options, "model.dtype=bfloat16", f"data.batch_size={small_batch(options)}"), None)
+    folder, batch = options.output / "profile", small_batch(options)
+    on_gpu = machine_of(options)["platform"] == "gpu"
+    program = Program(
+        config_of(options, "model.dtype=bfloat16", f"data.batch_size={batch}"),
+        None,
+        known_options(EACH_KERNEL) if on_gpu else None,
+    )
     for _ in range(2):
         program.take_step()
     with jax.profiler.trace(folder, profiler_options=tracing_options()):
@@ -260,7 +269,12 @@ def trace(options) -> dict:
     for scope, _, length in spans:
         seconds[scope] = seconds.get(scope, 0.0) + length / TRACED
     draw_timeline(spans, options.output / "timeline.png")
-    return {"folder": str(folder), "seconds_by_scope": dict(sorted(seconds.items(), key=lambda item: -item[1]))}
+    return {
+        "folder": str(folder),
+        "seconds_by_scope": dict(sorted(seconds.items(), key=lambda item: -item[1])),
+        "attributed_seconds": covered([span for span in spans if span[0] != UNATTRIBUTED]) / TRACED,
+        "step_seconds": result_of(options, f"step/bfloat16/{options.batches[0]}").get("seconds"),
+    }
 
 
 def plan(options) -> dict:
@@ -334,7 +348,7 @@ def training(options) -> dict:
 class Program:
     """The compiled training step of a config on devices (None: all), with a state and a batch of noise."""
 
-    def __init__(self, config, of_devices):
+    def __init__(self, config, of_devices, compiler_options=None):
         import jax
 
         from memo_jax.training.program import create_state, lowered_step
@@ -345,7 +359,7 @@ class Program:
         mesh = sharding.data_mesh(of_devices)
         recipe, self.banks = build_recipe(config, EPOCH_STEPS), sharding.replicate(mesh, example_banks())
         begin = time.perf_counter()
-        self.compiled = lowered_step(config, recipe, mesh, self.banks).compile()
+        self.compiled = lowered_step(config, recipe, mesh, self.banks).compile(compiler_options)
         self.compile_seconds = time.perf_counter() - begin
         jax.clear_caches()
         self.state = create_state(config, recipe, mesh)
@@ -386,17 +400,30 @@ def traced_spans(file: Path, scope_of: dict[str, str]) -> list[tuple[str, float,
 
     spans, inside = [], ("while", "conditional", "call")  # their operations are in the trace, too
     planes = {plane.name: plane for plane in ProfileData.from_file(str(file)).planes}
-    devices = (name for name in sorted(planes) if name.startswith(("/device:GPU:", "/device:TPU:")))
+    devices = (name for name in sorted(planes) if name.startswith(tuple(OPERATIONS)))
     plane = planes[next(devices, "/host:CPU")]
+    lines = OPERATIONS.get(plane.name[:12])
     for line in plane.lines:
+        if lines and not line.name.startswith(lines):
+            continue
         for event in line.events:
-            named = event.name.split(" ")[0].lstrip("%") if line.name == "XLA Ops" else None  # as on TPUs
+            named = event.name.split(" ")[0].lstrip("%") if line.name == "XLA Ops" else ""  # as on TPUs
             operation = dict(event.stats).get("hlo_op", named)
-            if operation in scope_of and not operation.startswith(inside):
-                spans.append((scope_of[operation], event.start_ns / 1e9, event.duration_ns / 1e9))
-    if not spans:
+            if (operation or lines) and not operation.startswith(inside):
+                scope = scope_of.get(operation, UNATTRIBUTED)
+                spans.append((scope, event.start_ns / 1e9, event.duration_ns / 1e9))
+    if all(scope == UNATTRIBUTED for scope, _, _ in spans):
         raise ValueError(f"{file}: {plane.name} has no operation of the step, of {', '.join(sorted(planes))}")
     return spans
+
+
+def covered(spans: list[tuple[str, float, float]]) -> float:
+    """Seconds in which at least one of these operations ran."""
+    total, until = 0.0, 0.0
+    for _, begin, length in sorted(spans, key=lambda span: span[1]):
+        total += max(begin + length - max(begin, until), 0.0)
+        until = max(until, begin + length)
+    return total
 
 
 def draw_timeline(spans: list[tuple[str, float, float]], file: Path) -> None:

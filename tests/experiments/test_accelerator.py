@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import soundfile
+from jax.profiler import ProfileData
 
 import tiny
 import tiny_processes
@@ -125,7 +126,7 @@ def whole(tmp_path_factory):
     limits = {"float32": (2e15, 3e15), "bfloat16": (4e15, 5e15)}
     compared = {"deviations": {"losses/step0/ecapa": 3e-6}, "noise": {"losses/step0/ecapa": 1e-6}}
 
-    def program_once(config, of_devices):
+    def program_once(config, of_devices, compiler_options=None):
         key = config.to_json()
         if key not in programs:
             programs[key] = program(config, of_devices)
@@ -158,6 +159,8 @@ def test_a_whole_command(whole):
         assert rows[name].startswith(f"| {name} | 4 | {results[name]['seconds']:.4g} |")
         assert f"| {results[name]['compiled_bytes'] / 1e9:.2f} (compiled) |" in rows[name], "a CPU tells no peak"
     seconds = results["trace"]["seconds_by_scope"]["resnet/teacher/backbone"]
+    share = results["trace"]["attributed_seconds"] / results["step/bfloat16/4"]["seconds"]
+    assert rows["attributed, of the measured step"].split(" | ")[1].startswith(f"{share:.0%} of ") and share > 0.1
     assert rows["resnet/teacher/backbone"] == f"| resnet/teacher/backbone | {1e3 * seconds:.3g} |"
 
 
@@ -412,6 +415,65 @@ def test_the_trace(whole):
     assert seconds.keys() >= {"resnet/teacher/backbone", "resnet/student/backbone, backward", "resnet/student/update"}
     assert all(value > 0 for value in seconds.values()) and (whole / "timeline.png").stat().st_size > 5_000
     assert (whole / "profile" / "memory.prof").stat().st_size > 0
+
+
+def plane(name, **lines):
+    """A plane of a trace as text: lines {name: [(event, hlo_op or "", begin, length)]}, in picoseconds."""
+    text, named = "", {}
+    for of, events in lines.items():
+        body = ""
+        for event, operation, begin, length in events:
+            number = named.setdefault(event, len(named) + 1)
+            stat = f'stats {{ metadata_id: 1 str_value: "{operation}" }}' if operation else ""
+            body += f"events {{ metadata_id: {number} offset_ps: {begin} duration_ps: {length} {stat} }}\n"
+        text += f'lines {{ name: "{of}" timestamp_ns: 0 {body} }}\n'
+    for event, number in named.items():
+        text += f'event_metadata {{ key: {number} value {{ id: {number} name: "{event}" }} }}\n'
+    text += 'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }\n'
+    return f'planes {{ name: "{name}" {text} }}\n'
+
+
+GPU = {
+    "Stream #7(Compute)": [("k1", "fusion.1", 0, 4000), ("k2", "copy.2", 4000, 1000), ("MemcpyD2D", "", 5000, 1000)],
+    "Stream #8(Compute)": [("k3", "fusion.1", 2000, 4000), ("k4", "while.3", 0, 9000)],
+    "XLA Modules": [("jit_step", "fusion.1", 0, 9000)],
+}
+TPU = {
+    "XLA Ops": [
+        ("%fusion.1 = f32[] fusion()", "", 0, 6000),
+        ("%copy.2 = f32[]", "", 6000, 1000),
+        ("%x", "", 7000, 1000),
+    ],
+    "Steps": [("1", "", 0, 9000)],
+    "XLA Modules": [("jit_step", "", 0, 9000)],
+}
+
+
+@pytest.mark.parametrize(("name", "lines"), [("/device:GPU:0", GPU), ("/device:TPU:0", TPU)])
+def test_operations_without_a_scope_are_counted(name, lines, tmp_path):
+    """Two kernels of a GPU at once take their time only once."""
+    text = plane("/host:CPU", python=[("fusion.1", "fusion.1", 0, 9000)]) + plane(name, **lines)
+    (tmp_path / "a.xplane.pb").write_bytes(ProfileData.text_proto_to_serialized_xspace(text))
+    spans = accelerator_parts.traced_spans(tmp_path / "a.xplane.pb", {"fusion.1": "update", "while.3": "other"})
+    unknown = [span for span in spans if span[0] == "unattributed"]
+    assert sum(length for *_, length in unknown) == pytest.approx(2e-9) and len(unknown) == 2
+    attributed = [span for span in spans if span[0] == "update"]
+    assert accelerator_parts.covered(attributed) == pytest.approx(6e-9) and len(spans) == len(unknown + attributed)
+
+
+@pytest.mark.parametrize(("platform", "options"), [("gpu", {"xla_gpu_enable_command_buffer": ""}), ("tpu", None)])
+def test_a_traced_step_has_no_command_buffers(platform, options, output, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def program(config, of_devices, compiler_options):
+        assert compiler_options == options
+        raise Asked
+
+    put(output, "machine", MACHINE | {"platform": platform})
+    monkeypatch.setattr(accelerator_parts, "Program", program)
+    with pytest.raises(Asked):
+        part(output, "trace")
 
 
 def test_a_trace_without_the_step_is_an_error(whole):
