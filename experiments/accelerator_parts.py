@@ -68,6 +68,10 @@ OPERATIONS = {"/device:GPU:": "Stream", "/device:TPU:": "XLA Ops"}  # what lines
 EACH_KERNEL = {"xla_gpu_enable_command_buffer": ""}  # none: in a command buffer, kernels have no operation's name
 EPOCH_STEPS = 1000  # of the recipe that is timed
 ROW_SECONDS = 60  # that a row of the study takes beside steps and compiling: processes start, evaluations, the test
+STUDY_EPOCH_STEPS = 1085 // 24  # of its recordings at its batch
+# What changes how a step is compiled, and not what it computes.
+STEP_SETTINGS = tuple(f"model.{key}" for key in ("crop_remat", "ecapa_remat", "resnet_remat"))
+STEP_SETTINGS += ("model.resnet_packed", "model.resnet_scan")
 # Utterances/s that the loader gave on two cores: experiments/README.md, "Loader", ours in a thread, crops as here.
 LOADER_RATE = 1629
 # As synthetic.example_banks: 32 rows of 6 s (192,000 bytes each), and no fraction of a row.
@@ -313,7 +317,8 @@ def training(options) -> dict:
     # Nobody else runs them: a claim is of a process that ended, perhaps on another machine.
     command += [f"--rows={options.rows}", f"--config={options.training_config}", "--take-over"]
     command += [f"--{kind}={data / kind}" for kind in ("noise", "music", "rirs") if (data / kind).is_dir()]
-    command += [f"--config.{text}" for text in training_overrides(options)]
+    overrides = training_overrides(options, data)
+    command += [f"--config.{text}" for text in overrides]
     say(shlex.join(command))
     runner, stopped = subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end_with_parent), []
 
@@ -339,7 +344,7 @@ def training(options) -> dict:
     missing = [row for row in ablation.chosen_rows(options.rows) if row not in rows]
     errors = [f"experiments/run.py ended with {status}"] if status else []
     errors += [f"no result of {', '.join(missing)}"] if missing else []
-    return {"rows": rows} | ({"error": "; ".join(errors)} if errors else {})
+    return {"rows": rows, "overrides": overrides} | ({"error": "; ".join(errors)} if errors else {})
 
 
 # What parts share.
@@ -539,19 +544,28 @@ def chip_of(limits: dict) -> str:
     return chip
 
 
-def training_overrides(options) -> list[str]:
-    """The schedules of the training config, stretched to the steps that the minutes hold, by the measured step."""
-    config = configs.load_config(options.training_config, [f"--config.{text}" for text in options.overrides])
-    texts = list(options.overrides)
-    if any(text.startswith("total_steps=") for text in texts):
-        return texts
+def training_overrides(options, data: Path) -> list[str]:
+    """The settings of the measured step, a batch that fits, and schedules stretched to the minutes that there are."""
     import ablation
+    from memo_jax.data import batches
 
-    measured = result_of(options, f"step/bfloat16/{options.batches[0]}")
-    if "utterances_per_second" not in measured:
-        raise Skip(f"step/bfloat16/{options.batches[0]} was not measured, and tells how many steps there is time for")
+    def value_of(config, key):
+        return functools.reduce(getattr, key.split("."), config)
+
+    texts = [f"{key}={value_of(config_of(options), key)}" for key in STEP_SETTINGS] + options.overrides
+    config = configs.load_config(options.training_config, [f"--config.{text}" for text in texts])
+    batch = config.data.batch_size
+    measured, given = training_step(options, batch), {text.partition("=")[0] for text in options.overrides}
+    if measured and "data.batch_size" not in given:
+        devices = measured["devices"]
+        batch = max(min(batch // devices, measured["batch_a_device"]), 1) * devices
+        texts.append(f"data.batch_size={batch}")
+    if "total_steps" in given:
+        return texts
+    if not measured:
+        raise Skip("no step in bfloat16 was measured, which tells how many steps there is time for", again=True)
     # No more steps than of the measured batch, should that be larger, and than the loader has batches.
-    rate = min(measured["utterances_per_second"], LOADER_RATE) / config.data.batch_size
+    rate = min(measured["utterances_per_second"], LOADER_RATE) / batch
     rate = min(rate, 1 / measured["seconds"])
     seconds = 60 * options.training_minutes / len(ablation.chosen_rows(options.rows))
     seconds -= measured["compile_seconds"] + ROW_SECONDS
@@ -566,10 +580,28 @@ def training_overrides(options) -> list[str]:
         "evaluation.every_steps",
         "checkpoint.every_steps",
     ):
-        value = functools.reduce(getattr, key.split("."), config)
-        if value > 0:
+        if (value := value_of(config, key)) > 0:
             texts.append(f"{key}={round(value * factor)}")
+    # What the study gives in epochs has to keep its share of the run, though an epoch has another number of steps here.
+    factor *= STUDY_EPOCH_STEPS / batches.steps_per_epoch(len(batches.Utterances(data / "train")), batch)
+    for key in ("optimizer.freeze_prototypes_epochs", "teacher.temp_warmup_epochs"):
+        if (value := value_of(config, key)) > 0:
+            texts.append(f"{key}={max(round(value * factor), 1) if isinstance(value, int) else value * factor}")
     return texts
+
+
+def training_step(options, batch: int) -> dict:
+    """The measured step by which training is planned: the smallest that has its batch, or the largest that fitted."""
+    file = options.output / "training" / "measured.json"
+    if not file.is_file():  # a training that resumes keeps its batch, though larger ones were measured since
+        rows = [result_of(options, f"step/bfloat16/{size}") for size in options.batches]
+        fitted = [row for row in rows if "utterances_per_second" in row]
+        if not fitted:
+            return {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = next((row for row in fitted if row["batch_a_device"] * row["devices"] >= batch), fitted[-1])
+        write_text(file, json.dumps(found))
+    return json.loads(file.read_text())
 
 
 def demo_data(folder: Path) -> Path:

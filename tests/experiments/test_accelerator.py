@@ -20,10 +20,12 @@ import tiny
 import tiny_processes
 from memo_jax import config as configs
 from memo_jax import locks, models
+from memo_jax.data import batches
 from memo_jax.data.batches import Utterances
 from memo_jax.planning import plan as planning
 from memo_jax.scoring.trials import read_trials, recording_rows
 from memo_jax.training import recipe
+from memo_jax.training.optim import scaled_learning_rate
 from memo_jax.xla import reductions, sharding
 
 sys.path[:0] = [str(tiny.ROOT / "experiments"), str(tiny.ROOT / "experiments" / "benchmarks")]
@@ -731,8 +733,7 @@ def test_rows_that_are_missing_are_an_error_beside_those_that_are_there(output, 
     file = output / "training" / "steps" / "dino-resnet" / "seed-0" / "result.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(result))
-    for name in ("train", "test", "trials.txt"):
-        (output / "data" / name).mkdir(parents=True)
+    pack_of_nothing(output)
     monkeypatch.setattr(accelerator.subprocess, "Popen", Runner)
     monkeypatch.setattr(accelerator.signal, "signal", lambda *_: None)
     more = (f"--data={output / 'data'}", "--config.total_steps=3", "--rows=dino-resnet,dino-ecapa")
@@ -742,35 +743,109 @@ def test_rows_that_are_missing_are_an_error_beside_those_that_are_there(output, 
     assert "**training**: failed: experiments/run.py ended" in text and "| dino-resnet | 3 | resnet 12.50 |" in text
 
 
-def test_schedules_are_stretched_to_the_minutes_that_there_are(output):
+def measured(batch, seconds, devices=1, compile_seconds=0.0):
+    """The result of a step of `batch` utterances a device."""
+    result = {"batch_a_device": batch, "devices": devices, "utterances_per_second": batch * devices / seconds}
+    return result | {"seconds": seconds, "compile_seconds": compile_seconds}
+
+
+def overrides_of(options):
+    return dict(text.split("=") for text in accelerator_parts.training_overrides(options, Path("data")))
+
+
+@pytest.fixture
+def utterances(monkeypatch):
+    """Of the dataset to train on: 1,280."""
+    monkeypatch.setattr(batches, "Utterances", lambda path: range(1280))
+
+
+STUDY_FULL = f"--training-config={tiny.ROOT / 'configs' / 'study_full.py'}"
+
+
+def test_schedules_are_stretched_to_the_minutes_that_there_are(output, utterances):
     """120 s at 4 steps a second, for each of two rows, which compile for 30 s and are tested."""
-    put(output, "step/bfloat16/4", {"utterances_per_second": 16.0, "compile_seconds": 30.0, "seconds": 0.25})
+    put(output, "step/bfloat16/4", measured(4, 0.25, compile_seconds=30.0))
     minutes = 2 * (120 + 30 + accelerator_parts.ROW_SECONDS) / 60
     options = parsed(output, "--rows=dino-ecapa,memo-plateau", f"--training-minutes={minutes}")
-    texts = dict(text.split("=") for text in accelerator_parts.training_overrides(options))
+    texts = overrides_of(options)
     assert texts["total_steps"] == "480" and texts["gate.stop_steps"] == str(480 // 12 * 7)
     options.training_minutes = 1
-    texts = dict(text.split("=") for text in accelerator_parts.training_overrides(options))
-    assert texts["total_steps"] == "12", "never less than the study's"
+    assert overrides_of(options)["total_steps"] == "12", "never less than the study's"
+
+
+@pytest.mark.parametrize("minutes", [1, 11, 101])
+def test_what_the_study_gives_in_epochs_is_stretched_too(minutes, output, utterances):
+    """In shares of the run, as one of 300 steps, 45 of them an epoch."""
+    put(output, "step/bfloat16/4", measured(128, 0.1))
+    more = (STUDY_FULL, "--rows=dino-ecapa", f"--training-minutes={minutes}")
+    options = parsed(output, *more)
+    texts = overrides_of(options)
+    config = configs.load_config(options.training_config, [f"--config.{k}={v}" for k, v in texts.items()])
+    frozen = configs.duration_in_steps(config, "optimizer.freeze_prototypes", 10)
+    assert frozen / config.total_steps == pytest.approx(45 / 300, rel=0.03)
+    assert 10 * config.teacher.temp_warmup_epochs / config.total_steps == pytest.approx(3 * 45 / 300, rel=0.05)
+    assert config.optimizer.warmup_steps / config.total_steps == pytest.approx(50 / 300, rel=0.01)
+
+
+def test_the_full_study_has_a_cautious_learning_rate():
+    study, full = (configs.load_config(tiny.ROOT / "configs" / f"{name}.py") for name in ("study", "study_full"))
+    rates = [scaled_learning_rate(c.optimizer.learning_rate, c.data.batch_size) for c in (study, full)]
+    assert rates[1] / rates[0] == pytest.approx((full.data.batch_size / study.data.batch_size) ** 0.5)
 
 
 @pytest.mark.parametrize(
     ("batch", "seconds", "rate"),
     [
-        (32, 0.5, 0.5),  # as many utterances a second
+        (128, 0.5, 2.0),
         (256, 0.5, 2.0),  # no more steps than measured, though each is of fewer utterances
         (128, 0.01, accelerator_parts.LOADER_RATE / 128),
     ],
 )
-def test_steps_are_planned_at_the_batch_of_the_training(batch, seconds, rate, output):
+def test_steps_are_planned_at_the_batch_of_the_training(batch, seconds, rate, output, utterances):
     """The study trains with 128 in all."""
-    measured = {"utterances_per_second": batch / seconds, "seconds": seconds, "compile_seconds": 0.0}
-    put(output, "step/bfloat16/4", measured)
+    put(output, "step/bfloat16/4", measured(batch, seconds))
     minutes = (100_000 + accelerator_parts.ROW_SECONDS) / 60
-    more = (f"--training-config={tiny.ROOT / 'configs' / 'study_full.py'}", "--rows=dino-ecapa")
-    options = parsed(output, *more, f"--training-minutes={minutes}")
-    texts = dict(text.split("=") for text in accelerator_parts.training_overrides(options))
+    texts = overrides_of(parsed(output, STUDY_FULL, "--rows=dino-ecapa", f"--training-minutes={minutes}"))
     assert int(texts["total_steps"]) == round(100_000 * rate)
+
+
+@pytest.mark.parametrize(
+    ("devices", "fitting", "batch"),
+    [(1, (4,), 4), (1, (4, 8, 16), 16), (1, (32, 256), 128), (8, (4, 8), 64), (6, (32,), 126), (8, (8, 16, 32), 128)],
+)
+def test_training_has_the_largest_batch_that_fits(devices, fitting, batch, output, utterances):
+    sizes = (4, 8, 16, 32, 256)
+    for size in sizes:
+        failed = {"error": "RESOURCE_EXHAUSTED", "out_of_memory": True}
+        put(output, f"step/bfloat16/{size}", measured(size, 1.0, devices) if size in fitting else failed)
+    more = (STUDY_FULL, f"--batches={','.join(map(str, sizes))}")
+    assert overrides_of(parsed(output, *more))["data.batch_size"] == str(batch)
+    put(output, "step/bfloat16/32", measured(32, 1.0, devices))
+    assert overrides_of(parsed(output, *more))["data.batch_size"] == str(batch), "one that resumes keeps its own"
+    assert overrides_of(parsed(output, *more, "--config.data.batch_size=24"))["data.batch_size"] == "24"
+
+
+def test_training_compiles_the_step_that_was_measured(output, utterances):
+    put(output, "step/bfloat16/4", measured(4, 1.0))
+    tpu = f"--config={tiny.ROOT / 'configs' / 'memo_voxceleb2_tpu.py'}"
+    options = parsed(output, STUDY_FULL, tpu, "--config.model.resnet_scan=false")
+    texts = [f"--config.{text}" for text in accelerator_parts.training_overrides(options, Path("data"))]
+    model = configs.load_config(options.training_config, texts).model
+    assert (model.resnet_packed, model.resnet_scan, model.resnet_remat) == (True, False, "norms")
+    assert model == accelerator_parts.config_of(options).model
+
+
+def test_training_waits_for_a_measured_step(output):
+    put(output, "step/bfloat16/4", {"error": "status 1", "attempts": 1})
+    found = part(output, "training", f"--data={pack_of_nothing(output)}")
+    assert found["again"] and "no step in bfloat16 was measured" in found["skipped"]
+
+
+def pack_of_nothing(output):
+    """A folder in the form of a package."""
+    for name in ("train", "test", "trials.txt"):
+        (output / "data" / name).mkdir(parents=True)
+    return output / "data"
 
 
 TRAINING = """
