@@ -2,34 +2,36 @@ r"""The first hour on a machine with GPUs or TPUs, in one command: is it right, 
 
     python experiments/accelerator.py --output OUTPUT [--data DATA] [--config FILE] [--config.KEY=VALUE …]
 
-Needs nothing but this repository and an installed memo-jax. It does its parts one after the other, each in a process of
-its own, and ends with 75 once `--minutes` are over, or on SIGTERM: the same command resumes. Each part leaves
-OUTPUT/parts/PART.json, which alone marks it as done: delete it to run the part again. OUTPUT/results.md and
-results.json show all of them. Their order is this, but steps at larger batches come after the trace:
+Needs nothing but this repository and an installed memo-jax. It does its parts (accelerator_parts.py) one after the
+other, each in a process of its own, and ends with 75 once `--minutes` are over, or on SIGTERM: the same command
+resumes. Each part leaves OUTPUT/parts/PART.json: delete it to run the part again. One that failed, or took longer than
+a whole call, is tried once more by the next call; where machine or parity fails, the command stops. OUTPUT/results.md
+and results.json show all of them. Their order is:
 
     machine                  devices, best rate of a matrix product and of a copy
     parity                   reference steps of a PyTorch program, replayed in float32, within that file's tolerances
     bfloat16                 the same steps in float32 and in bfloat16
     devices                  the same steps on one device and on all
     flops                    of a step, by the definition of the networks
-    step/DTYPE/BATCH         the authors' step, augmentation included, on all devices, at BATCH utterances a device,
-                             until one does not fit
+    step/DTYPE/BATCH         the authors' step, augmentation included, on all devices, at the smallest BATCH (utterances
+                             a device)
+    trace                    a profile of three steps for XProf and TensorBoard, and the memory's, for pprof
+    plan                     what `memo-jax plan` says of this machine, beside what was measured
+    training                 rows of the study at the authors' sizes, and their EER (where there is DATA, see below)
     torch/VARIANT            the same step in PyTorch from the same weights, beside ours, both from mel power (where
                              PyTorch and the package speakerlab-slim are installed), and whether the losses agree;
                              compiled, its ECAPA-TDNN is several graphs
-    trace                    a profile of three steps for XProf and TensorBoard, and the memory's, for pprof
+    step/DTYPE/BATCH         at larger batches, until one does not fit
     lever/NAME               the step in bfloat16 at the smallest batch, with one setting changed (mean_first: batch
                              statistics in two passes, as on a CPU; tpu recipe: all settings of memo_voxceleb2_tpu.py)
     lever/NAME/larger        of those that save memory, at the first batch that does not fit without it
-    plan                     what `memo-jax plan` says of this machine, beside what was measured
-    training                 rows of the study at the authors' sizes, and their EER (where there is DATA, see below)
 
 DATA holds `train` and `test`, both made by `memo-jax prepare`, `trials.txt` (of test), and, if there are any, the
 folders `noise`, `music` and `rirs`; accelerator_data.py makes a small one of larger datasets. Without it, the synthetic
 speech of `make demo` is made where the package espeakng-loader is installed, and nothing is trained elsewhere.
 
-The exit status is 0 when all parts are done, 1 when numbers are wrong or a part failed for another reason than lack of
-memory, 75 when time is up, 2 for bad arguments, and where JAX does not see the accelerator that is there.
+The exit status is 0 when all parts are done, 1 when numbers are wrong or a part failed twice for another reason than
+lack of memory, 75 while something is left, 2 for bad arguments, and where JAX does not see the accelerator.
 """
 
 import argparse
