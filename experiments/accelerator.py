@@ -17,11 +17,12 @@ and results.json show all of them. Their order is:
                              a device)
     trace                    a profile of three steps for XProf and TensorBoard, and the memory's, for pprof
     plan                     what `memo-jax plan` says of this machine, beside what was measured
+    step/bfloat16/BATCH      at larger batches, up to the 128 that training may have
     training                 rows of the study at the authors' sizes, and their EER (where there is DATA, see below)
     torch/VARIANT            the same step in PyTorch from the same weights, beside ours, both from mel power (where
                              PyTorch and the package speakerlab-slim are installed), and whether the losses agree;
                              compiled, its ECAPA-TDNN is several graphs
-    step/DTYPE/BATCH         at larger batches, until one does not fit
+    step/DTYPE/BATCH         at the other larger batches, until one does not fit
     lever/NAME               the step in bfloat16 at the smallest batch, with one setting changed (mean_first: batch
                              statistics in two passes, as on a CPU; tpu recipe: all settings of memo_voxceleb2_tpu.py)
     lever/NAME/larger        of those that save memory, at the first batch that does not fit without it

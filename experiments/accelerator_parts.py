@@ -632,7 +632,9 @@ def parts_of(options) -> dict:
         for batch in options.batches
     }
     parts |= {name: steps[name] for name in steps if name.endswith(f"/{options.batches[0]}")}
-    parts |= {"trace": trace, "plan": plan, "training": training}
+    parts |= {"trace": trace, "plan": plan}
+    parts |= {name: steps[name] for batch in options.batches if (name := f"step/bfloat16/{batch}") and batch <= 128}
+    parts["training"] = training  # its batch, of all devices at most 128, has been measured
     for name, arguments in TORCH_VARIANTS.items():
         dtype = name.partition(",")[0]
         parts[f"torch/{name}"] = functools.partial(torch_step, dtype=dtype, arguments=arguments)
