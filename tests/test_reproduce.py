@@ -127,7 +127,7 @@ def test_error_rates_on_another_trial_list_are_not_compared(tmp_path):
     data, workdir = tiny.material(), tmp_path / "run"
     other = tmp_path / "other.txt"
     other.write_text("".join(data.trials.read_text().splitlines(keepends=True)[::2]))
-    settings = (f"evaluation.data={data.dataset}", "evaluation.every_steps=1")
+    settings = (f"evaluation.data={data.dataset}", "evaluation.every_epochs=-1", "evaluation.every_steps=1")
     for trials, step in ((data.trials, 1), (other, 2)):
         status, text = tiny.train_here(workdir, *settings, f"evaluation.trials={trials}", f"--stop-at-step={step}")
         assert status == 0, text

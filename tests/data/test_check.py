@@ -203,10 +203,10 @@ def test_a_shard_of_another_dataset_is_noticed_when_it_is_read(dataset, monkeypa
     shutil.copy(shard(dataset.parent / "set2", 1), shard(dataset, 1))
     utterances = Utterances(dataset)
     for number in (2, 3):
-        with pytest.raises(OSError, match="record . cannot be read .it is of another utterance or dataset"):
+        with pytest.raises(OSError, match="record . cannot be read .it belongs to another utterance or dataset"):
             utterances[number]
     crop = np.empty(100, np.int16)
-    with pytest.raises(OSError, match="of another utterance or dataset"):
+    with pytest.raises(OSError, match="it belongs to another utterance or dataset"):
         utterances.fill(2, [crop], [0.5])
     assert len(utterances[1]) == RATE + 1000  # other shards are as they were
     problems = check(dataset, workers=1)["problems"]
