@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from memo_jax.xla.compiler import each_device_its_rows
+from memo_jax.xla.sharding import each_device_its_rows
 
 CATEGORIES = ("noise", "music", "speech")
 SNR_DB = {"noise": (0.0, 15.0), "music": (5.0, 15.0), "speech": (13.0, 20.0)}

@@ -34,7 +34,9 @@ def jitted_step(config: ConfigDict, recipe: Recipe, mesh: Mesh, state: TrainStat
     whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
     state = jax.tree.map(lambda x: x.sharding, state)
     clean = functools.partial(clean_features, front_end=config.features.front_end)
-    step = functools.partial(train_step, recipe=recipe, front_end=build_front_end(config), clean=clean)
+    step = functools.partial(
+        sharding.on_mesh(mesh, train_step), recipe=recipe, front_end=build_front_end(config), clean=clean
+    )
     return jax.jit(
         step,
         in_shardings=(state, split, whole, whole),

@@ -18,7 +18,7 @@ that the workaround for GPUs is part of the program, and what gloo mixes up depe
 | `materialize_on_cpu` | CPU: sums of residuals are recomputed in every operation that reads them | jaxlib 0.10.2 |
 | `finish_sums_over_processes` | CPU: gloo mixes up the sums of two losses over several processes | jaxlib 0.10.2 |
 | `materialize_on_gpu` | GPU: the compiler aborts where a strided slice meets a product | jaxlib 0.11.2 |
-| `each_device_its_rows` | CPU, GPU: every device computes the Fourier transforms of all rows | jaxlib 0.10.2 |
+| `sharding.each_device_its_rows` | CPU, GPU: every device computes the Fourier transforms of all rows | jaxlib 0.10.2 |
 | `reductions` | CPU: the input of a long reduction is written to memory first | jaxlib 0.10.2 |
 | `products.pointwise_convolution` | CPU: the gradient of a strided 1×1 convolution is slow (timed) | jaxlib 0.10.2 |
 """

@@ -1,18 +1,12 @@
 """Compiler options and optimisation barriers, mostly for XLA's CPU compiler."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
-from memo_jax.log import say, say_once
-
-try:
-    from jax.experimental.custom_partitioning import custom_partitioning
-except ImportError:  # experimental: another version of JAX may have moved it
-    custom_partitioning = None
+from memo_jax.log import say
 
 CPU_OPTIONS = {
     # Products go to the library, convolutions and sums do not: it computes the gradient of a 3×3 kernel at a third of
@@ -99,31 +93,3 @@ def materialize_on_gpu(x: jax.Array) -> jax.Array:
     XLA's GPU compiler aborts ("triton_tiling_propagation") where it fuses a strided slice into a product.
     """
     return jax.lax.platform_dependent(x, cuda=jax.lax.optimization_barrier, default=lambda x: x)
-
-
-def each_device_its_rows(
-    function: Callable[[jax.Array, jax.Array], jax.Array],
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the function, partitioned so that each device computes only its own rows.
-
-    XLA partitions Fourier transforms by itself on TPUs; on CPUs and GPUs each device would compute those of all rows.
-
-    Args:
-      function: maps arrays [N, A] and [N, B] to [N, C]; row i of the result depends on rows i alone.
-    """
-    if custom_partitioning is None:
-        say_once("this JAX has no custom_partitioning: every device computes the reverberation of all crops")
-        return function
-    split = custom_partitioning(function)
-
-    def partition(mesh, arguments, result):
-        rows = NamedSharding(mesh, PartitionSpec(*arguments[0].sharding.spec[:1], None))
-        return mesh, function, rows, (rows, rows)
-
-    split.def_partition(partition, sharding_rule="n a, n b -> n c", need_replication_factors=("a", "b", "c"))
-
-    @functools.wraps(function)
-    def by_rows(*arrays):
-        return jax.lax.platform_dependent(*arrays, tpu=function, default=split)
-
-    return by_rows

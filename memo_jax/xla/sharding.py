@@ -1,6 +1,7 @@
 """The mesh of devices, the shardings of arrays on it, and host batches as global arrays."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,39 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = sorted(chosen_devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     # Explicit axes, the default, refuse products over a sharded axis such as NT-Xent's z zᵀ.
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function, traced for a mesh: `each_device_its_rows` splits rows over its devices."""
+
+    @functools.wraps(function)
+    def traced(*arguments, **settings):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments, **settings)
+
+    return traced
+
+
+def each_device_its_rows(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Returns the function, of which each device of the mesh in context (`on_mesh`) computes its own rows alone.
+
+    XLA splits Fourier transforms by itself on TPUs; on CPUs and GPUs each device would compute those of all rows.
+
+    Args:
+      function: maps arrays [N, A] and [N, B] to [N, C]; row i of the result depends on rows i alone. The number of
+        devices divides N.
+    """
+    rows = PartitionSpec(DATA_AXIS)
+
+    @functools.wraps(function)
+    def by_rows(*arrays):
+        if jax.sharding.get_abstract_mesh().empty:
+            return function(*arrays)
+        return jax.shard_map(function, in_specs=rows, out_specs=rows)(*arrays)
+
+    return by_rows
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

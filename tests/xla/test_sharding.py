@@ -73,8 +73,11 @@ for count in (4, 1):
         )
         report["state_devices"] = len(leaves[0].sharding.device_set)
         rooms_and_speech = sharding.replicate(mesh, banks | {"speech": pcm(3, 6000)})
-        front_end = jax.jit(recipes.build_front_end(config)).lower(jax.random.key(0), rows, rooms_and_speech)
-        report["moved_to_augment"] = collectives(front_end.compile().as_text())
+        def lowered():
+            front_end = sharding.on_mesh(mesh, recipes.build_front_end(config))
+            return jax.jit(lambda *inputs: front_end(*inputs)).lower(jax.random.key(0), rows, rooms_and_speech)
+        report["moved_to_augment"] = collectives(lowered().compile().as_text())
+        report["programs"] = len({lowered().as_text() for _ in range(2)})
     report[f"metrics{count}"] = losses
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.student, state.teacher, state.center)):
         arrays[f"{count}{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
@@ -114,6 +117,11 @@ def test_each_device_augments_its_own_crops(both):
     """With a bank of speech no crop needs the others; XLA would gather them all for Fourier transforms."""
     report, _ = both
     assert report["moved_to_augment"] == {}
+
+
+def test_a_program_for_several_devices_is_the_same_when_it_is_traced_again(both):
+    """Thus the cache of compiled programs has it for the next process; an address of an object would change it."""
+    assert both[0]["programs"] == 1
 
 
 def test_four_devices_equal_one(both):

@@ -19,11 +19,10 @@ from memo_jax.xla import compiler, flags, products
 SCRIPT = """
 import functools, json, os, re, time
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from memo_jax.models import blocks
 from memo_jax.models.resnet import ResNet34
 from memo_jax.planning.hlo import collectives
-from memo_jax.xla import compiler, products, reductions
+from memo_jax.xla import compiler, products, reductions, sharding
 
 report = {}
 FUSION, PASS = list(compiler.CPU_OPTIONS)[:2]
@@ -90,11 +89,12 @@ for name, functions in {
 def transform(waves, responses):
     return jnp.fft.irfft(jnp.fft.rfft(waves) * jnp.fft.rfft(responses))
 
-rows = NamedSharding(jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+mesh = sharding.data_mesh()
+rows = sharding.split_batch(mesh)
 x = jax.device_put(np.ones((8, 64), np.float32), rows)
 report["moved"] = [
-    collectives(jax.jit(f, out_shardings=rows).lower(x, x).compile().as_text())
-    for f in (compiler.each_device_its_rows(transform), transform)]
+    collectives(jax.jit(sharding.on_mesh(mesh, f), out_shardings=rows).lower(x, x).compile().as_text())
+    for f in (sharding.each_device_its_rows(transform), transform)]
 print(json.dumps(report))
 """
 
@@ -232,13 +232,6 @@ def test_xla_flags_of_the_user_are_kept(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=3")
     flags.default_xla_flags("--xla_backend_extra_options=xla_cpu_disable_loop_unrolling=true")
     assert os.environ["XLA_FLAGS"] == "--xla_force_host_platform_device_count=3"
-
-
-def test_without_custom_partitioning_the_function_runs_as_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(compiler, "custom_partitioning", None)
-    assert compiler.each_device_its_rows(np.add) is np.add
-    assert compiler.each_device_its_rows(np.multiply) is np.multiply
-    assert capsys.readouterr().err.count("has no custom_partitioning") == 1
 
 
 def test_a_strided_slice_is_computed_before_its_product_on_gpus_alone():
