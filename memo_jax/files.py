@@ -134,8 +134,8 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
     """Yields a temporary path to write to, which replaces `path` if the block succeeds and is removed if it fails.
 
     The temporary path is in the file system; in a bucket the object appears once all of it has been uploaded. If `path`
-    is a link, the file that it leads to is replaced. A device or a pipe, such as /dev/stdout, is not replaced: what was
-    written is copied into it.
+    is a link, the file that it leads to is replaced. A device or a pipe is not replaced, nor is a file that this
+    process has as its standard output, as /dev/stdout may be: what was written is copied into it.
 
     Args:
       path: of the file system, or gs://…
@@ -153,8 +153,9 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
             yield partial
             upload(partial, path)
         return
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with _copied_into(path) as partial:
+    stream = _standard_stream(path)
+    if stream is not None or (path.exists() and not path.is_file() and not path.is_dir()):
+        with _copied_into(path, stream) as partial:
             yield partial
         return
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
@@ -177,16 +178,27 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
             partial.unlink(missing_ok=True)
 
 
+def _standard_stream(path) -> int | None:
+    """Returns the descriptor of standard output or standard error, if `path` leads to one of them."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # closed, or no such file
+            if os.path.samestat(os.stat(path), os.fstat(stream)):
+                return stream
+    return None
+
+
 @contextlib.contextmanager
-def _copied_into(path):
-    """Yields a path to write to; what is there after the block is copied into the device or pipe `path`."""
+def _copied_into(path, stream):
+    """Yields a path to write to; what is there after the block is copied into `stream`, or else the device `path`."""
     import tempfile
 
     try:
         with tempfile.TemporaryDirectory(prefix="memo-jax-") as folder:
             partial = Path(folder) / path.name
             yield partial
-            with open(partial, "rb") as source, open(path, "wb", buffering=0) as device:
+            print(end="", flush=True)  # what was printed before comes before
+            place = path if stream is None else os.dup(stream)
+            with open(partial, "rb") as source, open(place, "wb", buffering=0) as device:
                 shutil.copyfileobj(source, device)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error

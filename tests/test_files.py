@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -34,6 +36,17 @@ def test_a_pipe_is_written_and_not_replaced(tmp_path):
     write_text(pipe, "scores")
     thread.join(60)
     assert read == ["scores"] and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+
+
+def test_standard_output_in_a_file_is_written_and_not_replaced(tmp_path):
+    """Else what is in that file, and what the command prints, would be lost."""
+    (tmp_path / "log").write_text("old\n")
+    program = (
+        "from memo_jax.files import write_text; print('before'); write_text('/dev/stdout', 'scores\\n'); print('after')"
+    )
+    with open(tmp_path / "log", "ab") as log:
+        subprocess.run([sys.executable, "-c", program], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "old\nbefore\nscores\nafter\n" and os.listdir(tmp_path) == ["log"]
 
 
 def test_a_failure_keeps_what_was_there(tmp_path):
