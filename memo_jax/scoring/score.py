@@ -317,13 +317,16 @@ def warnings_of(results: Mapping) -> list[str]:
         verb = "compares" if count == 1 else "compare"
         warnings.append(f"{plural(count, 'trial')} {verb} a recording with itself, which is always right: remove them")
     if count := results.get("cohort_in_trials"):
+        verb = "takes" if count == 1 else "take"
         warnings.append(
-            f"{plural(count, 'recording')} of the cohort take part in the trials. Error rates come out too low: take a "
-            "cohort of other recordings"
+            f"{plural(count, 'recording')} of the cohort {verb} part in the trials. Error rates come out too low: take "
+            "a cohort of other recordings"
         )
     if count := results.get("calibration_trials_in_both"):
+        verb = "was" if count == 1 else "were"
         warnings.append(
-            f"{plural(count, 'trial')} were calibrated on, too. Calibrated costs come out too low: calibrate on others"
+            f"{plural(count, 'trial')} {verb} calibrated on, too. Calibrated costs come out too low: calibrate on "
+            "others"
         )
     return [f"  WARNING: {text}" for text in warnings]
 

@@ -10,6 +10,7 @@ from sklearn.metrics import log_loss, roc_curve
 
 import tiny
 from memo_jax.scoring.embedding_file import Embeddings, write_embeddings
+from memo_jax.scoring.score import warnings_of
 from memo_jax.scoring.trials import read_trials, trial_pairs
 
 SPEAKERS, UTTERANCES, DIMENSION = 12, 6, 16
@@ -243,6 +244,12 @@ def test_calibration_on_the_trials_themselves_is_warned_of(folder, tmp_path):
     needed = ("score", "--embeddings", folder / "one.npz", "--trials", folder / "trials.txt", "--replicates", 0)
     status, text = tiny.here(*needed, "--calibrate", tmp_path / "tuning.txt")
     assert status == 0 and "WARNING: 40 trials were calibrated on, too" in text, text
+
+
+def test_a_warning_of_one_is_in_the_singular():
+    texts = "\n".join(warnings_of({"self_trials": 1, "cohort_in_trials": 1, "calibration_trials_in_both": 1}))
+    assert "1 trial compares" in texts and "1 recording of the cohort takes part" in texts
+    assert "1 trial was calibrated on" in texts
 
 
 def test_recordings_compared_with_themselves_are_warned_of(folder, tmp_path):
