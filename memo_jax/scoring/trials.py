@@ -162,7 +162,7 @@ def read_enrollments(path: str | os.PathLike) -> dict[str, list[str]]:
 
 
 def read_table(path: str | os.PathLike, key: str, value: str) -> dict[str, str]:
-    """Returns {key: value} of a table with lines `key value`, split at the line's last tab, or else its last space.
+    """Returns {key: value} of a table with lines `key value`, split at the line's tab, or else its last space.
 
     Args:
       path: of the file, such as Kaldi's utt2spk or spk2gender.
@@ -177,7 +177,8 @@ def read_table(path: str | os.PathLike, key: str, value: str) -> dict[str, str]:
     for number, line in enumerate(text_lines(path, f"table of {value}s"), 1):
         if not line.strip():
             continue
-        fields = [field.strip() for field in line.strip().rsplit("\t" if "\t" in line else None, 1)]
+        parts = line.strip().split("\t") if "\t" in line else line.strip().rsplit(None, 1)
+        fields = [field.strip() for field in parts if field.strip()]
         if len(fields) != 2:
             raise ValueError(f"{path}, line {number}: expected `{key} {value}`, not {line.strip()[:200]!r}")
         if table.setdefault(*fields) != fields[1]:

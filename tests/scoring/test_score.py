@@ -273,6 +273,7 @@ def test_recordings_compared_with_themselves_are_warned_of(folder, tmp_path):
     [
         (b"", "the table of speakers is empty"),
         (b"id00/0.wav\n", "line 1: expected `name speaker`"),
+        (b"id00/0.wav\tid00\tfemale\n", "line 1: expected `name speaker`"),
         (b"a x\nb y\na z\n", "line 3: the speaker of 'a' is 'z' here and 'x' before"),
         (b"\xff\xfea\x00", "not a table of speakers: not UTF-8"),
     ],
