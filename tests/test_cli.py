@@ -284,6 +284,8 @@ MISTAKES = [
         ("export --output a.safetensors --other-front-end", "--other-front-end is for an ONNX file"),
         ("export --output a.onnx --onnx-input waveform --onnx-runtime sherpa-onnx", "takes features"),
         ("export --output a.onnx b.safetensors --weights int8", "int8 is for .onnx"),
+        ("export --output a.zip --weights int8", "int8 is for .onnx"),
+        ("export --output a.zip --weights float16", "float16 is for .safetensors and .onnx"),
         ("app --gallery people.npy", "people.npy"),
     ],
 )

@@ -56,7 +56,8 @@ def export(model: Model, outputs: Iterable[str | os.PathLike], weights: str = "f
     check_outputs(outputs)
     kinds = {output.suffix.lower() for output in outputs}
     if weights != "float32" and ".zip" in kinds:
-        raise ValueError(f"an exported program (.zip) has float32 weights: {weights} is for .safetensors and .onnx")
+        others = ".safetensors and .onnx" if weights in STORED_WEIGHTS else ".onnx"
+        raise ValueError(f"an exported program (.zip) has float32 weights: {weights} is for {others}")
     if ".safetensors" in kinds and weights not in STORED_WEIGHTS:
         raise ValueError(f"a model file has {' or '.join(STORED_WEIGHTS)} weights: {weights} is for .onnx")
     for output in outputs:
