@@ -97,7 +97,8 @@ def make_trials(
     room = {who: _target_pairs(of_speaker[who], same_session) for who in order}
     wanted = sum(min(count, TARGETS_OF_SPEAKER) for count in room.values()) if targets is None else targets
     if wanted > sum(room.values()) or not wanted:
-        across = "" if same_session else " of different sessions (--same-session allows those of one)"
+        within = sum(_target_pairs(names, same_session=True) for names in of_speaker.values()) > sum(room.values())
+        across = " of different sessions (--same-session allows those of one)" if within else ""
         raise ValueError(
             f"{wanted:,} target trials are wanted and there are {sum(room.values()):,} pairs of recordings of one "
             f"speaker{across}"
