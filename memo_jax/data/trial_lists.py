@@ -29,7 +29,7 @@ def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
 
     Raises:
       FileNotFoundError: no such dataset or input.
-      ValueError: no speaker is known, or the input is damaged.
+      ValueError: no recordings, no speaker is known, or the input is damaged.
     """
     unusable: Sequence = ()
     if (Path(path) / "dataset_info.json").is_file():
@@ -38,6 +38,8 @@ def labelled_recordings(path: str | os.PathLike) -> dict[str, str]:
     else:
         found, unusable = find_recordings([path], run_commands=True)  # for their names: none is run
         speakers = {recording.name: recording.speaker for recording in found}
+    if not speakers:
+        raise ValueError(f"no recordings in {path}")
     known = {name: speaker for name, speaker in speakers.items() if speaker}
     if not known:
         raise ValueError(

@@ -105,9 +105,11 @@ def test_impossible_requests_are_reported_and_nothing_is_written(tmp_path):
     corpus = tiny.material().corpus
     (tmp_path / "bad").write_text("s0\n")
     (tmp_path / "twice").write_text("s0 f\ns0 m\n")
+    (tmp_path / "empty").mkdir()
     flat = tiny.write_corpus(tmp_path / "one", speakers=1) / "s0"
     for arguments, message in (
         ((tmp_path / "gone",), "gone: no such folder of recordings"),
+        ((tmp_path / "empty",), f"no recordings in {tmp_path / 'empty'}"),
         ((flat,), "no recording has a known speaker"),
         ((corpus, "--targets", "0"), "'0' is not a whole number of at least 1"),
         ((corpus, "--targets", "99"), "99 target trials are wanted and there are 30 pairs"),
