@@ -252,8 +252,8 @@ def one_line(error: BaseException, longest: int | None = LONGEST_REASON) -> str:
       error: an exception; one without a message yields the name of its class.
       longest: number of characters after which to cut; None for the entire text.
     """
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     else:
         text = " ".join(str(error).split())
     return text[:longest].rstrip(".") or type(error).__name__

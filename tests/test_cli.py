@@ -120,6 +120,7 @@ def test_a_config_of_a_run_that_is_not_whole_is_named(text, said, tmp_path):
     [
         (ValueError("seed is -1"), 2, "memo-jax: error: seed is -1\n"),
         (FileNotFoundError(2, "No such file", "a b.txt"), 2, "memo-jax: error: a b.txt: No such file\n"),
+        (BrokenPipeError(32, "Broken pipe"), 2, "memo-jax: error: Broken pipe\n"),
         (OSError("cannot write x: disk full"), 2, "memo-jax: error: cannot write x: disk full\n"),
         (ImportError("No module named 'matplotlib'"), 2, "memo-jax: error: No module named 'matplotlib'\n"),
         (ValueError(), 2, "memo-jax: error: ValueError\n"),
