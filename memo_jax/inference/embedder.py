@@ -325,7 +325,7 @@ class Embedder:
         else:
             samples, rate = recording if isinstance(recording, tuple) else (recording, rate)
             if rate is None:
-                raise ValueError(f"{name} is an array, so it needs its rate: embed(samples, 16000)")
+                raise ValueError(f"{name} is not a path, and an array needs its rate: embed(samples, 16000)")
             samples = as_audio(samples, rate, name, self.channel)
         check_speech(name, samples, MIN_SECONDS)
         if self.vad:

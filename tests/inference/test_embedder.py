@@ -187,6 +187,7 @@ NAN[5000] = np.nan
     ("samples", "rate", "message"),
     [
         (noise(1), None, "needs its rate"),
+        (None, None, "is not a path"),
         (noise(1), 0, "sample rate out of range: 0 Hz"),
         (noise(0), RATE, "no samples"),
         (noise(0.01), RATE, "shorter than 0.5 s: 0.010 s"),
