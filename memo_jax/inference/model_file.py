@@ -372,6 +372,10 @@ def read_model(path: str | os.PathLike, is_known: Callable[[str], bool] | None =
 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such model file")
+    if Path(path).suffix.lower() == ".onnx":
+        raise ModelFileError(
+            f"{path}: ONNX files are for other runtimes: give the model file or workdir that it was exported from"
+        )
     with damage_named(path, "a model file"), safe_open(os.fspath(path), framework="numpy") as file:
         text = (file.metadata() or {}).get(METADATA_KEY)
         if text is None:

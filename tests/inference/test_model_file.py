@@ -83,6 +83,9 @@ def test_what_is_no_whole_model_file_is_named(tmp_path):
     save_file({"conv1.weight": np.zeros(3, np.float32)}, path)
     with pytest.raises(ModelFileError, match="memo-jax convert"):
         read_model(path)
+    path.rename(tmp_path / "model.onnx")
+    with pytest.raises(ModelFileError, match="model.onnx: ONNX files are for other runtimes: give the model file"):
+        read_model(tmp_path / "model.onnx")
 
 
 def test_another_version_and_another_description_are_named(tmp_path):
