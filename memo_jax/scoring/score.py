@@ -164,13 +164,13 @@ def score(
         return metrics.average_scores(
             [
                 trial_scores(
-                    listed.side_embeddings(system.embeddings[recording_rows(listed, system.names)]),
+                    listed.side_embeddings(system.embeddings[recording_rows(listed, system.names, path)]),
                     listed.pairs,
                     mean_subtraction=mean_subtraction,
                     as_norm=as_norm,
                     cohort=None if background is None else background.embeddings,
                 )
-                for system, background in zip(systems, backgrounds)
+                for path, system, background in zip(embeddings, systems, backgrounds)
             ]
         )
 
@@ -221,13 +221,13 @@ def _labelled_results(
             "calibration_trials_in_both": _trials_in_both(trials, tuning),
         }
     if compare:
-        others = [read_embeddings(path) for path in compare]
+        others = [(path, read_embeddings(path)) for path in compare]
         plain = metrics.average_scores(
             [
                 trial_scores(
-                    trials.side_embeddings(other.embeddings[recording_rows(trials, other.names)]), trials.pairs
+                    trials.side_embeddings(other.embeddings[recording_rows(trials, other.names, path)]), trials.pairs
                 )
-                for other in others
+                for path, other in others
             ]
         )
         results["comparison"] = comparison(scores, plain, trials, table, replicates)

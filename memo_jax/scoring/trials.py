@@ -243,11 +243,12 @@ def _line_error(path, lines: list[str], number: int, problem: str) -> ValueError
     )
 
 
-def recording_rows(trials: Trials, names: Sequence[str]) -> np.ndarray:
+def recording_rows(trials: Trials, names: Sequence[str], source: str | os.PathLike = "the data") -> np.ndarray:
     """Returns the rows in `names` of the recordings that trials need: int [R], in the order of `trials.recordings`.
 
     A recording of a trial is the one of that name or, where there is none, the only one whose name is the same but for
-    the extension of an audio file: VoxCeleb's lists say .wav for recordings that come as .m4a.
+    the extension of an audio file: VoxCeleb's lists say .wav for recordings that come as .m4a. Messages call what has
+    the recordings `source`.
 
     Raises:
       ValueError: when a recording of a trial is missing from `names` (says which, and how many), or a name that a
@@ -259,7 +260,7 @@ def recording_rows(trials: Trials, names: Sequence[str]) -> np.ndarray:
         shown = ", ".join(map(repr, missing[:5])) + (", …" if len(missing) > 5 else "")
         raise ValueError(
             f"{trials.path}: {len(missing):,} of the {len(trials.recordings):,} recordings in the trials are missing "
-            f"from the data: {shown}. Names in the list must equal those of the data (a path relative to the prepared "
+            f"from {source}: {shown}. Names in the list must equal those there (a path relative to the prepared "
             "folder), except for the extension."
         )
     return np.array([rows[name] for name in trials.recordings])

@@ -180,7 +180,8 @@ def test_what_does_not_belong_together_is_refused(folder, tmp_path):
         (("--as-norm", "10"), "need a cohort"),
         (("--cohort", folder / "one cohort.npz", "--as-norm", "41"), "41 nearest of a cohort of 40 recordings"),
         (("--embeddings", folder / "two.npz", "--cohort", folder / "one cohort.npz"), "1 cohorts for 2 files"),
-        (("--embeddings", folder / "one cohort.npz"), "are missing from the data: 'id00"),
+        (("--embeddings", folder / "one cohort.npz"), f"are missing from {folder / 'one cohort.npz'}: 'id00"),
+        (("--compare", folder / "one cohort.npz"), f"are missing from {folder / 'one cohort.npz'}: 'id00"),
         (("--embeddings", folder / "gone.npz"), "gone.npz: no such file"),
         (("--speakers", tmp_path / "gone"), "gone: No such file"),
     ):
