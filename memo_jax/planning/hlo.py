@@ -18,11 +18,14 @@ ESTIMATES = ("indexing-cost-model", "", "sol")  # XLA's cost models for GPUs, th
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Returns {kind: (number, bytes)} of a program's collectives; bytes are those of their results on a chip."""
+    """Returns {kind: (number, bytes)} of a program's collectives; bytes are those of their results on a chip.
+
+    In a loop they count as often as it runs.
+    """
     found = {}
-    for kind, size, _ in _collectives(text):
+    for kind, size, _, runs in _collectives(text):
         count, total = found.get(kind, (0, 0))
-        found[kind] = (count + 1, total + size)
+        found[kind] = (count + runs, total + runs * size)
     return found
 
 
@@ -33,29 +36,39 @@ def collective_seconds(text: str, chip: Tpu | Gpu, chips: int) -> float:
     around twice to reduce, once to gather.
     """
     total = 0.0
-    for kind, size, estimate in _collectives(text):
+    for kind, size, estimate, runs in _collectives(text):
         # Of a reduce-scatter, the size is that of one chip's share.
         rounds = {"all-reduce": 2, "reduce-scatter": chips}.get(kind, 1) * (chips - 1) / chips
-        total += rounds * size / chip.links if estimate is None else estimate
+        total += runs * (rounds * size / chip.links if estimate is None else estimate)
     return total
 
 
-def _collectives(text: str) -> Iterator[tuple[str, int, float | None]]:
-    """Yields kind, bytes and XLA's estimate in seconds of each collective."""
+def _collectives(text: str) -> Iterator[tuple[str, int, float | None, int]]:
+    """Yields kind, bytes and XLA's estimate in seconds of each collective, and how often it runs."""
+    computations, entry = _computations(text)
     seen = set()
-    for line in text.splitlines():
-        instruction = INSTRUCTION.match(line)
-        kind = instruction and instruction["kind"].removesuffix("-start")
-        if kind not in COLLECTIVES:
-            continue
-        channel = re.search(r"channel_id=(\d+)", line)
-        if channel and channel[1] in seen:  # a copy inside a fusion that overlaps it with other work
-            continue
-        seen.add(channel and channel[1])
-        arrays = [array for array in ARRAY.findall(instruction["type"]) if array != ("u32", "")]  # without contexts
-        if instruction["kind"].endswith("-start") and kind != "all-reduce":  # operands come before results
-            arrays = arrays[len(arrays) // 2 :]
-        yield kind, sum(_bytes(*array) for array in arrays), _estimate(instruction["rest"])
+
+    def of(name, runs):
+        for line in computations.get(name, ()):
+            instruction = INSTRUCTION.match(line)
+            if not instruction:
+                continue
+            trips = _trips(computations, line) if instruction["kind"] == "while" else 1
+            for called in _called(line):
+                yield from of(called, runs * trips)
+            kind = instruction["kind"].removesuffix("-start")
+            if kind not in COLLECTIVES:
+                continue
+            channel = re.search(r"channel_id=(\d+)", line)
+            if channel and channel[1] in seen:  # a copy inside a fusion that overlaps it with other work
+                continue
+            seen.add(channel and channel[1])
+            arrays = [array for array in ARRAY.findall(instruction["type"]) if array != ("u32", "")]  # without contexts
+            if instruction["kind"].endswith("-start") and kind != "all-reduce":  # operands come before results
+                arrays = arrays[len(arrays) // 2 :]
+            yield kind, sum(_bytes(*array) for array in arrays), _estimate(instruction["rest"]), runs
+
+    yield from of(entry, 1)
 
 
 def estimated_seconds(text: str, chip: Tpu | Gpu) -> float:
@@ -82,8 +95,7 @@ def _total(text: str, cost: Callable[[re.Match, dict], float]) -> float:
                 continue
             types[instruction["name"]] = instruction["type"]
             if instruction["kind"] == "while":
-                body, condition = (re.search(rf"{part}=%?([\w.\-]+)", line)[1] for part in ("body", "condition"))
-                total += of(body) * _trips(computations.get(condition, ()))
+                total += of(re.search(r"body=%?([\w.\-]+)", line)[1]) * _trips(computations, line)
             elif instruction["kind"] == "conditional":
                 total += max(map(of, _branches(line)))
             elif instruction["kind"] == "call":
@@ -110,13 +122,27 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     return computations, entry
 
 
+def _called(line: str) -> Iterator[str]:
+    """Yields the computations that an instruction runs; of a loop, its body."""
+    yield from re.findall(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)", line)
+    if " conditional(" in line:
+        yield from _branches(line)
+
+
 def _branches(line: str) -> Iterator[str]:
     named = re.search(r"branch_computations=\{(.*?)\}|true_computation=(\S+), false_computation=(\S+)", line)
     return (branch.strip(" %,") for branch in ",".join(filter(None, named.groups())).split(","))
 
 
-def _trips(condition: list[str]) -> int:
-    """Returns how often a loop runs that counts from 0 to a constant; 1 for any other condition."""
+def _trips(computations: dict[str, list[str]], loop: str) -> int:
+    """Returns how often a loop runs: as XLA says beside it, or up to the constant that its condition compares with.
+
+    1 where neither is there.
+    """
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop)
+    if known:
+        return int(known[1])
+    condition = computations.get(re.search(r"condition=%?([\w.\-]+)", loop)[1], ())
     constants = [int(found[1]) for line in condition if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", line))]
     return constants[0] if len(constants) == 1 and any("direction=LT" in line for line in condition) else 1
 

@@ -134,12 +134,11 @@ def kmeans_plan(config: ConfigDict, mesh: Mesh, chip: Tpu | Gpu, utterances: int
     kmeans = jitted_kmeans(mesh, iterations).lower(rows(padded_rows(utterances, mesh), split), rows(clusters), number)
     nearest = jitted_nearest_other(mesh).lower(rows(clusters + -clusters % BLOCK), rows(clusters))
     seconds, size = 0.0, 0
-    for lowered, runs in ((kmeans, iterations), (nearest, 1)):
+    for lowered in (kmeans, nearest):
         with _without_compilation_cache():
             compiled = lowered.compile(known_options(chip.compiler_options))
         text, memory = compiled.as_text(), compiled.memory_analysis()
-        # Collectives are in the loop over iterations.
-        seconds += estimated_seconds(text, chip) + runs * collective_seconds(text, chip, mesh.size)
+        seconds += estimated_seconds(text, chip) + collective_seconds(text, chip, mesh.size)
         size = max(size, memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes)
     return {"utterances": utterances, "clusters": clusters, "seconds": seconds, "hbm_bytes": size}
 

@@ -16,6 +16,8 @@ PROGRAM = """HloModule jit_step
 }
 
 %body (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %part = f32[8]{0} get-tuple-element(%state), index=1
+  %summed = f32[8]{0} all-reduce(%part), channel_id=3, replica_groups={{0,1}}, to_apply=%add
   ROOT %fusion.1 = (s32[], f32[8]) fusion(%state), kind=kLoop, calls=%inner, backend_config={"estimated_cycles":"10"}
 }
 
@@ -46,9 +48,17 @@ ENTRY %main (x: f32[8], y: bf16[4,16]) -> f32[8] {
 
 def test_collectives_and_cycles_of_a_program():
     """A collective that appears twice counts once, a loop as often as it runs, and of branches the slowest."""
-    assert collectives(PROGRAM) == {"all-reduce": (1, 8 * 4 + 4 * 16 * 2), "all-gather": (1, 16 * 4)}
+    assert collectives(PROGRAM) == {"all-reduce": (1 + 5, 8 * 4 + 4 * 16 * 2 + 5 * 8 * 4), "all-gather": (1, 16 * 4)}
     assert estimated_seconds(PROGRAM, V5E) == pytest.approx((7000 + 5 * 10 + 300) / 1.5e9)
-    assert collective_seconds(PROGRAM, V5E, 4) == pytest.approx((2 * 160 + 64) * 3 / 4 / 200e9)
+    assert collective_seconds(PROGRAM, V5E, 4) == pytest.approx((2 * (160 + 5 * 32) + 64) * 3 / 4 / 200e9)
+
+
+def test_a_loop_runs_as_often_as_the_compiler_says():
+    """Its condition may be a fusion, which hides the comparison."""
+    loop = "condition=%condition, body=%body"
+    known = PROGRAM.replace(loop, loop + ', backend_config={"known_trip_count":{"n":"7"}}')
+    assert collectives(known)["all-reduce"] == (1 + 7, 8 * 4 + 4 * 16 * 2 + 7 * 8 * 4)
+    assert estimated_seconds(known, V5E) == pytest.approx((7000 + 7 * 10 + 300) / 1.5e9)
 
 
 def gpu_program(*lines):
