@@ -60,9 +60,10 @@ def _collectives(text: str) -> Iterator[tuple[str, int, float | None, int]]:
             if kind not in COLLECTIVES:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
-            if channel and channel[1] in seen:  # a copy inside a fusion that overlaps it with other work
+            # A copy inside a fusion that overlaps it with other work. Collectives of `shard_map` all have channel 1.
+            if channel and (kind, channel[1]) in seen:
                 continue
-            seen.add(channel and channel[1])
+            seen.add((kind, channel and channel[1]))
             arrays = [array for array in ARRAY.findall(instruction["type"]) if array != ("u32", "")]  # without contexts
             if instruction["kind"].endswith("-start") and kind != "all-reduce":  # operands come before results
                 arrays = arrays[len(arrays) // 2 :]

@@ -49,6 +49,8 @@ ENTRY %main (x: f32[8], y: bf16[4,16]) -> f32[8] {
 def test_collectives_and_cycles_of_a_program():
     """A collective that appears twice counts once, a loop as often as it runs, and of branches the slowest."""
     assert collectives(PROGRAM) == {"all-reduce": (1 + 5, 8 * 4 + 4 * 16 * 2 + 5 * 8 * 4), "all-gather": (1, 16 * 4)}
+    of_shard_map = PROGRAM.replace("channel_id=2", "channel_id=1")
+    assert collectives(of_shard_map) == collectives(PROGRAM)
     assert estimated_seconds(PROGRAM, V5E) == pytest.approx((7000 + 5 * 10 + 300) / 1.5e9)
     assert collective_seconds(PROGRAM, V5E, 4) == pytest.approx((2 * (160 + 5 * 32) + 64) * 3 / 4 / 200e9)
 
