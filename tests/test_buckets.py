@@ -66,6 +66,7 @@ def runs(bucket, tmp_path_factory):
     second = "runs/one/checkpoints/8/"
     bucket.objects.pop(second + "commit_success.txt", None)
     bucket.objects[second + "d/left"] = 1, b"of a save that was cut short"
+    bucket.objects["runs/one/checkpoints/6/d/left"] = 1, b"of a save on SIGTERM that was cut short"
     unmarked = saved_steps(RUN)
     with pytest.MonkeyPatch.context() as patch:
         tiny_processes.patch_for_tests(patch.setattr)

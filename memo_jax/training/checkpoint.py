@@ -150,7 +150,7 @@ class Checkpointer:
                 raise  # the disk is not to blame
             try:
                 if jax.process_index() == 0:
-                    self._remove_unfinished(step)
+                    self._remove_unfinished()
                 previous = self.latest_step()
                 intact = (
                     "there is none before it" if previous is None else f"the checkpoint of step {previous} is intact"
@@ -167,13 +167,15 @@ class Checkpointer:
                 f"{way_out} and start the same command again"
             ) from error
 
-    def _remove_unfinished(self, step: int | None = None) -> None:
-        """Removes what unfinished saves have left behind; in a bucket, only what the save of `step` left."""
-        if not in_bucket(self.folder):
-            for leftover in self.folder.glob(f"*{UNFINISHED}*"):
-                leftover.rmtree(missing_ok=True)
-        elif step is not None and step not in saved_steps(self.folder.parent):
-            (self.folder / str(step)).rmtree(missing_ok=True)
+    def _remove_unfinished(self) -> None:
+        """Removes what unfinished saves have left behind."""
+        if in_bucket(self.folder):
+            complete = saved_steps(self.folder.parent)
+            leftovers = [one for one in self.folder.glob("*") if one.name.isdecimal() and int(one.name) not in complete]
+        else:
+            leftovers = self.folder.glob(f"*{UNFINISHED}*")
+        for leftover in leftovers:
+            leftover.rmtree(missing_ok=True)
 
 
 def load_extra(workdir: str | os.PathLike) -> dict:
