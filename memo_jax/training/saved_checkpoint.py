@@ -5,6 +5,7 @@ arrays, the checksum of every file, and the caller's JSON. In a bucket, where fo
 complete once its folder has `commit_success.txt`, which orbax writes last.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -163,7 +164,8 @@ def remove_checkpoint(folder: epath.Path) -> None:
         (folder / COMMIT_FILE).unlink(missing_ok=True)
     else:
         folder = folder.rename(folder.with_name(f"{folder.name}{UNFINISHED}"))
-    folder.rmtree(missing_ok=True)
+    with contextlib.suppress(OSError):  # NFS keeps files that are open; the next `Checkpointer` removes what is left
+        folder.rmtree(missing_ok=True)
 
 
 def descriptions(arrays: dict) -> dict[str, str]:

@@ -107,6 +107,20 @@ def test_latest_and_every_kth_are_kept(tmp_path):
     assert saved_checkpoint.saved_checkpoint(tmp_path, 3).manifest["extra"] == {"step": 3}
 
 
+def test_an_old_checkpoint_that_cannot_be_emptied_does_not_stop_the_run(tmp_path, monkeypatch):
+    """As on NFS while another process reads it: a file that is open stays, and so does its folder."""
+
+    def rmdir(*_, **__):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", rmdir)
+        save_steps(tmp_path, [1, 2, 3], keep=1)
+    assert saved_steps(tmp_path) == [3] and len(os.listdir(tmp_path / "checkpoints")) == 3
+    save_steps(tmp_path, [4], keep=1)
+    assert os.listdir(tmp_path / "checkpoints") == ["4"]
+
+
 def test_no_checkpoint_is_named(tmp_path):
     for read in (load_state, load_extra, lambda workdir: Checkpointer(workdir).restore(abstract(state_of(0)))):
         with pytest.raises(FileNotFoundError, match="checkpoints"):
