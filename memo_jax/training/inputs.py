@@ -1,5 +1,6 @@
 """What a run is made from, checked before anything is written: dataset, labels, recipe, and how long it is."""
 
+import collections
 import zlib
 from typing import NamedTuple
 
@@ -56,9 +57,12 @@ def checked_inputs(config: configs.ConfigDict, evaluation: Evaluation | None) ->
     positives = Positives(config, utterances, epoch_steps) if config.positives.clusters else None
     if config.checkpoint.keep < 1:
         raise ValueError(f"checkpoint.keep is {config.checkpoint.keep}: at least 1 checkpoint must stay")
-    devices = sharding.data_mesh().size
-    if config.data.batch_size % devices:
-        raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {devices} devices")
+    mesh = sharding.data_mesh()
+    if config.data.batch_size % mesh.size:
+        raise ValueError(f"data.batch_size {config.data.batch_size} is not a multiple of the {mesh.size} devices")
+    of_processes = collections.Counter(device.process_index for device in mesh.devices.flat)
+    if len(set(of_processes.values())) > 1:
+        raise ValueError(f"the processes have {sorted(of_processes.values())} devices: give all of them equally many")
     inputs = Inputs(
         utterances,
         labels,

@@ -1,10 +1,13 @@
 """Configs and workdirs that training refuses, in one line, leaving nothing."""
 
 import subprocess
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import tiny
+from memo_jax.training import inputs
 
 
 @pytest.mark.parametrize(
@@ -66,6 +69,15 @@ def test_a_config_that_cannot_work_is_refused_and_leaves_nothing(settings, messa
     status, text = tiny.train_here(tmp_path / "run", *settings)
     assert status == 2 and "memo-jax: error: " in text and message in text
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_unequal_numbers_of_devices_are_refused(monkeypatch):
+    """Each reads an equal share of a batch, which must be that of its devices."""
+    devices = np.array([SimpleNamespace(process_index=index) for index in (0, 0, 1)])
+    monkeypatch.setattr(inputs.sharding, "data_mesh", lambda: SimpleNamespace(size=3, devices=devices))
+    config = tiny.tiny_config("data.batch_size=6", f"data.train={tiny.material().dataset}")
+    with pytest.raises(ValueError, match=r"the processes have \[1, 2\] devices"):
+        inputs.checked_inputs(config, None)
 
 
 def test_a_list_without_labels_is_refused_before_training(tmp_path):
