@@ -135,7 +135,7 @@ def replacing(path: str | os.PathLike, *, fsync: bool = False) -> Iterator[Path]
 
     The temporary path is in the file system; in a bucket the object appears once all of it has been uploaded. If `path`
     is a link, the file that it leads to is replaced. A device or a pipe is not replaced, nor is a file that this
-    process has as its standard output, as /dev/stdout may be: what was written is copied into it.
+    process has as its standard output or error, as /dev/stdout may be: what was written is copied into it.
 
     Args:
       path: of the file system, or gs://…

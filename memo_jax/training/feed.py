@@ -69,8 +69,9 @@ class Feed:
             partners = positives.draw(state, self._inputs.recipe, self._mesh, taken)
             interrupts.check()
             self._batches = batches_of(self._config, self._inputs, taken, partners)
-            monitor.add_to_rows(positives.metrics(partners))
-            progress.write(partners_text(taken, monitor.lasting))
+            found = positives.metrics(partners)
+            monitor.add_to_rows(found)
+            progress.write(partners_text(taken, found))
         return state.replace(partners=sharding.replicate(self._mesh, partners))
 
     def batch(self) -> dict[str, jax.Array]:

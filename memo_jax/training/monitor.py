@@ -67,7 +67,7 @@ class Monitor:
         self.end, self.epoch_steps, self.evaluation = end, epoch_steps, evaluation
         self.untrained = None  # the teachers' backbones before the first step, until they are evaluated
         self.last: dict[str, float] = {}  # the latest metrics that were read
-        self.lasting: dict[str, float] = {}  # metrics of every row until they are replaced
+        self._lasting: dict[str, float] = {}  # metrics of every row until they are replaced
         self._gate_closed = False
         self._pending = None  # number and metrics of the step whose metrics have not been read yet
         self._collapse = CollapseWatch(config.collapse, config.model.prototypes, config.loss.targets)
@@ -104,7 +104,7 @@ class Monitor:
 
     def add_to_rows(self, metrics: dict[str, float]) -> None:
         """Makes these metrics part of every row, until others take their place."""
-        self.lasting = metrics
+        self._lasting = metrics
 
     @contextlib.contextmanager
     def between_steps(self, part: str) -> Iterator[None]:
@@ -146,7 +146,7 @@ class Monitor:
         """Logs the latest metrics where a row is due."""
         if number % self.config.log_every_steps == 0 or number in (1, self.end) or evaluated:
             times = {"epoch": number / self.epoch_steps, "cpu_seconds": time.process_time()} | self.goodput.row()
-            self.log.write(number, self.last | self.lasting | (evaluated or {}) | times)
+            self.log.write(number, self.last | self._lasting | (evaluated or {}) | times)
 
     def _evaluate(self, number: int, backbones: dict) -> dict[str, float]:
         """Evaluates in every process, so that none waits for another."""

@@ -1,12 +1,13 @@
 """Compiler options and workarounds for XLA, and the placement of arrays on devices.
 
 Read `compiler` first: it has compiler options and barriers. `reductions` and `products` write sums and products in the
-form that compiles well. `devices` chooses a device, `flags` sets XLA's flags and `sharding` places arrays. `memory`
-keeps memory that was freed, and `program_cache` compiled programs for the next process. Each workaround for one backend
-is here, with its reason, and other packages call it by a plain name. Each has a test in tests/xla/test_workarounds.py
-that fails once the installed jaxlib no longer needs it, and says what to delete. Those of rows marked "timed" compare
-speeds: `make test-timed` runs them on a quiet machine. Two tests cannot fail that way: without a GPU, one can only see
-that the workaround for GPUs is part of the program, and what gloo mixes up depends on timing.
+form that compiles well. `devices` chooses a device, `flags` sets XLA's flags, and `sharding` places arrays and splits
+functions. `memory` keeps memory that was freed, and `program_cache` compiled programs for the next process. Each
+workaround for one backend is here, with its reason, and other packages call it by a plain name. Each has a test in
+tests/xla/test_workarounds.py that fails once the installed jaxlib no longer needs it, and says what to delete. Those of
+rows marked "timed" compare speeds: `make test-timed` runs them on a quiet machine. Two tests cannot fail that way:
+without a GPU, one can only see that the workaround for GPUs is part of the program, and what gloo mixes up depends on
+timing.
 
 | workaround | what XLA does without it | seen with |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""The mesh of devices, the shardings of arrays on it, and host batches as global arrays."""
+"""The mesh of devices, the shardings of arrays on it, functions split over it, and host batches as global arrays."""
 
 import functools
 from collections.abc import Callable, Sequence
