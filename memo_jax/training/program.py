@@ -104,7 +104,7 @@ class StepCompiledInBackground:
 
 def augmentation_key(config: ConfigDict, mesh: Mesh) -> jax.Array:
     """Returns the key of a run's augmentation, replicated over the mesh."""
-    return jax.jit(lambda: jax.random.key(config.seed + 1), out_shardings=sharding.replicated(mesh))()
+    return jax.random.wrap_key_data(sharding.replicate(mesh, jax.random.key_data(jax.random.key(config.seed + 1))))
 
 
 def state_maker(recipe: Recipe) -> Callable[[jax.Array], TrainState]:
