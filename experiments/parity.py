@@ -181,9 +181,15 @@ STUDENT_VIEWS = {
 }
 
 
+@jax.jit
+def normalized_log_mel(mel: jax.Array) -> jax.Array:
+    """Returns normalised log-mel [N, T, F] of mel power [N, F, T]."""
+    return features.normalized_log_mel(mel.astype(jnp.float32).swapaxes(1, 2))
+
+
 def views_of(mel: np.ndarray, batch: int) -> jax.Array:
     """Returns normalised log-mel [B, V, T, F] of view-major mel power [V·B, F, T]."""
-    normalized = features.normalized_log_mel(jnp.asarray(mel, jnp.float32).swapaxes(1, 2))
+    normalized = normalized_log_mel(mel)
     return normalized.reshape((-1, batch) + normalized.shape[1:]).swapaxes(0, 1)
 
 
@@ -209,8 +215,13 @@ def state_tensors(state: TrainState) -> dict[str, np.ndarray]:
 
 @functools.cache
 def compiled(config: str):
-    """Returns the recipe, the train step and the eval-mode embeddings, jitted, for a file's config (JSON)."""
+    """Returns the recipe and, jitted, the initial state, the step and the embeddings for a file's config (JSON)."""
     recipe = build_recipe(json.loads(config))
+
+    def start(students):
+        state = state_from_students(students, recipe.branches, recipe.optimizer, recipe.gate_rule)
+        utterances = recipe.supervision.gated_utterances
+        return state.replace(loss_gate=initial_loss_gate(utterances)) if utterances else state
 
     def embed(variables, inputs):
         return {name: branch.apply(variables[name], inputs, method="embed") for name, branch in recipe.branches.items()}
@@ -218,7 +229,7 @@ def compiled(config: str):
     def step(state, views, labels, gated):
         return train_step_on_features(state, views, recipe, labels, gated)
 
-    return recipe, jax.jit(step), jax.jit(embed)
+    return recipe, jax.jit(start), jax.jit(step), jax.jit(embed)
 
 
 class Reference:
@@ -230,7 +241,7 @@ class Reference:
             raise ValueError("not an npz file")
         self.arrays = {name: file[name] for name in file.files}
         self.config = json.loads(str(self.arrays["config"]))
-        self.recipe, self.step, self.embed = compiled(str(self.arrays["config"]))
+        self.recipe, self.start, self.step, self.embed = compiled(str(self.arrays["config"]))
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """Returns the file's arrays whose names begin with `prefix/`, by the rest of their names."""
@@ -262,7 +273,7 @@ class Reference:
 
     def eval_embeddings(self, variables, prefix: str) -> dict[str, np.ndarray]:
         """Returns the eval-mode embeddings {prefix/branch: [N, D]} of the file's test input."""
-        inputs = features.normalized_log_mel(jnp.asarray(self.arrays["eval/mel"], jnp.float32).swapaxes(1, 2))
+        inputs = normalized_log_mel(self.arrays["eval/mel"])
         return {f"{prefix}/{name}": np.asarray(x) for name, x in self.embed(variables, inputs).items()}
 
     def batch(self, step: int) -> tuple[Views, jax.Array | None, GatedBatch | None]:
@@ -282,9 +293,7 @@ class Reference:
     def run(self, students) -> Run:
         """Takes the file's steps from these students, by our train step."""
         embeddings = self.eval_embeddings(students, "before")
-        state = state_from_students(students, self.recipe.branches, self.recipe.optimizer, self.recipe.gate_rule)
-        if self.recipe.supervision.gated_utterances:
-            state = state.replace(loss_gate=initial_loss_gate(self.recipe.supervision.gated_utterances))
+        state = self.start(students)
         losses, states, kept = [], {}, self.reached().states
         for i in range(len(self.arrays["losses"])):
             state, metrics = self.step(state, *self.batch(i))
@@ -303,7 +312,7 @@ def perturbed(tree, seed: int):
     """Returns a pytree of arrays, each number of which is moved by up to ten float32 rounding errors."""
     random = np.random.default_rng(seed)
     reach = NOISE_MARGIN * np.finfo(np.float32).eps / 2
-    return jax.tree.map(lambda x: jnp.asarray(x * (1 + random.uniform(-reach, reach, x.shape)), x.dtype), tree)
+    return jax.tree.map(lambda x: np.asarray(x * (1 + random.uniform(-reach, reach, x.shape)), x.dtype), tree)
 
 
 def kind_of(name: str) -> str:

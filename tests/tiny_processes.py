@@ -1,5 +1,6 @@
 """A training so small that several real processes can do it together in a test, and ways to start and end them."""
 
+import gc
 import json
 import os
 import signal
@@ -131,6 +132,7 @@ def fork(plan: dict) -> int | None:
     import memo_jax.inference.evaluate  # noqa: F401
     import memo_jax.training.train  # noqa: F401
 
+    gc.set_threshold(50_000)  # as in conftest.py
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has none of the other threads"
     children, ends = [], {}
     for index in range(plan["processes"]):

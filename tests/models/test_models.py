@@ -214,7 +214,7 @@ def test_too_few_frames_for_a_mirrored_end_are_refused():
     backbone = build_backbone("ecapa", **TINY["ecapa"])
     variables = scrambled_variables(backbone, 2, 32, 80)
     with pytest.raises(ValueError, match="4 frames are too few"):
-        backbone.apply(variables, jnp.zeros((1, 4, 80)))
+        jax.eval_shape(backbone.apply, variables, jnp.zeros((1, 4, 80)))
 
 
 def test_batch_norm_divides_by_biased_and_remembers_unbiased_variance():
@@ -255,8 +255,8 @@ def test_gradient_of_batch_norm_is_that_of_its_formula(shape):
 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
-        jax.grad(ours, (0, 1))(x, params),
-        jax.grad(formula, (0, 1))(x, params),
+        jax.jit(jax.grad(ours, (0, 1)))(x, params),
+        jax.jit(jax.grad(formula, (0, 1)))(x, params),
     )
 
 
@@ -280,7 +280,7 @@ def test_head_is_mlp_with_exact_gelu_and_cosines_to_prototypes():
     hidden = hidden @ params["linear_2"]["kernel"] + params["linear_2"]["bias"]
     cosines = hidden @ params["prototypes"]
     cosines /= np.linalg.norm(hidden, axis=1, keepdims=True) * np.linalg.norm(params["prototypes"], axis=0)
-    np.testing.assert_allclose(head.apply(variables, x.astype(np.float32)), cosines, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(head.apply)(variables, x.astype(np.float32)), cosines, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,10 +21,10 @@ def scan(rule, gate, steps, loss, alignment):
 def run(rule, loss, alignment=0.0, gate=None, first=0):
     """Returns whether each step ran without the contrastive term, and the gates after each step."""
     loss = np.asarray(loss, np.float32)
-    steps = jnp.arange(first, first + len(loss))
+    steps = np.arange(first, first + len(loss), dtype=np.int32)
     alignment = np.broadcast_to(np.float32(alignment), loss.shape)
     _, (closed, after) = scan(rule, initial_gate(rule) if gate is None else gate, steps, loss, alignment)
-    return np.asarray(closed), after
+    return np.asarray(closed), jax.tree.map(np.asarray, after)
 
 
 def first_closed(closed) -> int:
@@ -132,7 +131,7 @@ def test_gate_resumes_from_its_saved_state(name):
     whole, after = run(rule, loss, alignment)
     assert 0 < first_closed(whole) < 40
     for stop in (3, 12, 30):
-        saved = jax.tree.map(lambda leaf, i=stop: jnp.asarray(np.asarray(leaf[i - 1])), after)
+        saved = jax.tree.map(lambda leaf, i=stop: leaf[i - 1], after)
         rest, after_rest = run(rule, loss[stop:], alignment[stop:], saved, stop)
         np.testing.assert_array_equal(rest, whole[stop:])
         for ours, expected in zip(jax.tree.leaves(after_rest), jax.tree.leaves(after), strict=True):

@@ -1,5 +1,7 @@
 """Losses against their definitions, pair by pair and row by row, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,11 @@ import pytest
 from memo_jax.training import losses
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
+
+# One program each: operation by operation they would be fifteen.
+teacher_distributions = jax.jit(losses.teacher_distributions)
+contrastive = jax.jit(losses.contrastive, static_argnames=("margin", "shared_views"))
+sinkhorn_distributions = jax.jit(losses.sinkhorn_distributions, static_argnames="temperature")
 
 
 def draw(seed, *shapes, scale=1.0):
@@ -47,6 +54,7 @@ def pairwise_distillation(student, teacher, center, xp=np, shared_views=True):
     return sum(term.mean() for term in terms) / len(terms)
 
 
+@functools.partial(jax.jit, static_argnames="student_temp")
 def distillation(student, teacher, center, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP):
     """Returns the loss and the indicators, the student's first views being the teacher's."""
     distributions, entropies = losses.teacher_distributions(teacher, center, teacher_temp)
@@ -69,7 +77,7 @@ def test_distillation_is_the_mean_over_all_pairs_of_different_views(views, teach
 @pytest.mark.parametrize("views, teacher_views", [(4, 1), (2, 3)])
 def test_a_teacher_with_views_of_its_own_is_paired_with_all_of_the_student(views, teacher_views):
     student, teacher, center = draw(0, (views, 3, 7), (teacher_views, 3, 7), (7,), scale=0.3)
-    targets, _ = losses.teacher_distributions(jnp.float32(teacher), jnp.float32(center), TEACHER_TEMP)
+    targets, _ = teacher_distributions(jnp.float32(teacher), jnp.float32(center), TEACHER_TEMP)
     assert_slope(
         lambda s: losses.distillation(s, targets, STUDENT_TEMP, False),
         lambda s: pairwise_distillation(s, teacher, center, shared_views=False),
@@ -93,7 +101,7 @@ def test_no_gradient_reaches_teacher_or_center():
     )
     assert all(not np.any(g) for g in gradients)
     a, b = map(jnp.float32, draw(3, (2, 3, 5), (2, 3, 5)))
-    of_student, of_teacher = jax.grad(lambda s, t: losses.contrastive(s, t, 0.1), argnums=(0, 1))(a, b)
+    of_student, of_teacher = jax.grad(lambda s, t: contrastive(s, t, 0.1), argnums=(0, 1))(a, b)
     assert not np.any(of_teacher) and np.any(of_student)
 
 
@@ -160,14 +168,14 @@ def nt_xent(student, teacher, temperature, margin=0.0, speakers=None):
 @pytest.mark.parametrize("views, batch", [(2, 4), (3, 2), (2, 1)])
 def test_contrastive_is_nt_xent_over_teacher_and_student_rows(views, batch, margin):
     student, teacher = draw(6, (views, batch, 5), (views, batch, 5))
-    loss = losses.contrastive(jnp.float32(student), jnp.float32(teacher), 0.1, margin)
+    loss = contrastive(jnp.float32(student), jnp.float32(teacher), 0.1, margin)
     np.testing.assert_allclose(loss, nt_xent(student, teacher, 0.1, margin), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1])
 def test_contrastive_gradient_is_the_slope_of_its_definition(margin):
     student, teacher = draw(7, (2, 3, 4), (2, 3, 4))
-    gradient = np.asarray(jax.grad(losses.contrastive)(jnp.float32(student), jnp.float32(teacher), 0.1, margin))
+    gradient = np.asarray(jax.grad(contrastive)(jnp.float32(student), jnp.float32(teacher), 0.1, margin))
     slope = np.zeros_like(student)
     for index in np.ndindex(student.shape):
         step = np.zeros_like(student)
@@ -182,7 +190,7 @@ def test_contrastive_masks_negatives_of_the_same_speaker_only(margin):
     """Against the definition, value and slope; unknown speakers (-1) are strangers to one another."""
     student, teacher = draw(10, (2, 5, 4), (2, 5, 4))
     speakers = [3, -1, 3, 0, -1]
-    loss = lambda s: losses.contrastive(s, jnp.float32(teacher), 0.1, margin, jnp.array(speakers))  # noqa: E731
+    loss = lambda s: contrastive(s, jnp.float32(teacher), 0.1, margin, jnp.array(speakers))  # noqa: E731
     value, gradient = jax.value_and_grad(loss)(jnp.float32(student))
     np.testing.assert_allclose(value, nt_xent(student, teacher, 0.1, margin, speakers), rtol=1e-5)
     assert abs(value - nt_xent(student, teacher, 0.1, margin)) > 1e-3
@@ -198,18 +206,18 @@ def test_contrastive_masks_negatives_of_the_same_speaker_only(margin):
 def test_contrastive_with_a_batch_of_one_speaker_has_no_negatives():
     """Each anchor is left with its positive alone, whose share is 1."""
     student, teacher = (jnp.float32(x) for x in draw(11, (2, 3, 4), (2, 3, 4)))
-    value, gradient = jax.value_and_grad(losses.contrastive)(student, teacher, 0.1, 0.0, jnp.zeros(3, int))
+    value, gradient = jax.value_and_grad(contrastive)(student, teacher, 0.1, 0.0, jnp.zeros(3, int))
     np.testing.assert_allclose(value, 0, atol=1e-5)
     np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
 def test_contrastive_sees_directions_only_and_equal_rows_leave_it_at_chance():
     student, teacher = draw(8, (2, 3, 5), (2, 3, 5))
-    loss = losses.contrastive(jnp.float32(student), jnp.float32(teacher), 0.1)
-    scaled = losses.contrastive(jnp.float32(7 * student), jnp.float32(teacher / 3), 0.1)
+    loss = contrastive(jnp.float32(student), jnp.float32(teacher), 0.1)
+    scaled = contrastive(jnp.float32(7 * student), jnp.float32(teacher / 3), 0.1)
     np.testing.assert_allclose(loss, scaled, rtol=1e-5)
     same = jnp.ones((2, 3, 5))
-    np.testing.assert_allclose(losses.contrastive(same, same, 0.1), np.log(5), rtol=1e-5)
+    np.testing.assert_allclose(contrastive(same, same, 0.1), np.log(5), rtol=1e-5)
 
 
 def test_contrastive_without_a_margin_is_the_program_that_it_was():
@@ -223,7 +231,7 @@ def test_contrastive_without_a_margin_is_the_program_that_it_was():
 
 
 def test_zero_embeddings_give_finite_gradients():
-    gradient = jax.grad(losses.contrastive)(jnp.zeros((2, 3, 5)), jnp.ones((2, 3, 5)), 0.1)
+    gradient = jax.grad(contrastive)(jnp.zeros((2, 3, 5)), jnp.ones((2, 3, 5)), 0.1)
     assert np.all(np.isfinite(gradient))
 
 
@@ -259,9 +267,7 @@ def test_nt_xent_with_views_of_the_teachers_own_takes_all_pairs():
                 terms.append(-np.log(positive / (similarity.sum(axis=1) - np.diag(similarity))).mean())
         return np.mean(terms)
 
-    assert_slope(
-        lambda s: losses.contrastive(s, jnp.float32(teacher), 0.2, 0.1, shared_views=False), definition, student
-    )
+    assert_slope(lambda s: contrastive(s, jnp.float32(teacher), 0.2, 0.1, shared_views=False), definition, student)
 
 
 def sinkhorn(logits, temperature, iterations=3):
@@ -278,21 +284,21 @@ def sinkhorn(logits, temperature, iterations=3):
 def test_balanced_targets_are_three_iterations_on_sharpened_probabilities():
     """Of cosines, with 0.1 / 4 for a power of 4. They lie between a softmax and equal use of all prototypes."""
     logits = np.clip(draw(11, (2, 5, 6), scale=0.4)[0], -1, 1)
-    targets, entropies = losses.sinkhorn_distributions(jnp.float32(logits), 0.1 / 4)
+    targets, entropies = sinkhorn_distributions(jnp.float32(logits), 0.1 / 4)
     expected = sinkhorn(logits, 0.1)
     np.testing.assert_allclose(targets, expected, rtol=1e-3, atol=1e-7)
     np.testing.assert_allclose(targets.sum(axis=-1), 1, rtol=1e-5)
     uses = expected.mean(axis=(0, 1))
     assert float(entropies["mean_teacher_entropy"]) == pytest.approx(-(uses * np.log(uses)).sum(), rel=1e-4)
-    plain, _ = losses.teacher_distributions(jnp.float32(logits), jnp.zeros(6), 0.1 / 4)
+    plain, _ = teacher_distributions(jnp.float32(logits), jnp.zeros(6), 0.1 / 4)
     assert np.ptp(uses) < np.ptp(plain.mean(axis=(0, 1)))
-    gradient = jax.grad(lambda x: (losses.sinkhorn_distributions(x, 0.1)[0] * logits).sum())(jnp.float32(logits))
+    gradient = jax.grad(lambda x: (sinkhorn_distributions(x, 0.1)[0] * logits).sum())(jnp.float32(logits))
     assert not np.any(gradient)
 
 
 def test_balanced_targets_are_finite_where_probabilities_underflow():
     logits = jnp.ones((1, 8, 16)).at[..., 3:].set(-1.0)  # at this temperature e^-200 of the largest
-    targets, entropies = losses.sinkhorn_distributions(logits, 0.01)
+    targets, entropies = sinkhorn_distributions(logits, 0.01)
     assert np.isfinite(targets).all() and np.isfinite(list(map(float, entropies.values()))).all()
     np.testing.assert_allclose(targets, 1 / 16, rtol=1e-3)  # all utterances are alike, so they use all equally
 
@@ -320,7 +326,7 @@ def test_koleo_is_its_definition():
     (embeddings,) = draw(13, (2, 6, 4))
     assert_slope(losses.koleo, definition, embeddings)
     equal = jnp.ones((1, 3, 4))
-    value, gradient = jax.value_and_grad(losses.koleo)(equal)
+    value, gradient = jax.jit(jax.value_and_grad(losses.koleo))(equal)
     assert np.isfinite(float(value)) and np.isfinite(gradient).all()
 
 

@@ -154,6 +154,7 @@ def memo():
 # Explicit forms.
 
 
+@functools.partial(jax.jit, static_argnames=("branch", "passes"))
 def forward(branch, params, batch_stats, features, passes):
     """Returns embedding and logits [B, V, …] in train mode and the statistics, with one pass per array of features."""
     embeddings, logits = [], {head: [] for head in branch.head_names}
@@ -243,10 +244,11 @@ def test_step_descends_the_gradient_of_the_objective(memo, value_and_gradient):
     _, states, metrics = memo
     state, after = states[1], states[2]
     _, gradient = value_and_gradient(state)
-    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
-    ours = jax.tree.map(lambda old, new: (old - new) / RATE, student_params(state), student_params(after))
+    scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient))
+    ours = jax.tree.map(lambda old, new: np.subtract(old, new) / RATE, student_params(state), student_params(after))
     assert_trees_close(ours, gradient, 2e-5 * scale)
-    assert metrics[1]["gradient_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
+    norm = np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient)))
+    assert metrics[1]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 def test_losses_add_up(memo):
@@ -277,7 +279,7 @@ def test_student_statistics_see_global_then_local_views_and_the_teacher_keeps_it
         assert_trees_close(after.student[n]["batch_stats"], of_student, 1e-6)
         assert_trees_close(after.teacher[n]["batch_stats"], of_teacher, 1e-6)
         # The tolerance distinguishes the two orders.
-        differences = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), of_student, other_order)
+        differences = jax.tree.map(lambda a, b: float(np.abs(np.subtract(a, b)).max()), of_student, other_order)
         assert min(jax.tree.leaves(differences)) > 1e-5
 
 
@@ -305,7 +307,7 @@ def test_teacher_starts_as_a_copy_and_follows_the_new_parameters(memo):
             expected = jax.tree.map(average, before.teacher[n]["params"], after.student[n]["params"])
             assert_trees_close(after.teacher[n]["params"], expected, 1e-6)
     # A teacher that followed the old parameters would not have moved in the first step.
-    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), states[1].teacher, states[0].teacher)
+    moved = jax.tree.map(lambda a, b: float(np.abs(np.subtract(a, b)).max()), states[1].teacher, states[0].teacher)
     assert moved["ecapa"]["params"]["backbone"]["embedding"]["kernel"] > 1e-5
 
 
@@ -356,7 +358,7 @@ def test_cross_distillation_couples_the_branches(memo):
     mixed = {"ecapa": states[0].student["ecapa"], "resnet": other.student["resnet"]}
     after = run(recipe, 1, begin(recipe, mixed))[0][1]
     old, new = (s.student["ecapa"]["params"]["backbone"]["hidden"]["kernel"] for s in (states[1], after))
-    assert float(jnp.abs(old - new).max()) > 1e-5
+    assert float(np.abs(old - new).max()) > 1e-5
 
 
 @pytest.mark.parametrize(
@@ -426,8 +428,8 @@ def test_step_with_options_descends_the_gradient_of_the_objective(beyond):
         lambda state: jax.value_and_grad(objective)(student_params(state), state, views=own_views(1), recipe=recipe)
     )(state)
     assert metrics[1]["loss"] == pytest.approx(float(value), rel=1e-5)
-    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradient))
-    ours = jax.tree.map(lambda old, new: (old - new) / RATE, student_params(state), student_params(after))
+    scale = max(float(np.abs(g).max()) for g in jax.tree.leaves(gradient))
+    ours = jax.tree.map(lambda old, new: np.subtract(old, new) / RATE, student_params(state), student_params(after))
     assert_trees_close(ours, gradient, 2e-5 * scale)
 
 
@@ -583,9 +585,9 @@ def test_prototypes_are_frozen_until_their_step(stopping):
     params = [s.student["ecapa"]["params"]["self_head"] for s in stopping[0]]
     np.testing.assert_array_equal(params[1]["prototypes"], params[0]["prototypes"])
     np.testing.assert_array_equal(params[2]["prototypes"], params[0]["prototypes"])
-    assert float(jnp.abs(params[3]["prototypes"] - params[0]["prototypes"]).max()) > 1e-5
+    assert float(np.abs(params[3]["prototypes"] - params[0]["prototypes"]).max()) > 1e-5
     # The other parameters of the head learn from the first step.
-    assert float(jnp.abs(params[1]["linear_2"]["kernel"] - params[0]["linear_2"]["kernel"]).max()) > 1e-5
+    assert float(np.abs(params[1]["linear_2"]["kernel"] - params[0]["linear_2"]["kernel"]).max()) > 1e-5
 
 
 # Plain DINO, the key, the state.
