@@ -14,7 +14,8 @@ from pathlib import Path
 from memo_jax import cli, log
 from memo_jax.training import checkpoint
 
-point, step, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+point, step = sys.argv[1], int(sys.argv[2])
+del sys.argv[1:3]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 write, save = log.MetricsLog.write, checkpoint.Checkpointer.save
 
@@ -38,7 +39,7 @@ def save_or_die(self, number, *rest):
         die()
 
 log.MetricsLog.write, checkpoint.Checkpointer.save = write_or_die, save_or_die
-sys.exit(cli.main(arguments))
+sys.exit(cli.main())
 """
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 
@@ -51,11 +52,11 @@ def in_another_process(code, *arguments):
 
 
 def test_the_program_runs_with_jax_alone_for_any_batch_and_length(exported):
-    model = tiny.untrained_model()
+    embed = jax.jit(tiny.untrained_model().embed_waves)
     found = in_another_process(WITH_JAX_ALONE, exported[1])
     for got, (count, samples) in zip(found, ((1, 8000), (3, 24000)), strict=True):
         waves = 0.1 * np.random.default_rng(samples).normal(size=(count, samples)).astype(np.float32)
-        wanted = np.asarray(model.embed_waves(waves, np.full(count, samples - 80, np.int32)))
+        wanted = np.asarray(embed(waves, np.full(count, samples - 80, np.int32)))
         assert got.shape == (count, 8)
         np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
 

@@ -15,7 +15,8 @@ STEPS = 3
 
 # Runs in a process of its own, since the number of virtual devices is fixed when JAX starts.
 SCRIPT = """
-import json, sys
+import gc, json, sys
+gc.set_threshold(50_000)  # as in conftest.py
 import jax, numpy as np
 from memo_jax import config as configs
 from memo_jax.training import program
