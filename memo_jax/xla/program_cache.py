@@ -31,7 +31,7 @@ def keep_compiled_programs() -> None:
 
 
 def _remove_unreadable_entries(folder: str) -> None:
-    """Turns JAX's warning of an entry that it cannot read, which names the program, into the removal of the entry."""
+    """Turns JAX's warning of an entry that it cannot read, which names the program, into the removal of its entries."""
     show = warnings.showwarning
     if getattr(show, "removes_from", None) == folder:
         return
@@ -40,7 +40,7 @@ def _remove_unreadable_entries(folder: str) -> None:
         unreadable = UNREADABLE.match(str(message))
         if not unreadable:
             return show(message, *arguments, **options)
-        for entry in as_path(folder).glob(f"{glob.escape(unreadable[1])}*"):
+        for entry in as_path(folder).glob(f"{glob.escape(unreadable[1])}-*"):
             entry.unlink(missing_ok=True)
         say(f"the compiled program {unreadable[1]} in {folder} was damaged: it is recompiled and cached again")
 

@@ -34,8 +34,12 @@ def test_an_entry_that_was_cut_short_is_named_and_replaced(by_name, tmp_path):
     assert entries and "damaged" not in said
     for file, content in entries.items():
         file.write_bytes(content[: len(content) // 2])
+    other = folder / "jit__lambda_of_another-0123-cache"  # a program whose name only begins as this one's
+    other.write_bytes(b"kept")
     again, said = run()
     assert again == first and said.count("was damaged") == len(entries) and "Warning" not in said, said
+    assert other.read_bytes() == b"kept"
+    other.unlink()
     assert {file: len(file.read_bytes()) for file in folder.glob("*-cache")}.keys() == entries.keys()
     assert all(len(file.read_bytes()) > len(content) // 2 for file, content in entries.items())
     assert run() == (first, "")
