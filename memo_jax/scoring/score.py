@@ -64,7 +64,10 @@ def error_intervals(
 def calibrated_report(
     scores: np.ndarray, target: np.ndarray, tuning_scores: np.ndarray, tuning_target: np.ndarray
 ) -> dict[str, float]:
-    """Returns `act_dcf_P`, `cllr` and `min_cllr` of scores calibrated on other trials, and the `scale` and `offset`."""
+    """Returns `act_dcf_P`, `cllr` and `min_cllr` of scores calibrated on other trials, and what was fitted.
+
+    That is `calibration_scale` and `calibration_offset`, with `calibration_eer`, in percent, of the trials fitted on.
+    """
     fitted = calibration.fit_calibration(tuning_scores, tuning_target)
     llrs = fitted(scores)
     return {f"act_dcf_{p}": calibration.act_dcf(llrs, target, p) for p in P_TARGETS} | {
@@ -72,6 +75,7 @@ def calibrated_report(
         "min_cllr": calibration.min_cllr(scores, target),
         "calibration_scale": fitted.scale,
         "calibration_offset": fitted.offset,
+        "calibration_eer": 100 * metrics.eer(tuning_scores, tuning_target),
     }
 
 
@@ -327,6 +331,10 @@ def warnings_of(results: Mapping) -> list[str]:
         warnings.append(
             f"{plural(count, 'trial')} {verb} calibrated on, too. Calibrated costs come out too low: calibrate on "
             "others"
+        )
+    if results.get("calibration_eer") == 0:
+        warnings.append(
+            "the trials calibrated on have no errors, so how steep the calibration is means nothing: calibrate on more"
         )
     return [f"  WARNING: {text}" for text in warnings]
 

@@ -247,6 +247,15 @@ def test_calibration_on_the_trials_themselves_is_warned_of(folder, tmp_path):
     assert status == 0 and "WARNING: 40 trials were calibrated on, too" in text, text
 
 
+def test_calibration_on_trials_without_errors_is_warned_of(folder, tmp_path):
+    """The slope is then as steep as the optimiser lets it become."""
+    (tmp_path / "tuning.txt").write_text("1 id00/0.wav id00/0.wav\n0 id00/0.wav id01/0.wav\n")
+    needed = ("score", "--embeddings", folder / "one.npz", "--trials", folder / "trials.txt", "--replicates", 0)
+    status, text = tiny.here(*needed, "--calibrate", tmp_path / "tuning.txt")
+    assert status == 0 and "WARNING: the trials calibrated on have no errors" in text, text
+    assert "no errors" not in tiny.here(*needed, "--calibrate", folder / "tuning.txt")[1]
+
+
 def test_a_warning_of_one_is_in_the_singular():
     texts = "\n".join(warnings_of({"self_trials": 1, "cohort_in_trials": 1, "calibration_trials_in_both": 1}))
     assert "1 trial compares" in texts and "1 recording of the cohort takes part" in texts
