@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     supervised.margin_warmup_epochs = 0.0  # time over which the margin rises from 0
     supervised.margin_warmup_steps = -1
     supervised.loss_gate_after_epochs = 0  # epochs after which utterances with a large loss are left out; 0: never
-    # Epochs after which an utterance left out is learned with the label that the student is sure of; 0: never.
+    # Epochs after which an utterance left out is trained on with the label that the student is sure of; 0: never.
     supervised.correct_labels_after_epochs = 0
     supervised.correction_temperature = 0.1  # temperature of the student's probabilities of labels
     supervised.correction_probability = 0.5  # probability above which the student is sure of a label

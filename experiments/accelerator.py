@@ -321,7 +321,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", default="", metavar="REGEX", help="only those whose name it matches")
     batches = "32,64,128,256,512,1024"
     parser.add_argument("--batches", default=batches, help="utterances a device (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10, help="between two looks at the clock (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="steps between two clock readings (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="of that many steps (default: %(default)s)")
     parser.add_argument("--reference", type=Path, default=ROOT / "tests" / "reference_steps.npz", metavar="NPZ")
     default = "default: configs/memo_voxceleb2.py; on TPUs memo_voxceleb2_tpu.py"

@@ -358,10 +358,9 @@ def measured_noise(reference: Reference, students, run: Run) -> dict[str, float]
     """Returns the float32 noise of every check: how far two correct float32 implementations drift apart.
 
     Each rounds differently at every operation, and training amplifies that: smoothly where it can, in jumps where a
-    rounding puts a ReLU's input on the other side of zero. Replays from students that differ by ten roundings show ten
-    times that noise and meet the jumps ten times as often, so that a few replays find those that a reference may have
-    met. A margin covers that both sides have their noise and that once jumps have piled up, drift no longer grows with
-    its cause.
+    rounding puts a ReLU's input on the other side of zero. Starting weights perturbed by ten roundings give ten times
+    the noise and trigger the jumps ten times as often, thus a few replays suffice to meet them. A margin allows for
+    noise on both sides, and for drift that no longer scales with the perturbation once jumps accumulate.
     """
     noise: dict[str, float] = {}
     for seed in range(PERTURBED_REPLAYS):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NO = 1  # the answer is no: different speakers, nobody known, some recordings left out
 BAD_INPUT = 2
-CRASHED = 70  # a fault of the program, or of a library it uses
+CRASHED = 70  # an internal error: a bug here or in a library
 PROCESS_LOST = 76  # another process of a distributed run has died
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 BUCKET_OPTIONS = {"train": {"workdir", "init"}, "report": {"workdir"}} | dict.fromkeys(
@@ -34,9 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: done (verify: same speaker; identify: somebody known). 1: the answer is no (verify: different speakers; identify:
     nobody known; reproduce: not identical; plan: does not fit), or embed left recordings out. 2: bad input. 3: training
-    stopped because of its own numbers. 70: a fault of the program, with its traceback. 75: SIGTERM ended training after
-    a checkpoint. 76: another process of a distributed run was lost. 130: interrupted by Ctrl-C. An exception's
-    `exit_status` overrides 2.
+    stopped: a value was not finite, or the run collapsed. 70: an internal error (a bug), with its traceback. 75:
+    SIGTERM ended training after a checkpoint. 76: another process of a distributed run was lost. 130: interrupted by
+    Ctrl-C. An exception's `exit_status` overrides 2.
     """
     if arguments is None:  # a process of its own
         # Tracing makes many objects that live long: looking for cycles every 700 takes a quarter of its time.
@@ -485,7 +485,7 @@ def run_identify(options: argparse.Namespace) -> int:
         print(as_json(result._asdict() | fields))
     else:
         print(
-            f"{result.name or 'nobody known'}: nearest {result.nearest}, score {result.score:.4f}, threshold "
+            f"{result.name or 'unknown speaker'}: nearest is {result.nearest}, score {result.score:.4f}, threshold "
             f"{result.threshold:.4f} {text}"
         )
     return NO if result.name is None else 0

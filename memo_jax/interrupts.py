@@ -55,7 +55,7 @@ def check() -> None:
 
 
 def requested() -> bool:
-    """Returns whether Ctrl-C was pressed since `handled()` began. Whatever a command raises after that is its end."""
+    """Returns whether Ctrl-C was pressed since `handled()` began. After that, any exception ends the command."""
     return _requested
 
 
@@ -68,7 +68,7 @@ def _remember(_, frame) -> None:
     if importer is None:
         raise KeyboardInterrupt
     importer.f_trace = _raise_in
-    sys.settrace(lambda *_: None)  # without a global one, that of a frame is not called
+    sys.settrace(lambda *_: None)  # a frame's trace function is called only while a global one is set
 
 
 def _outermost_importer(frame):

@@ -170,7 +170,7 @@ class _Lease(Lock):
                 told = True
             time.sleep(POLL_SECONDS)
         if told or taken_over:
-            time.sleep(POLL_SECONDS)  # two that took over the same lease may each have written theirs
+            time.sleep(POLL_SECONDS)  # two processes taking over the same lease may each have written their own
             if not self._is_mine():
                 raise LockedError(_taken(self._path, self._read()))
         threading.Thread(target=self._renew, daemon=True).start()

@@ -131,7 +131,11 @@ def add_train(command: Command) -> None:
     """Adds memo-jax train."""
     added = command("train", "train a new run, or resume the run in a workdir", CONFIG, DEVICE)
     added.add_argument(
-        "--workdir", required=True, type=Path, metavar="DIR", help="for config, metrics, checkpoints; may be gs://…"
+        "--workdir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for config, metrics and checkpoints; may be gs://…",
     )
     added.add_argument(
         "--init",
@@ -139,7 +143,7 @@ def add_train(command: Command) -> None:
         metavar="MODEL",
         help="start from the network of a model file or a workdir, as --config.init=MODEL does",
     )
-    added.add_argument("--stop-at-step", type=count, metavar="N", help="stop there with a checkpoint")
+    added.add_argument("--stop-at-step", type=count, metavar="N", help="save a checkpoint at step N and stop")
     added.add_argument(
         "--profile",
         metavar="STEPS",
@@ -153,7 +157,7 @@ def add_train(command: Command) -> None:
     added.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="instead, with the next two: the address on which process 0 listens for the others",
+        help="instead of --distributed, with --num-processes and --process-id: address on which process 0 listens",
     )
     added.add_argument("--num-processes", "--num_processes", type=positive, metavar="N", help="number of processes")
     added.add_argument("--process-id", "--process_id", type=count, metavar="I", help="number of this process, from 0")
@@ -169,7 +173,9 @@ def add_pseudo_label(command: Command) -> None:
         JSON,
         *CLUSTERING,
     )
-    added.add_argument("--workdir", required=True, type=Path, metavar="DIR", help="for the rounds and the best network")
+    added.add_argument(
+        "--workdir", required=True, type=Path, metavar="DIR", help="folder for the rounds and the best network"
+    )
     added.add_argument(
         "--model", required=True, type=Path, metavar="MODEL", help="network to start from: a workdir or a model file"
     )
@@ -226,7 +232,7 @@ def add_eval(command: Command) -> None:
         help="workdir of a training run, model file, or exported program",
     )
     added.add_argument("--data", required=True, type=Path, metavar="DATASET", help="recordings of the trials")
-    added.add_argument("--output", required=True, type=Path, metavar="DIR", help="for results.json and det.png")
+    added.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for results.json and det.png")
     added.add_argument(
         "--crops", type=count, default=0, metavar="R", help="score R crops of each recording instead of full recordings"
     )
@@ -385,7 +391,9 @@ def add_push(command: Command) -> None:
     added.add_argument("repository", metavar="ORG/NAME", help="created if it is missing")
     added.add_argument("--results", type=Path, action="append", default=[], metavar="FILE", help="results.json of eval")
     added.add_argument("--license", default="apache-2.0", metavar="NAME", help="default: %(default)s")
-    added.add_argument("--dataset", action="append", default=[], metavar="NAME", help="that it was trained on")
+    added.add_argument(
+        "--dataset", action="append", default=[], metavar="NAME", help="name of a dataset the model was trained on"
+    )
     added.add_argument("--private", action="store_true", help="make a new repository private")
     added.add_argument("--no-onnx", action="store_true", help="upload no ONNX file")
 
@@ -567,7 +575,7 @@ DEVICE = option(
     "--device",
     type=device_choice,
     metavar="NAME",
-    help="what computes: cpu, gpu, tpu, or one of several, such as cuda:1 (default: the fastest kind there is)",
+    help="device to compute on: cpu, gpu or tpu, or a particular one, such as cuda:1 (default: the fastest available)",
 )
 NETWORK = (
     option(
@@ -576,12 +584,12 @@ NETWORK = (
         help="of a workdir: which backbone, or several as one network with their mean score, such as ecapa,resnet "
         "(default: ecapa, or the first); of a file with several networks: one of them (default: all)",
     ),
-    option("--role", choices=("teacher", "student"), help="workdirs only (default: teacher)"),
+    option("--role", choices=("teacher", "student"), help="which network of a workdir (default: teacher)"),
     option(
         "--step",
         type=count,
         metavar="N",
-        help="workdirs only: which checkpoint (default: the latest; 0: the untrained network)",
+        help="which checkpoint of a workdir (default: the latest; 0: the untrained network)",
     ),
 )
 MODEL = (
@@ -607,7 +615,8 @@ THRESHOLD = (
         type=probability,
         default=0.5,
         metavar="P",
-        help="prior probability of the same speaker, from which the one given the score follows (default: %(default)s)",
+        help="prior probability that both recordings are of the same speaker, combined with the score "
+        "(default: %(default)s)",
     ),
     option(
         "--calibration",
@@ -671,13 +680,14 @@ TRIALS = (
         required=True,
         type=Path,
         metavar="FILE",
-        help="lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores alone",
+        help="trial list with lines `1 enrol test`, `enrol test target`, `enrol test 1`, or `enrol test` for scores "
+        "alone",
     ),
     option(
         "--enrollments",
         type=Path,
         metavar="FILE",
-        help="lines `speaker recording recording …`: the recordings that enrol each speaker",
+        help="table with lines `speaker recording recording …`: the recordings that enrol each speaker",
     ),
 )
 CLUSTERING = (
@@ -699,10 +709,16 @@ CLUSTERING = (
         "--linkage",
         choices=("ward", "average"),
         default="ward",
-        help="of the clusters that are merged (default: %(default)s)",
+        help="linkage criterion for merging clusters (default: %(default)s)",
     ),
-    option("--iterations", type=positive, default=20, metavar="N", help="of k-means (default: %(default)s)"),
-    option("--seed", type=count, default=0, metavar="N", help="of k-means (default: %(default)s)"),
+    option(
+        "--iterations",
+        type=positive,
+        default=20,
+        metavar="N",
+        help="number of k-means iterations (default: %(default)s)",
+    ),
+    option("--seed", type=count, default=0, metavar="N", help="random seed of k-means (default: %(default)s)"),
     option(
         "--crops",
         type=count,

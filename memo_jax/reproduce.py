@@ -110,8 +110,9 @@ def without_rates(row: dict) -> dict:
 def compare_metrics(old: Sequence[dict], new: Sequence[dict]) -> dict:
     """Returns "steps" compared, "metrics" {name: largest absolute difference} and "missing" steps and names.
 
-    An interrupted run has also logged the steps at which it was interrupted, and an evaluation where its end was then.
-    Rows and error rates that only one of the runs has are therefore ignored, except the last row, which both must have.
+    An interrupted run has also logged the steps at which it was interrupted, and an evaluation at what was then its
+    last step. Rows and error rates that only one of the runs has are therefore ignored, except the last row, which both
+    must have.
     """
     rows = [{row["step"]: row for row in run} for run in (old, new)]
     both = sorted(rows[0].keys() & rows[1].keys())

@@ -250,7 +250,7 @@ def test_the_reference_has_every_option(hooks):
     page = hooks.commands_page()
     for name in ("prepare", "train", "verify"):
         assert f"## {name}\n" in page
-    assert "| `--stop-at-step` `N` | stop there with a checkpoint |" in page
+    assert "| `--stop-at-step` `N` | save a checkpoint at step N and stop |" in page
 
 
 def test_links_lead_to_pages_of_the_site_or_become_text(hooks):

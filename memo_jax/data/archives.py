@@ -38,7 +38,7 @@ UNIX = 3  # in a zip, the system whose attributes a file has
 ZIP_END = (1 << 16) + 256  # most bytes that the records at the end of a zip and its comment take
 XZ_MEMORY = 1 << 29  # bytes; xz -9 needs an eighth of it
 CHUNK_BYTES = 1 << 20  # bytes that are read or decompressed at a time
-SPEAKER_BYTES = 1 << 12  # most that is read of a member whose content is asked for
+SPEAKER_BYTES = 1 << 12  # bytes read, at most, of a member whose content is wanted
 
 
 class Extent(NamedTuple):

@@ -39,9 +39,9 @@ def load_banks(
 
     Args:
       noise: folder of noise; "" for none.
-      music: the same of music.
-      speech: the same of speech, for babble.
-      rirs: the same of room impulse responses.
+      music: likewise, of music.
+      speech: likewise, of speech, for babble.
+      rirs: likewise, of room impulse responses.
       seconds: length S of a row; longer than a crop, so that a random part of it can be taken.
       rir_seconds: length R of an impulse response.
       max_megabytes: of each bank (10⁶ bytes). If there is more, each recording yields the same number of rows, from a

@@ -167,7 +167,7 @@ def _find(inputs, exclude, run_commands, speakers):
     elif shared := _shared_speakers(recordings, inputs):
         say(
             f"{plural(len(shared), 'speaker')} ({', '.join(shared[:3])}{', …' * (len(shared) > 3)}) in more than one "
-            "input: taken as the same people; if they are others, rename their folders"
+            "input: treated as the same speakers; if they are different people, rename their folders"
         )
     return recordings, left_out
 

@@ -32,8 +32,8 @@ METADATA = (INFO, "features.json", "metadata.json")  # what TFDS reads
 MANIFEST, LEFT_OUT = "manifest.tsv", "left_out.tsv"
 MANIFEST_COLUMNS = ("name", "speaker", "seconds", "checksum", "source")
 RESTORE = "restore the file, or prepare the dataset again"
-# Most utterances of VoxCeleb are one record then: a record costs as much as six seconds of sound. And crops of
-# recordings of 10 minutes are read ten times faster than from whole ones (experiments/benchmarks/records.py).
+# Most utterances of VoxCeleb are one record then: opening a record costs as much as reading six seconds of audio. And
+# crops of recordings of 10 minutes are read ten times faster than from whole ones (experiments/benchmarks/records.py).
 SEGMENT_SAMPLES = 12 * SAMPLE_RATE
 # Groups are read whole, so one record each. PCM, uncompressed: zstd saves a fifth of the disk and reads at a fifth of
 # the speed; FLAC saves half, at a twentieth (the same benchmark).

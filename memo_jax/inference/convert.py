@@ -81,7 +81,7 @@ def torch_to_model(
             raise ValueError(f"{where}: tensor {name!r} is empty: its shape is {list(tensor.shape)}")
     try:
         module, variables = interop.backbone_from_torch(network, kind, backbone)
-    except Exception as error:  # of names and shapes that no program would write, whatever Flax raises
+    except Exception as error:  # whatever Flax raises for names and shapes no program would write
         raise ValueError(f"{where}: as a {backbone} of {kind}: {one_line(error, longest=2000)}") from None
     provenance: dict[str, Any] = {
         "source": path.name,

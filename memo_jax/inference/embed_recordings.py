@@ -465,7 +465,7 @@ def _decoded(sources, todo, stamps, min_seconds, vad) -> Iterator[tuple[int, np.
 
 def embedding_text(report: dict) -> str:
     """Returns the report of `embed_recordings` as human-readable text."""
-    text = f"{plural(report['embeddings'], 'embedding')} of {report['dimension']} numbers"
+    text = f"{plural(report['embeddings'], 'embedding')} of {report['dimension']} dimensions"
     if report["embeddings"] > report["recordings"]:
         text += f", windows of {plural(report['recordings'], 'recording')}"
     if report["left_out"]:

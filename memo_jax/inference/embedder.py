@@ -159,7 +159,7 @@ class Embedder:
         return cls(model, gallery, channel, runtime, calibration, vad)
 
     def __repr__(self) -> str:
-        front_end = f"front end {self.model.front_end}, {self.model.backbone}, {self.dimension} numbers"
+        front_end = f"front end {self.model.front_end}, {self.model.backbone}, {self.dimension} dimensions"
         return f"<Embedder: {self.model.name} ({self.fingerprint[:8]}…): {front_end}, {self.runtime} on {self.device}>"
 
     @property

@@ -58,8 +58,8 @@ class Gallery:
         check_same_model(content.model, path, model, "the model in use")
         if dimension is not None and len(content) and content.embeddings.shape[1] != dimension:
             raise ValueError(
-                f"{path} has embeddings of {content.embeddings.shape[1]} numbers, those of the model in use have "
-                f"{dimension}: it is from another model"
+                f"{path} has {content.embeddings.shape[1]}-dimensional embeddings, those of the model in use have "
+                f"{dimension} dimensions: it is from another model"
             )
         gallery = cls(model or content.model)
         try:

@@ -167,7 +167,7 @@ def model_card(
     lines = [
         f"# {name}",
         "",
-        f"Speaker embeddings of {model.dimension} numbers by {' and '.join(model.member_arguments)}; input: 16-kHz "
+        f"{model.dimension}-dimensional speaker embeddings by {' and '.join(model.member_arguments)}; input: 16-kHz "
         f"speech, front end {model.front_end}. The cosine of two embeddings tells whether one person speaks in both.",
         "",
         "```python",

@@ -1,4 +1,4 @@
-"""Weights from and to PyTorch: which tensor there is which of ours.
+"""Conversion of weights from and to PyTorch: which of its tensors corresponds to which of ours.
 
 A *kind* is a toolkit: speechbrain, wespeaker, 3dspeaker, or speaker-net, the MeMo authors' program. 3D-Speaker names an
 ECAPA-TDNN as speechbrain does, and a ResNet and a CAM++ as wespeaker does. Speaker-net names all of them as 3D-Speaker
@@ -106,7 +106,7 @@ CAMPPLUS = RESIDUAL_BLOCK | {
 }
 HEAD_MODULES = {"linear_0": "mlp.0", "norm_0": "mlp.1", "linear_1": "mlp.3", "norm_1": "mlp.4", "linear_2": "mlp.6"}
 # In these modules our kernels have a time axis of length one, and theirs have none.
-TIMELESS = {"squeeze", "excite", "embedding"}
+SQUEEZED = {"squeeze", "excite", "embedding"}
 
 MODULES: dict[str, dict[str, dict[str, str]]] = {
     "speechbrain": {"ecapa": SPEECHBRAIN_ECAPA},
@@ -239,7 +239,7 @@ def shapes_of(module: nn.Module) -> Any:
 
 
 def torch_tensors(
-    variables: Any, name: Callable[[tuple[str, ...]], str], timeless: bool = False
+    variables: Any, name: Callable[[tuple[str, ...]], str], squeezed: bool = False
 ) -> Iterator[tuple[tuple[str, ...], str, tuple[int, ...]]]:
     """Yields our path, their name and their shape for every array in a tree of variables."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
@@ -248,25 +248,25 @@ def torch_tensors(
         # PyTorch's [out, in, (frequency,) time] is ours in reverse.
         if ours[-1] in ("kernel", "prototypes"):
             shape = shape[::-1]
-            if timeless and ours[-2] in TIMELESS:
+            if squeezed and ours[-2] in SQUEEZED:
                 shape = shape[:-1]
         yield ours, name(ours[1:]), shape
 
 
-def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, timeless: bool = False) -> Any:
+def from_torch(tensors: Mapping[str, np.ndarray], like: Any, name: Callable, squeezed: bool = False) -> Any:
     """Returns variables of the shapes of `like` with the values of PyTorch's tensors.
 
     Args:
       tensors: {their name: array}.
       like: variables, or their shapes.
       name: the function from our path to their name.
-      timeless: whether their kernels lack the time axis in the modules of `TIMELESS`.
+      squeezed: whether their kernels omit our time axis of length one in the modules of `SQUEEZED`.
 
     Raises:
       ValueError: lists the names that are missing and those that have no place, or the tensors of a wrong shape with
         both shapes, or names a tensor with NaN or infinite values or negative variances.
     """
-    places = {theirs: (ours, shape) for ours, theirs, shape in torch_tensors(like, name, timeless)}
+    places = {theirs: (ours, shape) for ours, theirs, shape in torch_tensors(like, name, squeezed)}
     missing = [theirs for theirs in places if theirs not in tensors]
     unknown = [theirs for theirs in tensors if theirs not in places and not theirs.endswith(COUNTER)]
     if missing or unknown:
@@ -304,12 +304,12 @@ def _some(texts, separator: str = ", ") -> str:
     return separator.join([*texts[:8], *([f"and {len(texts) - 8} more"] if len(texts) > 8 else [])])
 
 
-def to_torch(variables: Any, name: Callable, timeless: bool = False) -> dict[str, np.ndarray]:
+def to_torch(variables: Any, name: Callable, squeezed: bool = False) -> dict[str, np.ndarray]:
     """Returns variables as {their name: array}; raises ValueError if the toolkit lacks one of our modules."""
     leaves = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(variables).items()}
     tensors = {}
     try:
-        for ours, theirs, shape in torch_tensors(variables, name, timeless):
+        for ours, theirs, shape in torch_tensors(variables, name, squeezed):
             transposed = leaves[ours].T if ours[-1] in ("kernel", "prototypes") else leaves[ours]
             tensors[theirs] = np.ascontiguousarray(transposed).reshape(shape)
     except KeyError as error:

@@ -11,9 +11,9 @@ from memo_jax.models.layers import l2_normalize
 class Ensemble(nn.Module):
     """Embeddings of several backbones, each of length one, side by side: normalised log-mel [N, T, F] → [N, D] float32.
 
-    The cosine of two such embeddings is the mean of the members' cosines. Of averages of such embeddings, as for
-    recordings of over two minutes or speakers with several, this holds only approximately. `members` are backbones by
-    their names, in any order: embeddings stand in the order of the names.
+    The cosine of two such embeddings is the mean of the members' cosines. For averages of such embeddings (recordings
+    over two minutes, speakers enrolled with several recordings) this holds only approximately. `members` are backbones
+    by their names, in any order: embeddings stand in the order of the names.
     """
 
     members: FrozenDict[str, nn.Module]

@@ -125,7 +125,7 @@ def kmeans_plan(config: ConfigDict, mesh: Mesh, chip: Tpu | Gpu, utterances: int
     The bytes are those of its arguments, results and temporaries, without the train state beside it.
     """
     clusters, width, iterations = config.positives.clusters, config.model.embedding_dim, config.positives.iterations
-    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    whole, split = sharding.replicated(mesh), sharding.shard_batch(mesh)
 
     def rows(count, held=whole):
         return jax.ShapeDtypeStruct((count, width), np.float32, sharding=held)

@@ -124,7 +124,7 @@ def page(
     name = Path(workdir).resolve().name
     last = rows[-1]
     sections = [
-        ("run", "What was trained on what", facts_table(run_facts(workdir, config, rows))),
+        ("run", "Model and data", facts_table(run_facts(workdir, config, rows))),
         ("curves", "Learning curves", curves_section(rows, config.model.branches, tested)),
     ]
     if tested is None:
@@ -183,7 +183,7 @@ def run_facts(workdir: str | os.PathLike, config: configs.ConfigDict, rows: Sequ
     for branch in config.model.branches:
         model = workdir_model(workdir, branch)
         facts[f"Network {branch}"] = (
-            f"{parameter_count(model.variables['params']):,} parameters, embeddings of {model.dimension} numbers"
+            f"{parameter_count(model.variables['params']):,} parameters, {model.dimension}-dimensional embeddings"
         )
     d, a, g = config.data, config.augment, config.gate
     seen_by = "teachers, without augmentation" if config.teacher.view == "clean" else "students and teachers"
@@ -343,10 +343,10 @@ def map_section(tested: Tested) -> str:
     every = len(np.unique(speakers))
     shown_text = plural(shown, "speaker") + (f" of {every}" if every > shown else "")
     said = (
-        f"<p>{plural(len(chosen), 'recording')} of {shown_text}, brought from {tested.embeddings.shape[1]} dimensions "
+        f"<p>{plural(len(chosen), 'recording')} of {shown_text}, reduced from {tested.embeddings.shape[1]} dimensions "
         "to two by t-SNE of the cosine distances: voices near in the map are near in the embedding, but distances "
-        "between groups mean little. The network has not seen the speakers' names; they only colour the map, and stand "
-        "where there is room.</p>"
+        "between groups mean little. The network has not seen the speakers' names; they only colour the map, and "
+        "are shown where there is room.</p>"
     )
     description = "Two-dimensional map of the embeddings, coloured by speaker"
     drawn = "".join(

@@ -11,7 +11,7 @@ PAGE = """<!doctype html>
 <body>
 <header><h1>{name}</h1><p>{step}</p><div class="cards">{cards}</div><nav>{links}</nav></header>
 <main>{body}</main>
-<footer>Written by memo-jax {version}. This page holds all it shows.</footer>
+<footer>Written by memo-jax {version}. This page is self-contained.</footer>
 <script>{script}</script>
 </body>
 </html>

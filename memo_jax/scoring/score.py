@@ -201,8 +201,8 @@ def _cohort_of(system: Embeddings, path, cohort) -> Embeddings:
     dimensions = system.embeddings.shape[1], background.embeddings.shape[1]
     if dimensions[0] != dimensions[1]:
         raise ValueError(
-            f"{path} has embeddings of {dimensions[0]} numbers and its cohort {cohort} of {dimensions[1]}: embed both "
-            "with one model"
+            f"{path} has {dimensions[0]}-dimensional embeddings and its cohort {cohort} {dimensions[1]}-dimensional "
+            "ones: embed both with one model"
         )
     return background
 

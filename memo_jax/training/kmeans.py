@@ -59,7 +59,7 @@ def spherical_kmeans(
     chosen = np.sort(np.random.default_rng(seed).choice(rows, clusters, replace=False))
     padded = np.zeros((padded_rows(rows, mesh), embeddings.shape[1]), np.float32)
     padded[:rows] = embeddings
-    split = sharding.split_batch(mesh)
+    split = sharding.shard_batch(mesh)
     points = jax.make_array_from_callback(padded.shape, split, lambda index: padded[index])
     start = sharding.replicate(mesh, padded[chosen])
     centroids, assignment = jitted_kmeans(mesh, iterations)(points, start, np.int32(rows))

@@ -1,9 +1,10 @@
 """The loss gate of training on pseudo-labels: utterances whose loss suggests that their label is wrong are left out.
 
 The losses of right and of wrong labels form two modes. At the end of an epoch, a mixture of two normal distributions is
-fitted to the logarithms of each utterance's latest loss. In the next one, an utterance is learned if its loss
-was at most the point between the two means at which the weighted densities cross (Han, Chen and Qian, "Self-Supervised
-Speaker Verification Using Dynamic Loss-Gate and Label Correction", Interspeech 2022).
+fitted to the logarithms of each utterance's latest loss. In the next one, an utterance is trained on
+(contributes to the loss) if its loss was at most the point between the two means at which the weighted densities cross
+(Han, Chen and Qian, "Self-Supervised Speaker Verification Using Dynamic Loss-Gate and Label Correction", Interspeech
+2022).
 """
 
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class LossGate:
 
     Attributes:
       losses: float32 [N], the latest loss of each utterance; NEVER_SEEN where there is none.
-      threshold: float32, the largest loss of an utterance that is learned in this epoch; infinite while all are.
+      threshold: float32, the largest loss of an utterance that is trained on in this epoch; infinite while all are.
     """
 
     losses: jax.Array
@@ -33,12 +34,12 @@ class LossGate:
 
 
 def initial_loss_gate(utterances: int) -> LossGate:
-    """Returns the gate before the first step, for a dataset with this many utterances: all are learned."""
+    """Returns the gate before the first step, for a dataset with this many utterances: all are trained on."""
     return LossGate(jnp.full(utterances, NEVER_SEEN, jnp.float32), jnp.full((), jnp.inf, jnp.float32))
 
 
 def passes(gate: LossGate, index: jax.Array) -> jax.Array:
-    """Returns which of the utterances, int32 [B], are learned, bool [B]; those without a loss are."""
+    """Returns which of the utterances, int32 [B], are trained on, bool [B]; those without a loss are."""
     return gate.losses[index] <= gate.threshold
 
 
@@ -94,7 +95,7 @@ def crossing_point(mixture: Mixture) -> float:
 
 
 def gate_threshold(losses: np.ndarray) -> float:
-    """Returns the largest loss of an utterance that is to be learned, given all losses [N]; infinity for no limit."""
+    """Returns the largest loss of an utterance to be trained on, given all losses [N]; infinity for no limit."""
     seen = np.asarray(losses, np.float64)
     seen = seen[seen >= 0]
     if len(seen) < 2:

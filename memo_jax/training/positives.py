@@ -117,7 +117,7 @@ class Positives:
             )
             self._embed = jax.jit(
                 embed,
-                in_shardings=(sharding.replicated(mesh), sharding.split_batch(mesh)),
+                in_shardings=(sharding.replicated(mesh), sharding.shard_batch(mesh)),
                 out_shardings=sharding.replicated(mesh),
             )
         found, pending = [], None

@@ -16,7 +16,7 @@ import numpy as np
 # A process silent for this long counts as lost, which ends the others. It sends a heartbeat every half of it, so it may
 # be suspended for the other half, as when its machine is moved to another host. But the first process's gRPC server
 # closes the connection of one that leaves a ping unanswered for a minute. It pings when it has received something, a
-# heartbeat or what is said about a checkpoint, and JAX has no setting for it.
+# heartbeat or a message about a checkpoint, and JAX has no setting for it.
 HEARTBEAT_SECONDS = 150
 SHUTDOWN_SECONDS = 60  # how long a process that ends waits for the others
 LAST_WORDS_SECONDS = 5.0  # how long a failed first process, whose exit ends all, lets the others report their errors

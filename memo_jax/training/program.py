@@ -31,7 +31,7 @@ def jitted_step(config: ConfigDict, recipe: Recipe, mesh: Mesh, state: TrainStat
       mesh: the devices; batches are split over them, banks and key are replicated.
       state: concrete or abstract; only its shardings are read.
     """
-    whole, split = sharding.replicated(mesh), sharding.split_batch(mesh)
+    whole, split = sharding.replicated(mesh), sharding.shard_batch(mesh)
     state = jax.tree.map(lambda x: x.sharding, state)
     clean = functools.partial(clean_features, front_end=config.features.front_end)
     step = functools.partial(
@@ -53,7 +53,7 @@ def lowered_step(
 
     Only the shapes, dtypes and shardings of `banks` are read. With `partnered`, teachers see crops of a partner.
     """
-    split, whole = sharding.split_batch(mesh), sharding.replicated(mesh)
+    split, whole = sharding.shard_batch(mesh), sharding.replicated(mesh)
     batch = {
         kind: jax.ShapeDtypeStruct((config.data.batch_size, *shape), np.int16, sharding=split)
         for kind, shape in batch_crops(config, partnered).items()
@@ -130,7 +130,7 @@ def abstract_state(config: ConfigDict, recipe: Recipe, mesh: Mesh) -> TrainState
 
     def placed(path, x):
         splits = (path[0].name == "opt_state" or optim.is_prototypes(path)) and x.size * x.dtype.itemsize >= large
-        held = sharding.split_longest_axis(mesh, x.shape) if splits else sharding.replicated(mesh)
+        held = sharding.shard_longest_axis(mesh, x.shape) if splits else sharding.replicated(mesh)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=held)
 
     shapes = jax.eval_shape(state_maker(recipe), jax.random.key(config.seed))

@@ -92,7 +92,7 @@ def read_run(workdir: str | os.PathLike) -> dict | None:
 
 
 def length_at(workdir: str | os.PathLike, step: int) -> int | None:
-    """Returns how many steps long a run was to be when it took `step`, None where it has no record of that.
+    """Returns the planned length of the run, in steps, as of `step`; None if not recorded.
 
     Raises ValueError as `read_run` does.
     """

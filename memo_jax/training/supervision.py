@@ -1,4 +1,4 @@
-"""Labels in the objective: AAM-softmax, and which labels a step with a loss gate learns."""
+"""Labels in the objective: AAM-softmax, and which labels a step with a loss gate trains on."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,8 +20,8 @@ class Supervision(NamedTuple):
       weight: u, the weight of AAM-softmax; 0 for training without labels.
       scale: of the cosines.
       gated_utterances: how many utterances the dataset has, for training with a loss gate (`loss_gate`); 0 without.
-      correct_from: number of steps after which utterances that the gate leaves out are learned with the label that the
-        student is sure of; None for never.
+      correct_from: number of steps after which utterances that the gate leaves out are trained on with the label that
+        the student is sure of; None for never.
       correction_temperature: of the probabilities of labels.
       correction_probability: above which the student counts as sure.
     """
@@ -92,10 +92,10 @@ def learned_labels(
     branch: Branch,
     supervision: Supervision,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the labels int32 [B] that a branch learns in a step with a loss gate, −1 for none, and which it corrects.
+    """Returns the labels int32 [B] that a step with a loss gate trains a branch on, −1 for none, and which it corrects.
 
-    An utterance keeps its label if the gate lets it pass. One that it leaves out is learned with the label that the
-    student is sure of, by a crop as it was recorded and with running statistics; without one, it is not learned.
+    An utterance keeps its label if the gate lets it pass. One that it leaves out is trained on with the label that the
+    student is sure of, by a crop as it was recorded and with running statistics; without one, it is not trained on.
 
     Args:
       state: before the step.

@@ -11,7 +11,7 @@ timing.
 
 | workaround | what XLA does without it | seen with |
 |---|---|---|
-| `compiler_options`: ynn fusion type | CPU: convolutions go to a library, slow at gradients (timed) | jaxlib 0.10.2 |
+| `compiler_options`: ynn fusion type | CPU: convolutions go to a library with slow gradients (timed) | jaxlib 0.10.2 |
 | `compiler_options`: disabled pass | CPU: barriers are dropped before operations are fused | 0.10.2, not 0.11.2 |
 | `run_once_options` | CPU: a program that runs once is optimised for longer than it runs (timed) | jaxlib 0.10.2 |
 | `keep_freed_memory` | CPU: the memory of each call is new, and costs a page fault every 4 KiB | jaxlib 0.10.2 |

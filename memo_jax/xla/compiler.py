@@ -9,8 +9,8 @@ import jax
 from memo_jax.log import say
 
 CPU_OPTIONS = {
-    # Products go to the library, convolutions and sums do not: it computes the gradient of a 3×3 kernel at a third of
-    # the speed of XLA's own code.
+    # Matrix products go to the library, convolutions and sums do not: the library computes the gradient of a 3×3
+    # kernel at a third of the speed of XLA's own code.
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
     # In jaxlib 0.10 this pass drops barriers before operations are fused and common subexpressions are merged.
     "xla_disable_hlo_passes": "cse_barrier_expander",
@@ -80,9 +80,9 @@ def materialize_on_cpu(tree: Any) -> Any:
 
 
 def finish_sums_over_processes(tree: Any) -> Any:
-    """Returns the pytree, on CPUs computed before what reads any of it asks other processes for sums of its own.
+    """Returns the pytree. On CPUs, all of it is computed before any operation that depends on it starts an all-reduce.
 
-    Gloo, by which processes on CPUs add, mixes up sums of two losses that are asked for at the same time.
+    Gloo, the CPU collectives backend, mixes up the all-reduces of two losses that are in flight at once.
     """
     return materialize_on_cpu(tree)
 

@@ -14,4 +14,5 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # as malloc.h numbers M_TRIM_THRESHOLD, …
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)
-        # Not a single arena: threads that compile would wait for it, and later steps take half as long again.
+        # Limiting glibc to one arena is no alternative: compiler threads would contend for it, and steps take 1.5 times
+        # as long.

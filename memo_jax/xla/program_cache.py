@@ -15,8 +15,9 @@ UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '
 def keep_compiled_programs() -> None:
     """Makes XLA cache compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another.
 
-    Those that took half a second to compile, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise.
-    An entry that was cut short, by a full disk or a killed process, is removed when it is found, and written again.
+    Caches programs that took at least half a second to compile, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says
+    otherwise. An entry that was cut short, by a full disk or a killed process, is removed when it is found, and written
+    again.
     """
     import jax
 

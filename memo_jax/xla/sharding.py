@@ -40,7 +40,7 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 def each_device_its_rows(
     function: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Returns the function, of which each device of the mesh in context (`on_mesh`) computes its own rows alone.
+    """Wraps a row-wise function so that each device of the mesh in context (`on_mesh`) computes only its own rows.
 
     XLA splits Fourier transforms by itself on TPUs; on CPUs and GPUs each device would compute those of all rows.
 
@@ -60,16 +60,16 @@ def each_device_its_rows(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds in full: the banks, and most of the train state."""
+    """Returns the replicated sharding: that of the banks, and of most of the train state."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def split_batch(mesh: Mesh) -> NamedSharding:
+def shard_batch(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of arrays whose first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
-def split_longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+def shard_longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     """Returns a sharding that splits the longest axis which the devices can share evenly."""
     axes = [axis for axis, size in enumerate(shape) if size % mesh.size == 0]
     if not axes:
@@ -79,8 +79,8 @@ def split_longest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def global_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns global arrays, of which each process supplies its own rows."""
-    sharding = split_batch(mesh)
+    """Returns global arrays assembled from the rows that each process supplies."""
+    sharding = shard_batch(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 

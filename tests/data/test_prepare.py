@@ -78,7 +78,7 @@ def test_a_name_that_two_folders_give_a_speaker_is_reported(tmp_path, capsys):
         write_recording(tmp_path / name / f"{number}.wav")
     report = prepare([tmp_path / "one", tmp_path / "two"], tmp_path / "set", workers=1)
     said = capsys.readouterr().err
-    assert report["speakers"] == 5 and "2 speakers (7, id00014) in more than one input: taken as" in said
+    assert report["speakers"] == 5 and "2 speakers (7, id00014) in more than one input: treated as" in said
 
 
 def test_other_readers_of_tfds_open_it_without_tensorflow(speech, tmp_path):

@@ -33,7 +33,7 @@ def corpus():
 
 def test_files_folders_and_datasets_give_the_same_embeddings_by_name(corpus, tmp_path):
     status, text = embed(tmp_path / "folder.npz", corpus)
-    assert status == 0 and "20 embeddings of 8 numbers" in text and "20/20 recording" in text, text
+    assert status == 0 and "20 embeddings of 8 dimensions" in text and "20/20 recording" in text, text
     folder = read_embeddings(tmp_path / "folder.npz")
     assert folder.names == [f"s{i}/{j}.wav" for i in range(5) for j in range(4)]
     assert folder.model == tiny.untrained_model().fingerprint
@@ -259,7 +259,7 @@ def test_a_gallery_is_enrolled_asked_and_guarded(corpus, tmp_path):
     status, text = command("enroll", "Ada", corpus / "s1" / "0.wav")
     assert status == 2 and "'Ada' is enrolled already" in text
     status, text = command("identify", corpus / "s0" / "0.wav")
-    assert status == 0 and text.startswith("Ada: nearest Ada, score")
+    assert status == 0 and text.startswith("Ada: nearest is Ada, score")
     status, text = command("identify", corpus / "s0" / "0.wav", "--threshold", "1", "--json")
     assert status == 1 and json_of(text)["name"] is None and json_of(text)["nearest"] == "Ada"
 
@@ -360,7 +360,7 @@ def test_windows_slide_over_recordings_and_have_their_times(tmp_path):
     assert read.names == [f"{name}:{start:g}-{end:g}" for name, start, end in spans]
     np.testing.assert_allclose(read.times, [span[1:] for span in spans])
     assert (report["recordings"], report["embeddings"], report["left_out"]) == (3, 8, [])
-    assert "8 embeddings of 2 numbers, windows of 3 recordings" in module.embedding_text(report | {"dimension": 2})
+    assert "8 embeddings of 2 dimensions, windows of 3 recordings" in module.embedding_text(report | {"dimension": 2})
     one = module.Windows(2.0, 0.8, 0.5)
     assert [end - begin for begin, end in one.spans(2 * RATE + 10)] == [2 * RATE, round(1.2 * RATE) + 10]
     assert one.spans(2 * RATE) == [(0, 2 * RATE)] and one.spans(RATE) == [(0, RATE)]

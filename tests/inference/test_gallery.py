@@ -45,7 +45,9 @@ def test_scores_are_cosines_whatever_the_norms_in_the_file(tmp_path):
 
 def test_embeddings_of_another_size_are_refused(tmp_path):
     write_embeddings(tmp_path / "e.npz", Embeddings(["a"], np.ones((1, 9), np.float32)))
-    with pytest.raises(ValueError, match="e.npz has embeddings of 9 numbers, those of the model in use have 8"):
+    with pytest.raises(
+        ValueError, match="e.npz has 9-dimensional embeddings, those of the model in use have 8 dimensions"
+    ):
         Gallery.load(tmp_path / "e.npz", "", 8)
 
 

@@ -141,7 +141,7 @@ def test_the_page_says_what_was_trained_and_how_it_does(made):
     text = Page(made).text
     for said in (
         "20 utterances",
-        "parameters, embeddings of 16 numbers",
+        "parameters, 16-dimensional embeddings",
         "closed at step 3",
         "45 trials of trials.txt",
         "ecapa teacher, step 6",

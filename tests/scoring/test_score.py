@@ -211,7 +211,7 @@ def test_a_cohort_of_trial_recordings_is_warned_of(folder, tmp_path):
     status, text = tiny.here(*needed, "--cohort", tmp_path / "c.npz", "--mean-subtraction")
     assert status == 0 and "WARNING: 5 recordings of the cohort take part in the trials" in text
     status, text = tiny.here(*needed, "--cohort", tmp_path / "narrow.npz", "--mean-subtraction")
-    assert status == 2 and "embeddings of 16 numbers and its cohort" in text and "of 8" in text
+    assert status == 2 and "has 16-dimensional embeddings and its cohort" in text and "8-dimensional ones" in text
 
 
 def test_a_cohort_of_trial_recordings_is_found_under_other_names(folder, tmp_path):

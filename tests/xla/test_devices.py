@@ -69,7 +69,7 @@ def test_an_embedder_says_what_it_is(runtime):
         embedder.fingerprint[:8],
         "front end log_mel",
         "resnet",
-        "8 numbers",
+        "8 dimensions",
         embedder.runtime,
         "cpu:0",
     ):

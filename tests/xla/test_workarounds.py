@@ -90,7 +90,7 @@ def transform(waves, responses):
     return jnp.fft.irfft(jnp.fft.rfft(waves) * jnp.fft.rfft(responses))
 
 mesh = sharding.data_mesh()
-rows = sharding.split_batch(mesh)
+rows = sharding.shard_batch(mesh)
 x = jax.device_put(np.ones((8, 64), np.float32), rows)
 report["moved"] = [
     collectives(jax.jit(sharding.on_mesh(mesh, f), out_shardings=rows).lower(x, x).compile().as_text())
