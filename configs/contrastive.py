@@ -6,10 +6,12 @@
 Commands, what else was tried, and the main numbers are in experiments/learning.md, section "A contrastive loss alone".
 """
 
+from ml_collections import ConfigDict
+
 import small
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns one branch that learns by its contrastive loss only."""
     config = small.get_config()
     config.total_steps = 16000

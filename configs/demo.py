@@ -6,10 +6,12 @@ Both branches, both heads and the contrastive term are there; only sizes, crops 
 experiments/demo.py fills in the data. On other data than the demo's, start with configs/small.py.
 """
 
+from ml_collections import ConfigDict
+
 import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns the demo's config."""
     config = base.get_config()
     config.total_epochs = -1.0

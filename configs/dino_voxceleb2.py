@@ -6,10 +6,12 @@ The baseline of the MeMo paper, here with the optimiser and the crops of `memo_v
 length.
 """
 
+from ml_collections import ConfigDict
+
 import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns MeMo's recipe without what makes it MeMo."""
     config = base.get_config()
     config.model.branches = ("ecapa",)

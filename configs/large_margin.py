@@ -8,10 +8,12 @@ speakers as labels, `configs/supervised.py` has the command, without loss gate a
 duration are those of the recipe for VoxCeleb2 in theolepage/wavlm_ssl_sv.
 """
 
+from ml_collections import ConfigDict
+
 import pseudo_labels
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns the config of the runs that it continues, with a margin of 0.5 and crops of 6 s."""
     config = pseudo_labels.get_config()
     config.total_epochs = 5.0

@@ -6,10 +6,12 @@ It takes some 240 CPU-minutes: two and a half hours on two busy cores. What it r
 experiments/learning.md, section "MeMo": the network that comes with the package is from here.
 """
 
+from ml_collections import ConfigDict
+
 import small
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns a small MeMo that trains for longer."""
     config = small.get_config()
     config.total_steps = 16000

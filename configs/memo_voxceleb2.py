@@ -7,10 +7,12 @@ r"""MeMo as its authors train it: ECAPA-TDNN 512 and ResNet34 on VoxCeleb2, 150 
 The authors report 3.10 % EER on VoxCeleb1-O for the ECAPA teacher. We have not run this recipe at full length.
 """
 
+from ml_collections import ConfigDict
+
 import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns the authors' recipe."""
     config = base.get_config()
     config.model.crop_remat = False  # accelerators have the memory

@@ -8,10 +8,12 @@ MODEL must be a network of this size (`configs/small.py`, its ECAPA-TDNN). Durat
 for VoxCeleb2 in theolepage/wavlm_ssl_sv.
 """
 
+from ml_collections import ConfigDict
+
 import supervised
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns an ECAPA-TDNN that learns clusters."""
     config = supervised.get_config()
     config.total_epochs = 15.0

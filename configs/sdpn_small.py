@@ -5,11 +5,13 @@
 The sizes and the optimiser of `small.py` with the losses and the views of `sdpn_voxceleb2.py`.
 """
 
+from ml_collections import ConfigDict
+
 import sdpn_voxceleb2
 import small
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns a small SDPN."""
     config = sdpn_voxceleb2.with_sdpn(small.get_config())
     config.data.local_crops = 4

@@ -6,10 +6,12 @@ Chen et al. report 1.80 % EER on VoxCeleb1-O with the ECAPA-TDNN of 1,024 channe
 the power 4 is a temperature of 0.1 / 4. Small batches hurt it. We have not run it at full length.
 """
 
+from ml_collections import ConfigDict
+
 import base
 
 
-def with_sdpn(config):
+def with_sdpn(config: ConfigDict) -> ConfigDict:
     """Returns a config with SDPN's losses and views; sizes and optimiser stay."""
     config.data.global_crops = 1
 
@@ -30,7 +32,7 @@ def with_sdpn(config):
     return config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns SDPN's recipe."""
     config = with_sdpn(base.get_config())
     config.data.batch_size = 384

@@ -6,10 +6,12 @@ It takes about 95 CPU-minutes. How most of it was chosen, on validation data, an
 experiments/learning.md, section "MeMo": each of the two networks is good, and the mean of their scores is better.
 """
 
+from ml_collections import ConfigDict
+
 import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns a small MeMo with an adaptive optimiser and quick teachers."""
     config = base.get_config()
     config.total_epochs = -1.0

@@ -5,10 +5,12 @@
 Steps take a second or two; schedules are for 300 of them.
 """
 
+from ml_collections import ConfigDict
+
 import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns a MeMo of 300 cheap steps, which rows of the ablation change."""
     config = base.get_config()
     config.total_epochs = -1.0

@@ -7,10 +7,12 @@ as in SDPN: with a centre, the teacher becomes uniform over its prototypes. Crop
 half of them clean: with those of the study, DINO did not pass log-mel statistics.
 """
 
+from ml_collections import ConfigDict
+
 import study
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns a MeMo of 60 epochs of cheap steps, which rows of the ablation change."""
     config = study.get_config()
     config.total_epochs = 60.0

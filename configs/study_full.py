@@ -6,11 +6,13 @@ Networks, heads and crops are those of base.py, in bfloat16. Schedules are those
 stretches to as many steps as its minutes hold; the batch is smaller where this one does not fit.
 """
 
+from ml_collections import ConfigDict
+
 import base
 import study
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns the study's schedules with the authors' networks."""
     config, authors = study.get_config(), base.get_config()
     config.model = authors.model

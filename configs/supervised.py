@@ -10,10 +10,12 @@ loss gate and the correction of labels, which `configs/large_margin.py` has for 
         --config.supervised.correct_labels_after_epochs=0 …
 """
 
+from ml_collections import ConfigDict
+
 import small
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Returns an ECAPA-TDNN that learns its speakers."""
     config = small.get_config()
     config.total_steps = 1200

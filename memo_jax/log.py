@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from memo_jax.files import AppendableFolder, as_path, make_folder, parse_json, read_text, write_text
 
@@ -170,7 +171,7 @@ class Progress:
                 total=total, desc=label or None, unit=unit, initial=initial, dynamic_ncols=True, file=self._stream
             )
 
-    def update(self, n: int = 1, **postfix) -> None:
+    def update(self, n: int = 1, **postfix: Any) -> None:
         """Counts `n` more units done; keyword arguments are shown beside them (numbers with four digits)."""
         self._done += n
         self._postfix = {name: _short(value) for name, value in postfix.items()} or self._postfix

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -211,7 +212,7 @@ def trials_of(
     *,
     genders: str | os.PathLike | None = None,
     form: str = "voxceleb",
-    **options,
+    **options: Any,
 ) -> dict:
     """Makes a trial list of labelled recordings and writes it; options as for `make_trials`.
 

@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,9 @@ def check_outputs(outputs: Iterable[str | os.PathLike]) -> None:
         check_writable(output)
 
 
-def export(model: Model, outputs: Iterable[str | os.PathLike], weights: str = "float32", **onnx_options) -> list[Path]:
+def export(
+    model: Model, outputs: Iterable[str | os.PathLike], weights: str = "float32", **onnx_options: Any
+) -> list[Path]:
     """Writes a model to files, each in the format that its ending names; returns their paths.
 
     name.safetensors is a model file (`model_file`), name.zip an exported program (`write_program`), name.onnx an

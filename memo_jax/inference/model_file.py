@@ -206,7 +206,7 @@ class Model:
         return digest.hexdigest()[:32]
 
 
-def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **fields) -> Model:
+def model_of_backbone(backbone: nn.Module, variables: Mapping[str, Any], **fields: Any) -> Model:
     """Returns the model of a backbone given as a module; `fields` are the other attributes of `Model`."""
     from memo_jax.models import BACKBONES, EXECUTION_FIELDS
 
@@ -322,7 +322,7 @@ def save_decision_in_file(path: str | os.PathLike, decision: Decision) -> None:
         partial.write_bytes(content)
 
 
-def header_text(model: Model, **more) -> str:
+def header_text(model: Model, **more: Any) -> str:
     """Returns what a file says about its model besides the weights, as JSON; `more` are further entries."""
     header = {
         "format": FILE_FORMAT,

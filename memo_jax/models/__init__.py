@@ -64,7 +64,7 @@ def head_part(name: str) -> str:
 SPEAKER_HEAD = "speaker_head"  # its key in the parameters of a branch
 
 
-def build_backbone(name: str, **arguments) -> nn.Module:
+def build_backbone(name: str, **arguments: Any) -> nn.Module:
     """Returns the backbone of this name with these fields; of an ensemble they are {backbone: its fields}.
 
     Raises:

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -29,7 +29,7 @@ from memo_jax.scoring.figures import (
 from memo_jax.training.goodput import GOODPUT_METRICS
 
 
-def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, **options) -> Path:
+def plot_learning_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, **options: Any) -> Path:
     """Draws the learning curves of a run's metrics.jsonl into a picture; options as for `learning_curve_figure`.
 
     Raises:

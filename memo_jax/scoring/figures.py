@@ -7,7 +7,7 @@ the only difference: lines also differ in style and carry names. A system looks 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -113,7 +113,7 @@ def label_ends(ax: Axes, labels: list[tuple[float, str, str]], x: float, line_he
         )
 
 
-def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, **options) -> Path:
+def plot_det(systems: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | os.PathLike, **options: Any) -> Path:
     """Draws the DET curves of systems, {name: (scores [N], target bool [N])}, into a file; options: `det_figure`."""
     return save_figure(det_figure(systems, **options), path)
 

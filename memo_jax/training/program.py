@@ -74,7 +74,7 @@ class StepCompiledInBackground:
     The first call waits for the compiler and raises its error, if it failed. Use it as a context manager.
     """
 
-    def __init__(self, *arguments):
+    def __init__(self, *arguments: Any):
         """Takes the arguments of `lowered_step`."""
         self._compiler, self._step = concurrent.futures.ThreadPoolExecutor(1, "compiler"), None
         # Traced here and not in the thread: two threads that trace take turns.
