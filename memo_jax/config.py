@@ -58,7 +58,12 @@ def load_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> Confi
 
 
 def load_run_config(path: str | os.PathLike, overrides: Iterable[str] = ()) -> ConfigDict:
-    """Loads a run's config like `load_config`; also raises ValueError for a missing key of configs/base.py, named."""
+    """Loads a run's config like `load_config`, and checks that it has every key of configs/base.py.
+
+    Raises:
+      FileNotFoundError: as for `load_config`.
+      ValueError: as for `load_config`, or the config lacks a key, which the message names.
+    """
     return _with_all_keys(load_config(path, overrides), path)
 
 
@@ -94,14 +99,20 @@ def with_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
 def config_to_json(config: ConfigDict) -> str:
     """Returns the config as JSON text, from which `config_from_json` makes an equal config.
 
-    Tuples and unset placeholders survive. Raises ValueError for a value that is not None, bool, int, float, str, or a
-    tuple, list or group of these.
+    Tuples and unset placeholders survive.
+
+    Raises:
+      ValueError: a value that is not None, bool, int, float, str, or a tuple, list or group of these.
     """
     return json.dumps(_encoded(config, "config"), indent=2, ensure_ascii=False)
 
 
 def config_from_json(text: str) -> ConfigDict:
-    """Returns the locked config that `config_to_json` wrote as text. Raises ValueError for any other text."""
+    """Returns the locked config that `config_to_json` wrote as text.
+
+    Raises:
+      ValueError: any other text.
+    """
     try:
         decoded = _decoded(parse_json(text))
     except (TypeError, KeyError, ValueError) as error:
@@ -117,7 +128,11 @@ def save_config(workdir: str | os.PathLike, config: ConfigDict) -> None:
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
-    """Returns the locked config that `save_config` wrote, None if there is none. Raises ValueError if damaged."""
+    """Returns the locked config that `save_config` wrote, None if there is none.
+
+    Raises:
+      ValueError: it is damaged; the message names the file.
+    """
     path = as_path(workdir) / CONFIG_FILE
     try:
         text = read_text(path)
@@ -127,7 +142,12 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict | None:
 
 
 def workdir_config(workdir: str | os.PathLike) -> ConfigDict:
-    """Returns the locked config of a run. Raises FileNotFoundError if there is none, ValueError if a key is missing."""
+    """Returns the locked config of a run.
+
+    Raises:
+      FileNotFoundError: the workdir has none.
+      ValueError: it is damaged, or lacks a key of configs/base.py.
+    """
     config = read_config(workdir)
     if config is None:
         hint = "; if it is a model file in a bucket, copy it to this machine first" if in_bucket(workdir) else ""
@@ -181,7 +201,11 @@ def duration_in_steps(config: ConfigDict, name: str, steps_per_epoch: int) -> in
 
 
 def interval_in_steps(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
-    """Returns how often something happens, in steps; as `duration_in_steps`, but 0 raises ValueError as well."""
+    """Returns how often something happens, in steps; arguments as for `duration_in_steps`.
+
+    Raises:
+      ValueError: as for `duration_in_steps`, or the interval is 0.
+    """
     steps = duration_in_steps(config, name, steps_per_epoch)
     if steps < 1:
         raise ValueError(f"{name}_epochs or {name}_steps is 0: give an interval above 0")

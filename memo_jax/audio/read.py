@@ -44,7 +44,11 @@ def needs_ffmpeg(name: str | os.PathLike) -> bool:
 
 
 def parse_channel(text: str) -> str | int:
-    """Converts "mean" or a number from 1 to what `read_audio` takes as its channel; raises ValueError."""
+    """Converts "mean" or a number from 1 to what `read_audio` takes as its channel.
+
+    Raises:
+      ValueError: any other text.
+    """
     return _checked_channel(int(text) if text.isascii() and text.isdigit() else text)
 
 
@@ -126,7 +130,12 @@ def excerpt_name(path: str, start: float, end: float) -> str:
 
 
 def read_excerpt(name: str | os.PathLike, *, channel: str | int = "mean") -> np.ndarray:
-    """Decodes what `parse_excerpt` finds in a name: int16 [L] at 16 kHz; errors as for `read_audio`."""
+    """Decodes what `parse_excerpt` finds in a name: int16 [L] at 16 kHz.
+
+    Raises:
+      AudioError: as for `parse_excerpt` and `read_audio`.
+      ValueError: as for `read_audio`.
+    """
     path, start, end = parse_excerpt(name)
     return read_audio(path, channel=channel, start=start, end=end)
 
@@ -137,7 +146,11 @@ def read_float_audio(path_or_file: str | os.PathLike | BinaryIO, *, channel: str
 
 
 def audio_seconds(path: str | os.PathLike | BinaryIO) -> float:
-    """Returns a recording's seconds, without decoding it where possible; raises AudioError like `read_audio`."""
+    """Returns a recording's seconds, without decoding it where possible.
+
+    Raises:
+      AudioError: as for `read_audio`.
+    """
     with _opened(path) as window:
         parts, seconds = find_parts(window), 0.0
         for part in parts:
@@ -182,7 +195,16 @@ def as_audio(samples: ArrayLike, rate: int, name: str = "the array", channel: st
 
 
 def check_speech(name: str | os.PathLike, samples: np.ndarray, min_seconds: float) -> None:
-    """Raises AudioError for 16-kHz samples that cannot be speech: shorter than that, or all equal."""
+    """Checks that 16-kHz samples can be speech.
+
+    Args:
+      name: what the error message calls them.
+      samples: int16 [L] at 16 kHz.
+      min_seconds: the shortest length that is accepted.
+
+    Raises:
+      AudioError: they are shorter than that, or all equal.
+    """
     if len(samples) < min_seconds * SAMPLE_RATE:
         raise AudioError(name, f"shorter than {min_seconds:g} s: {len(samples) / SAMPLE_RATE:.3f} s")
     if samples.min() == samples.max():

@@ -15,7 +15,11 @@ TRIALS_AT_ONCE = 2048  # trials per block: keeps the gathered embeddings inside 
 
 
 def unit_norm(embeddings: np.ndarray) -> np.ndarray:
-    """Scales embeddings [..., D] to length 1, float32; ValueError names the row of a zero or non-finite one."""
+    """Scales embeddings [..., D] to length 1, float32.
+
+    Raises:
+      ValueError: an embedding is zero or not finite; the message names its row.
+    """
     embeddings = np.asarray(embeddings, np.float32)
     norms = np.sqrt(np.einsum("...d,...d->...", embeddings, embeddings))[..., None]
     bad = np.argwhere(~(np.isfinite(norms) & (norms > 0)))

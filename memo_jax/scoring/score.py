@@ -277,7 +277,13 @@ def comparison(
 
 
 def write_scores(path: str | os.PathLike, trials: Trials, scores: np.ndarray) -> None:
-    """Writes `score enrol test` lines, tab-separated, in the order of the trial list."""
+    """Writes `score enrol test` lines, tab-separated, in the order of the trial list.
+
+    Args:
+      path: of the file, which is replaced.
+      trials: the trial list, of N trials.
+      scores: [N], one of each trial; they are rounded.
+    """
     rows = zip(scores, trials.enrol, trials.test, strict=True)
     write_text(path, "".join(f"{s:.{DECIMALS}f}\t{a}\t{b}\n" for s, a, b in rows))
 

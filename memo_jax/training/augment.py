@@ -108,7 +108,16 @@ def draw_kinds(
     can_reverberate: bool = True,
     can_add: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns which crops are reverberated and which get an added recording, two bool [N], for keys [N]."""
+    """Returns which crops are reverberated and which get an added recording, two bool [N].
+
+    Args:
+      keys: jax.random keys [N], one of each crop.
+      clean: share of crops left clean.
+      both: share of crops given both kinds; the rest gets one kind.
+      reverb_share: share of reverberation among the crops given one kind.
+      can_reverberate: whether there are room responses. Without them, all crops that are not clean get a recording.
+      can_add: whether there is something to add. If not, all crops that are not clean are reverberated.
+    """
     u, v = jax.vmap(lambda k: jax.random.uniform(k, (2,)))(keys).T
     changed, with_both = u >= clean, u >= 1 - both
     if not (can_reverberate and can_add):

@@ -213,7 +213,14 @@ def contrastive(
 
 
 def aam_softmax(cosines: jax.Array, labels: jax.Array, scale: float, margin: jax.Array | float) -> jax.Array:
-    """Returns AAM-softmax in nats: the mean of `aam_softmax_rows` over rows with a label, 0 if there are none."""
+    """Returns AAM-softmax in nats: the mean of `aam_softmax_rows` over rows with a label, 0 if there are none.
+
+    Args:
+      cosines: float32 [N, speakers] of embeddings and speakers.
+      labels: int32 [N], the speaker of each row; negative where there is none.
+      scale: factor of the cosines, positive.
+      margin: in radians, 0 to π/2.
+    """
     losses = aam_softmax_rows(cosines, labels, scale, margin)
     labelled = labels >= 0
     return jnp.where(labelled, losses, 0.0).sum() / jnp.maximum(labelled.sum(), 1)

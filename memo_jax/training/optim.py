@@ -50,7 +50,14 @@ def cosine_momentum(start: float, end: float, total_steps: int) -> optax.Schedul
 
 
 def epoch_teacher_temp(start: float, end: float, warmup_epochs: int, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the teacher's temperature: linear over `warmup_epochs` epochs (both ends reached), then `end`."""
+    """Returns the teacher's temperature, constant within an epoch: linear from `start` to `end`, then `end`.
+
+    Args:
+      start: temperature of the first epoch.
+      end: temperature of the last epoch of the warm-up, and of all after it.
+      warmup_epochs: epochs of the warm-up; 1 is the first epoch at `start` alone, 0 none: always `end`.
+      steps_per_epoch: at least 1.
+    """
     if warmup_epochs < 1:
         return optax.constant_schedule(end)
     by_epoch = optax.linear_schedule(start, end, max(warmup_epochs - 1, 1))

@@ -134,7 +134,14 @@ class Positives:
 
 
 def embed_crops(backbone: nn.Module, front_end: Callable, variables: Variables, crops: jax.Array) -> jax.Array:
-    """Returns the embeddings float32 [N, D], of unit length, of crops int16 [N, L] in evaluation mode."""
+    """Returns the embeddings of crops in evaluation mode, float32 [N, D] of unit length.
+
+    Args:
+      backbone: the network.
+      front_end: a function of `features.FRONT_ENDS`, from waves float32 [N, L] to (features, frames of each).
+      variables: of the backbone alone.
+      crops: int16 [N, L] at 16 kHz.
+    """
     features, _ = front_end(crops.astype(jnp.float32) / 32768)
     return l2_normalize(backbone.apply(variables, features).astype(jnp.float32))
 

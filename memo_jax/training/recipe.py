@@ -353,7 +353,10 @@ def build_front_end(config: configs.ConfigDict) -> Callable[..., Views]:
 def load_augmentation_banks(config: configs.ConfigDict) -> dict[str, np.ndarray]:
     """Returns the config's banks of recordings and room responses, {} if it names none.
 
-    Raises OSError or ValueError, naming the folder, for a folder that yields no bank.
+    Raises:
+      OSError: a folder does not exist or cannot be read; the message names it.
+      ValueError: a folder yields no bank, or has a damaged recording, which the message names; or a length is not
+        positive.
     """
     a = config.augment
     return load_banks(

@@ -165,7 +165,15 @@ def merge_views(x: jax.Array) -> jax.Array:
 
 
 def by_view(x: jax.Array, views: int) -> jax.Array:
-    """Returns rows [B·V, …] as [V, B, …]."""
+    """Returns rows as views: the inverse of `merge_views`, with the views first.
+
+    Args:
+      x: [B·V, …], the V rows of an utterance one after the other.
+      views: V.
+
+    Returns:
+      [V, B, …].
+    """
     return x.reshape((-1, views) + x.shape[1:]).swapaxes(0, 1)
 
 
@@ -243,7 +251,16 @@ def teacher_outputs(
     temperature: jax.Array,
     weights: LossWeights,
 ) -> TeacherOutputs:
-    """Returns the outputs of a branch's teacher for features [B, W, T, F]."""
+    """Returns the outputs of a branch's teacher.
+
+    Args:
+      branch: of the teacher.
+      variables: the teacher's, before this step.
+      centers: {head: [K]}, the running means of its logits, before this step.
+      features: [B, W, T, F], the views that it sees.
+      temperature: τ_t of this step, positive.
+      weights: of the recipe; `targets` and `center_momentum` are read.
+    """
     params, stats = variables["params"], dict(variables["batch_stats"])
     embeddings, stats["backbone"] = embeddings_by_view(branch.backbone, params["backbone"], stats["backbone"], features)
     distributions, entropies, new_centers = {}, {}, {}
@@ -329,7 +346,16 @@ def head_loss(
 def loss_by_head(
     name: str, head: str, state: TrainState, views: Views, teachers: Mapping[str, TeacherOutputs], recipe: Recipe
 ) -> Callable[..., tuple[jax.Array, tuple[dict[Pair, jax.Array], Metrics, dict[str, Any]]]]:
-    """Returns `head_loss` of a branch's student by one head, a function of the head's parameters and the embeddings."""
+    """Returns `head_loss` of a branch's student by one head, a function of the head's parameters and the embeddings.
+
+    Args:
+      name: of the branch.
+      head: name of the head, "self" or "cross".
+      state: before the step; its batch statistics and step are read.
+      views: of the batch; only whether students and teachers share them is read.
+      teachers: {branch: outputs of its teacher}.
+      recipe: of the run.
+    """
     return functools.partial(
         head_loss,
         branch=recipe.branches[name],
