@@ -18,6 +18,7 @@ from memo_jax.inference.model_file import (
     DEFAULT_MODEL,
     Model,
     ModelFileError,
+    NoGraphError,
     check_finite,
     check_threshold,
     members_of,
@@ -79,7 +80,8 @@ class Embedder:
       channel: of recordings with several: "mean", or a number from 1.
       calibration: file that `memo-jax eval --save-calibration` wrote, to use instead of what the model holds.
       runtime: what runs the network: "jax", "onnx" for onnxruntime, which needs the extra `onnx`, or "auto":
-        onnxruntime where it is installed and JAX has nothing but the CPU. The embeddings agree to 1e-4 of their norm.
+        onnxruntime where it is installed, JAX has nothing but the CPU, and the network has an ONNX graph and computes
+        in float32. The embeddings agree to 1e-4 of their norm.
       vad: embed only the parts of a recording that are speech (`audio.speech`), joined; needs the extra `vad`.
 
     Attributes:
@@ -112,7 +114,15 @@ class Embedder:
         self.decision = model.decision if calibration is None else read_decision(calibration, model.fingerprint)
         self.threshold = DEFAULT_THRESHOLD if self.decision is None else self.decision.threshold
         self.threshold_source = UNTUNED if self.decision is None else self.decision.source
-        self.apply = onnx_function(model) if self.runtime == "onnx" else model.function
+        if self.runtime == "onnx":
+            try:
+                self.apply = onnx_function(model)
+            except NoGraphError:
+                if runtime != "auto":
+                    raise
+                self.runtime = "jax"
+        if self.runtime == "jax":
+            self.apply = model.function
         self._gallery_path = gallery
         self.gallery = Gallery(self.fingerprint)
         self.reload_gallery()

@@ -41,6 +41,10 @@ class ModelFileError(ValueError):
     """A file that is not a model file or exported program of ours, or is damaged; the message names it."""
 
 
+class NoGraphError(ValueError):
+    """Only JAX can run this network: its backbone has no ONNX graph."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """The rule by which two recordings count as the same speaker.

@@ -59,8 +59,8 @@ def write_onnx(
 
     Raises:
       ImportError: the extra `onnx` is not installed.
-      ValueError: an unknown form, a runtime that does not compute the model's front end, or a network that does not
-        compute in float32.
+      ValueError: an unknown form, a runtime that does not compute the model's front end, a backbone without an ONNX
+        graph, or a network that does not compute in float32.
     """
     if inputs not in INPUTS or weights not in ONNX_WEIGHTS:
         raise ValueError(f"inputs {inputs!r} with weights {weights!r}: choose from {INPUTS} and {ONNX_WEIGHTS}")

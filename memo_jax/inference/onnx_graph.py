@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from spox import Tensor, Var, argument
 
 from memo_jax import features
+from memo_jax.inference.model_file import NoGraphError
 from memo_jax.models import Variables
 from memo_jax.models.campplus import SEGMENT, CAMPPlus
 from memo_jax.models.ecapa import ECAPATDNN, padding_of
@@ -363,17 +364,32 @@ NORMALIZATIONS = dict.fromkeys(SPECTRA, without_mean) | {"log_mel": normalized, 
 
 
 def of_features(network: nn.Module, front_end: str, variables: Variables) -> tuple[Var, Var]:
-    """Returns (features float32 [B, T, 80], embeddings [B, D]): the front end's normalisation and the network."""
+    """Returns (features float32 [B, T, 80], embeddings [B, D]): the front end's normalisation and the network.
+
+    Raises:
+      NoGraphError: (a ValueError) the backbone has no graph here.
+    """
     x = argument(Tensor(np.float32, ("B", "T", features.MEL_BINS)))
     return x, _embedding(network, variables, NORMALIZATIONS[front_end](x))
 
 
 def of_waveforms(network: nn.Module, front_end: str, variables: Variables) -> tuple[Var, Var]:
-    """Returns (waves float32 [B, L] in [-1, 1] at 16 kHz, embeddings [B, D]): the front end and the network."""
+    """Returns (waves float32 [B, L] in [-1, 1] at 16 kHz, embeddings [B, D]): the front end and the network.
+
+    Raises:
+      NoGraphError: (a ValueError) the backbone has no graph here.
+    """
     waves = argument(Tensor(np.float32, ("B", "L")))
     return waves, _embedding(network, variables, NORMALIZATIONS[front_end](SPECTRA[front_end](waves)))
 
 
+BACKBONES = {ECAPATDNN: ecapa, ResNet34: resnet, CAMPPlus: campplus, Ensemble: ensemble}
+
+
 def _embedding(network, variables, x):
-    backbones = {ECAPATDNN: ecapa, ResNet34: resnet, CAMPPlus: campplus, Ensemble: ensemble}
-    return backbones[type(network)](network, variables, x)
+    if type(network) not in BACKBONES:
+        raise NoGraphError(
+            f"the backbone {type(network).__name__} has no ONNX graph yet, which inference/onnx_graph.py would need to "
+            "build: use --runtime jax, push --no-onnx"
+        )
+    return BACKBONES[type(network)](network, variables, x)

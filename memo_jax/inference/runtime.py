@@ -112,6 +112,7 @@ def onnx_function(model: Model) -> OnnxFunction:
     """Returns a model's function for onnxruntime, with its graph from the cache, which is made if it is missing.
 
     Raises:
+      NoGraphError: (a ValueError) the backbone has no ONNX graph.
       ValueError: the network does not compute in float32, as onnxruntime would.
       ModelFileError: (a ValueError) its variables are not those that the backbone needs.
     """

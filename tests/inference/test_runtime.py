@@ -176,6 +176,22 @@ def test_a_network_of_lower_precision_stays_with_jax():
         Embedder(model, runtime="onnx")
 
 
+def test_a_backbone_without_a_graph_stays_with_jax(monkeypatch, cache, capsys):
+    """As a new one does until somebody writes its graph."""
+    from memo_jax.inference import onnx_graph
+    from memo_jax.models.resnet import ResNet34
+
+    monkeypatch.delitem(onnx_graph.BACKBONES, ResNet34)
+    embedder = Embedder(tiny.untrained_model())
+    assert embedder.runtime == "jax" and embedder.embed(waves_of(0.7)[0], 16000).shape == (8,)
+    assert not cache.exists()
+    recording = str(tiny.material().corpus / "s0" / "0.wav")
+    verify = ["verify", recording, recording, "--model", str(tiny.model_file())]
+    assert cli.main(verify) == 0
+    assert cli.main([*verify, "--runtime=onnx"]) == 2
+    assert "the backbone ResNet34 has no ONNX graph yet" in capsys.readouterr().err
+
+
 def test_onnxruntime_reports_nothing_to_its_makers(monkeypatch):
     from memo_jax.inference.telemetry import import_onnxruntime
 
