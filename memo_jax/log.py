@@ -31,11 +31,10 @@ class MetricsLog:
       OSError: the folder cannot be written.
     """
 
-    def __init__(self, workdir: str | os.PathLike, active: bool = True, tensorboard: bool = True):
+    def __init__(self, workdir: str | os.PathLike, active: bool = True):
         self._workdir = as_path(workdir)
         self.path = self._workdir / METRICS_FILE
         self._active = active
-        self._tensorboard = tensorboard
         self._events = None
         self._file = None
         if active:
@@ -54,8 +53,7 @@ class MetricsLog:
         with self._failure_named():
             self._file.write(line)
             self._file.flush()
-            if self._tensorboard:
-                self._write_event(row)
+            self._write_event(row)
         self._folder.upload(only_when_due=True)
 
     def upload(self) -> None:
@@ -71,7 +69,7 @@ class MetricsLog:
         text = read_text(self._local, "replace")
         write_text(self._local, "".join(line for line, row in _lines_with_rows(text, self.path) if row["step"] <= step))
         self._file = open(self._local, "a", encoding="utf-8")
-        if self._tensorboard and any((self._workdir / TENSORBOARD_FOLDER).glob("*tfevents*")):
+        if any((self._workdir / TENSORBOARD_FOLDER).glob("*tfevents*")):
             self._hide_events_from(step + 1)
 
     def close(self) -> None:

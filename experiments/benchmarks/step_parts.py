@@ -33,7 +33,13 @@ from memo_jax.training import augment, losses
 from memo_jax.training import recipe as recipes
 from memo_jax.training.program import create_state
 from memo_jax.training.state import student_params
-from memo_jax.training.step import embeddings_by_view, logits_by_view, teacher_outputs, train_step_on_features
+from memo_jax.training.step import (
+    embeddings_by_view,
+    logits_by_view,
+    objective,
+    teacher_outputs,
+    train_step_on_features,
+)
 from memo_jax.xla import sharding
 from memo_jax.xla.compiler import compiler_options
 from memo_jax.xla.memory import keep_freed_memory
@@ -41,7 +47,11 @@ from synthetic import example_banks, example_batch
 
 PLATFORM = jax.default_backend()
 SECOND, CLOCK = ("CPU-second", time.process_time) if PLATFORM == "cpu" else ("second", time.perf_counter)
-UPDATES = ("optimiser and moving average", "step, from log-mel")  # take a state, which is donated, and return it first
+UPDATES = (  # take a state, which is donated, and return it first
+    "optimiser and moving average",
+    "step, from log-mel",
+    "the same by the gradient of the whole objective",
+)
 AUTHORS = Path(__file__).resolve().parents[2] / "configs" / "memo_voxceleb2.py"
 
 
@@ -160,6 +170,23 @@ def parts_of(config):
 
     parts[UPDATES[0]] = (update, ((averages, state.opt_state, parameters), averages))
     parts[UPDATES[1]] = (lambda state, views: train_step_on_features(state, views, recipe), (state, seen))
+
+    def plain_step(state, views):
+        """A step without its metrics, centres and statistics, whose backward pass is not cut."""
+        parameters = student_params(state)
+        gradients = jax.grad(objective)(parameters, state, views, recipe)
+        averages = {name: state.teacher[name]["params"] for name in recipe.branches}
+        (averages, opt_state, parameters), _ = update((averages, state.opt_state, parameters), gradients)
+        roles = {
+            role: {name: variables[name] | {"params": params[name]} for name in variables}
+            for role, variables, params in (
+                ("student", state.student, parameters),
+                ("teacher", state.teacher, averages),
+            )
+        }
+        return state.replace(opt_state=opt_state, **roles), ()
+
+    parts[UPDATES[2]] = (plain_step, (state, seen))
     return parts
 
 

@@ -506,7 +506,10 @@ def check_finite(model: Model) -> None:
 
 
 def flattened(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns {"params/…/kernel": leaf} of nested variables, in the order of their names at every level."""
+    """Returns {"params/…/kernel": leaf} of nested variables, in the order of their names at every level.
+
+    As `flax.traverse_util.flatten_dict` does, but Flax imports JAX, without which a model file can be read.
+    """
     found = {}
     for name, value in sorted(variables.items()):
         if isinstance(value, Mapping):

@@ -75,5 +75,5 @@ def _run_in_a_loop(parent: nn.Module, block, names: Sequence[str], x: jax.Array,
     variables = [{kind: parent.get_variable(kind, name) for kind in ("params", "batch_stats")} for name in names]
     x, updated = jax.lax.scan(run, x, jax.tree.map(lambda *parts: jnp.stack(parts), *variables))
     for i, name in enumerate(names):
-        parent.put_variable("batch_stats", name, jax.tree.map(lambda part: part[i], updated))  # noqa: B023
+        parent.put_variable("batch_stats", name, jax.tree.map(lambda part, i=i: part[i], updated))
     return x

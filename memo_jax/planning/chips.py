@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import jax
 
+from memo_jax.files import one_line
+
 
 class Tpu(NamedTuple):
     """A TPU generation: peak of bfloat16 products (FLOP/s), memory (bytes), links (bytes/s), clock (Hz).
@@ -159,4 +161,4 @@ def compile_only_devices(topology: str) -> tuple[Tpu | Gpu, list]:
     try:
         return chip, get_topology_desc(**described).devices
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"topology {topology!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"topology {topology!r}: {one_line(error)}") from error

@@ -83,7 +83,7 @@ class Feed:
         """Whether the next step waits for the compiler."""
         return self._step.is_new
 
-    def take_step(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
+    def step(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         """Takes a step, and returns the new state and metrics; the old state is donated."""
         return self._step(state, batch, self._banks, self._key)
 

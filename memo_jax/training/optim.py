@@ -154,13 +154,12 @@ def build_optimizer(
     clip = clip_each_tensor(clip_norm) if clip_norm > 0 else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, mask=has_decay)
     if name == "sgd":
-        # A momentum is both kept and applied. Computed once, it lets parameters and momenta be updated in place.
-        once = optax.stateless(lambda updates, params: jax.tree.map(materialize_on_cpu, updates))
-        body = [decay, optax.trace(sgd_momentum), once]
+        body = [decay, optax.trace(sgd_momentum)]
     elif name == "adamw":
         body = [scale_by_adam(schedules.prototypes_from), decay]
     else:
         raise ValueError(f"unknown optimizer {name!r}: choose sgd or adamw")
+    # Computed once, not for each array: a step of small networks would take 9 % longer.
     rate = optax.scale_by_learning_rate(lambda step: materialize_on_cpu(schedules.learning_rate(step)))
     return freeze_prototypes(optax.chain(clip, *body, rate), schedules.prototypes_from)
 

@@ -414,7 +414,9 @@ def objective(
     total = jnp.float32(0)
     for name, branch in recipe.branches.items():
         params, stats = students[name], state.student[name]["batch_stats"]["backbone"]
-        embeddings, _ = student_embeddings(branch.backbone, params["backbone"], stats, views.students)
+        embeddings, _ = student_embeddings(
+            branch.backbone, params["backbone"], stats, views.students, remat=recipe.remat
+        )
         for head in branch.head_names:
             by_head = loss_by_head(name, head, state, views, teachers, recipe)
             total += by_head(params[head_part(head)], embeddings)[0]
@@ -526,15 +528,15 @@ def update_branch(
     """Updates one branch's student by the gradient of the objective, then its teacher.
 
     The backward pass is cut at the embedding, where the gradients of both kinds of loss meet: their cosine, which the
-    `conflict` gate reads, costs nothing. Each head is updated before the next one's gradient is computed. On a CPU, at
-    the authors' sizes and a batch of 4, XLA plans 0.38 GB of temporaries for this, and 0.79 GB for the gradient of the
-    whole objective with crops recomputed. For TPUs and GPUs the same time is planned for both, and up to 16 % less
-    memory for the latter (experiments/README.md).
+    `conflict` gate reads, costs nothing. Each head is updated before the next one's gradient is computed. On a CPU the
+    gradient of the whole objective takes twice the temporary memory (0.79 GB, not 0.38, at the authors' sizes and a
+    batch of 4) and 5 % more time, for small networks 13 %. For TPUs and GPUs the same time is planned for both, and up
+    to 16 % less memory for the whole gradient (experiments/README.md).
     """
     branch, weights = recipe.branches[name], recipe.weights
     params, averages = state.student[name]["params"], state.teacher[name]["params"]
     stats = dict(state.student[name]["batch_stats"])
-    momentum = materialize_on_cpu(recipe.schedules.momentum(state.step))
+    momentum = materialize_on_cpu(recipe.schedules.momentum(state.step))  # one cosine, not one for each array
     new_params, new_averages, new_opt_state, squares = {}, {}, {}, []
 
     def average(path, teacher, student):
@@ -589,7 +591,7 @@ def update_branch(
         contrastive = loss, cosine
         cotangent[0] = cotangent[0] + gradient
     (gradient,) = backbone_vjp(cotangent)
-    update("backbone", materialize_on_cpu(gradient))
+    update("backbone", gradient)
     return BranchUpdate(
         {"params": new_params, "batch_stats": stats},
         {"params": new_averages, "batch_stats": teachers[name].batch_stats},

@@ -144,7 +144,7 @@ def take_step(
     with goodput.waiting_for_input(monitor.running):
         batch = feed.batch()
     with goodput.counting("compile") if feed.compiles_next else contextlib.nullcontext():
-        state, metrics = feed.take_step(state, batch)
+        state, metrics = feed.step(state, batch)
     monitor.record(number, metrics)
     state = with_new_loss_gate(monitor.config, inputs, state, number, progress)
     if said := profiler.stop_if_due(number, state):

@@ -74,7 +74,8 @@ def materialize_on_cpu(tree: Any) -> Any:
     """Returns the pytree; on a CPU, all of it is computed once and held in memory before anything reads any of it.
 
     The same holds for its cotangents. XLA's CPU compiler would recompute a sum of residuals, and all sums before it, in
-    every operation that reads it. Takes effect in programs compiled with `compiler_options`; elsewhere it does nothing.
+    every operation that reads it, likewise a schedule's cosine in the update of every array; and it would hold the
+    gradients of all heads at once. Takes effect in programs compiled with `compiler_options`; elsewhere does nothing.
     """
     return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
 

@@ -653,9 +653,10 @@ def test_step_keeps_types_and_structure_of_the_state(memo):
         ]
 
 
-def test_step_copies_no_parameters_and_holds_gradients_of_few_heads():
+def test_step_copies_no_parameters_and_holds_gradients_of_few_heads(monkeypatch):
     """Nearly all of this donated state is prototypes and their momenta: copies of both would be twice as large as the
-    students, gradients of all four heads as large; a step needs neither, only logits and one head's gradient."""
+    students, gradients of all four heads as large; a step needs neither, only logits and one head's gradient. The
+    momentum's cosine is computed once. Without `materialize_on_cpu` neither holds."""
     recipe = recipe_of(sgd_momentum=0.9, clip=3.0, decay=1e-4)
     head = DINOHead(32768, 16, 64)
     recipe = recipe._replace(branches={name: branch.copy(head=head) for name, branch in recipe.branches.items()})
@@ -663,10 +664,19 @@ def test_step_copies_no_parameters_and_holds_gradients_of_few_heads():
         lambda: initial_state(jax.random.key(0), recipe.branches, MELS, recipe.optimizer, recipe.gate_rule)
     )
     views = Views(tuple(jax.ShapeDtypeStruct((BATCH, v, 8, MELS), jnp.float32) for v in (2, 2)))
-    step = jax.jit(functools.partial(train_step_on_features, recipe=recipe), donate_argnums=0)
-    compiled = step.lower(state, views).compile(compiler_options(jax.default_backend()))
     students = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.student))
-    assert compiled.memory_analysis().temp_size_in_bytes < students
+
+    def compiled():
+        """Returns the temporary memory of a step, in sizes of the students, and how many cosines it computes."""
+        step = jax.jit(functools.partial(train_step_on_features, recipe=recipe), donate_argnums=0)
+        program = step.lower(state, views).compile(compiler_options(jax.default_backend()))
+        return program.memory_analysis().temp_size_in_bytes / students, program.as_text().count(" cosine(")
+
+    memory, cosines = compiled()
+    assert memory < 1 and cosines == 1
+    monkeypatch.setattr("memo_jax.training.step.materialize_on_cpu", lambda tree: tree)
+    memory, cosines = compiled()
+    assert memory > 1 and cosines > 1, "materialize_on_cpu is no longer needed in training/step.py: delete it there"
 
 
 def test_bfloat16_step_learns_about_the_same_and_keeps_its_state_in_float32():
