@@ -50,7 +50,7 @@ def pytest_configure(config):
     cache = getattr(config, "cache", None)  # absent under `-p no:cacheprovider`
     if cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("XDG_CACHE_HOME", str(cache.mkdir("user")))  # graphs of networks for onnxruntime
     # Tracing makes many long-lived objects: looking for cycles every 700 objects would take a sixth of its time.
     gc.set_threshold(50_000)
