@@ -389,7 +389,7 @@ BACKBONES = {ECAPATDNN: ecapa, ResNet34: resnet, CAMPPlus: campplus, Ensemble: e
 def _embedding(network, variables, x):
     if type(network) not in BACKBONES:
         raise NoGraphError(
-            f"the backbone {type(network).__name__} has no ONNX graph yet, which inference/onnx_graph.py would need to "
-            "build: use --runtime jax, push --no-onnx"
+            f"the backbone {type(network).__name__} has no ONNX graph yet (inference/onnx_graph.py): use --runtime "
+            "jax, or push with --no-onnx"
         )
     return BACKBONES[type(network)](network, variables, x)

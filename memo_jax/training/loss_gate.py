@@ -1,10 +1,9 @@
 """The loss gate of training on pseudo-labels: utterances whose loss suggests that their label is wrong are left out.
 
 The losses of right and of wrong labels form two modes. At the end of an epoch, a mixture of two normal distributions is
-fitted to the logarithms of each utterance's latest loss. In the next one, an utterance is trained on
-(contributes to the loss) if its loss was at most the point between the two means at which the weighted densities cross
-(Han, Chen and Qian, "Self-Supervised Speaker Verification Using Dynamic Loss-Gate and Label Correction", Interspeech
-2022).
+fitted to the logarithms of each utterance's latest loss. In the next one, an utterance is trained on (contributes to
+the loss) if its loss was at most the point between the two means at which the weighted densities cross (Han, Chen and
+Qian, "Self-Supervised Speaker Verification Using Dynamic Loss-Gate and Label Correction", Interspeech 2022).
 """
 
 from typing import NamedTuple

@@ -28,7 +28,7 @@ Evaluation = Callable[[Recipe, dict], dict[str, float]]
 
 
 class TrainingStopped(ValueError):
-    """The run cannot continue: a value is not finite, or it has collapsed."""
+    """The run cannot continue: it has collapsed, or a value is not finite."""
 
     exit_status = 3
 

@@ -129,7 +129,7 @@ def test_step_parts():
         "step_parts.py",
         "--batch-size=2",
         "--runs=1",
-        "--parts=resnet, forward|KoLeo|entropy|balanced|variance|teachers only",
+        "--parts=resnet, forward|KoLeo|entropy|balanced|variance|teachers only|^step|the same",
         "--json",
         *SMALLEST,
         "--config.loss.targets=sinkhorn",
@@ -143,7 +143,8 @@ def test_step_parts():
     rows = {row["part"]: row for row in printed_json(done)["parts"]}
     options = {"mean entropy", "KoLeo", "variance and covariance"}
     expected = {"resnet, forward", "resnet, forward and backward", "balanced targets"}
-    expected.add("front end of crops for teachers only")
+    expected |= {"front end of crops for teachers only", "step, from log-mel"}
+    expected.add("the same by the gradient of the whole objective")
     assert set(rows) == expected | {f"{option}, forward and backward" for option in options}
     assert all(row["seconds"] > 0 and row["limit_seconds"] > 0 for row in rows.values())
     backward, forward = rows["resnet, forward and backward"], rows["resnet, forward"]

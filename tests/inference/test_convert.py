@@ -299,6 +299,7 @@ def test_heads_for_known_speakers_are_left_out():
     for branch in variables["student"].values():
         branch["params"] |= {"speaker_head": {"directions": np.ones((16, 3), np.float32)}}
     found = convert.speaker_net_of_branches(variables)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
