@@ -13,6 +13,5 @@ def get_config() -> ConfigDict:
     config = memo_voxceleb2.get_config()
     config.model.dtype = "bfloat16"
     config.model.resnet_packed = True
-    config.model.resnet_scan = True
     config.model.resnet_remat = "norms"
     return config

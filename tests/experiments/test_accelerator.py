@@ -551,7 +551,7 @@ def test_a_lever_that_changes_nothing_is_skipped(output, monkeypatch):
     monkeypatch.setattr(accelerator_parts, "Program", NoProgram)
     more = ("--batches=4", f"--config={tiny.ROOT / 'configs' / 'memo_voxceleb2_tpu.py'}")
     found = {name: part(output, f"lever/{name}", *more) for name in accelerator_parts.LEVERS}
-    nothing = {"resnet_remat=norms", "resnet_packed", "resnet_scan", "tpu recipe"}
+    nothing = {"resnet_remat=norms", "resnet_packed", "tpu recipe"}
     assert {name for name, result in found.items() if "skipped" in result} == nothing
     assert found["tpu recipe"]["skipped"] == "the config has these settings without it"
     assert "seconds" in part(output, "lever/mean_first", *more)
@@ -833,10 +833,10 @@ def test_training_has_the_largest_batch_that_fits(devices, fitting, batch, outpu
 def test_training_compiles_the_step_that_was_measured(output, utterances):
     put(output, "step/bfloat16/4", measured(4, 1.0))
     tpu = f"--config={tiny.ROOT / 'configs' / 'memo_voxceleb2_tpu.py'}"
-    options = parsed(output, STUDY_FULL, tpu, "--config.model.resnet_scan=false")
+    options = parsed(output, STUDY_FULL, tpu, "--config.model.resnet_scan=true")
     texts = [f"--config.{text}" for text in accelerator_parts.training_overrides(options, Path("data"))]
     model = configs.load_config(options.training_config, texts).model
-    assert (model.resnet_packed, model.resnet_scan, model.resnet_remat) == (True, False, "norms")
+    assert (model.resnet_packed, model.resnet_scan, model.resnet_remat) == (True, True, "norms")
     assert model == accelerator_parts.config_of(options).model
 
 
