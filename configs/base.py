@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     # Recompute the backbones' activations of all crop lengths but the last in the backward pass; False is faster.
     model.crop_remat = True
     model.resnet_packed = False  # ResNet on TPUs: pack neighbouring frequencies to fill the lanes
-    model.resnet_scan = False  # ResNet on TPUs: loop over like blocks, which compiles sooner
+    model.resnet_scan = False  # ResNet on TPUs: loop over like blocks: compiles sooner, runs slower
     model.ecapa_stride = 1  # ECAPA-TDNN: stride of its first convolution; 2 halves a step's time
     model.ecapa_form = "speechbrain"  # variant of the ECAPA-TDNN: speechbrain (the authors') or wespeaker
     model.ecapa_embedding_norm = False  # ECAPA-TDNN: batch norm after the embedding, as in wespeaker's DINO
