@@ -1,6 +1,6 @@
 """The study over many epochs: configs/study.py at a size at which one core sees its data sixty times.
 
-    python experiments/run.py --config configs/study_epochs.py --rows … (see experiments/learning.md)
+    python experiments/run.py --config configs/study_epochs.py --rows … (see experiments/many_epochs.md)
 
 A thousand recordings, an ECAPA-TDNN of 64 channels and a small ResNet, both with a stride of 2. Targets are balanced,
 as in SDPN: with a centre, the teacher becomes uniform over its prototypes. Crops are longer than in the study, and

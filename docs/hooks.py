@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     "experiments/README.md": "study.md",
     "experiments/learning.md": "learning.md",
+    "experiments/many_epochs.md": "many_epochs.md",
     "experiments/faults.md": "faults.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
@@ -197,6 +198,7 @@ def on_files(files, config):
     for source in (
         "experiments/README.md",
         "experiments/learning.md",
+        "experiments/many_epochs.md",
         "experiments/faults.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",

@@ -29,6 +29,7 @@ OTHER_PAGES = [
         "experiments/README.md",
         "experiments/faults.md",
         "experiments/learning.md",
+        "experiments/many_epochs.md",
     )
 ]
 
