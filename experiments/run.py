@@ -279,7 +279,7 @@ def run_one(options, row: str, seed: int, tests: dict, followed: Path, folder: P
                     if status:
                         return f"testing on {name} ended with {status}"
                 measured.setdefault(name, {})[branch] = test_result(json.loads(done.read_text(encoding="utf-8")))
-    result = run_result(row, seed, options.budget, folder, "collapsed" if status == STOPPED else "finished", measured)
+    result = run_result(options, row, seed, folder, "collapsed" if status == STOPPED else "finished", measured)
     write_text(folder / study_results.RESULT_FILE, as_json(result) + "\n")
     return None
 
@@ -301,7 +301,7 @@ def test_result(results: dict) -> dict:
     return {name: results[name] for name in kept}
 
 
-def run_result(row: str, seed: int, budget: str, folder: Path, status: str, tests: dict) -> dict:
+def run_result(options, row: str, seed: int, folder: Path, status: str, tests: dict) -> dict:
     """Returns the result of a run: its config, course, cost, error rates, and the versions and machine it ran with."""
     rows, record = read_metrics(folder), read_run(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -311,8 +311,8 @@ def run_result(row: str, seed: int, budget: str, folder: Path, status: str, test
         "title": ablation.ROWS[row].title,
         "against": list(ablation.ROWS[row].against),
         "seed": seed,
-        "budget": budget,
-        "overrides": list(ablation.ROWS[row].overrides),
+        "budget": options.budget,
+        "overrides": [*ablation.ROWS[row].overrides, *options.overrides],  # of a key, the last counts
         "status": status,
         "total_steps": max(config["total_steps"], steps),
         "steps": steps,

@@ -97,6 +97,7 @@ def test_two_rows_are_run_resumed_tested_and_collected(here, tmp_path, capsys):
     assert result["steps"] == 6 and result["gate"]["closed_at"] is None and result["status"] == "finished"
     assert [step for step, _ in result["curves"]["eer/resnet"]] == [0, 3, 6]
     assert result["cpu_seconds_a_step"] > 0 and len(result["data"]["banks"]) == 0
+    assert result["overrides"][-1] == "gate.stop_steps=3", "the command's own overrides, too"
     target, scores = read_trials(tiny.material().trials).target, folder / "test" / "tiny" / "resnet" / "scores.txt"
     printed = [float(line.split("\t")[0]) for line in scores.read_text().splitlines()]
     assert result["tests"]["tiny"]["resnet"]["eer"] == pytest.approx(100 * eer(printed, target))
