@@ -2,8 +2,8 @@
 
     memo-jax train --config configs/medium.py --workdir runs/medium --config.data.train=DATASET …
 
-It takes some 240 CPU-minutes: two and a half hours on two busy cores. What it reaches is in
-experiments/learning.md, section "MeMo": the network that comes with the package is from here.
+It takes 110 to 240 CPU-minutes: an hour on two quick cores, two and a half on two slow and busy ones. What it reaches
+is in experiments/learning.md, section "MeMo": the network that comes with the package is from here.
 """
 
 from ml_collections import ConfigDict
