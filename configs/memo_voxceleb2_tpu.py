@@ -13,5 +13,4 @@ def get_config() -> ConfigDict:
     config = memo_voxceleb2.get_config()
     config.model.dtype = "bfloat16"
     config.model.resnet_packed = True
-    config.model.resnet_remat = "norms"
     return config

@@ -24,7 +24,7 @@ and results.json show all of them. Their order is:
                              compiled, its ECAPA-TDNN is several graphs
     step/DTYPE/BATCH         at the other larger batches, until one does not fit
     lever/NAME               the step in bfloat16 at the smallest batch, with one setting changed (mean_first: batch
-                             statistics in two passes, as on a CPU; tpu recipe: all settings of memo_voxceleb2_tpu.py)
+                             statistics in two passes, as on a CPU; resnet_packed: the setting of memo_voxceleb2_tpu.py)
     lever/NAME/larger        of those that save memory, at the first batch that does not fit without it
 
 DATA holds `train` and `test`, both made by `memo-jax prepare`, `trials.txt` (of test), and, if there are any, the

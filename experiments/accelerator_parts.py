@@ -36,7 +36,6 @@ LEVERS = {
     "resnet_packed": ("model.resnet_packed=true",),
     "resnet_scan": ("model.resnet_scan=true",),
     "ecapa_stride=2": ("model.ecapa_stride=2",),
-    "tpu recipe": ("model.resnet_packed=true", "model.resnet_remat=norms"),
 }
 TORCH_VARIANTS = {
     "float32": (),
